@@ -1,0 +1,322 @@
+"""Text -> tokens -> batches. A batch is a function of (seed, step), so a resumed run sees the same data.
+
+B sequences · T tokens of a sequence
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
+
+# What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
+# them apart), nothing removed by 3.14, no tables of data (encodings, pydoc_data).
+STDLIB = """
+_collections_abc _compat_pickle _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc
+antigravity argparse ast asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys
+compileall concurrent configparser contextlib contextvars copy copyreg csv ctypes curses dataclasses datetime dbm decimal
+difflib dis doctest email enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext
+glob graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword linecache locale
+logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os pathlib
+pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue
+quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib socket
+socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig tabnanny tarfile tempfile
+textwrap this threading timeit token tokenize tomllib trace traceback tracemalloc tty types typing unittest urllib uuid
+warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
+""".split()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where text comes from. `files` are read in order; `hub` is (name, config) of a `datasets` data set."""
+
+    spec: str
+    root: Path | None = None
+    files: tuple[Path, ...] = ()
+    hub: tuple[str, str | None] | None = None
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """(key, text) pairs. The key decides the split, so it depends on no absolute path."""
+        if self.hub:
+            yield from _hub_documents(*self.hub)
+        for file in self.files:
+            key = file.relative_to(self.root).as_posix()
+            text = _read_text(file)
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(text.splitlines(), 1):
+                    if line.strip():
+                        yield f"{key}:{number}", _json_text(file, number, line)
+            elif text.strip():
+                yield key, text
+
+    def fingerprint(self) -> str:
+        """Changes when any of the text does; for a hub data set, when its name or configuration does."""
+        digest = hashlib.sha256(repr(self.hub).encode())
+        for file in self.files:
+            digest.update(file.relative_to(self.root).as_posix().encode() + b"\0")
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+def corpus(spec: str) -> Corpus:
+    """ "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]"."""
+    if spec == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [p for name in STDLIB for p in (root / f"{name}.py", root / name) if p.exists()]
+        files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("*.py")))]
+        skipped = {"test", "tests", "__pycache__"}
+        return Corpus(spec, root, tuple(f for f in files if not skipped & set(f.relative_to(root).parts)))
+    if spec.startswith("hub:"):
+        name, _, config = spec[4:].partition(":")
+        if not name:
+            raise UserError(f"A hub data set is written hub:NAME or hub:NAME:CONFIG; got {spec!r}.")
+        return Corpus(spec, hub=(name, config or None))
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise UserError(f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME.")
+    root = path if path.is_dir() else path.parent
+    files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"The folder {spec!r} has no {', '.join(TEXT_SUFFIXES)} files.")
+    if files[0].suffix not in TEXT_SUFFIXES:
+        raise UserError(f"Data files end in {', '.join(TEXT_SUFFIXES)}; got {files[0].name!r}.")
+    return Corpus(spec, root, tuple(files))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"Data must be UTF-8 text; {file} is not (byte {error.start}). Convert or remove it.") from None
+    if "\0" in text:
+        raise UserError(f"Data must be text; {file} holds NUL bytes, so it looks binary. Remove it.")
+    return text
+
+
+def _json_text(file: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"Line {number} of {file} is not JSON: {error}.") from None
+    text = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise UserError(f'Line {number} of {file} must be a string or an object with a "text" field.')
+    return text
+
+
+def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("Hub data sets need the `datasets` package: pip install -e '.[data]'.") from None
+    try:
+        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        for number, row in enumerate(rows):
+            if "text" not in row:
+                raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
+            yield f"{number}", row["text"]
+    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"The data set {name!r} could not be read ({reason}). Without network use --data stdlib or --data FOLDER."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of whole documents, one after another. `starts`: where each begins."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    train: Tokens
+    held_out: Tokens
+    fingerprint: str
+    text_bytes: int
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("CONVERT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "conversion-workbench"
+    return Path(base)
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a document belongs to the held-out split: by a hash of its key, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 < HELD_OUT_SHARE
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Of what decides the ids: the serialised tokenizer."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
+    """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens.
+
+    A damaged cache is set aside and rebuilt."""
+    limit = limit if source.hub else None
+    key = hashlib.sha256(f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 1".encode()).hexdigest()[:20]
+    folder = cache_folder() / "tokens" / key
+    if folder.exists() and (damage := _cache_damage(folder)):
+        aside = folder.with_name(f"{key}.damaged-{os.getpid()}")
+        folder.rename(aside)
+        print(f"The token cache {folder} is damaged ({damage}); it was moved to {aside.name} and is rebuilt.")
+    if not folder.exists():
+        _write_cache(source, tokenizer, limit, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    parts = [
+        Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_starts.npy")) for part in ("train", "held_out")
+    ]
+    return TokenData(*parts, fingerprint=key, text_bytes=meta["text_bytes"])
+
+
+def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> None:
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    parts = {"train": ([], [0]), "held_out": ([], [0])}
+    text_bytes = 0
+    keys, texts = [], []
+
+    def flush():
+        for key, ids in zip(keys, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True):
+            if ids[-1:] != [tokenizer.eos_token_id]:
+                ids = ids + [tokenizer.eos_token_id]
+            chunks, starts = parts["held_out" if is_held_out(key) else "train"]
+            chunks.append(np.array(ids, dtype))
+            starts.append(starts[-1] + len(ids))
+        keys.clear(), texts.clear()
+
+    for key, text in source.documents():
+        keys.append(key), texts.append(text)
+        text_bytes += len(text.encode())
+        if len(keys) == 64:
+            flush()
+            if limit and parts["train"][1][-1] >= limit:
+                break
+    flush()
+    if not text_bytes:
+        raise UserError(f"The data {source.spec!r} holds no text.")
+    (train, train_starts), (held, held_starts) = parts["train"], parts["held_out"]
+    if not train or not held:  # too few documents to split by document: the last sixteenth of the tokens is held out
+        stream = np.concatenate(train + held)
+        cut = int(len(stream) * (1 - HELD_OUT_SHARE))
+        starts = np.array((train_starts if train else held_starts)[:-1])
+        arrays = {"train": stream[:cut], "train_starts": starts[starts < cut]}
+        arrays |= {"held_out": stream[cut:], "held_out_starts": np.concatenate([[0], starts[starts > cut] - cut])}
+    else:
+        arrays = {"train": np.concatenate(train), "train_starts": np.array(train_starts[:-1])}
+        arrays |= {"held_out": np.concatenate(held), "held_out_starts": np.array(held_starts[:-1])}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
+    try:
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        digests = {name: _digest(aside / f"{name}.npy") for name in arrays}
+        (aside / "meta.json").write_text(json.dumps({"source": source.spec, "text_bytes": text_bytes, "sha256": digests}))
+        if not folder.exists():  # another process may have finished first, with the same content
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _cache_damage(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / "meta.json").read_text())["sha256"]
+        changed = [name for name, digest in digests.items() if _digest(folder / f"{name}.npy") != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(changed)} changed" if changed else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed windows. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.position_ids, self.document_ids)))
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch."""
+
+    tokens: Tokens
+    seq_len: int
+    num_sequences: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if len(self.tokens) < 2 * self.seq_len + 1:
+            raise UserError(
+                f"Training needs at least two sequences of {self.seq_len} tokens; the data has {len(self.tokens)} tokens. "
+                "Give more data or a smaller --seq-len."
+            )
+
+    def __call__(self, step: int) -> Batch:
+        per_epoch = len(self.tokens) // self.seq_len - 1
+        rows = []
+        for i in range(step * self.num_sequences, (step + 1) * self.num_sequences):
+            offset, order = _epoch_order(per_epoch, self.seq_len, self.seed, i // per_epoch)
+            rows.append(offset + self.seq_len * int(order[i % per_epoch]))
+        return _windows(self.tokens, rows, self.seq_len)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_windows: int, seq_len: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(seq_len)), rng.permutation(num_windows)
+
+
+def held_out_batches(tokens: Tokens, seq_len: int, num_sequences: int, max_tokens: int) -> list[Batch]:
+    """The same windows every time, spread evenly over the held-out text, in batches of `num_sequences`."""
+    available = (len(tokens) - 1) // seq_len
+    if not available:
+        raise UserError(
+            f"Held-out text has {len(tokens)} tokens, fewer than one sequence of {seq_len}. Give more data or a smaller --seq-len."
+        )
+    count = max(1, min(available, max_tokens // seq_len))
+    rows = [seq_len * (i * available // count) for i in range(count)]
+    return [_windows(tokens, rows[i : i + num_sequences], seq_len) for i in range(0, count, num_sequences)]
+
+
+def _windows(tokens: Tokens, rows: list[int], seq_len: int) -> Batch:
+    ids = np.stack([np.asarray(tokens.ids[r : r + seq_len + 1], dtype=np.int64) for r in rows])
+    where = np.array(rows)[:, None] + np.arange(seq_len + 1)
+    documents = np.searchsorted(tokens.starts, where, side="right") - 1
+    begins = np.maximum(tokens.starts[documents], np.array(rows)[:, None])  # a window's first document starts with it
+    labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], -100)
+    arrays = ids[:, :-1], labels, (where - begins)[:, :-1], (documents - documents[:, :1])[:, :-1]
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

@@ -1,0 +1,47 @@
+"""Hedgehog linear attention: stage 1 of "Attention to Mamba" (arXiv 2604.14191, section 3.1).
+
+y_t = sum_s phi_q(q_t).phi_k(k_s) v_s / sum_s phi_q(q_t).phi_k(k_s), s <= t, on rotated queries and keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.mixers.base import Context, Mixer, State
+from convert.mixers.parts import HedgehogHeads
+from convert.projections import Projections, Shape
+from kernels.chunk_scan import chunk_scan
+
+
+class LinearAttention(Mixer):
+    """State: sums [B, G, 2 K, K + 1] of phi(k) v, and of phi(k) in the last column."""
+
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    def __init__(self, shape: Shape, options: Options):
+        super().__init__()
+        self.shape, self.options = shape, options
+        self.heads = HedgehogHeads(shape)
+
+    @classmethod
+    def from_projections(cls, projections: Projections, options: Options) -> "LinearAttention":
+        mixer = cls(projections.shape, options)
+        mixer.heads.copy_(projections)
+        return mixer
+
+    def projections(self) -> Projections:
+        return self.heads.projections()
+
+    def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x_BTD, context.cos, context.sin)
+        heads = self.shape.num_kv_heads
+        counts = x_BTD.new_ones(x_BTD.shape[:2]) if context.real is None else context.real
+        y, sums = chunk_scan(
+            v, counts.float()[..., None].expand(-1, -1, heads), torch.zeros(heads, device=v.device), k,
+            q, initial_states=None if state is None else state[0], document_ids=context.document_ids,
+            return_final_states=True, normalize=True,
+        )  # fmt: skip
+        return self.heads.out(y.flatten(2).to(x_BTD.dtype)), (sums,)

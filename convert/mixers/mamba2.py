@@ -1,0 +1,58 @@
+"""HedgeMamba with Mamba-2's decay (arXiv 2405.21060): one per key/value head, which makes the scan matrix products.
+
+Everything else, and the exact start, is as in mamba.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convert.mixers.base import Context, Mixer, State
+from convert.mixers.parts import DecayRate, HedgehogHeads, ShortConv, TimeStep, open_gate
+from convert.projections import Projections, Shape
+from kernels.chunk_scan import chunk_scan
+
+
+class Mamba2(Mixer):
+    """State: the last inputs of the convolution [B, conv - 1, D] and the sums [B, G, 2 K, K + 1]."""
+
+    @dataclass(frozen=True)
+    class Options:
+        conv: int = 4  # tokens (Mamba-2)
+        dt_rank: int | None = None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
+
+    def __init__(self, shape: Shape, options: Options):
+        super().__init__()
+        self.shape, self.options = shape, options
+        inner = shape.num_heads * shape.head_dim
+        self.conv = ShortConv(shape.width, options.conv)
+        self.heads = HedgehogHeads(shape)
+        self.time_step = TimeStep(shape.width, options.dt_rank or max(1, shape.width // 16), shape.num_kv_heads)
+        self.rate = DecayRate(shape.num_kv_heads)
+        self.skip = nn.Parameter(torch.zeros(inner))  # D
+        self.gate = open_gate(shape.width, inner)
+
+    @classmethod
+    def from_projections(cls, projections: Projections, options: Options) -> "Mamba2":
+        mixer = cls(projections.shape, options)
+        mixer.heads.copy_(projections)
+        return mixer
+
+    def projections(self) -> Projections:
+        return self.heads.projections()
+
+    def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
+        x, conv_state = self.conv(x_BTD, context.real, context.document_ids, None if state is None else state[0])
+        q, k, v = self.heads(x, context.cos, context.sin)
+        dt = self.time_step(x)
+        if context.real is not None:
+            dt = dt * context.real[..., None]  # padding neither adds to the state nor lets it decay
+        y, sums = chunk_scan(
+            v, dt, -self.rate(), k, q, self.skip.unflatten(0, (-1, self.shape.head_dim)),
+            initial_states=None if state is None else state[1], document_ids=context.document_ids, return_final_states=True,
+            normalize=True,
+        )  # fmt: skip
+        y = y.flatten(2) * F.silu(self.gate(x_BTD).float())
+        return self.heads.out(y.to(x_BTD.dtype)), (conv_state, sums)

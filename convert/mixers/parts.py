@@ -1,0 +1,181 @@
+"""What mixers are composed of.
+
+B batch · T time · D width · H query heads · G key/value heads · K head size · F = 2 K features
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convert.projections import Projections, Shape
+
+SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
+
+
+class QKV(nn.Module):
+    """x [B, T, D] -> q [B, T, H, K], k, v [B, T, G, K]: projected, normed where the teacher does, rotated."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = shape
+        inner, kv_inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q = nn.Linear(shape.width, inner, bias=shape.qkv_bias)
+        self.k = nn.Linear(shape.width, kv_inner, bias=shape.qkv_bias)
+        self.v = nn.Linear(shape.width, kv_inner, bias=shape.qkv_bias)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(x_BTD).unflatten(-1, (-1, self.shape.head_dim)) for p in (self.q, self.k, self.v))
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the first R dimensions of x [B, T, heads, K]; cos, sin [B, T, R], two-halves layout."""
+    rotary_dim = cos.shape[-1]
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, -1)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+class FeatureMap(nn.Module):
+    """Hedgehog (arXiv 2402.04347; HedgeMamba, arXiv 2604.14191, Listing 3): phi(x) = softmax([Wx + b, -(Wx + b)]).
+
+    x [B, T, heads, K] -> [B, T, heads, 2 K] in float32, positive, summing to one. W starts as the identity, b at zero (ours;
+    the paper does not say)."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = (torch.einsum("bthk,hjk->bthj", x, self.weight.to(x.dtype)) + self.bias).float()
+        return torch.softmax(torch.cat([u, -u], -1), -1)
+
+
+class HedgehogHeads(nn.Module):
+    """The projections of an attention layer with Hedgehog features of its queries and keys, and its output projection."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.qkv = QKV(shape)
+        self.feature_q = FeatureMap(shape.num_heads, shape.head_dim)
+        self.feature_k = FeatureMap(shape.num_kv_heads, shape.head_dim)
+        self.out = nn.Linear(shape.num_heads * shape.head_dim, shape.width, bias=shape.out_bias)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(q) [B, T, H, F], phi(k) [B, T, G, F], v [B, T, G, K], all float32."""
+        q, k, v = self.qkv(x_BTD, cos, sin)
+        return self.feature_q(q), self.feature_k(k), v.float()
+
+    @torch.no_grad()
+    def copy_(self, p: Projections) -> None:
+        for linear, weight, bias in ((self.qkv.q, p.q, p.q_bias), (self.qkv.k, p.k, p.k_bias), (self.qkv.v, p.v, p.v_bias)):
+            linear.weight.copy_(weight.flatten(0, 1))
+            if bias is not None:
+                linear.bias.copy_(bias.flatten())
+        self.out.weight.copy_(p.o.flatten(1))
+        if p.o_bias is not None:
+            self.out.bias.copy_(p.o_bias)
+        if p.q_norm is not None:
+            self.qkv.q_norm.weight.copy_(p.q_norm)
+            self.qkv.k_norm.weight.copy_(p.k_norm)
+        if p.feature_maps is not None:
+            for feature, (weight, bias) in zip((self.feature_q, self.feature_k), p.feature_maps, strict=True):
+                feature.weight.copy_(weight)
+                feature.bias.copy_(bias)
+
+    def projections(self) -> Projections:
+        """The inverse of copy_."""
+        shape, heads = self.qkv.shape, (-1, self.qkv.shape.head_dim)
+        linears = self.qkv.q, self.qkv.k, self.qkv.v
+        biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
+        norms = (None, None) if shape.norm_eps is None else (self.qkv.q_norm.weight, self.qkv.k_norm.weight)
+        return Projections(
+            shape, *(linear.weight.unflatten(0, heads) for linear in linears), self.out.weight.unflatten(1, heads), *biases, self.out.bias,
+            *norms, feature_maps=tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k)),
+        )  # fmt: skip
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over `size` tokens that starts as the identity and sees no other document.
+
+    x [B, T, D], state [B, size - 1, D] or None -> y [B, T, D], the next state."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, size))
+        self.bias = nn.Parameter(torch.zeros(width))
+        with torch.no_grad():
+            self.weight[:, -1] = 1
+
+    def forward(self, x: Tensor, real: Tensor | None, document_ids: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if real is not None:
+            x = x * real[..., None]
+        T, before = x.shape[1], self.weight.shape[1] - 1
+        if state is None:
+            state = x.new_zeros(x.shape[0], before, x.shape[2])
+        seen = torch.cat([state.to(x.dtype), x], 1)
+        y = seen[:, before:] * self.weight[:, before] + self.bias
+        documents = None if document_ids is None else torch.cat([document_ids[:, :1].expand(-1, before), document_ids], 1)
+        for tap in range(before):
+            past = seen[:, tap : tap + T]
+            if documents is not None:
+                past = past * (documents[:, tap : tap + T] == document_ids)[..., None]
+            y = y + past * self.weight[:, tap]
+        tail = seen[:, T:]
+        if documents is not None:
+            tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
+        return y, tail.float()
+
+
+class TimeStep(nn.Module):
+    """Delta = softplus(W_up W_down x) through `rank` dimensions, exactly 1 everywhere at the start. [B, T, D] -> [B, T, size]."""
+
+    def __init__(self, width: int, rank: int, size: int):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.constant_(self.up.bias, 0.541324854612918)  # softplus of it is 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.up(self.down(x)).float())
+
+
+class _NonNegative(torch.autograd.Function):
+    """max(s, 0), whose gradient at s <= 0 passes only where it would raise s: exact at 0, never dead."""
+
+    @staticmethod
+    def forward(ctx, s):
+        ctx.save_for_backward(s)
+        return s.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        (s,) = ctx.saved_tensors
+        return torch.where((s > 0) | (g < 0), g, torch.zeros_like(g))
+
+
+class DecayRate(nn.Module):
+    """Rates >= 0, [channels, states] or [heads]: the state decays by exp(-Delta rate). s = 0 is no decay, and can learn.
+
+    rate = max(s, 0) (1 .. N): Mamba's spread of rates once s moves (ours; Mamba's own log parameter has no gradient at 0)."""
+
+    def __init__(self, *size: int):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(*size))
+
+    def forward(self) -> Tensor:
+        spread = torch.arange(1, self.s.shape[-1] + 1, device=self.s.device, dtype=torch.float32)
+        return _NonNegative.apply(self.s.float()) * spread
+
+
+def open_gate(width: int, inner: int) -> nn.Linear:
+    """A projection whose SiLU starts at exactly 1."""
+    gate = nn.Linear(width, inner)
+    nn.init.zeros_(gate.weight)
+    nn.init.constant_(gate.bias, SILU_OF_ONE)
+    return gate

@@ -1,0 +1,121 @@
+"""One reading of an attention layer of every teacher family: the hinge between teachers and mixers.
+
+H query heads · G key/value heads · K head size · D width
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int  # the first of a head's dimensions are rotated, in the two-halves layout
+    qkv_bias: bool
+    out_bias: bool
+    norm_eps: float | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Weights in [heads, K, D], so that nothing downstream knows how a family packs them.
+
+    q [H, K, D], k, v [G, K, D], o [D, H, K]; biases q [H, K], k, v [G, K], o [D]; norms [K].
+    `feature_maps`: (weight [H, K, K], bias [H, K]) for q and the same [G, ...] for k, where the layer is linear attention.
+    """
+
+    shape: Shape
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    scale: float = 1.0  # of the softmax
+    window: int | None = None
+    feature_maps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> "Projections":
+        """Of a transformers attention module of one of FAMILIES."""
+        if attention.config.model_type == "gpt_neox":
+            return cls._of_gpt_neox(attention)
+        return cls._of_llama_like(attention)
+
+    @classmethod
+    def _of_gpt_neox(cls, attention) -> "Projections":
+        config, fused = attention.config, attention.query_key_value
+        heads = config.num_attention_heads
+        head_dim = config.hidden_size // heads
+        q, k, v = fused.weight.unflatten(0, (heads, 3, head_dim)).unbind(1)
+        biases = fused.bias.unflatten(0, (heads, 3, head_dim)).unbind(1) if fused.bias is not None else (None,) * 3
+        shape = Shape(
+            config.hidden_size, heads, heads, head_dim, attention.rotary_ndims, fused.bias is not None, attention.dense.bias is not None
+        )
+        o = attention.dense.weight.unflatten(1, (heads, head_dim))
+        return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)
+
+    @classmethod
+    def _of_llama_like(cls, attention) -> "Projections":
+        config, head_dim = attention.config, attention.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        normed = config.model_type == "qwen3"
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        rotary_dim = int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+        shape = Shape(
+            config.hidden_size, heads, kv_heads, head_dim, rotary_dim, projections[0].bias is not None,
+            attention.o_proj.bias is not None, attention.q_norm.variance_epsilon if normed else None,
+        )  # fmt: skip
+        weights = [p.weight.unflatten(0, (-1, head_dim)) for p in projections]
+        biases = [None if p.bias is None else p.bias.unflatten(0, (-1, head_dim)) for p in projections]
+        return cls(
+            shape, *weights, attention.o_proj.weight.unflatten(1, (heads, head_dim)), *biases, attention.o_proj.bias,
+            attention.q_norm.weight if normed else None, attention.k_norm.weight if normed else None,
+            scale=attention.scaling, window=layer_window(config, attention.layer_idx),
+        )  # fmt: skip
+
+
+def layer_window(config, layer: int) -> int | None:
+    """The sliding window of one layer of a teacher, or None where it sees everything."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer] == "sliding_attention":
+        return config.sliding_window
+    return None
+
+
+def attention_name(model_type: str) -> str:
+    """What a decoder layer of the family calls its attention module."""
+    return "attention" if model_type == "gpt_neox" else "self_attn"
+
+
+def refusal(config) -> str | None:
+    """Why no layer of a model with this configuration can be read, or None. Reads the configuration alone."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        return f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
+    if config.to_dict().get("quantization_config"):
+        return "Teachers must have plain weights; this one is quantised. Take the unquantised checkpoint."
+    features = {
+        "attn_logit_softcapping": "soft-capped attention logits", "alibi": "ALiBi positions",
+        "add_cross_attention": "cross-attention", "attention_chunk_size": "chunked attention",
+    }  # fmt: skip
+    for field, name in features.items():
+        if config.to_dict().get(field):
+            return f"Attention must be plain causal softmax attention; this teacher has {name} ({field}={config.to_dict()[field]})."
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ("default", "linear", "llama3", "yarn"):
+        return f"Rotary positions must not depend on the length of the text; this teacher's are {rope!r}."
+    return None

@@ -1,0 +1,143 @@
+"""Train the embedded teacher: a small GPT-NeoX on the Python standard library's sources.
+
+    python -m experiments.pretrain_nano --out runs/pretrain-nano --tokens 24M
+
+Resumable: the same command goes on where it stopped. Hidden matrices are trained by Muon, the rest by AdamW; the
+sequence length goes from 512 to 2,048 tokens for the last tenth, which is also where the learning rate falls.
+With --install the weights, the tokenizer and the card replace those in convert/nano.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from convert.data import HELD_OUT_SHARE, Batches, corpus, held_out_batches, is_held_out, tokenize
+
+END = "<|endoftext|>"
+BATCH_TOKENS = 8192
+LEARNING_RATE = 2e-3
+DECAY_SHARE = 0.3  # of the tokens, to zero
+CONFIG = GPTNeoXConfig(
+    vocab_size=4096, hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
+    max_position_embeddings=2048, rotary_pct=0.25, use_parallel_residual=True, bos_token_id=0, eos_token_id=0,
+    hidden_dropout=0.05, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the training documents."""
+    if not (folder / "tokenizer.json").exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=4096, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        bpe.train_from_iterator((text for key, text in corpus("stdlib").documents() if not is_held_out(key)), trainer)
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=2048, padding_side="left"
+        ).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def optimizers(model) -> list[torch.optim.Optimizer]:
+    hidden = [p for p in model.gpt_neox.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is h for h in hidden)]
+    muon = torch.optim.Muon(hidden, lr=LEARNING_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+@torch.no_grad()
+def held_out_loss(model, batches) -> float:
+    model.eval()
+    total = sum(float(model(input_ids=b.input_ids, position_ids=b.position_ids, labels=None).logits.flatten(0, 1).float()
+                      .log_softmax(-1).gather(1, b.labels.clamp(min=0).flatten()[:, None])[:, 0][b.labels.flatten() != -100].sum()) for b in batches)  # fmt: skip
+    model.train()
+    return -total / sum(b.num_targets for b in batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain-nano"))
+    parser.add_argument("--tokens", default="24M")
+    parser.add_argument("--install", action="store_true")
+    args = parser.parse_args()
+    total_steps = math.ceil(float(args.tokens.rstrip("M")) * 1e6 / BATCH_TOKENS)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(args.out)
+    data = tokenize(corpus("stdlib"), tokenizer)
+    print(
+        f"{len(data.train):,} training and {len(data.held_out):,} held-out tokens; held out: {HELD_OUT_SHARE:.1%} of the files", flush=True
+    )
+
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(CONFIG)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+                p.mul_((2 * CONFIG.num_hidden_layers) ** -0.5)  # GPT-2's residual scaling
+    opts = optimizers(model)
+    step, seconds, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        step, seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["rng"])
+    log = (args.out / "metrics.jsonl").open("a")
+    start = time.time() - seconds
+    while step < total_steps:
+        left = (total_steps - step) / total_steps
+        rate = LEARNING_RATE * min(1, (step + 1) / 50, left / DECAY_SHARE)
+        seq_len = 2048 if left <= 0.1 else 512
+        batch = Batches(data.train, seq_len, BATCH_TOKENS // seq_len)(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = rate
+            opt.step()
+            opt.zero_grad()
+        step += 1
+        row = {
+            "step": step,
+            "tokens": step * BATCH_TOKENS,
+            "loss": round(loss.item(), 4),
+            "lr": rate,
+            "seconds": round(time.time() - start, 1),
+        }
+        if step % 100 == 0 or step == total_steps:
+            row["held_out_512"] = held_out_loss(model, held_out_batches(data.held_out, 512, 8, 1 << 20))
+            row["held_out_2048"] = held_out_loss(model, held_out_batches(data.held_out, 2048, 2, 1 << 20))
+            aside = checkpoint.with_suffix(".writing")
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step, "seconds": time.time() - start,
+                        "rng": torch.get_rng_state()}, aside)  # fmt: skip
+            os.replace(aside, checkpoint)
+        if step % 10 == 0 or "held_out_512" in row:
+            print(json.dumps(row), file=log, flush=True)
+            print(row, flush=True)
+    if args.install:
+        install(model, tokenizer)
+
+
+def install(model, tokenizer) -> None:
+    """Weights in bfloat16, the tokenizer and the configuration, into convert/nano."""
+    folder = Path(__file__).parent.parent / "convert" / "nano"
+    model.config.hidden_dropout = 0.0
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The chunk scan as matrix products (SSD, arXiv 2405.21060, section 6): chunks of Q steps are Q x Q attention inside, a
+state of N x P between. Nothing of size L x L is stored.
+
+batch b · chunk c · t, s time in the chunk · H heads · R readings · N state · P channels
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 64  # steps: at N and P about 64 the two parts cost the same (ours)
+
+
+def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
+    """As chunk_scan_reference."""
+    length = x.shape[1]
+    Q = min(CHUNK, length)
+    extra = -length % Q
+
+    def chunks(t: Tensor) -> Tensor:  # [batch, L, H, ...] -> [batch, c, H, Q, ...]; the padding adds nothing and does not decay
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, extra))
+        return t.unflatten(1, (-1, Q)).transpose(2, 3)
+
+    x, B, C, log_decay = chunks(x), chunks(B), chunks(C), chunks(log_decay[..., None])[..., 0]
+    fall = log_decay.cumsum(-1)  # [b, c, H, Q], log of the decay from before the chunk to t
+    since = fall[..., :, None] - fall[..., None, :]  # from s to t
+    visible = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    if document_ids is not None:
+        documents = F.pad(document_ids, (0, extra), mode="replicate") if extra else document_ids
+        documents = documents.unflatten(1, (-1, Q))  # [b, c, Q]
+        before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], 1)[..., None]  # of the state that enters a chunk
+        visible = visible & (documents[..., :, None] == documents[..., None, :])[:, :, None]
+        reads_state = (documents == before)[:, :, None]  # [b, c, 1, Q]
+        writes_state = (documents == documents[..., -1:])[:, :, None]
+        keeps_state = (documents[..., -1:] == before)[:, :, None]  # [b, c, 1, 1]
+    since = torch.exp(since.masked_fill(~visible, -torch.inf))
+
+    scores = torch.einsum("bchtrn,bchsn->bchrts", C, B) * since[:, :, :, None]
+    y = torch.einsum("bchrts,bchsp->bchtrp", scores, x)
+
+    into, out_of = torch.exp(fall), torch.exp(fall[..., -1:] - fall)  # state to t, t to the chunk's end
+    keep = into[..., -1:]
+    if document_ids is not None:
+        into, out_of, keep = into * reads_state, out_of * writes_state, keep * keeps_state
+    added = torch.einsum("bchsn,bchsp->bchnp", B * out_of[..., None], x)
+    states = []
+    for c in range(x.shape[1]):
+        states.append(S)
+        S = keep[:, c, :, :, None] * S + added[:, c]
+    y = y + torch.einsum("bchtrn,bchnp->bchtrp", C * into[..., None, None], torch.stack(states, 1))
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], S
