@@ -1,0 +1,30 @@
+"""Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still generates.
+
+report = run("neox-nano", "mamba2", out="runs/mine")        # the whole conversion
+teacher = load_teacher("runs/mine")                         # a run folder is a teacher too: .model, .tokenizer
+report = evaluate("runs/mine")                              # the final measurements again
+recipes.to_mamba(recipes.Budget(...))                       # what `run` does, as data to edit
+"""
+
+from pathlib import Path
+
+import kernels
+
+_ours = str(Path(__file__).parent.parent / "kernels")
+if _ours not in kernels.__path__:  # Hugging Face's package of that name came first on the path
+    kernels.__path__.append(_ours)
+
+__all__ = ["evaluate", "load_teacher", "recipes", "run"]
+
+
+def __getattr__(name: str):
+    """Imported when first used, so that `import convert` is quick."""
+    import importlib
+
+    if name == "recipes":
+        return importlib.import_module("convert.recipes")
+    if name == "load_teacher":
+        return importlib.import_module("convert.teachers").load_teacher
+    if name == "run" or name == "evaluate":
+        return getattr(importlib.import_module("convert.run"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

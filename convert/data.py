@@ -25,19 +25,7 @@ HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
 
 # What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
 # them apart), nothing removed by 3.14, no tables of data (encodings, pydoc_data).
-STDLIB = """
-_collections_abc _compat_pickle _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc
-antigravity argparse ast asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys
-compileall concurrent configparser contextlib contextvars copy copyreg csv ctypes curses dataclasses datetime dbm decimal
-difflib dis doctest email enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext
-glob graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword linecache locale
-logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os pathlib
-pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue
-quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib socket
-socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig tabnanny tarfile tempfile
-textwrap this threading timeit token tokenize tomllib trace traceback tracemalloc tty types typing unittest urllib uuid
-warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
-""".split()
+STDLIB = ["_collections_abc", "_compat_pickle", "_markupbase", "_py_abc", "_pydecimal", "_pyio", "_strptime", "_threading_local", "_weakrefset", "abc", "antigravity", "argparse", "ast", "asyncio", "base64", "bdb", "bisect", "bz2", "cProfile", "calendar", "cmd", "code", "codecs", "codeop", "collections", "colorsys", "compileall", "concurrent", "configparser", "contextlib", "contextvars", "copy", "copyreg", "csv", "ctypes", "curses", "dataclasses", "datetime", "dbm", "decimal", "difflib", "dis", "doctest", "email", "enum", "filecmp", "fileinput", "fnmatch", "fractions", "ftplib", "functools", "genericpath", "getopt", "getpass", "gettext", "glob", "graphlib", "gzip", "hashlib", "heapq", "hmac", "html", "http", "imaplib", "importlib", "inspect", "io", "ipaddress", "json", "keyword", "linecache", "locale", "logging", "lzma", "mailbox", "mimetypes", "modulefinder", "multiprocessing", "netrc", "ntpath", "numbers", "opcode", "operator", "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "pkgutil", "platform", "plistlib", "poplib", "posixpath", "pprint", "profile", "pstats", "pty", "py_compile", "pyclbr", "pydoc", "queue", "quopri", "random", "re", "reprlib", "rlcompleter", "runpy", "sched", "secrets", "selectors", "shelve", "shlex", "shutil", "signal", "site", "smtplib", "socket", "socketserver", "sqlite3", "ssl", "stat", "statistics", "string", "stringprep", "struct", "subprocess", "symtable", "sysconfig", "tabnanny", "tarfile", "tempfile", "textwrap", "this", "threading", "timeit", "token", "tokenize", "tomllib", "trace", "traceback", "tracemalloc", "tty", "types", "typing", "unittest", "urllib", "uuid", "warnings", "wave", "weakref", "webbrowser", "wsgiref", "xml", "xmlrpc", "zipapp", "zipfile", "zipimport", "zoneinfo"]
 
 
 @dataclass(frozen=True)
@@ -258,11 +246,15 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
-    position_ids: Tensor
-    document_ids: Tensor
+    position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
 
     def to(self, device) -> "Batch":
-        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.position_ids, self.document_ids)))
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device))
+
+    def split(self, num_sequences: int) -> list["Batch"]:
+        """Micro-batches of at most so many sequences."""
+        parts = (t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids))
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
     @property
     def num_targets(self) -> int:
@@ -318,5 +310,5 @@ def _windows(tokens: Tokens, rows: list[int], seq_len: int) -> Batch:
     documents = np.searchsorted(tokens.starts, where, side="right") - 1
     begins = np.maximum(tokens.starts[documents], np.array(rows)[:, None])  # a window's first document starts with it
     labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], -100)
-    arrays = ids[:, :-1], labels, (where - begins)[:, :-1], (documents - documents[:, :1])[:, :-1]
+    arrays = ids[:, :-1], labels, (where - begins)[:, :-1]
     return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

@@ -272,10 +272,14 @@ def locate(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     else:
         position_ids = position_ids.expand(B, T)
         if attention_mask is None and cache is None:
-            jumps = position_ids.diff(dim=1) != 1
-            if bool(jumps.any()):
-                document_ids = torch.nn.functional.pad(jumps.long().cumsum(1), (1, 0))
+            document_ids = documents_of(position_ids)
     return position_ids, real, document_ids
+
+
+def documents_of(position_ids: Tensor) -> Tensor | None:
+    """Document ids [B, T] of packed rows, whose positions start anew in each document; None where no row has two."""
+    jumps = position_ids.diff(dim=1) != 1
+    return torch.nn.functional.pad(jumps.long().cumsum(1), (1, 0)) if bool(jumps.any()) else None
 
 
 @torch.no_grad()
@@ -293,7 +297,8 @@ def swap(model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...
     for layer in range(len(blocks)) if layers is None else layers:
         old = attention_of(blocks[layer])
         read = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
-        mixer = kind.from_projections(read, options).to(device=read.q.device, dtype=read.q.dtype)
+        with torch.device(read.q.device):
+            mixer = kind.from_projections(read, options).to(read.q.dtype)
         specs[layer] = {"name": name, "shape": dataclasses.asdict(read.shape), "options": dataclasses.asdict(options)}
         setattr(blocks[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:

@@ -1,0 +1,166 @@
+"""The ledger of a run: which steps are done, with which settings, and where an unfinished one goes on.
+
+RUN/ledger.json                     the settings that the run was started with
+RUN/steps/2-distill/checkpoint-40.pt   an unfinished step; the last two are kept
+RUN/steps/2-distill/student/           the finished step's weights
+RUN/steps/2-distill/DONE               its result; written last, so its existence means that the rest is whole
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from convert.errors import UserError
+from convert.model import ConvertedConfig, ConvertedForCausalLM
+
+KEPT_CHECKPOINTS = 2
+
+
+def write_json(path: Path, content) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".writing")
+    with aside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def open_run(folder: Path, settings: dict, fresh: bool) -> None:
+    """Make the run folder, or check that it belongs to these settings. `fresh` sets an old run aside."""
+    ledger = folder / "ledger.json"
+    if fresh and folder.exists():
+        if not ledger.exists():
+            raise UserError(f"--fresh sets aside an old run; {folder} is not a run folder. Give another --out.")
+        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+        print(f"The old run was moved to {aside}.")
+    if folder.exists() and not ledger.exists() and any(folder.iterdir()):
+        raise UserError(f"--out must be a run folder or a new one; {folder} holds other files. Give another --out.")
+    if not ledger.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(ledger, settings)
+        return
+    try:
+        before = json.loads(ledger.read_text())
+    except json.JSONDecodeError:
+        raise UserError(
+            f"The ledger {ledger} is damaged. Start again with --fresh (the old run is moved aside) or another --out."
+        ) from None
+    changes = [f"{key}: {old!r} -> {new!r}" for key, old, new in _differences(before, settings)]
+    if changes:
+        shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+        raise UserError(f"{folder} was started with other settings ({shown}). Repeat them, or give --fresh or another --out.")
+
+
+def _differences(old, new, path=""):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            name = a.get("name", i) if isinstance(a, dict) else i
+            yield from _differences(a, b, f"{path}.{name}")
+    elif old != new:
+        yield path, old, new
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask for a stop at the next step; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        self.requested = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+
+
+class StepFolder:
+    """What is kept of one step. Everything is written aside and renamed."""
+
+    def __init__(self, run: Path, index: int, name: str, stop: StopRequest | None = None):
+        self.folder = run / "steps" / f"{index}-{name}"
+        self.stop = stop
+
+    # --- a finished step
+
+    def result(self) -> dict | None:
+        done = self.folder / "DONE"
+        return json.loads(done.read_text()) if done.exists() else None
+
+    def finish(self, student: ConvertedForCausalLM, result: dict) -> None:
+        """Weights and configuration first, DONE last; then the checkpoints can go."""
+        weights = self.folder / "student"
+        aside = self.folder / "student.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(weights, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_model(student, str(aside / "model.safetensors"))
+        student.config.save_pretrained(aside)
+        aside.rename(weights)
+        write_json(self.folder / "DONE", result)
+        for file in self._checkpoints():
+            file.unlink()
+
+    def drop_weights(self) -> None:
+        """A later step has its own."""
+        shutil.rmtree(self.folder / "student", ignore_errors=True)
+
+    def student(self, teacher) -> ConvertedForCausalLM:
+        """The finished step's student, on the teacher's device."""
+        config = ConvertedConfig.from_pretrained(self.folder / "student")
+        config._attn_implementation = teacher.config._attn_implementation
+        with torch.device(teacher.device):
+            student = ConvertedForCausalLM(config)
+        try:
+            load_model(student, str(self.folder / "student" / "model.safetensors"))
+        except Exception as error:
+            raise UserError(
+                f"The weights of {self.folder} are damaged ({error}). Start again with --fresh; the old run is moved aside."
+            ) from error
+        student.generation_config = teacher.generation_config
+        return student.requires_grad_(False).eval()
+
+    # --- an unfinished step: what a stage's loop calls
+
+    def load(self) -> dict | None:
+        for file in reversed(self._checkpoints()):
+            try:
+                return torch.load(file, weights_only=True)
+            except Exception as error:
+                file.rename(file.with_suffix(".damaged"))
+                print(f"The checkpoint {file} is damaged ({type(error).__name__}); it was set aside, and the one before it is used.")
+        return None
+
+    def save(self, step: int, state: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / "checkpoint.writing"
+        try:
+            with aside.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            aside.unlink(missing_ok=True)
+            raise UserError(
+                f"No checkpoint could be written to {self.folder} ({error}). Free some space; the same command goes on from the last one."
+            ) from error
+        aside.replace(self.folder / f"checkpoint-{step}.pt")
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def stop_requested(self) -> bool:
+        return self.stop is not None and self.stop.requested
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))

@@ -1,0 +1,79 @@
+"""Losses. Those of `align` compare two outputs of a layer; `Distill` compares two distributions over the next token.
+
+N tokens · D width · V vocabulary
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of 1 - cos(student, teacher), both [..., D] (HedgeMamba, arXiv 2604.14191, eq. 6)."""
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+def energy_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error over the teacher's energy, both [..., D]: 1 for a student that says nothing (Attention Editing, arXiv
+    2604.05688; this form is inferred from its description)."""
+    return (student - teacher).square().mean() / (teacher.square().mean() + 1e-12)
+
+
+def cross_entropy(student_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Nats per token, [N]."""
+    return F.cross_entropy(student_NV, targets_N, reduction="none")
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) of the softened distributions, [N] nats."""
+    p, q = (F.log_softmax(z / temperature, -1) for z in (teacher_NV, student_NV))
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(student || teacher) of the softened distributions, [N] nats."""
+    return forward_kl(teacher_NV, student_NV, temperature)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Weights of the terms of the whole-model loss; the temperature is that of the two KL terms."""
+
+    cross_entropy: float = 0.0
+    forward_kl: float = 1.0
+    reverse_kl: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.forward_kl != 0 or self.reverse_kl != 0
+
+    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor) -> Tensor:
+        """Summed over the tokens."""
+        loss = student_NV.new_zeros(())
+        if self.cross_entropy:
+            loss = loss + self.cross_entropy * cross_entropy(student_NV, targets_N).sum()
+        if self.forward_kl:
+            loss = loss + self.forward_kl * forward_kl(student_NV, teacher_NV, self.temperature).sum()
+        if self.reverse_kl:
+            loss = loss + self.reverse_kl * reverse_kl(student_NV, teacher_NV, self.temperature).sum()
+        return loss
+
+
+def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int) -> Tensor:
+    """Backpropagate sum(loss_of_logits(head(hidden), rows)) without ever holding the logits of more than `chunk` tokens.
+
+    `loss_of_logits(logits, rows)` gets a chunk's logits and the slice of its rows. Gradients of the head and of what made
+    `hidden_ND` accumulate as a plain backward's would. Returns the loss."""
+    leaf = hidden_ND.detach().requires_grad_(hidden_ND.requires_grad)
+    total = torch.zeros((), device=hidden_ND.device)
+    for start in range(0, len(leaf), chunk):
+        rows = slice(start, min(start + chunk, len(leaf)))
+        loss = loss_of_logits(head(leaf[rows]).float(), rows)
+        loss.backward()
+        total += loss.detach()
+    if hidden_ND.requires_grad:
+        hidden_ND.backward(leaf.grad)
+    return total

@@ -1,0 +1,230 @@
+"""What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from convert.model import ConvertedForCausalLM, swap
+from convert.projections import refusal
+from convert.recipes import Forget, Recipe, Swap, Train, describe
+from convert.stages import align
+from kernels.selective_scan import selective_scan
+
+MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    name: str
+    what: str
+    tokens: int
+    trainable: int
+    frozen: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    teacher: str
+    target: str
+    data: str
+    device: str
+    parameters_teacher: int
+    parameters_student: int
+    steps: tuple[StepPlan, ...]
+    disk_bytes: int
+    assumptions: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+
+def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
+    """Everything about this teacher and recipe that cannot work, each in a sentence."""
+    found = []
+    host = config.host_config() if config.model_type == "converted" else config
+    if reason := refusal(host):
+        return (reason,)
+    if config.model_type == "converted" and config.keeps_attention and len({m["name"] for m in config.mixers if m}) > 1:
+        found.append("A teacher's converted layers must share one mixer; this one has several.")
+    for step in recipe.steps:
+        if isinstance(step, Swap) and step.layers and not all(0 <= i < host.num_hidden_layers for i in step.layers):
+            found.append(
+                f"Step {step.name}: layers must be within 0 .. {host.num_hidden_layers - 1}; got {', '.join(map(str, step.layers))}."
+            )
+        if not isinstance(step, Train):
+            continue
+        s = step.settings
+        if s.seq_len > host.max_position_embeddings:
+            found.append(
+                f"Step {step.name}: sequences must fit the teacher's {host.max_position_embeddings:,} positions; got --seq-len {s.seq_len:,}. Give a smaller one."
+            )
+        if s.seq_len < 2 or s.batch_tokens < s.seq_len or s.batch_tokens % s.seq_len:
+            found.append(
+                f"Step {step.name}: a batch must be whole sequences; {s.batch_tokens:,} tokens are not a multiple of --seq-len {s.seq_len:,}. Set --batch-tokens."
+            )
+        if s.tokens < 1:
+            found.append(f"Step {step.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
+        if s.schedule not in ("wsd", "cosine"):
+            found.append(f"Step {step.name}: the schedule is 'wsd' or 'cosine'; got {s.schedule!r}.")
+        for field, low, high in (("lr", 0, 10), ("warmup", 0, 1), ("decay", 0, 1), ("floor", 0, 1), ("clip", 0, 1e9)):
+            if not low <= getattr(s, field) <= high:
+                found.append(f"Step {step.name}: {field} must be within {low} .. {high:g}; got {getattr(s, field)}.")
+    return tuple(found)
+
+
+def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str, device: str) -> Plan:
+    """Counts come from the real modules on the meta device; time from rates measured here in a second."""
+    if found := refusals(config, recipe):
+        return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), found)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_teacher = _count(model)
+    flops, scan_elements = _matmul_rate(device), _scan_rate(device)
+    student, rows, biggest = model, [], 0
+    for step in recipe.steps:
+        if isinstance(step, Swap):
+            student = swap(student, step.mixer, step.options, step.layers)
+            rows.append(
+                StepPlan(step.name, f"swap in {step.mixer}" + (", must be exact" if step.exact else ""), 0, 0, _count(student), 0, 0.0)
+            )
+        elif isinstance(step, Forget):
+            rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
+        else:
+            rows.append(_train_plan(step, student, num_teacher, flops, scan_elements))
+            biggest = max(biggest, rows[-1].trainable)
+    num_student = _count(student)
+    disk = 2 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
+    assumptions = (
+        f"matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
+        f"scans with a decay per state at {scan_elements / 1e6:,.0f} M state updates/s, forward and backward (measured now)",
+        "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
+        "disk: two checkpoints of the largest step, two students, the export; held-out measurements and data come on top of the time",
+    )
+    return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
+
+
+def _count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, flops: float, scan_elements: float) -> StepPlan:
+    s = step.settings
+    trainable, total = sum(p.numel() for p in s.trains(student)), _count(student)
+    mixers = sum(p.numel() for slot in student.slots().values() for p in slot.parameters())
+    config = student.host.config
+    layers, width = config.num_hidden_layers, config.hidden_size
+    inner = width * 18 + config.intermediate_size * 3  # floats a layer keeps for its backward pass, per token (ours)
+    kept_layers = 1 if step.stage is align or s.checkpointing else layers
+    activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
+    logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
+    forward = 2 * num_teacher
+    per_token = forward + 6 * mixers if step.stage is align else forward + (8 if s.checkpointing else 6) * total
+    updates = 0  # of a decaying state, per token
+    for slot in student.slots().values():
+        rate = slot.mixer._modules.get("rate")
+        if rate is not None and rate.s.ndim == 2:
+            updates += 2 * rate.s.numel()  # numerator and denominator
+    seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + updates / scan_elements)
+    what = f"{step.stage.__name__}: {_objective(step)}, trains {s.trains.__name__}"
+    return StepPlan(
+        step.name, what, s.tokens, trainable, total - trainable, 4 * (num_teacher + total + 3 * trainable) + activations + logits, seconds
+    )
+
+
+def _objective(step: Train) -> str:
+    plain = describe(step)["settings"]["objective"]
+    if isinstance(plain, str):
+        return plain
+    terms = [f"{value:g} {key}" for key, value in plain.items() if value and key != "temperature"]
+    return " + ".join(terms) + (f" (T = {plain['temperature']:g})" if plain["temperature"] != 1 else "")
+
+
+def _matmul_rate(device: str) -> float:
+    """Floating-point operations per second of a float32 (CPU) or bfloat16 (GPU) matrix product."""
+    n, dtype = (512, torch.float32) if device == "cpu" else (4096, torch.bfloat16)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return _best(lambda: (a @ a)[0, 0].item(), 2 * n**3)
+
+
+def _scan_rate(device: str) -> float:
+    """State updates per second, forward and backward, of the selective scan."""
+    shape = {"device": device, "requires_grad": True}
+    u, delta = (torch.rand(1, 128, 256, **shape) for _ in range(2))
+    A, B = torch.rand(128, 64, **shape), torch.rand(1, 64, 256, **shape)
+    return _best(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64)
+
+
+def _best(call, work: float) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return work / min(times)
+
+
+def check_space(plan: Plan, folder: Path) -> str | None:
+    """A sentence if the disk of `folder` has less room than the run needs."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < plan.disk_bytes:
+        return f"The run needs about {size(plan.disk_bytes)} on disk; {there} has {size(free)} free. Free some, or give --out elsewhere."
+    return None
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def count(number: float) -> str:
+    for unit in ("", "k", "M", "B"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def show(plan: Plan, console: Console) -> None:
+    """The table a person reads before starting."""
+    console.print(f"[bold]{plan.teacher}[/] -> [bold]{plan.target}[/]   data {plan.data}, device {plan.device}")
+    for reason in plan.refusals:
+        console.print(f"[red]refused:[/] {reason}")
+    if plan.refusals:
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("step", "what", "tokens", "trained", "frozen", "peak memory", "time"):
+        table.add_column(column, justify="left" if column in ("step", "what") else "right")
+    for row in plan.steps:
+        trains = [count(row.tokens), count(row.trainable), count(row.frozen), size(row.peak_bytes), duration(row.seconds)]
+        table.add_row(row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), "", ""]))
+    console.print(table)
+    total = sum(row.seconds for row in plan.steps)
+    console.print(
+        f"teacher {count(plan.parameters_teacher)} parameters, student {count(plan.parameters_student)}; about {duration(total)} of training, {size(plan.disk_bytes)} of disk"
+    )
+    for line in plan.assumptions:
+        console.print(f"[dim]assumes {line}[/]")
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

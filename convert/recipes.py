@@ -1,0 +1,234 @@
+"""Recipes: what is done to a teacher, as frozen data. A target is a function that returns one; a variant edits what it returns."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from convert import objectives, stages
+from convert.errors import UserError
+from convert.mixers import MIXERS
+from convert.objectives import Distill
+from convert.stages import Settings
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Replace the token mixers of these layers (None: all). `exact`: theory says that the function stays the same, so the
+    run measures it and stops if it does not."""
+
+    name: str
+    mixer: str
+    options: object
+    layers: tuple[int, ...] | None = None
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Start the decays at a small rate instead of none, after the hand-over was checked."""
+
+    name: str
+    rate: float
+
+
+@dataclass(frozen=True)
+class Train:
+    name: str
+    stage: Callable
+    settings: Settings
+
+
+Step = Swap | Forget | Train
+
+
+@dataclass(frozen=True)
+class Recipe:
+    target: str
+    steps: tuple[Step, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(step.settings.tokens for step in self.steps if isinstance(step, Train))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the defaults depend on. Tokens are the total over all training steps."""
+
+    tokens: int
+    seq_len: int
+    batch_tokens: int
+    align_lr: float
+    distill_lr: float
+    objective: Distill
+    micro_tokens: int
+    checkpointing: bool = False
+    seed: int = 0
+
+
+def budget(
+    teacher: str, config, tokens: int | None = None, seq_len: int | None = None, batch_tokens: int | None = None, seed: int = 0
+) -> Budget:
+    """The defaults for a teacher, by its name and configuration, but for what is given."""
+    host = config.host_config() if config.model_type == "converted" else config
+    size = host.num_hidden_layers * host.hidden_size**2 * 12
+    if teacher == "neox-nano":  # ours, measured: experiments/LOG.md
+        default = Budget(1_000_000, 256, 4096, 3e-3, 1e-3, Distill(), 4096)
+    elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
+        default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
+    else:  # ours
+        default = Budget(100_000_000 if size > 2e7 else 1_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
+    tokens = tokens or default.tokens
+    if seq_len is None:  # a short budget goes into more, shorter sequences
+        seq_len = min(default.seq_len, host.max_position_embeddings, max(256, 1 << (max(tokens // 100, 1)).bit_length() - 1))
+    if batch_tokens is None:
+        batch_tokens = seq_len * max(1, min(default.batch_tokens, tokens // 150) // seq_len)
+    micro = min(batch_tokens, max(seq_len, default.micro_tokens))
+    return dataclasses.replace(
+        default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed
+    )
+
+
+ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
+
+
+def _align(budget: Budget, tokens: int) -> Train:
+    """HedgeMamba's stage 1: cosine distance of each layer's attention output, the feature maps alone."""
+    return Train("align", stages.align, _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps))
+
+
+def _distill(budget: Budget, tokens: int) -> Train:
+    """HedgeMamba's stage 2 trains everything but the embeddings, by cross-entropy; by forward KL here (ours: LOG.md)."""
+    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, stages.all_but_embeddings))
+
+
+def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable) -> Settings:
+    return Settings(
+        tokens, lr, objective, trains, budget.seq_len, budget.batch_tokens, budget.micro_tokens, budget.seed,
+        checkpointing=budget.checkpointing, evaluate_every=budget.tokens // 4,
+    )  # fmt: skip
+
+
+def to_linear(budget: Budget) -> Recipe:
+    """Attention -> Hedgehog linear attention."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    return Recipe(
+        "linear", (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first), _distill(budget, budget.tokens - first))
+    )
+
+
+def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
+    """Attention -> Hedgehog linear attention -> Mamba, which starts as exactly that (HedgeMamba, arXiv 2604.14191)."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    return Recipe(mixer, (
+        Swap("linear", "linear", MIXERS["linear"].Options()),
+        _align(budget, first),
+        Swap("handover", mixer, MIXERS[mixer].Options(), exact=True),
+        _distill(budget, budget.tokens - first),
+    ))  # fmt: skip
+
+
+def to_mamba2(budget: Budget) -> Recipe:
+    """As to_mamba, with one decay per head: the scan becomes matrix products."""
+    return to_mamba(budget, "mamba2")
+
+
+RECIPES: dict[str, Callable[[Budget], Recipe]] = {"linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2}
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The same path in seconds: three small steps of each stage."""
+
+    def shrink(step: Step) -> Step:
+        if not isinstance(step, Train):
+            return step
+        small = dataclasses.replace(step.settings, tokens=3 * 128, seq_len=64, batch_tokens=128, micro_tokens=128, evaluate_every=0)
+        return dataclasses.replace(step, settings=small)
+
+    return dataclasses.replace(recipe, steps=tuple(shrink(step) for step in recipe.steps))
+
+
+def describe(step: Step) -> dict:
+    """A step as plain data, functions by their names: what the ledger compares and the report prints."""
+    plain = dataclasses.asdict(step)
+    if isinstance(step, Train):
+        plain["stage"] = step.stage.__name__
+        plain["settings"] |= {"objective": _plain_objective(step.settings.objective), "trains": step.settings.trains.__name__}
+    return {"kind": type(step).__name__} | plain
+
+
+def _plain_objective(objective: Callable) -> str | dict:
+    return dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else objective.__name__
+
+
+def with_setting(recipe: Recipe, assignment: str) -> Recipe:
+    """`STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of its mixer's options."""
+    path, equals, value = assignment.partition("=")
+    name, dot, field = path.partition(".")
+    if not equals or not dot:
+        raise UserError(f"--set takes STEP.FIELD=VALUE; got {assignment!r}.")
+    names = [step.name for step in recipe.steps]
+    if name not in names:
+        raise UserError(f"--set {assignment}: this recipe's steps are {', '.join(names)}; there is no {name!r}.")
+    step = recipe.steps[names.index(name)]
+    changed = _replace(step, field, value, assignment)
+    return dataclasses.replace(recipe, steps=tuple(changed if s is step else s for s in recipe.steps))
+
+
+def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
+    homes = {"": step}  # where a field may live, nearest first
+    if isinstance(step, Train):
+        homes["settings"] = step.settings
+        if dataclasses.is_dataclass(step.settings.objective):
+            homes["objective"] = step.settings.objective
+    if isinstance(step, Swap):
+        homes["options"] = step.options
+    for home, holder in homes.items():
+        kinds = {
+            f.name: f.type for f in dataclasses.fields(holder) if f.name not in ("name", "mixer", "options", "stage", "settings", "exact")
+        }
+        if field in kinds:
+            new = dataclasses.replace(holder, **{field: _parse(kinds[field], field, value, assignment)})
+            if home == "":
+                return new
+            if home == "objective":
+                return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
+            return dataclasses.replace(step, **{home: new})
+    fields = [
+        f.name
+        for h in homes.values()
+        for f in dataclasses.fields(h)
+        if f.name not in ("name", "mixer", "options", "stage", "settings", "exact")
+    ]
+    raise UserError(f"--set {assignment}: step {step.name!r} has no field {field!r}; it has {', '.join(fields)}.")
+
+
+def _parse(kind, field: str, value: str, assignment: str):
+    if field == "trains":
+        return _named(stages.SELECTORS, value, assignment)
+    if field == "objective":
+        return _named({f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)}, value, assignment)
+    if field == "layers":
+        return None if value == "all" else tuple(_number(int, part, assignment) for part in value.split(","))
+    if kind is bool:
+        return _named({"true": True, "false": False}, value.lower(), assignment)
+    if kind is str:
+        return value
+    if value.lower() == "none" and type(None) in getattr(kind, "__args__", ()):
+        return None
+    return _number(float if kind is float else int, value, assignment)
+
+
+def _named(table: dict, value: str, assignment: str):
+    if value not in table:
+        raise UserError(f"--set {assignment}: the value must be one of {', '.join(table)}; got {value!r}.")
+    return table[value]
+
+
+def _number(kind: type, value: str, assignment: str):
+    try:
+        return kind(float(value)) if kind is int and float(value) == int(float(value)) else kind(value)
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"--set {assignment}: the value must be {'a whole number' if kind is int else 'a number'}; got {value!r}."
+        ) from None

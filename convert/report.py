@@ -1,0 +1,111 @@
+"""The report that a person reads, and the model card, from the numbers of a run."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from convert.plan import count, duration, size
+
+
+def show(report: dict, console: Console) -> None:
+    """The table at the end of a run."""
+    table = Table(title=f"{report['teacher']} -> {report['target']}", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("held-out text", "teacher", "student", ""):
+        table.add_column(column, justify="left" if column == "held-out text" else "right")
+    ppl = report["perplexity"]
+    table.add_row("perplexity", f"{ppl['teacher']:.3f}", f"{ppl['student']:.3f}", f"ratio {ppl['ratio']:.4f}")
+    table.add_row("same first token", "", "", f"{report['agreement']['top1']:.2%}")
+    table.add_row("KL(teacher || student)", "", "", f"{report['kl']['mean_nats']:.4f} nats")
+    for length, teacher in report["cache_bytes"]["teacher"].items():
+        student = report["cache_bytes"]["student"][length]
+        table.add_row(f"cache at {int(length):,} tokens", size(teacher), size(student), f"{student / teacher:.3g} x")
+    console.print(table)
+    console.print(_break_even(report))
+    stages = Table(box=box.SIMPLE_HEAD)
+    for column in ("step", "tokens", "time", "first loss", "last loss", "perplexity after"):
+        stages.add_column(column, justify="left" if column == "step" else "right")
+    for row in report["steps"]:
+        trained = (
+            [count(row["tokens"]), duration(row["seconds"]), f"{row['loss_first']:.4f}", f"{row['loss_last']:.4f}"]
+            if row["tokens"]
+            else [""] * 4
+        )
+        stages.add_row(row["name"], *trained, f"{row['perplexity_after']:.3f}")
+    console.print(stages)
+    for line in _facts(report):
+        console.print(line)
+
+
+def _break_even(report: dict) -> str:
+    where = report["cache_bytes"]["break_even_tokens"]
+    if where is None:
+        return "The student's cache is never the smaller one."
+    return f"The student's cache is the smaller one beyond {where:,} tokens of context."
+
+
+def _facts(report: dict) -> list[str]:
+    lines = []
+    if (handover := report["handover"]) is not None:
+        lines.append(
+            f"Hand-over over {handover['tokens']:,} tokens: logits moved by at most {handover['max_abs_logit']:.2g} (allowed {handover['allowed']:.2g}), "
+            f"perplexity by {handover['perplexity_change']:.1e} of itself."
+        )
+    for layer, lives in report["half_lives"].items():
+        quantiles = ", ".join(f"{float(q):.0%} {_tokens(v)}" for q, v in lives["tokens"].items())
+        lines.append(f"Half-lives in layer {layer}: {quantiles} tokens; {lives['alive']:.0%} of the decays moved.")
+    lines.append(
+        f"{count(report['tokens']['total'])} tokens in {duration(report['seconds']['total'])}; seed {report['seed']}; export checked in a clean process."
+    )
+    return lines
+
+
+def _tokens(value: float | None) -> str:
+    return "never" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def markdown(report: dict) -> str:
+    """report.md; its first half is the model card."""
+    ppl, parts = report["perplexity"], []
+    parts.append(f"# {report['teacher']} converted to {report['target']}\n")
+    parts.append(
+        f"Perplexity on held-out text {ppl['student']:.3f}; the teacher's is {ppl['teacher']:.3f} (ratio {ppl['ratio']:.4f}). "
+        f"The two agree on the first token at {report['agreement']['top1']:.2%} of the positions; KL {report['kl']['mean_nats']:.4f} nats per token "
+        f"({report['tokens']['measured']:,} tokens). {_break_even(report)}\n"
+    )
+    rows = ["| step | tokens | time | first loss | last loss | perplexity after |", "|---|---|---|---|---|---|"]
+    for row in report["steps"]:
+        trained = (
+            f"{row['tokens']:,} | {duration(row['seconds'])} | {row['loss_first']:.4f} | {row['loss_last']:.4f}"
+            if row["tokens"]
+            else " | | | "
+        )
+        rows.append(f"| {row['name']} | {trained} | {row['perplexity_after']:.3f} |")
+    parts.append("\n".join(rows) + "\n")
+    rows = ["| context | teacher's cache | student's cache |", "|---|---|---|"]
+    for length, teacher in report["cache_bytes"]["teacher"].items():
+        rows.append(f"| {int(length):,} | {size(teacher)} | {size(report['cache_bytes']['student'][length])} |")
+    parts.append("\n".join(rows) + "\n")
+    parts.append("\n".join(f"* {line}" for line in _facts(report)) + "\n")
+    if report["continuations"]:
+        parts.append("## Greedy continuations of held-out text\n")
+        for row in report["continuations"]:
+            for who in ("prompt", "teacher", "student"):
+                parts.append(f"**{who}**\n\n```\n{row[who].replace('```', '` ` `')}\n```\n")
+    settings = report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    parts.append(
+        f"## Provenance\n\nTeacher `{settings['teacher']}`; data `{settings['data']}` (fingerprint {settings['data_fingerprint']}); seed {report['seed']}; "
+        f"{versions}; commit {report['commit'] or 'unknown'}. Every setting is in `report.json`.\n"
+    )
+    return "\n".join(parts)
+
+
+def card(report: dict) -> str:
+    """The model card of the export: how to load it, then the report."""
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+    usage = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"
+    )
+    title, _, rest = markdown(report).partition("\n")
+    return f"{head}{title}\n\n{usage}{rest}"

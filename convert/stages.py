@@ -1,0 +1,294 @@
+"""Stages of training over one private loop. The loop is shared; each stage spells out its loss.
+
+A stage is stage(student, teacher, batches, settings, ...) -> student; `batches(step)` is the batch of a step.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from convert.data import Batch
+from convert.errors import Interrupted, UserError
+from convert.mixers.base import Context
+from convert.mixers.parts import FeatureMap
+from convert.model import ConvertedForCausalLM, attention_of, documents_of
+from convert.objectives import Distill, backward_through_head
+
+BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
+
+
+# --- what is trained: functions over the student's parts, never over names
+
+
+def feature_maps(student: ConvertedForCausalLM) -> list[nn.Parameter]:
+    """Only the maps phi (HedgeMamba's stage 1)."""
+    return [p for module in student.modules() if isinstance(module, FeatureMap) for p in module.parameters()]
+
+
+def mixers(student: ConvertedForCausalLM) -> list[nn.Parameter]:
+    """All of the new mixers, the projections they inherited included."""
+    return [p for slot in student.slots().values() for p in slot.parameters()]
+
+
+def all_but_embeddings(student: ConvertedForCausalLM) -> list[nn.Parameter]:
+    """Everything except the input and output embeddings (HedgeMamba's stage 2)."""
+    ends = {id(p) for module in (student.get_input_embeddings(), student.get_output_embeddings()) for p in module.parameters()}
+    return [p for p in student.parameters() if id(p) not in ends]
+
+
+def everything(student: ConvertedForCausalLM) -> list[nn.Parameter]:
+    return list(student.parameters())
+
+
+SELECTORS = {f.__name__: f for f in (feature_maps, mixers, all_but_embeddings, everything)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one stage. Sizes are in tokens; shares are of the stage's steps."""
+
+    tokens: int
+    lr: float
+    objective: Callable
+    trains: Callable
+    seq_len: int
+    batch_tokens: int
+    micro_tokens: int  # of one forward and backward; the rest of a batch is accumulated
+    seed: int = 0
+    schedule: str = "wsd"  # or "cosine"
+    warmup: float = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
+    decay: float = 0.1
+    floor: float = 0.02  # of the peak rate, at the end (GenDistill)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1  # of the matrices of linear layers (MOHAWK, GenDistill); everything else has none
+    clip: float = 1.0
+    checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
+    loss_chunk: int = 2048  # tokens whose logits are held at once
+    evaluate_every: int = 0  # tokens between two measurements of held-out perplexity; 0: none
+    save_every: float = 60.0  # seconds between two checkpoints
+
+    @property
+    def num_steps(self) -> int:
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.batch_tokens // self.seq_len
+
+    def rate(self, step: int) -> float:
+        """The learning rate of one step."""
+        at, warmup = (step + 1) / self.num_steps, max(self.warmup, 1 / self.num_steps)
+        if at <= warmup:
+            return self.lr * at / warmup
+        if self.schedule == "cosine":
+            return self.lr * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2)
+        return self.lr * min(1.0, max(self.floor, (1 - step / self.num_steps) / self.decay if self.decay else 1.0))
+
+
+class Silent:
+    """Tracks and keeps nothing: the default of a stage that is called by itself."""
+
+    def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
+        pass
+
+    def load(self) -> dict | None:
+        return None
+
+    def save(self, step: int, state: dict) -> None:
+        pass
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep=Silent(), measure=None) -> ConvertedForCausalLM:  # noqa: B008
+    """Each new mixer learns its layer's attention output from the teacher's own input to it.
+
+    One pass of the teacher trains all layers; each layer's graph is freed before the next one's is made."""
+    slots = student.slots()
+    blocks = list(layers_of(teacher))
+
+    def backward(batch: Batch, share: float) -> Tensor:
+        documents, losses = documents_of(batch.position_ids), []
+
+        def learn(layer: int):
+            def hook(module, args, kwargs, output):
+                x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                with torch.enable_grad(), autocast(x.device):
+                    y, _ = slots[layer].mixer(x, Context(*kwargs["position_embeddings"], None, documents))
+                    loss = settings.objective(y.float(), output[0].float()) * (share / len(slots))
+                loss.backward()
+                losses.append(loss.detach())
+
+            return hook
+
+        hooks = [attention_of(blocks[layer]).register_forward_hook(learn(layer), with_kwargs=True) for layer in slots]
+        try:
+            with torch.no_grad(), autocast(batch.input_ids.device):
+                hidden_states(teacher, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(losses).sum()
+
+    return _train(student, backward, batches, settings, track, keep, measure)
+
+
+def distill(student, teacher, batches, settings: Settings, *, track=Silent(), keep=Silent(), measure=None) -> ConvertedForCausalLM:  # noqa: B008
+    """The whole student learns the teacher's next-token distribution, or the text, as the objective says."""
+    objective: Distill = settings.objective
+
+    def backward(batch: Batch, share: float) -> Tensor:
+        targets = batch.labels.flatten()
+        real = targets != -100
+        teacher_hidden = None
+        with autocast(batch.input_ids.device):
+            if objective.needs_teacher:
+                with torch.no_grad():
+                    teacher_hidden = hidden_states(teacher, batch).flatten(0, 1)[real]
+            hidden = hidden_states(student, batch).flatten(0, 1)[real]
+            targets = targets[real]
+            scale = share / len(targets)
+
+            def loss(logits: Tensor, rows: slice) -> Tensor:
+                if teacher_hidden is None:
+                    return objective(logits, None, targets[rows]) * scale
+                with torch.no_grad():
+                    wanted = teacher.get_output_embeddings()(teacher_hidden[rows]).float()
+                return objective(logits, wanted, targets[rows]) * scale
+
+            return backward_through_head(hidden, student.get_output_embeddings(), loss, settings.loss_chunk)
+
+    return _train(student, backward, batches, settings, track, keep, measure)
+
+
+STAGES = {f.__name__: f for f in (align, distill)}
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a teacher or a student."""
+    return model.blocks if isinstance(model, ConvertedForCausalLM) else model.base_model.layers
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The last hidden states [B, T, D], before the output embeddings."""
+    if isinstance(model, ConvertedForCausalLM):
+        return model.hidden_states(batch.input_ids, position_ids=batch.position_ids)
+    return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+
+def autocast(device: torch.device):
+    """bfloat16 products where the device is fast at them; parameters, states and losses stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _optimizer(student: ConvertedForCausalLM, settings: Settings) -> torch.optim.AdamW:
+    chosen = {id(p) for p in settings.trains(student)}
+    if not chosen:
+        raise UserError(f"The stage has nothing to train: {settings.trains.__name__} selects no parameter of this student.")
+    for p in student.parameters():
+        p.requires_grad_(id(p) in chosen)
+    matrices = {id(module.weight) for module in student.modules() if isinstance(module, nn.Linear)}
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) in matrices], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def _train(student, backward, batches, settings: Settings, track, keep, measure) -> ConvertedForCausalLM:
+    """The loop. `backward(batch, share)` accumulates gradients of share x the mean loss and returns that number."""
+    device = next(student.parameters()).device
+    optimizer = _optimizer(student, settings)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    step, skipped, bad_in_a_row = 0, 0, 0
+    if (state := keep.load()) is not None:
+        with torch.no_grad():
+            for p, saved in zip(trained, state["parameters"], strict=True):
+                p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        step, skipped, bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
+        del state
+
+    def save() -> None:
+        keep.save(step, {
+            "step": step, "skipped": skipped, "bad_in_a_row": bad_in_a_row, "rng": torch.get_rng_state(),
+            "parameters": [p.detach() for p in trained], "optimizer": optimizer.state_dict(),
+        })  # fmt: skip
+
+    student.train()
+    if settings.checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    started, first_step, saved_at = time.monotonic(), step, time.monotonic()
+    bar = tqdm(
+        total=settings.num_steps * settings.batch_tokens,
+        initial=step * settings.batch_tokens,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
+    try:
+        while step < settings.num_steps:
+            batch = batches(step)
+            total = max(batch.num_targets, 1)
+            loss = 0.0
+            for part in batch.split(max(1, settings.micro_tokens // settings.seq_len)):
+                if part.num_targets:
+                    loss += backward(part.to(device), part.num_targets / total).item()
+            norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).item()
+            if math.isfinite(loss) and math.isfinite(norm):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.rate(step)
+                optimizer.step()
+                bad_in_a_row = 0
+            else:
+                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+            optimizer.zero_grad()
+            step += 1
+            tokens = step * settings.batch_tokens
+            speed = (step - first_step) * settings.batch_tokens / (time.monotonic() - started)
+            bar.update(settings.batch_tokens)
+            bar.set_postfix_str(f"loss {loss:.4f}" + (f", {skipped} skipped" if skipped else ""), refresh=False)
+            numbers = {
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/lr": settings.rate(step - 1),
+                "speed/tokens_per_s": speed,
+                "train/skipped": skipped,
+            }
+            if (
+                measure
+                and settings.evaluate_every
+                and tokens // settings.evaluate_every > (tokens - settings.batch_tokens) // settings.evaluate_every
+            ):
+                numbers["held_out/perplexity"] = measure(student)
+                student.train()
+            track.log(step, tokens, numbers)
+            if bad_in_a_row == BAD_STEPS_IN_A_ROW:
+                raise UserError(
+                    f"Training must have finite gradients; {bad_in_a_row} steps in a row had none (step {step}, learning rate "
+                    f"{settings.rate(step - 1):.2g}). Lower the rate with --set STEP.lr=..., then start again with --fresh."
+                )
+            if keep.stop_requested():
+                save()
+                raise Interrupted(f"Stopped at step {step} of {settings.num_steps}; it is saved. The same command goes on from there.")
+            if time.monotonic() - saved_at > settings.save_every and step < settings.num_steps:
+                save()
+                saved_at = time.monotonic()
+    finally:
+        bar.close()
+        if settings.checkpointing:
+            student.gradient_checkpointing_disable()
+    for p in student.parameters():
+        p.requires_grad_(False)
+        p.grad = None
+    return student.eval()

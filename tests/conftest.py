@@ -1,0 +1,82 @@
+"""What the tests share: tiny teachers of every family, and a comparison that can fail."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+VOCAB, WIDTH, LAYERS = 99, 32, 3
+
+torch.set_num_threads(1)  # on tensors this small a second thread only waits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poison():
+    """What torch.empty gives is filled with NaN, so that a read of memory nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def rms(t: Tensor) -> float:
+    return float(t.detach().double().square().mean().sqrt()) if t.numel() else 0.0
+
+
+def assert_close(actual, expected, tolerance: float, scale: float | None = None) -> None:
+    """The RMS error is within `tolerance`, and the largest error within 20 times that, both relative to `scale` (the RMS of
+    `expected`). Takes tensors, or sequences of them."""
+    if isinstance(expected, Tensor):
+        actual, expected = [actual], [expected]
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, f"item {i}: expected shape {tuple(e.shape)}, got {tuple(a.shape)}"
+        assert bool(e.isfinite().all()), f"item {i}: the expected values are not finite"
+        size, difference = rms(e) if scale is None else scale, a.detach().double() - e.detach().double()
+        error, largest = rms(difference), float(difference.abs().max()) if difference.numel() else 0.0
+        assert error <= tolerance * size, f"item {i}: RMS error {error:.2g} at scale {size:.2g}, tolerance {tolerance:.2g}"
+        assert largest <= 20 * tolerance * size, f"item {i}: largest error {largest:.2g} at scale {size:.2g}, tolerance {tolerance:.2g}"
+
+
+@functools.cache
+def _teacher(family: str, changes: tuple):
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    if family != "gpt_neox":
+        sizes |= dict(num_key_value_heads=2)
+    if family == "mistral":
+        sizes |= dict(sliding_window=None)
+    if family == "qwen3":
+        sizes |= dict(head_dim=12)  # not the width over the number of heads
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | dict(changes))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms that are not 1 and biases that are not 0, so that leaving one out shows
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_teacher(family: str, **changes):
+    """A fresh copy of a three-layer model of the family, with `changes` to its configuration. Its attention is far from
+    uniform: the weights are 15 times a usual start's."""
+    return copy.deepcopy(_teacher(family, tuple(sorted(changes.items()))))
+
+
+def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> Tensor:
+    """[batch, length], none of them special."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def perturb(mixer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter away from the exact start, in place: rates become positive, everything else gets noise."""
+    g = torch.Generator().manual_seed(seed)
+    for name, parameter in mixer.named_parameters():
+        if name.endswith("rate.s"):
+            parameter.copy_(0.001 + 0.02 * torch.rand(parameter.shape, generator=g))
+        else:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+    return mixer

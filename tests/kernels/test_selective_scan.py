@@ -1,0 +1,227 @@
+"""The chunked selective scan is the reference, and the reference is the published formula."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import assert_close
+
+import kernels.selective_scan.chunked as chunked
+from kernels.selective_scan import selective_scan
+
+FLOAT64 = 1e-13  # measured: outputs 4e-16, gradients 2e-15
+FLOAT32 = 1e-5  # measured: 3e-7
+
+OPTIONS = {
+    "plain": {},
+    "groups": dict(G=2),
+    "readings": dict(G=2, R=3),
+    "initial-state": dict(state=True),
+    "documents": dict(documents=True, state=True),
+    "normalized": dict(normalize=True),
+    "normalized-readings-state": dict(normalize=True, R=2, state=True),
+    "D-z-softplus": dict(G=2, R=2, D=True, z=True, bias=True),
+    "everything": dict(G=2, R=2, D=True, z=True, bias=True, normalize=True, documents=True, state=True),
+}
+
+
+def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, documents=False, state=False, *, channels=6, dtype=torch.float64):
+    """Arguments of selective_scan, and the names of those that have gradients. B and C are positive where they make a denominator."""
+    g = torch.Generator().manual_seed(L)
+    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
+    mapped = torch.exp if normalize else lambda t: t
+    a = dict(
+        u=normal(2, channels, L), delta=normal(2, channels, L) if bias else normal(2, channels, L).abs() + 0.1,
+        A=-normal(channels, N).abs(), B=mapped(normal(2, G, N, L)), C=mapped(normal(2, G * R, N, L)),
+        delta_softplus=bias, normalize=normalize,
+    )  # fmt: skip
+    if D:
+        a["D"] = normal(R * channels)
+    if z:
+        a["z"] = normal(2, R * channels, L)
+    if bias:
+        a["delta_bias"] = normal(channels)
+    if documents:
+        a["document_ids"] = (torch.rand(2, L, generator=g) < 0.1).cumsum(1) + 7
+    if state:
+        h = normal(2, channels, N)
+        a["initial_state"] = (h, h.abs() + 1) if normalize else h
+    a = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in a.items()}
+    if state and normalize:
+        a["initial_state"] = tuple(h.to(dtype) for h in a["initial_state"])
+    return a
+
+
+def run(arguments, impl, forward=nullcontext):
+    """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
+    arguments = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    state = arguments.get("initial_state")
+    if isinstance(state, tuple):
+        state = arguments["initial_state"] = tuple(h.clone().requires_grad_() for h in state)
+    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad] + list(state if isinstance(state, tuple) else ())
+    with forward():
+        y, last = selective_scan(**arguments, impl=impl, return_last_state=True)
+    outputs = [y, *(last if arguments["normalize"] else [last])]
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_chunked_is_the_reference(options, length):
+    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), impl) for impl in ("chunked", "reference"))
+    assert_close(outputs, expected, FLOAT64)
+    assert_close(gradients, expected_gradients, FLOAT64)
+
+
+@pytest.mark.parametrize("elements", [1, 500])
+def test_any_chunk_length_gives_the_same(monkeypatch, elements):
+    """Chunks of one step, and of four or so: wide layers and large batches get short ones."""
+    arguments = make(31, **OPTIONS["everything"])
+    expected = run(arguments, "reference")
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
+    assert chunked._chunk_length(2, 2, 6, 5, 31) == max(1, elements // 120)
+    actual = run(arguments, "chunked")
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_formula(impl):
+    """y_t = sum_s exp(sum_{s<r<=t} delta_r A) delta_s u_s B_s . C_t, in its quadratic form."""
+    a = make(9, N=3, channels=4)
+    u, delta, B, C = a["u"], a["delta"], a["B"][:, 0], a["C"][:, 0]
+    elapsed = torch.stack([torch.stack([delta[..., s + 1 : t + 1].sum(-1) for s in range(9)], -1) for t in range(9)], -2)  # [b, d, t, s]
+    decay = torch.exp(elapsed[..., None] * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()[..., None]
+    expected = torch.einsum("bdtsn,bds,bns,bnt->bdt", decay, delta * u, B, C)
+    assert_close(selective_scan(**a, impl=impl), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_normalize_divides_by_a_scan_of_ones(impl):
+    a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False)
+    state = a.pop("initial_state")
+    y, last = selective_scan(**(a | dict(normalize=True)), initial_state=state, return_last_state=True, impl=impl)
+    num, last_num = selective_scan(**a, initial_state=state[0], return_last_state=True, impl=impl)
+    den, last_den = selective_scan(**(a | dict(u=torch.ones_like(a["u"]))), initial_state=state[1], return_last_state=True, impl=impl)
+    assert_close(y, num / (den.abs() + 1e-6), FLOAT64)
+    assert_close(last, (last_num, last_den), FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_epsilon_counts_where_the_denominator_is_small(impl):
+    """One step from nothing: u d / (d + 1e-6) with d = delta B C = 1e-6 is half of u."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    y = selective_scan(3 * one, 1e-6 * one, -one[0], one, one, normalize=True, impl=impl)
+    assert y.item() == pytest.approx(1.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_documents_are_separate_runs(impl):
+    """The first continues the state it is given; the last state is the last document's."""
+    a = make(50, normalize=True, state=True)
+    a["document_ids"] = torch.tensor([4] * 20 + [9] * 30).expand(2, 50)
+    y, last = selective_scan(**a, return_last_state=True, impl=impl)
+    state = a.pop("initial_state")
+    del a["document_ids"]
+    parts = [{k: v[..., s] if k in ("u", "delta", "B", "C") else v for k, v in a.items()} for s in (slice(20), slice(20, 50))]
+    first = selective_scan(**parts[0], initial_state=state, impl=impl)
+    second, expected = selective_scan(**parts[1], return_last_state=True, impl=impl)
+    assert_close(y, torch.cat([first, second], -1), FLOAT64)
+    assert_close(last, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"])
+def test_gradients_by_finite_differences(monkeypatch, options):
+    monkeypatch.setattr(chunked, "MAX_CHUNK", 2)
+    a = make(5, N=2, channels=2, **options)
+    names = [k for k in ("u", "delta", "A", "B", "C", "initial_state") if k in a]
+
+    def scan(*tensors):
+        y, last = selective_scan(**(a | dict(zip(names, tensors, strict=True))), return_last_state=True, impl="chunked")
+        return y, *(last if options.get("normalize") else (last,))
+
+    assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_float32_is_close_to_float64(options):
+    arguments = make(127, **options)
+    single = make(127, **options, dtype=torch.float32)
+    (outputs, gradients), (expected, expected_gradients) = run(single, "chunked"), run(arguments, "reference")
+    assert all(o.dtype == torch.float32 for o in outputs)
+    assert_close(outputs, expected, FLOAT32)
+    assert_close(gradients, expected_gradients, FLOAT32)
+
+
+def test_bfloat16_keeps_float32_states():
+    y, last = selective_scan(**make(8, dtype=torch.bfloat16), return_last_state=True)
+    assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_autocast_changes_nothing(impl):
+    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
+    outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    for o, i in zip(outside, inside, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
+
+
+def saved_bytes(function) -> int:
+    """Of the storages that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        kept = function()
+    assert kept is not None
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+def test_backward_keeps_no_state_per_step():
+    """Of size [batch, D, N, L] nothing is kept: inputs and the states between chunks only."""
+    batch, channels, N, L = 2, 8, 16, 512
+    a = make(L, N=N, channels=channels, dtype=torch.float32)
+    a = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in a.items()}
+    states = 4 * batch * channels * N * L
+    assert saved_bytes(lambda: selective_scan(**a, impl="reference")) > states
+    inputs = sum(4 * v.numel() for v in a.values() if isinstance(v, torch.Tensor))
+    assert saved_bytes(lambda: selective_scan(**a, impl="chunked")) < inputs + states / 32
+
+
+WRONG = {
+    "u and delta": (dict(delta=torch.ones(2, 6, 7)), r"u and delta .*\(2, 6, 8\) and \(2, 6, 7\)"),
+    "u empty": (dict(u=torch.ones(2, 6, 0), delta=torch.ones(2, 6, 0)), r"must not be empty; got \(2, 6, 0\)"),
+    "A": (dict(A=torch.ones(5, 5)), r"A must be \[D, N\] with D = 6; got \(5, 5\)"),
+    "B": (dict(B=torch.ones(2, 1, 4, 8)), r"B must be .*batch 2, N 5, L 8; got \(2, 1, 4, 8\)"),
+    "C": (dict(C=torch.ones(2, 1, 5, 9)), r"C must be .*batch 2, N 5, L 8; got \(2, 1, 5, 9\)"),
+    "groups of B": (dict(B=torch.ones(2, 4, 5, 8), C=torch.ones(2, 4, 5, 8)), r"must divide D .*got D 6, B 4, C 4"),
+    "groups of C": (dict(B=torch.ones(2, 2, 5, 8), C=torch.ones(2, 3, 5, 8)), r"groups of C; got D 6, B 2, C 3"),
+    "impl": (dict(impl="triton"), r"'auto', 'chunked' or 'reference'; got 'triton'"),
+    "D": (dict(D=torch.ones(1)), r"D must .*6.*; got \(1,\)"),
+    "z": (dict(z=torch.ones(2, 1, 8)), r"z must .*\(2, 6, 8\).*; got \(2, 1, 8\)"),
+    "delta_bias": (dict(delta_bias=torch.ones(1)), r"delta_bias must .*6.*; got \(1,\)"),
+    "initial_state": (dict(initial_state=torch.ones(1, 6, 5)), r"initial_state must .*\(2, 6, 5\).*; got .*\(1, 6, 5\)"),
+    "initial_state pair": (dict(initial_state=torch.ones(2, 6, 5), normalize=True), r"initial_state must .*pair.*; got .*\(2, 6, 5\)"),
+    "document_ids": (dict(document_ids=torch.zeros(2, 7)), r"document_ids must .*\(2, 8\).*; got \(2, 7\)"),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_wrong_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(make(8) | changes))
+
+
+@pytest.mark.parametrize("tolerance", [1e-13, 1e-5, 2e-6])
+def test_comparison_rejects_three_times_its_tolerance(tolerance):
+    """Spread over all elements, in one element, and in a shape; within the tolerance it accepts."""
+    y = selective_scan(**make(65))
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+    size = tolerance * y.square().mean().sqrt()
+    assert_close(y + 0.5 * size * noise, y, tolerance)
+    one = torch.zeros_like(y)
+    one[0, 0, 0] = 1
+    for wrong in (y + 3 * size * noise, y + 3 * 20 * size * one, y[..., :-1], y * torch.nan):
+        with pytest.raises(AssertionError):
+            assert_close(wrong, y, tolerance)
