@@ -17,14 +17,16 @@ if _ours not in kernels.__path__:  # Hugging Face's package of that name came fi
 __all__ = ["evaluate", "load_teacher", "recipes", "run"]
 
 
+_HOMES = {"evaluate": "conversion", "run": "conversion", "load_teacher": "teachers"}
+
+
 def __getattr__(name: str):
     """Imported when first used, so that `import convert` is quick."""
     import importlib
 
     if name == "recipes":
         return importlib.import_module("convert.recipes")
-    if name == "load_teacher":
-        return importlib.import_module("convert.teachers").load_teacher
-    if name == "run" or name == "evaluate":
-        return getattr(importlib.import_module("convert.run"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"convert.{_HOMES[name]}"), name)
+    return globals()[name]

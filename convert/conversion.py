@@ -1,0 +1,313 @@
+"""run(): the one place where recipe, data, tracking, checkpoints and evaluation meet."""
+
+import difflib
+import gc
+import json
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from convert import measure, recipes, report
+from convert import plan as planning
+from convert.checkpoint import StepFolder, StopRequest, open_run, write_json
+from convert.data import Batches, TokenData, corpus, held_out_batches, tokenize
+from convert.errors import UserError
+from convert.export import check_in_clean_process, export
+from convert.mixers.parts import DecayRate
+from convert.model import ConvertedForCausalLM, swap
+from convert.recipes import Forget, Recipe, Swap, Train
+from convert.stages import hidden_states
+from convert.teachers import Source, Teacher, check_device, load_teacher, read_config, resolve
+from convert.tracking import Track
+
+console = Console()
+
+
+def run(
+    teacher: str, recipe: str | Recipe, out: str | Path | None = None, *, data: str | None = None, device: str = "auto", fresh: bool = False,
+    wandb: str | None = None, trust_remote_code: bool = False,
+) -> dict:  # fmt: skip
+    """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; returns the report.
+
+    Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured."""
+    started = time.monotonic()
+    source, config = resolve(teacher), None
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if isinstance(recipe, str):
+        recipe = default_recipe(source, config, recipe)
+    out = Path(out or f"runs/{source.name}-{recipe.target}")
+    device, data = pick_device(device), data or source.data
+    plan = planning.make_plan(source.name, config, recipe, data, device)
+    planning.show(plan, console)
+    if plan.refusals:
+        raise UserError(plan.refusals[0])
+    if reason := planning.check_space(plan, out):
+        raise UserError(reason)
+    peak = max((step.peak_bytes for step in plan.steps), default=0)
+    if device == "cpu" and peak > planning.physical_memory():
+        console.print(f"[yellow]This may not fit: about {planning.size(peak)} needed, {planning.size(planning.physical_memory())} here.[/]")
+
+    taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+    text = tokenize(corpus(data), taught.tokenizer, limit=recipe.tokens)
+    settings = {
+        "teacher": teacher, "target": recipe.target, "data": data, "data_fingerprint": text.fingerprint,
+        "steps": [recipes.describe(step) for step in recipe.steps],
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    open_run(out, settings, fresh)
+    track = Track(out, mode=wandb, config=settings, name=out.name)
+    try:
+        student, results = _steps(recipe, taught, text, out, track, StopRequest())
+        numbers = _measure(student, taught, text, recipe, settings, results)
+        numbers["export"] = _export(student, taught, out / "model", numbers, text)
+        numbers["seconds"]["this_call"] = time.monotonic() - started
+        write_json(out / "report.json", numbers)
+        (out / "report.md").write_text(report.markdown(numbers))
+        track.summary(
+            {
+                key: numbers[part][key]
+                for part, key in (("perplexity", "ratio"), ("perplexity", "student"), ("agreement", "top1"), ("kl", "mean_nats"))
+            }
+        )
+    finally:
+        track.close()
+    report.show(numbers, console)
+    console.print(
+        f'The student is in {out / "model"}, the report in {out / "report.md"}. Try:  python -m convert.generate {out} "def add("'
+    )
+    return numbers
+
+
+def _steps(
+    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, track: Track, stop: StopRequest
+) -> tuple[ConvertedForCausalLM, list[dict]]:
+    """Do the steps that are not done yet. The student of the last finished step is on disk."""
+    folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
+    results, student, tokens_before, steps_before = [], None, 0, 0
+    batches = held_out(text, recipe)
+    for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
+        result = folder.result()
+        if result is not None:
+            console.print(f"[dim]{step.name}: done, skipped[/]")
+            student = None
+        else:
+            if student is None:
+                student = folders[i - 1].student(taught.model) if i else _copy_of(taught)
+            console.print(f"[bold]{step.name}[/]")
+            student, result = _do(step, student, taught, text, folder, track, batches, tokens_before, steps_before)
+            folder.finish(student, result)
+            if i:
+                folders[i - 1].drop_weights()
+            console.print(f"[dim]{step.name}: perplexity {result['perplexity_after']:.3f}[/]")
+        results.append(result)
+        if isinstance(step, Train):
+            tokens_before += step.settings.num_steps * step.settings.batch_tokens
+            steps_before += step.settings.num_steps
+    return student or folders[-1].student(taught.model), results
+
+
+def _copy_of(taught: Teacher):
+    """The teacher again, to be converted: read anew, so that nothing is shared with the one that teaches."""
+    return load_teacher(taught.source, device=str(taught.model.device)).model
+
+
+def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before):
+    started = time.monotonic()
+    result = {"name": step.name, "kind": type(step).__name__, "tokens": 0}
+    if isinstance(step, Swap):
+        student, checked = _swap(step, student, text)
+        result["handover"] = checked
+    elif isinstance(step, Forget):
+        with torch.no_grad():
+            for module in student.modules():
+                if isinstance(module, DecayRate):
+                    module.s.fill_(step.rate)
+    else:
+        s = step.settings
+        torch.manual_seed(s.seed)
+        state = folder.load()
+        track.enter(step.name, tokens_before, steps_before, state["step"] if state else 0)
+        some = batches[: max(1, len(batches) // 4)]
+        student = step.stage(
+            student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
+            measure=lambda model: measure.perplexity(model.eval(), some),
+        )  # fmt: skip
+        losses = [row["train/loss"] for row in track.rows(step.name)]
+        few = max(1, len(losses) // 20)
+        result |= {"tokens": s.num_steps * s.batch_tokens, "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few}
+    result["perplexity_after"] = measure.perplexity(student, batches)
+    return student, result | {"seconds": time.monotonic() - started}
+
+
+HANDOVER_TOKENS = 2048
+
+
+@torch.no_grad()
+def _swap(step: Swap, student, text: TokenData):
+    """Swap; where the function must stay the same, compare the logits over 2,048 tokens and stop if they do not agree."""
+    if not step.exact:
+        return swap(student, step.mixer, step.options, step.layers).eval(), None
+    length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
+    batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
+    before, nats = hidden_states(student, batch), measure.perplexity(student, [batch])
+    student = swap(student, step.mixer, step.options, step.layers).eval()
+    after, nats_after = hidden_states(student, batch), measure.perplexity(student, [batch])
+    head, worst, largest = student.get_output_embeddings(), 0.0, 0.0
+    for a, b in zip(before[0].split(256), after[0].split(256), strict=True):
+        old, new = head(a), head(b)
+        worst, largest = max(worst, (old - new).abs().max().item()), max(largest, old.abs().max().item())
+    checked = {
+        "tokens": length,
+        "max_abs_logit": worst,
+        "allowed": max(1e-4, 1e-5 * largest),
+        "perplexity_change": abs(nats_after / nats - 1),
+    }
+    console.print(
+        f"[dim]hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity by {checked['perplexity_change']:.1e}[/]"
+    )
+    if not (worst <= checked["allowed"] and checked["perplexity_change"] < 1e-4):
+        raise RuntimeError(f"The hand-over to {step.mixer} must not change the function, and it did: {checked}.")
+    return student, checked
+
+
+def held_out(text: TokenData, recipe: Recipe):
+    """The batches every perplexity of a run is measured on: a quarter of the training budget, within 8 k and 256 k tokens."""
+    trains = [step.settings for step in recipe.steps if isinstance(step, Train)]
+    seq_len, micro = trains[-1].seq_len, trains[-1].micro_tokens
+    return held_out_batches(text.held_out, seq_len, max(1, micro // seq_len), min(max(recipe.tokens // 4, 8192), 1 << 18))
+
+
+# --- the final numbers
+
+
+def _measure(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
+    console.print("[bold]measure[/]")
+    batches = held_out(text, recipe)
+    both = measure.compare(student, taught.model, batches)
+    cache = {who: measure.cache_bytes(model) for who, model in (("teacher", taught.model), ("student", student))}
+    handovers = [r["handover"] for r in results if r.get("handover")]
+    stages = [r for r in results if r["tokens"]]
+    return {
+        "teacher": taught.source.name, "target": recipe.target, "settings": settings,
+        "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
+        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats},
+        "handover": handovers[-1] if handovers else None,
+        "seconds": {"total": sum(r["seconds"] for r in results)},
+        "tokens": {"total": sum(r["tokens"] for r in stages), "measured": both.tokens},
+        "stages": stages, "steps": results,
+        "cache_bytes": cache | {"break_even_tokens": measure.break_even(cache["teacher"], cache["student"])},
+        "half_lives": measure.half_lives(student, batches[:4]),
+        "continuations": _continuations(student, taught, text),
+        "versions": versions(), "commit": _commit(), "seed": next(s.settings.seed for s in recipe.steps if isinstance(s, Train)),
+        "device": str(student.device),
+    }  # fmt: skip
+
+
+PROMPT_TOKENS = 48
+
+
+def _continuations(student, taught: Teacher, text: TokenData) -> list[dict]:
+    """Greedy continuations of three held-out documents by both models."""
+    starts = [int(s) for s in text.held_out.starts if s + PROMPT_TOKENS < len(text.held_out)][:3] or [0]
+    prompts = [taught.tokenizer.decode(text.held_out.ids[s : s + PROMPT_TOKENS].tolist(), skip_special_tokens=True) for s in starts]
+    said = [measure.continuations(model, taught.tokenizer, prompts) for model in (taught.model, student)]
+    return [{"prompt": p, "teacher": t, "student": s} for p, t, s in zip(prompts, *said, strict=True)]
+
+
+def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
+    """Write model/, and read it back in a process that does not know this project."""
+    console.print("[bold]export[/]")
+    export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
+    ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
+    reference = _rounded_logits(student, ids, taught.dtype)
+    del student
+    gc.collect()
+    theirs = check_in_clean_process(folder, ids)
+    difference = (theirs - reference).abs().max().item()
+    allowed = max(1e-4, 1e-5 * reference.abs().max().item())
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed {allowed:.2g})."
+        )
+    return {"max_abs_logit": difference, "allowed": allowed, "dtype": str(taught.dtype).removeprefix("torch.")}
+
+
+@torch.no_grad()
+def _rounded_logits(student, ids, dtype):
+    """The student's float32 logits after its weights were rounded to the export's dtype. The student is consumed."""
+    for p in student.parameters():
+        p.copy_(p.to(dtype))
+    return student(ids.to(student.device), use_cache=False).logits.float().cpu()
+
+
+def versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "wandb"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return asked.stdout.strip() or None
+
+
+def evaluate(folder: str | Path, *, device: str = "auto") -> dict:
+    """Repeat the final measurements of a finished run; returns the report with the new numbers (the files stay as they are)."""
+    folder = Path(folder)
+    stored = folder / "report.json"
+    if not stored.exists():
+        raise UserError(
+            f"A finished run has a report.json; {folder} has none. Give a run folder, or finish it by repeating its convert.run command."
+        )
+    old = json.loads(stored.read_text())
+    settings, device = old["settings"], pick_device(device)
+    taught = load_teacher(settings["teacher"], device=device)
+    student = load_teacher(str(folder), device=device).model
+    recipe_steps = settings["steps"]
+    trained = [s["settings"] for s in recipe_steps if s["kind"] == "Train"][-1]
+    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=old["tokens"]["total"])
+    if text.fingerprint != settings["data_fingerprint"]:
+        console.print(f"[yellow]The data {settings['data']} changed since the run, so its held-out text is another one.[/]")
+    count = old["tokens"]["measured"] + trained["seq_len"]
+    batches = held_out_batches(text.held_out, trained["seq_len"], max(1, trained["micro_tokens"] // trained["seq_len"]), count)
+    both = measure.compare(student, taught.model, batches)
+    cache = {who: measure.cache_bytes(model) for who, model in (("teacher", taught.model), ("student", student))}
+    new = old | {
+        "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
+        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "tokens": old["tokens"] | {"measured": both.tokens},
+        "cache_bytes": json.loads(json.dumps(cache)) | {"break_even_tokens": measure.break_even(cache["teacher"], cache["student"])},
+        "half_lives": measure.half_lives(student, batches[:4]), "continuations": _continuations(student, taught, text),
+    }  # fmt: skip
+    report.show(new, console)
+    return new
+
+
+# --- defaults
+
+
+def pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def default_recipe(source: Source, config, target: str, *, tokens=None, seq_len=None, batch_tokens=None, seed=0) -> Recipe:
+    """The recipe of a target with the defaults of this teacher, but for what is given."""
+    if target not in recipes.RECIPES:
+        near = difflib.get_close_matches(target, recipes.RECIPES, 3, 0.3) or list(recipes.RECIPES)
+        raise UserError(f"Unknown target {target!r}. Nearest: {', '.join(near)}. All: {', '.join(recipes.RECIPES)}.")
+    return recipes.RECIPES[target](recipes.budget(source.name, config, tokens, seq_len, batch_tokens, seed))

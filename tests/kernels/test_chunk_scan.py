@@ -1,0 +1,209 @@
+"""The chunked scan with one decay per head is its reference, and the reference is the quadratic form of the paper."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import assert_close
+
+import kernels.chunk_scan.chunked as chunked
+from kernels.chunk_scan import chunk_scan
+from kernels.selective_scan import selective_scan
+
+FLOAT64 = 1e-13
+FLOAT32 = 1e-5
+
+OPTIONS = {
+    "plain": {},
+    "groups": dict(G=2),
+    "readings": dict(G=2, R=3),
+    "initial-state": dict(state=True),
+    "documents": dict(documents=True, state=True),
+    "normalized": dict(normalize=True),
+    "normalized-readings-state": dict(normalize=True, R=2, state=True),
+    "D": dict(G=2, R=2, D="channel"),
+    "everything": dict(G=2, R=2, D="head", normalize=True, documents=True, state=True),
+}
+HEADS, CHANNELS = 4, 3
+
+
+def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False, *, dtype=torch.float64):
+    """Arguments of chunk_scan. B and C are positive where they make a denominator; C has B's groups where R is 1."""
+    g = torch.Generator().manual_seed(L)
+    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
+    mapped = torch.exp if normalize else lambda t: t
+    a = dict(
+        x=normal(2, L, HEADS, CHANNELS), dt=normal(2, L, HEADS).abs() + 0.1, A=-normal(HEADS).abs(),
+        B=mapped(normal(2, L, G, N)), C=mapped(normal(2, L, G if R == 1 else R * HEADS, N)),
+    )  # fmt: skip
+    if D:
+        a["D"] = normal(R * HEADS, CHANNELS) if D == "channel" else normal(R * HEADS)
+    if state:
+        S = normal(2, HEADS, N, CHANNELS)
+        a["initial_states"] = torch.cat([S, S[..., :1].abs() + 1], -1) if normalize else S
+    a = {k: v.to(dtype) for k, v in a.items()}
+    if documents:
+        a["document_ids"] = (torch.rand(2, L, generator=g) < 0.1).cumsum(1) + 7
+    return a | dict(normalize=normalize)
+
+
+def run(arguments, impl, forward=nullcontext):
+    """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
+    arguments = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    with forward():
+        outputs = chunk_scan(**arguments, impl=impl, return_final_states=True)
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
+    return outputs, torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_chunked_is_the_reference(options, length):
+    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), impl) for impl in ("chunked", "reference"))
+    assert_close(outputs, expected, FLOAT64)
+    assert_close(gradients, expected_gradients, FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_formula(impl):
+    """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
+    a = make(9, G=2)
+    dt = a["dt"]
+    elapsed = torch.stack([torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2)  # [b, H, t, s]
+    decay = torch.exp(elapsed * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()
+    B, C = (a[name].repeat_interleave(2, 2) for name in "BC")
+    expected = torch.einsum("bhts,bthn,bshn,bsh,bshp->bthp", decay, C, B, dt, a["x"])
+    assert_close(chunk_scan(**a, impl=impl), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("readings", [1, 2])
+def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
+    """The two kernels agree where both apply; their readings are laid out differently."""
+    a = make(70, G=HEADS, R=readings, normalize=True)
+    u, delta = a["x"].flatten(2).mT, a["dt"].repeat_interleave(CHANNELS, 2).mT
+    A = a["A"].repeat_interleave(CHANNELS)[:, None].expand(-1, 5)
+    B, C = (a[name].permute(0, 2, 3, 1) for name in "BC")
+    y = selective_scan(u, delta, A, B, C, normalize=True)
+    assert_close(chunk_scan(**a, impl=impl).flatten(2).mT, y, FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_normalize_divides_by_a_scan_of_ones(impl):
+    a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False, return_final_states=True, impl=impl)
+    state = a.pop("initial_states")
+    y, last = chunk_scan(**(a | dict(normalize=True)), initial_states=state)
+    num, last_num = chunk_scan(**a, initial_states=state[..., :-1])
+    den, last_den = chunk_scan(**(a | dict(x=torch.ones_like(a["x"][..., :1]))), initial_states=state[..., -1:])
+    assert_close(y, num / (den.abs() + 1e-6), FLOAT64)
+    assert_close(last, torch.cat([last_num, last_den], -1), FLOAT64)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_epsilon_counts_where_the_denominator_is_small(impl):
+    """One step from nothing: x dt / (dt + 1e-6) with dt B C = 1e-6 is half of x."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    y = chunk_scan(3 * one, 1e-6 * one[0], -one[0, 0, 0], one, one, normalize=True, impl=impl)
+    assert y.item() == pytest.approx(1.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("border", [20, 64, 70])
+def test_documents_are_separate_runs(impl, border):
+    """The first continues the state it is given; the last state is the last document's. Borders in a chunk and between two."""
+    a = make(130, normalize=True, state=True)
+    state = a.pop("initial_states")
+    ids = torch.tensor([4] * border + [9] * (130 - border)).expand(2, -1)
+    y, last = chunk_scan(**a, initial_states=state, document_ids=ids, return_final_states=True, impl=impl)
+    parts = [{k: v[:, s] if k in ("x", "dt", "B", "C") else v for k, v in a.items()} for s in (slice(border), slice(border, None))]
+    first = chunk_scan(**parts[0], initial_states=state, impl=impl)
+    second, expected = chunk_scan(**parts[1], return_final_states=True, impl=impl)
+    assert_close(y, torch.cat([first, second], 1), FLOAT64)
+    assert_close(last, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"])
+def test_gradients_by_finite_differences(monkeypatch, options):
+    monkeypatch.setattr(chunked, "CHUNK", 2)
+    a = make(5, N=2, **options)
+    names = [k for k in ("x", "dt", "A", "B", "C", "initial_states") if k in a]
+
+    def scan(*tensors):
+        return chunk_scan(**(a | dict(zip(names, tensors, strict=True))), return_final_states=True, impl="chunked")
+
+    assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_float32_is_close_to_float64(options):
+    single = make(127, **options, dtype=torch.float32)
+    (outputs, gradients), (expected, expected_gradients) = run(single, "chunked"), run(make(127, **options), "reference")
+    assert all(o.dtype == torch.float32 for o in outputs)
+    assert_close(outputs, expected, FLOAT32)
+    assert_close(gradients, expected_gradients, FLOAT32)
+
+
+def test_strong_decay_neither_overflows_nor_vanishes():
+    """exp(+fall) alone would overflow: 127 steps of decay exp(-50)."""
+    a = make(127, normalize=True, dtype=torch.float32)
+    a["dt"], a["A"] = torch.full_like(a["dt"], 5.0), torch.full_like(a["A"], -10.0)
+    outputs, gradients = run(a, "chunked")
+    assert_close(outputs[0], a["x"], FLOAT32)  # each token sees itself alone
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_bfloat16_keeps_float32_states():
+    y, last = chunk_scan(**make(8, dtype=torch.bfloat16), return_final_states=True)
+    assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_autocast_changes_nothing(impl):
+    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
+    outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    for o, i in zip(outside, inside, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
+
+
+def saved_numbers(L: int, impl: str) -> int:
+    """How many numbers the storages hold that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+    a = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()}
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        kept = chunk_scan(**a, impl=impl)
+    assert kept is not None
+    return sum(t.untyped_storage().nbytes() for t in storages.values()) // 4
+
+
+def test_backward_keeps_nothing_quadratic_in_length(monkeypatch):
+    at_256, at_512 = saved_numbers(256, "chunked"), saved_numbers(512, "chunked")
+    assert at_512 < 2.05 * at_256
+    monkeypatch.setattr(chunked, "CHUNK", 512)  # one chunk is the quadratic form: the measure sees it
+    assert saved_numbers(512, "chunked") > 2 * HEADS * 512 * 512 > at_512
+
+
+WRONG = {
+    "x": (dict(x=torch.ones(2, 8, 4)), r"x must be \[batch, L, H, P\], not empty; got \(2, 8, 4\)"),
+    "x empty": (dict(x=torch.ones(2, 0, 4, 3)), r"not empty; got \(2, 0, 4, 3\)"),
+    "dt": (dict(dt=torch.ones(2, 7, 4)), r"dt must be \[batch, L, H\] = \(2, 8, 4\) and A \[H\]; got \(2, 7, 4\)"),
+    "A": (dict(A=torch.ones(4, 5)), r"A \[H\]; got \(2, 8, 4\) and \(4, 5\)"),
+    "B": (dict(B=torch.ones(2, 7, 1, 5)), r"B must be .* batch 2, L 8; got \(2, 7, 1, 5\)"),
+    "C": (dict(C=torch.ones(2, 8, 1, 6)), r"C must be .* batch 2, L 8; got \(2, 8, 1, 6\)"),
+    "groups of B": (dict(B=torch.ones(2, 8, 3, 5), C=torch.ones(2, 8, 3, 5)), r"must divide H; .* got H 4, B 3, C 3"),
+    "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
+    "impl": (dict(impl="triton"), r"'auto', 'chunked' or 'reference'; got 'triton'"),
+    "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
+    "initial_states": (dict(initial_states=torch.ones(1, 4, 5, 3)), r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)"),
+    "initial_states normalized": (
+        dict(initial_states=torch.ones(2, 4, 5, 3), normalize=True), r"initial_states must .*\(2, 4, 5, 4\).*; got \(2, 4, 5, 3\)",
+    ),
+    "document_ids": (dict(document_ids=torch.zeros(2, 7)), r"document_ids must .*\(2, 8\).*; got \(2, 7\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_wrong_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        chunk_scan(**(make(8) | changes))
