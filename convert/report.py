@@ -105,7 +105,7 @@ def card(report: dict) -> str:
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
     usage = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n```\n\n"
     )
     title, _, rest = markdown(report).partition("\n")
     return f"{head}{title}\n\n{usage}{rest}"

@@ -115,7 +115,8 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
     slots = student.slots()
     blocks = list(layers_of(teacher))
 
-    def backward(batch: Batch, share: float) -> Tensor:
+    def backward(batch: Batch, whole: Batch) -> Tensor:
+        share = batch.input_ids.numel() / whole.input_ids.numel()
         documents, losses = documents_of(batch.position_ids), []
 
         def learn(layer: int):
@@ -145,7 +146,7 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
     """The whole student learns the teacher's next-token distribution, or the text, as the objective says."""
     objective: Distill = settings.objective
 
-    def backward(batch: Batch, share: float) -> Tensor:
+    def backward(batch: Batch, whole: Batch) -> Tensor:
         targets = batch.labels.flatten()
         real = targets != -100
         teacher_hidden = None
@@ -155,7 +156,7 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
                     teacher_hidden = hidden_states(teacher, batch).flatten(0, 1)[real]
             hidden = hidden_states(student, batch).flatten(0, 1)[real]
             targets = targets[real]
-            scale = share / len(targets)
+            scale = 1 / whole.num_targets
 
             def loss(logits: Tensor, rows: slice) -> Tensor:
                 if teacher_hidden is None:
@@ -205,7 +206,7 @@ def _optimizer(student: ConvertedForCausalLM, settings: Settings) -> torch.optim
 
 
 def _train(student, backward, batches, settings: Settings, track, keep, measure) -> ConvertedForCausalLM:
-    """The loop. `backward(batch, share)` accumulates gradients of share x the mean loss and returns that number."""
+    """The loop. `backward(batch, whole)` accumulates the gradients of a micro-batch's part of the whole batch's loss, and returns it."""
     device = next(student.parameters()).device
     optimizer = _optimizer(student, settings)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -227,7 +228,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
 
     student.train()
     if settings.checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     started, first_step, saved_at = time.monotonic(), step, time.monotonic()
     bar = tqdm(
         total=settings.num_steps * settings.batch_tokens,
@@ -239,11 +240,8 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
     try:
         while step < settings.num_steps:
             batch = batches(step)
-            total = max(batch.num_targets, 1)
-            loss = 0.0
-            for part in batch.split(max(1, settings.micro_tokens // settings.seq_len)):
-                if part.num_targets:
-                    loss += backward(part.to(device), part.num_targets / total).item()
+            parts = [part for part in batch.split(max(1, settings.micro_tokens // settings.seq_len)) if part.num_targets]
+            loss = sum(backward(part.to(device), batch).item() for part in parts)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).item()
             if math.isfinite(loss) and math.isfinite(norm):
                 for group in optimizer.param_groups:
@@ -287,7 +285,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
     finally:
         bar.close()
         if settings.checkpointing:
-            student.gradient_checkpointing_disable()
+            student.activation_checkpointing_disable()
     for p in student.parameters():
         p.requires_grad_(False)
         p.grad = None

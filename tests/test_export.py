@@ -98,7 +98,7 @@ results["bf16"] = {
     "model": half.dtype, "logits": output.logits,
     "states": [t.dtype for layer in output.past_key_values.layers for t in getattr(layer, "state", None) or ()],
 }
-tokenizer = AutoTokenizer.from_pretrained(place / name)
+tokenizer = AutoTokenizer.from_pretrained(place / name, trust_remote_code=True)
 results["text"] = tokenizer.apply_chat_template([{"role": "user", "content": "w5"}], tokenize=False)
 torch.save(results, again / "results.pt")
 """

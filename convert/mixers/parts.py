@@ -114,19 +114,18 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None, document_ids: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if real is not None:
             x = x * real[..., None]
-        T, before = x.shape[1], self.weight.shape[1] - 1
+        T, size = x.shape[1], self.weight.shape[1]
         if state is None:
-            state = x.new_zeros(x.shape[0], before, x.shape[2])
+            state = x.new_zeros(x.shape[0], size - 1, x.shape[2])
         seen = torch.cat([state.to(x.dtype), x], 1)
-        y = seen[:, before:] * self.weight[:, before] + self.bias
-        documents = None if document_ids is None else torch.cat([document_ids[:, :1].expand(-1, before), document_ids], 1)
-        for tap in range(before):
-            past = seen[:, tap : tap + T]
-            if documents is not None:
-                past = past * (documents[:, tap : tap + T] == document_ids)[..., None]
-            y = y + past * self.weight[:, tap]
+        weight = self.weight.to(x.dtype)
+        y = F.conv1d(seen.mT, weight[:, None], self.bias.to(x.dtype), groups=x.shape[2]).mT
         tail = seen[:, T:]
-        if documents is not None:
+        if document_ids is not None:
+            documents = torch.cat([document_ids[:, :1].expand(-1, size - 1), document_ids], 1)
+            same = documents.unfold(1, size, 1) == document_ids[..., None]  # [B, T, size]
+            at = (~same.all(-1)).nonzero(as_tuple=True)  # the few tokens whose window reaches into another document
+            y = y.index_put(at, (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias.to(x.dtype))
             tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
         return y, tail.float()
 

@@ -42,10 +42,10 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
     keep = into[..., -1:]
     if document_ids is not None:
         into, out_of, keep = into * reads_state, out_of * writes_state, keep * keeps_state
-    added = torch.einsum("bchsn,bchsp->bchnp", B * out_of[..., None], x)
+    added = torch.einsum("bchsn,bchsp->bchnp", B, x * out_of[..., None])
     states = []
     for c in range(x.shape[1]):
         states.append(S)
         S = keep[:, c, :, :, None] * S + added[:, c]
-    y = y + torch.einsum("bchtrn,bchnp->bchtrp", C * into[..., None, None], torch.stack(states, 1))
+    y = y + into[..., None, None] * torch.einsum("bchtrn,bchnp->bchtrp", C, torch.stack(states, 1))
     return y.transpose(2, 3).flatten(1, 2)[:, :length], S

@@ -1,0 +1,213 @@
+"""The loop and the stages: losses fall, frozen stays frozen, accumulation and resume change nothing, bad steps are survived."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from convert import stages
+from convert.data import Batches, Tokens
+from convert.errors import Interrupted, UserError
+from convert.measure import perplexity
+from convert.model import swap
+from convert.objectives import Distill, cosine_distance, energy_mse
+from convert.stages import Settings, Silent, align, distill
+from tests.conftest import tiny_teacher
+
+SETTINGS = Settings(
+    tokens=20 * 128, lr=1e-2, objective=cosine_distance, trains=stages.mixers, seq_len=32, batch_tokens=128, micro_tokens=128
+)  # fmt: skip
+
+
+def tokens(length=4000):
+    """Text with something to learn, in documents of 50 tokens."""
+    ids = (torch.arange(length) * 7 % 23 + torch.arange(length) // 50 % 3).numpy()
+    return Tokens(ids, torch.arange(0, length, 50).numpy())
+
+
+def batches(settings=SETTINGS):
+    return Batches(tokens(), settings.seq_len, settings.num_sequences, settings.seed)
+
+
+def student_of(family, mixer="linear"):
+    teacher = tiny_teacher(family)
+    torch.manual_seed(0)
+    return swap(teacher, mixer)
+
+
+class Kept(Silent):
+    """Keeps checkpoints in memory as a file would, and asks to stop after some steps."""
+
+    def __init__(self, stop_after=None):
+        self.states, self.steps, self.stop_after = {}, 0, stop_after
+
+    def log(self, step, tokens, numbers):
+        self.steps = step
+
+    def load(self):
+        return self.states[max(self.states)] if self.states else None
+
+    def save(self, step, state):
+        import io
+
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        self.states[step] = torch.load(file, weights_only=True)
+
+    def stop_requested(self):
+        return self.stop_after is not None and self.steps >= self.stop_after
+
+
+class Logged(Silent):
+    def __init__(self):
+        self.losses, self.norms = [], []
+
+    def log(self, step, tokens, numbers):
+        self.losses.append(numbers["train/loss"])
+        self.norms.append(numbers["train/grad_norm"])
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
+@pytest.mark.parametrize("objective", [cosine_distance, energy_mse], ids=lambda f: f.__name__)
+def test_align_lowers_its_loss_and_touches_only_mixers(family, objective):
+    teacher, student, log = tiny_teacher(family), student_of(family), Logged()
+    frozen = {n: p.clone() for n, p in student.named_parameters() if ".mixer." not in n}
+    taught = {n: p.clone() for n, p in teacher.named_parameters()}
+    align(student, teacher, batches(), dataclasses.replace(SETTINGS, objective=objective), track=log)
+    assert sum(log.losses[-4:]) < 0.8 * sum(log.losses[:4])
+    for name, p in student.named_parameters():
+        assert name not in frozen or torch.equal(p, frozen[name]), name
+    for name, p in teacher.named_parameters():
+        assert torch.equal(p, taught[name]), name
+
+
+def test_align_is_teacher_forced():
+    """The loss of layer 2 does not depend on what layer 0 of the student is."""
+    teacher, losses = tiny_teacher("llama"), []
+    for noise in (0.0, 1.0):
+        student = student_of("llama")
+        with torch.no_grad():
+            for p in student.slots()[0].parameters():
+                p.add_(noise * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        per_layer = []
+        one = dataclasses.replace(SETTINGS, tokens=128, objective=lambda s, t, per_layer=per_layer: (per_layer.append(cosine_distance(s, t)), per_layer[-1])[1])
+        align(student, teacher, batches(), one)
+        losses.append([x.item() for x in per_layer])
+    assert losses[0][1:] == losses[1][1:]
+    assert losses[0][0] != losses[1][0]
+
+
+@pytest.mark.parametrize("objective", [Distill(), Distill(1.0, 0.0), Distill(0.0, 0.0, 1.0), Distill(0.5, 0.5, 0.0, 2.0)], ids=["kl", "ce", "reverse", "mixed"])
+@pytest.mark.parametrize("mixer", ["linear", "mamba", "mamba2"])
+def test_distill_lowers_its_loss_and_freezes_embeddings(objective, mixer):
+    teacher, student, log = tiny_teacher("gpt_neox"), student_of("gpt_neox", mixer), Logged()
+    with torch.no_grad():
+        for p in stages.mixers(student):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    ends = [student.get_input_embeddings().weight.clone(), student.get_output_embeddings().weight.clone()]
+    distill(student, teacher, batches(), dataclasses.replace(SETTINGS, lr=3e-3, objective=objective, trains=stages.all_but_embeddings), track=log)
+    assert sum(log.losses[-4:]) < sum(log.losses[:4])
+    assert torch.equal(student.get_input_embeddings().weight, ends[0])
+    assert torch.equal(student.get_output_embeddings().weight, ends[1])
+    assert not any(p.requires_grad for p in student.parameters())
+
+
+def test_cross_entropy_alone_does_not_run_the_teacher():
+    student = student_of("gpt_neox")
+    distill(student, None, batches(), dataclasses.replace(SETTINGS, tokens=256, objective=Distill(1.0, 0.0)))
+
+
+@pytest.mark.parametrize("stage, objective", [(align, cosine_distance), (distill, Distill())], ids=["align", "distill"])
+def test_accumulation_gives_the_same_gradients(stage, objective):
+    """Micro-batches have different numbers of targets (document borders); their shares must make up for it."""
+    logs = []
+    for micro in (128, 64, 32):
+        log = Logged()
+        stage(student_of("gpt_neox"), tiny_teacher("gpt_neox"), batches(), dataclasses.replace(SETTINGS, tokens=128, micro_tokens=micro, objective=objective), track=log)
+        logs.append((log.losses[0], log.norms[0]))
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert logs[0] == pytest.approx(logs[2], rel=1e-4)
+    shares = [batch.num_targets for batch in batches()(0).split(1)]
+    assert len(set(shares)) > 1
+
+
+def test_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        student = student_of("qwen3", "mamba2")
+        distill(student, tiny_teacher("qwen3"), batches(), dataclasses.replace(SETTINGS, tokens=384, objective=Distill(), checkpointing=checkpointing))
+        results.append(torch.cat([p.flatten() for p in stages.mixers(student)]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 19])
+@pytest.mark.parametrize("stage, objective", [(align, cosine_distance), (distill, Distill())], ids=["align", "distill"])
+def test_stopped_and_resumed_is_bit_identical(stage, objective, stop_after):
+    settings = dataclasses.replace(SETTINGS, objective=objective)
+    straight = stage(student_of("gpt_neox", "mamba2"), tiny_teacher("gpt_neox"), batches(), settings)
+    keep = Kept(stop_after)
+    with pytest.raises(Interrupted, match=f"Stopped at step {stop_after} of 20"):
+        stage(student_of("gpt_neox", "mamba2"), tiny_teacher("gpt_neox"), batches(), settings, track=keep, keep=keep)
+    keep.stop_after = None
+    resumed = stage(student_of("gpt_neox", "mamba2"), tiny_teacher("gpt_neox"), batches(), settings, track=keep, keep=keep)
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_non_finite_steps_are_skipped_then_refused():
+    def objective(student, teacher):
+        calls.append(1)
+        return cosine_distance(student, teacher) * (float("nan") if bad(len(calls)) else 1.0)
+
+    calls, student = [], student_of("gpt_neox")
+    bad = lambda n: 4 <= n <= 6  # noqa: E731  the three layers of the second step
+    settings = dataclasses.replace(SETTINGS, objective=objective)
+    align(student, tiny_teacher("gpt_neox"), batches(), dataclasses.replace(settings, tokens=512))
+    assert all(p.isfinite().all() for p in student.parameters())
+    calls.clear()
+    bad = lambda n: n > 9  # noqa: E731
+    with pytest.raises(UserError, match="5 steps in a row had none .step 8"):
+        align(student, tiny_teacher("gpt_neox"), batches(), settings)
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_schedules():
+    wsd = dataclasses.replace(SETTINGS, tokens=100 * 128, lr=1.0)
+    rates = [wsd.rate(i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:90] == [1.0] * 81 and rates[-1] == pytest.approx(0.1) and min(rates) >= 0.02
+    cosine = dataclasses.replace(wsd, schedule="cosine")
+    rates = [cosine.rate(i) for i in range(100)]
+    assert rates[9] == 1.0 and rates[-1] == pytest.approx(0.02) and rates[54] == pytest.approx(0.51, abs=0.01)
+
+
+@pytest.mark.parametrize("select, expected", [("feature_maps", 12), ("mixers", 12 + 8 * 3 - 0), ("everything", None)])
+def test_selectors_choose_by_module(select, expected):
+    student = student_of("gpt_neox")
+    chosen = stages.SELECTORS[select](student)
+    names = [n for n, p in student.named_parameters() if any(p is c for c in chosen)]
+    if select == "feature_maps":
+        assert len(chosen) == expected and all("feature_" in n for n in names)
+    elif select == "mixers":
+        assert all(".mixer." in n for n in names) and len(names) == sum(".mixer." in n for n, _ in student.named_parameters())
+    else:
+        assert len(chosen) == len(list(student.parameters()))
+
+
+def test_weight_decay_is_only_on_matrices():
+    student = student_of("gpt_neox", "mamba")
+    optimizer = stages._optimizer(student, dataclasses.replace(SETTINGS, trains=stages.everything))
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {n for n, p in student.named_parameters() if id(p) in decayed}
+    assert any("qkv.q.weight" in n for n in names)
+    assert not any(n.endswith((".s", ".bias", "conv.weight", "norm.weight", "skip")) or "feature" in n for n in names)
+
+
+def test_perplexity_by_hand():
+    teacher, batch = tiny_teacher("llama"), batches()(0)
+    with torch.no_grad():
+        logits = teacher(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.log_softmax(-1)
+    real = batch.labels != -100
+    assert not real.all()
+    nats = -logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][real].mean()
+    assert perplexity(teacher, [batch]) == pytest.approx(nats.exp().item(), rel=1e-5)
