@@ -22,6 +22,12 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """What a constructor draws depends on no other test."""
+    torch.manual_seed(0)
+
+
 def rms(t: Tensor) -> float:
     return float(t.detach().double().square().mean().sqrt()) if t.numel() else 0.0
 

@@ -12,9 +12,9 @@ from convert.mixers import MIXERS, Context, LinearAttention, Mixer
 from convert.mixers.parts import DecayRate
 from convert.projections import Projections, Shape
 
-FLOAT32 = 2e-6  # measured: 4e-7
-FLOAT64 = 1e-12  # measured: 3e-15
-EXACT = 1e-5  # of the exact start over 300 tokens; measured: 4e-7
+FLOAT32 = 2e-6  # measured: 3.4e-7
+FLOAT64 = 1e-12  # measured: 5e-15
+EXACT = 1e-5  # of the exact start over 300 tokens; measured: 2.4e-7
 
 SHAPES = {
     "mha": Shape(24, 3, 3, 8, rotary_dim=8, qkv_bias=False, out_bias=False),
@@ -40,7 +40,6 @@ def attention(shape: Shape, seed: int = 0) -> Projections:
 
 def mixer_of(name: str, shape: Shape, **options) -> Mixer:
     """Away from its exact start."""
-    torch.manual_seed(0)
     return perturb(MIXERS[name].from_projections(attention(shape), MIXERS[name].Options(**options)))
 
 
@@ -351,4 +350,4 @@ def test_bfloat16_keeps_float32_states(name, shape, how):
             y, state = in_pieces(mixer, x, c, (64, 5, 1))
     assert y.dtype == torch.bfloat16
     assert all(s.dtype == torch.float32 for s in state)
-    assert_close(y, expected, 0.05)  # measured: 0.013
+    assert_close(y, expected, 0.05)  # measured: 0.009

@@ -9,7 +9,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import tiny_teacher, token_ids
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
@@ -21,6 +20,7 @@ from convert.export import export
 from convert.model import ConvertedForCausalLM, swap
 from convert.projections import refusal
 from convert.teachers import EMBEDDED, TEACHERS, Source, check_device, is_hub_reachable, load_teacher, read_config, resolve
+from tests.conftest import tiny_teacher, token_ids
 
 PARAMETERS = {
     "pythia-14m": 14_067_712, "pythia-31m": 30_494_720, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944,

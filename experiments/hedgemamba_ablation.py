@@ -1,0 +1,154 @@
+"""Does the paper's ordering hold on neox-nano, and is the Mamba in it alive?
+
+    python -m experiments.hedgemamba_ablation                  # three seeds, half a million tokens each; resumable
+
+Every variant sees the same number of tokens. "Alive": after training, one part of the full mixer alone is set back to its start
+and perplexity measured again. "Beyond": perplexity and speed at lengths that training never saw.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from convert import load_teacher, recipes, stages
+from convert.conversion import held_out
+from convert.data import Batches, corpus, held_out_batches, tokenize
+from convert.measure import perplexity
+from convert.mixers.parts import DecayRate, ShortConv, TimeStep
+from convert.model import swap
+from convert.recipes import Train
+from convert.teachers import read_config, resolve
+
+LENGTHS = (256, 512, 1024, 2048)
+
+
+def variants(mixer: str) -> dict[str, tuple[float, str, bool]]:
+    """name -> (share of the tokens for stage 1, final mixer, q, k, v and mixer at random)."""
+    return {
+        "full, 10/90": (0.1, mixer, False),
+        "no stage 1, 0/100": (0.0, mixer, False),
+        "linear only, 10/90": (0.1, "linear", False),
+        "stage 1 only, 100/0": (1.0, mixer, False),
+        "naive direct KL": (0.0, mixer, True),
+    }
+
+
+def train(teacher, text, budget, share: float, mixer: str, naive: bool):
+    """One student, by the stages themselves."""
+    torch.manual_seed(budget.seed)
+    student = swap(copy.deepcopy(teacher.model), "linear")
+    plan = [step.settings for step in recipes.to_mamba(budget, mixer).steps if isinstance(step, Train)]
+    align, distill = (
+        dataclasses.replace(s, tokens=int(budget.tokens * part), evaluate_every=0, save_every=1e9)
+        for s, part in zip(plan, (share, 1 - share), strict=True)
+    )
+    batches = Batches(text.train, budget.seq_len, budget.batch_tokens // budget.seq_len, budget.seed)
+    if align.tokens:
+        student = stages.align(student, teacher.model, batches, align)
+    if mixer != "linear":
+        student = swap(student, mixer)
+    if naive:
+        for slot in student.slots().values():
+            for module in slot.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.reset_parameters()
+    if distill.tokens:
+        student = stages.distill(student, teacher.model, batches, distill)
+    return student.eval()
+
+
+def reset(student, part: str):
+    """The trained student with one part of every mixer as it was before training."""
+    student = copy.deepcopy(student)
+    with torch.no_grad():
+        for slot in student.slots().values():
+            fresh = type(slot.mixer)(slot.mixer.shape, slot.mixer.options)
+            kinds = {"decay": DecayRate, "conv": ShortConv, "Delta": TimeStep}
+            for name, module in slot.mixer.named_children():
+                if (part in kinds and isinstance(module, kinds[part])) or (part == "gate" and module is slot.mixer.gate):
+                    module.load_state_dict(getattr(fresh, name).state_dict())
+            if part == "skip":
+                slot.mixer.skip.zero_()
+    return student
+
+
+def beyond(model, text) -> dict[int, tuple[float, float]]:
+    """length -> (perplexity, tokens/s of a full pass), on the same tokens cut into different windows."""
+    found = {}
+    for length in LENGTHS:
+        batches = held_out_batches(text.held_out, length, max(1, 4096 // length), 1 << 16)
+        start = time.perf_counter()
+        value = perplexity(model, batches)
+        found[length] = (value, sum(b.input_ids.numel() for b in batches) / (time.perf_counter() - start))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="neox-nano")
+    parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2"))
+    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/hedgemamba-ablation"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / f"{args.mixer}-{args.tokens}.jsonl"
+    source = resolve(args.teacher)
+    teacher, config = load_teacher(source), read_config(source)
+    text = tokenize(corpus("stdlib"), teacher.tokenizer)
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    base = recipes.budget(source.name, config, args.tokens)
+    batches = held_out(text, recipes.to_mamba(base, args.mixer))
+    baseline = perplexity(teacher.model, batches)
+    for seed in range(args.seeds):
+        for name, (share, mixer, naive) in variants(args.mixer).items():
+            if any(row["variant"] == name and row["seed"] == seed for row in done):
+                continue
+            print(f"{name}, seed {seed}")
+            student = train(teacher, text, dataclasses.replace(base, seed=seed), share, mixer, naive)
+            row = {"variant": name, "seed": seed, "perplexity": perplexity(student, batches), "teacher": baseline}
+            if name == "full, 10/90":
+                row["reset"] = {part: perplexity(reset(student, part), batches) for part in ("decay", "conv", "gate", "Delta", "skip")}
+                row["beyond"] = beyond(student, text)
+            with results.open("a") as file:
+                print(json.dumps(row), file=file)
+            done.append(json.loads(json.dumps(row)))
+    show(done, baseline, beyond(teacher.model, text))
+
+
+def show(rows: list[dict], baseline: float, teacher_beyond: dict) -> None:
+    console = Console()
+    table = Table("variant", "perplexity, each seed", "mean", "spread", "ratio to the teacher", title=f"teacher {baseline:.3f}")
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        values = [row["perplexity"] for row in rows if row["variant"] == name]
+        table.add_row(name, *_spread(values), f"{statistics.mean(values) / baseline:.4f}")
+    console.print(table)
+    full = [row for row in rows if "reset" in row]
+    table = Table("set back to its start", "perplexity, each seed", "mean", "spread")
+    for part in full[0]["reset"]:
+        table.add_row(part, *_spread([row["reset"][part] for row in full]))
+    console.print(table)
+    table = Table("length", "teacher", "student, each seed", "mean", "spread", "teacher tokens/s", "student tokens/s")
+    for length, (value, speed) in teacher_beyond.items():
+        seen = [row["beyond"][str(length)] for row in full]
+        table.add_row(
+            str(length), f"{value:.3f}", *_spread([s[0] for s in seen]), f"{speed:,.0f}", f"{statistics.median(s[1] for s in seen):,.0f}"
+        )
+    console.print(table)
+
+
+def _spread(values: list[float]) -> tuple[str, str, str]:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return ", ".join(f"{v:.3f}" for v in values), f"{statistics.mean(values):.3f}", f"{spread:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Peak memory of the stages, each measured in a process of its own.
+
+python -m experiments.memory depth        # align at 6 and 24 layers: what the pass itself needs must not grow
+python -m experiments.memory head         # distill with and without the chunked loss, on a vocabulary of 50 k
+python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b's real shape, random weights in a folder
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from convert import stages
+from convert.data import Batches, Tokens
+from convert.model import swap
+from convert.objectives import Distill, cosine_distance
+from convert.stages import Settings
+from convert.teachers import read_config, resolve
+
+
+class Peak:
+    """The highest resident memory while it is open, above that at its start, in bytes; sampled every 2 ms."""
+
+    def __enter__(self):
+        self.start = self.highest = _resident()
+        self.open = True
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while self.open:
+            self.highest = max(self.highest, _resident())
+            time.sleep(0.002)
+
+    def __exit__(self, *_):
+        self.open = False
+        self.thread.join()
+        self.bytes = self.highest - self.start
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def settings(stage: str, seq_len: int, batch_tokens: int, steps: int, **changes) -> Settings:
+    objective, trains = (cosine_distance, stages.feature_maps) if stage == "align" else (Distill(), stages.all_but_embeddings)
+    base = Settings(steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens)
+    return dataclasses.replace(base, **changes)
+
+
+def random_text(vocabulary: int, length: int) -> Tokens:
+    return Tokens(np.random.default_rng(0).integers(0, vocabulary, length), np.array([0]))
+
+
+def measure(stage: str, config, mixer: str, one: Settings) -> int:
+    """Peak above parameters, gradients and moments: a first step has allocated those."""
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    student = swap(AutoModelForCausalLM.from_config(config), mixer)
+    batches = Batches(random_text(config.vocab_size, 4 * one.batch_tokens), one.seq_len, one.num_sequences)
+
+    class Watch(stages.Silent):
+        peaks = []
+
+        def log(self, step, tokens, numbers):
+            if step > 1:
+                self.peak.__exit__()
+                self.peaks.append(self.peak.bytes)
+            self.peak = Peak().__enter__()
+
+    watch = Watch()
+    stages.STAGES[stage](student, teacher, batches, one, track=watch)
+    return max(watch.peaks)
+
+
+def small(layers: int, vocabulary: int = 512):
+    return AutoConfig.for_model(
+        "gpt_neox", vocab_size=vocabulary, hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=2048,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+
+
+def in_a_process(*words) -> dict:
+    done = subprocess.run([sys.executable, "-m", "experiments.memory", *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("depth", "head", "pythia-1b", "align", "distill"))
+    parser.add_argument("numbers", nargs="*", type=int)
+    parser.add_argument("--mixer", default="mamba2")
+    args = parser.parse_args()
+    if args.what == "depth":
+        for layers in (6, 24):
+            print(f"align, {layers} layers: {in_a_process('align', layers)['peak'] / 1e6:,.0f} MB above parameters, gradients and moments")
+    elif args.what == "head":
+        for chunk in (256, 1 << 30):
+            name = f"chunks of {chunk} tokens" if chunk < 1 << 20 else "all logits at once"
+            print(f"distill, {name}: {in_a_process('distill', chunk)['peak'] / 1e6:,.0f} MB above parameters, gradients and moments")
+    elif args.what == "align":
+        print(json.dumps({"peak": measure("align", small(args.numbers[0]), args.mixer, settings("align", 512, 4096, 3))}))
+    elif args.what == "distill":
+        print(
+            json.dumps(
+                {"peak": measure("distill", small(2, 50_304), args.mixer, settings("distill", 512, 4096, 3, loss_chunk=args.numbers[0]))}
+            )
+        )
+    else:
+        pythia(args.mixer)
+
+
+def pythia(mixer: str) -> None:
+    """Through the command itself, from a folder with random weights."""
+    config = read_config(resolve("pythia-1b"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pythia-1b-shape"
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        from convert import load_teacher
+
+        load_teacher("neox-nano").tokenizer.save_pretrained(folder)
+        words = [
+            "convert.run",
+            folder,
+            "--to",
+            mixer,
+            "--data",
+            "stdlib",
+            "--out",
+            Path(name) / "run",
+            "--seq-len",
+            1024,
+            "--batch-tokens",
+            1024,
+            "--wandb",
+            "disabled",
+        ]
+        sets = ["align.tokens=2048", "distill.tokens=2048", "align.save_every=1e9", "distill.save_every=1e9"]
+        subprocess.run([sys.executable, "-m", *map(str, words), *(w for s in sets for w in ("--set", s))], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak resident memory of the run: {peak / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The command from end to end on a tiny teacher: report, resume after SIGKILL, refusals, exit codes."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from convert import checkpoint, conversion
+from convert.run import main, number_of_tokens
+from tests.conftest import VOCAB, tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A folder with a tiny GPT-NeoX and a tokenizer of single letters."""
+    folder = tmp_path_factory.mktemp("tiny-neox")
+    tiny_teacher("gpt_neox", tie_word_embeddings=False).save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, "<end>": 2} | {chr(c): c - 29 for c in range(32, 29 + VOCAB)} | {"\n": 96 + 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"{i}: " + "the cat sat on the mat and the dog sat on the log. " * (5 + i % 7))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    """No W&B, a cache of our own, and the clean process only where a test asks for it (it takes seconds)."""
+    monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids: _load(folder)(ids, use_cache=False).logits.float())
+
+
+def _load(folder):
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def command(teacher, text, out, *more, to="mamba2"):
+    return [str(teacher), "--to", to, "--data", str(text), "--out", str(out), "--tiny", "--wandb", "disabled", "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize("target", ["linear", "mamba", "mamba2"])
+def test_a_run_leaves_a_model_and_a_report(teacher, text, tmp_path, target):
+    out = tmp_path / "run"
+    assert main(command(teacher, text, out, to=target)) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["perplexity"]["ratio"] == pytest.approx(report["perplexity"]["student"] / report["perplexity"]["teacher"])
+    assert 0 <= report["agreement"]["top1"] <= 1 and report["kl"]["mean_nats"] > 0
+    assert report["tokens"]["total"] == 2 * 384 and report["seconds"]["total"] > 0 and report["seed"] == 0
+    assert [s["name"] for s in report["stages"]] == ["align", "distill"]
+    assert {"tokens", "seconds", "loss_first", "loss_last", "perplexity_after"} <= report["stages"][0].keys()
+    student = report["cache_bytes"]["student"]
+    assert student["1024"] == student["32768"] and report["cache_bytes"]["teacher"]["32768"] > 20 * report["cache_bytes"]["teacher"]["1024"]
+    assert report["versions"]["torch"] == torch.__version__
+    if target == "linear":
+        assert report["handover"] is None
+    else:
+        assert report["handover"]["max_abs_logit"] <= report["handover"]["allowed"] and report["handover"]["perplexity_change"] < 1e-4
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"], r["tokens"]) for r in rows] == [(s, i, 128 * i + t) for s, t in (("align", 0), ("distill", 384)) for i in (1, 2, 3)]
+    assert "perplexity" in (out / "report.md").read_text() and "from_pretrained" in (out / "model" / "README.md").read_text()
+
+
+def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
+    from convert.export import check_in_clean_process
+
+    monkeypatch.setattr(conversion, "check_in_clean_process", check_in_clean_process)
+    assert main(command(teacher, text, tmp_path / "run")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["export"]["max_abs_logit"] <= report["export"]["allowed"]
+
+
+def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
+    """linear -> mamba2 from the folder of a linear run; and evaluate() repeats the numbers."""
+    assert main(command(teacher, text, tmp_path / "first", to="linear")) == 0
+    assert main(command(tmp_path / "first", text, tmp_path / "second")) == 0
+    again, report = conversion.evaluate(tmp_path / "second"), json.loads((tmp_path / "second" / "report.json").read_text())
+    assert again["perplexity"]["teacher"] == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
+    assert again["perplexity"]["student"] == pytest.approx(report["perplexity"]["student"], rel=1e-6)
+    assert again["cache_bytes"]["student"] == report["cache_bytes"]["student"]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
+    """Run the command in a forked process that kills itself, as by SIGKILL, at an instant; the signal it died of."""
+    child = os.fork()
+    if child == 0:
+        die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        if instant == "before a checkpoint's rename":
+            monkeypatch.setattr(checkpoint.torch, "save", lambda state, file: (file.write(b"half"), file.flush(), die()))
+        elif instant == "after a checkpoint":
+            save = checkpoint.StepFolder.save
+            monkeypatch.setattr(checkpoint.StepFolder, "save", lambda self, step, state: (save(self, step, state), step == 2 and die()))
+        elif instant == "after the weights, before DONE":
+            write = checkpoint.write_json
+            monkeypatch.setattr(checkpoint, "write_json", lambda path, content: die() if path.parent.name == "3-distill" else write(path, content))
+        elif instant == "between two steps":
+            drop = checkpoint.StepFolder.drop_weights
+            monkeypatch.setattr(checkpoint.StepFolder, "drop_weights", lambda self: die() if self.folder.name == "1-align" else drop(self))
+        elif instant == "in the export":
+            monkeypatch.setattr(conversion, "export", die)
+        main(arguments)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+INSTANTS = ["before a checkpoint's rename", "after a checkpoint", "after the weights, before DONE", "between two steps", "in the export"]
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_killed_and_repeated_is_bit_identical(instant, teacher, text, tmp_path, monkeypatch):
+    every_step = ["--set", "align.save_every=0", "--set", "distill.save_every=0"]
+    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
+    arguments = command(teacher, text, tmp_path / "killed", *every_step)
+    assert killed_at(instant, arguments, monkeypatch) == signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    assert main(arguments) == 0
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert straight.keys() == resumed.keys()
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+    losses = [[json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("straight", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatch, capsys):
+    log = conversion.Track.log
+    monkeypatch.setattr(conversion.Track, "log", lambda self, *a: (log(self, *a), a[0] == 2 and os.kill(os.getpid(), signal.SIGTERM)))
+    assert main(command(teacher, text, tmp_path / "run")) == 130
+    assert "Stopped at step 2 of 3; it is saved. The same command goes on from there." in capsys.readouterr().err
+    assert (tmp_path / "run" / "steps" / "1-align" / "checkpoint-2.pt").exists()
+
+
+def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(teacher, text, out)) == 0
+    before = (out / "steps" / "3-distill" / "DONE").stat().st_mtime_ns
+    assert main(command(teacher, text, out)) == 0
+    assert (out / "steps" / "3-distill" / "DONE").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(command(teacher, text, out, "--set", "distill.lr=0.5")) == 2
+    error = capsys.readouterr().err
+    assert "steps.distill.settings.lr: 0.0001 -> 0.5" in error and "--fresh" in error
+    assert main(command(teacher, text, out, "--set", "distill.lr=0.5", "--fresh")) == 0
+    assert (tmp_path / "run.old-1" / "report.json").exists()
+
+
+def test_an_out_that_belongs_to_something_else_is_refused(teacher, text, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    for more in ([], ["--fresh"]):
+        assert main(command(teacher, text, tmp_path / "thesis", *more)) == 2
+        assert "Give another --out." in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch, capsys):
+    every_step = ["--set", "distill.save_every=0"]
+    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
+    arguments = command(teacher, text, tmp_path / "run", *every_step)
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    newest = tmp_path / "run" / "steps" / "3-distill" / "checkpoint-2.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert main(arguments) == 0
+    assert "damaged" in capsys.readouterr().out
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def test_a_full_disk_is_one_sentence(teacher, text, tmp_path, monkeypatch, capsys):
+    def full(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    assert main(command(teacher, text, tmp_path / "run", "--set", "align.save_every=0")) == 2
+    assert "Free some space; the same command goes on from the last one." in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("convert.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert main(command(teacher, text, tmp_path / "other")) == 2
+    assert "1e+03 B free" in (error := capsys.readouterr().err) or "kB free" in error
+
+
+def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, monkeypatch, capsys):
+    from convert.mixers import Mamba2
+
+    start = Mamba2.from_projections.__func__
+
+    def off(cls, projections, options):
+        mixer = start(cls, projections, options)
+        mixer.conv.weight.data[:, 0] = 0.01
+        return mixer
+
+    monkeypatch.setattr(Mamba2, "from_projections", classmethod(off))
+    assert main(command(teacher, text, tmp_path / "run")) == 1
+    assert "must not change the function, and it did" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--to", "mamba3"], "Unknown target 'mamba3'. Nearest: mamba"),
+        (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, distill"),
+        (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
+        (["--set", "distill.lr=fast"], "the value must be a number; got 'fast'"),
+        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, everything"),
+        (["--set", "align"], "--set takes STEP.FIELD=VALUE"),
+        (["--set", "distill.lr=-1"], "lr must be within 0 .. 10"),
+        (["--set", "distill.seq_len=4096", "--set", "distill.batch_tokens=4096"], "must fit the teacher's 512 positions"),
+        (["--set", "distill.batch_tokens=100"], "a batch must be whole sequences"),
+        (["--tokens", "many"], "A number of tokens is written 20000, 500k, 12M or 1B; got 'many'"),
+        (["--device", "cuda:9"], "cuda:9"),
+        (["--data", "/no/such/place"], "There is no data at '/no/such/place'"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_code_2(more, words, teacher, text, tmp_path, capsys):
+    assert main(command(teacher, text, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):
+    assert main(command(teacher, text, tmp_path / "run", "--plan")) == 0
+    printed = capsys.readouterr().out
+    assert "distill" in printed and "assumes" in printed
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("text, expected", [("20000", 20_000), ("500k", 500_000), ("12M", 12_000_000), ("1.5B", 1_500_000_000)])
+def test_numbers_of_tokens(text, expected):
+    assert number_of_tokens(text) == expected
