@@ -6,7 +6,9 @@ class EditableOnly(bdist_wheel):
     """A wheel would overwrite the `kernels` package of Hugging Face, where that is installed; an editable install does not."""
 
     def run(self):
-        raise SystemExit("This project is installed in place: use `pip install -e .` (its `kernels` folder shares a name with another package).")
+        raise SystemExit(
+            "This project is installed in place: use `pip install -e .` (its `kernels` folder shares a name with another package)."
+        )
 
 
 setup(

@@ -209,7 +209,7 @@ def load_teacher(
         local = not (source.is_remote and is_hub_reachable())
         tokenizer = _load_tokenizer(source, config.vocab_size, trust, local)
         model = _load_model(source, None if source.is_remote else config, dtype, trust, local)
-    model.requires_grad_(False).eval().to(place)
+    model.requires_grad_(False).to(place)
     return Teacher(source, model, tokenizer, dtype if source.gguf else config.dtype or dtype)
 
 

@@ -72,7 +72,9 @@ def test_a_run_leaves_a_model_and_a_report(teacher, text, tmp_path, target):
     else:
         assert report["handover"]["max_abs_logit"] <= report["handover"]["allowed"] and report["handover"]["perplexity_change"] < 1e-4
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"], r["tokens"]) for r in rows] == [(s, i, 128 * i + t) for s, t in (("align", 0), ("distill", 384)) for i in (1, 2, 3)]
+    assert [(r["stage"], r["step"], r["tokens"]) for r in rows] == [
+        (s, i, 128 * i + t) for s, t in (("align", 0), ("distill", 384)) for i in (1, 2, 3)
+    ]
     assert "perplexity" in (out / "report.md").read_text() and "from_pretrained" in (out / "model" / "README.md").read_text()
 
 
@@ -111,7 +113,9 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
             monkeypatch.setattr(checkpoint.StepFolder, "save", lambda self, step, state: (save(self, step, state), step == 2 and die()))
         elif instant == "after the weights, before DONE":
             write = checkpoint.write_json
-            monkeypatch.setattr(checkpoint, "write_json", lambda path, content: die() if path.parent.name == "3-distill" else write(path, content))
+            monkeypatch.setattr(
+                checkpoint, "write_json", lambda path, content: die() if path.parent.name == "3-distill" else write(path, content)
+            )
         elif instant == "between two steps":
             drop = checkpoint.StepFolder.drop_weights
             monkeypatch.setattr(checkpoint.StepFolder, "drop_weights", lambda self: die() if self.folder.name == "1-align" else drop(self))
@@ -138,7 +142,10 @@ def test_killed_and_repeated_is_bit_identical(instant, teacher, text, tmp_path, 
     assert straight.keys() == resumed.keys()
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
-    losses = [[json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("straight", "killed")]
+    losses = [
+        [json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("straight", "killed")
+    ]
     assert losses[0] == losses[1]
 
 

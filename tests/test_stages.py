@@ -91,14 +91,18 @@ def test_align_is_teacher_forced():
             for p in student.slots()[0].parameters():
                 p.add_(noise * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
         per_layer = []
-        one = dataclasses.replace(SETTINGS, tokens=128, objective=lambda s, t, per_layer=per_layer: (per_layer.append(cosine_distance(s, t)), per_layer[-1])[1])
+        one = dataclasses.replace(
+            SETTINGS, tokens=128, objective=lambda s, t, per_layer=per_layer: (per_layer.append(cosine_distance(s, t)), per_layer[-1])[1]
+        )
         align(student, teacher, batches(), one)
         losses.append([x.item() for x in per_layer])
     assert losses[0][1:] == losses[1][1:]
     assert losses[0][0] != losses[1][0]
 
 
-@pytest.mark.parametrize("objective", [Distill(), Distill(1.0, 0.0), Distill(0.0, 0.0, 1.0), Distill(0.5, 0.5, 0.0, 2.0)], ids=["kl", "ce", "reverse", "mixed"])
+@pytest.mark.parametrize(
+    "objective", [Distill(), Distill(1.0, 0.0), Distill(0.0, 0.0, 1.0), Distill(0.5, 0.5, 0.0, 2.0)], ids=["kl", "ce", "reverse", "mixed"]
+)
 @pytest.mark.parametrize("mixer", ["linear", "mamba", "mamba2"])
 def test_distill_lowers_its_loss_and_freezes_embeddings(objective, mixer):
     teacher, student, log = tiny_teacher("gpt_neox"), student_of("gpt_neox", mixer), Logged()
@@ -106,7 +110,13 @@ def test_distill_lowers_its_loss_and_freezes_embeddings(objective, mixer):
         for p in stages.mixers(student):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     ends = [student.get_input_embeddings().weight.clone(), student.get_output_embeddings().weight.clone()]
-    distill(student, teacher, batches(), dataclasses.replace(SETTINGS, lr=3e-3, objective=objective, trains=stages.all_but_embeddings), track=log)
+    distill(
+        student,
+        teacher,
+        batches(),
+        dataclasses.replace(SETTINGS, lr=3e-3, objective=objective, trains=stages.all_but_embeddings),
+        track=log,
+    )
     assert sum(log.losses[-4:]) < sum(log.losses[:4])
     assert torch.equal(student.get_input_embeddings().weight, ends[0])
     assert torch.equal(student.get_output_embeddings().weight, ends[1])
@@ -124,7 +134,13 @@ def test_accumulation_gives_the_same_gradients(stage, objective):
     logs = []
     for micro in (128, 64, 32):
         log = Logged()
-        stage(student_of("gpt_neox"), tiny_teacher("gpt_neox"), batches(), dataclasses.replace(SETTINGS, tokens=128, micro_tokens=micro, objective=objective), track=log)
+        stage(
+            student_of("gpt_neox"),
+            tiny_teacher("gpt_neox"),
+            batches(),
+            dataclasses.replace(SETTINGS, tokens=128, micro_tokens=micro, objective=objective),
+            track=log,
+        )
         logs.append((log.losses[0], log.norms[0]))
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     assert logs[0] == pytest.approx(logs[2], rel=1e-4)
@@ -136,7 +152,12 @@ def test_checkpointing_changes_nothing():
     results = []
     for checkpointing in (False, True):
         student = student_of("qwen3", "mamba2")
-        distill(student, tiny_teacher("qwen3"), batches(), dataclasses.replace(SETTINGS, tokens=384, objective=Distill(), checkpointing=checkpointing))
+        distill(
+            student,
+            tiny_teacher("qwen3"),
+            batches(),
+            dataclasses.replace(SETTINGS, tokens=384, objective=Distill(), checkpointing=checkpointing),
+        )
         results.append(torch.cat([p.flatten() for p in stages.mixers(student)]))
     assert torch.equal(*results)
 

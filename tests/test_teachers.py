@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from convert import teachers
@@ -150,14 +150,15 @@ def test_wrong_folders_and_files(tmp_path):
 
 
 def test_load_a_folder(folder):
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
     teacher = load_teacher(str(folder))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
     assert teacher.dtype == torch.bfloat16 and teacher.model.dtype == torch.float32
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
     assert teacher.model.config._attn_implementation == "sdpa"
     tokenizer = teacher.tokenizer
     assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("left", 2, 2)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
     expected = tiny_teacher("gpt_neox").to(torch.bfloat16).float()
     ids = token_ids()
     assert torch.equal(teacher.model(ids).logits, expected(ids).logits)
@@ -183,12 +184,19 @@ def test_a_run_is_a_teacher_and_its_code_is_not_run(folder, tmp_path, monkeypatc
     export(student, load_teacher(str(folder)).tokenizer, run / "model", card="")
     for code in (run / "model").glob("*.py"):
         code.write_text("raise RuntimeError('the code of a folder of ours was run')")
+    trusted = []
+    for auto in (AutoConfig, AutoModelForCausalLM):
+        read = auto.from_pretrained
+        monkeypatch.setattr(
+            auto, "from_pretrained", lambda where, read=read, **how: trusted.append(how["trust_remote_code"]) or read(where, **how)
+        )
     source = resolve(str(run))
     assert source == Source("tiny-mamba2", "run", str(run / "model"), teachers.FINEWEB)
     for trust in (False, True):
         teacher = load_teacher(source, trust_remote_code=trust)
         assert type(teacher.model) is ConvertedForCausalLM and not teacher.model.training
     assert torch.equal(teacher.model(token_ids(), use_cache=False).logits, student(token_ids(), use_cache=False).logits)
+    assert trusted and not any(trusted)
     assert resolve(str(run / "model")).kind == "folder"
 
 
@@ -294,6 +302,10 @@ def test_no_network_but_a_cache(folder, offline):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match="weights of somebody/tiny are damaged .*Delete them from .*cache"):
         load_teacher("somebody/tiny")
+    weights.unlink()
+    torch.save(tiny_teacher("gpt_neox").state_dict(), weights.with_name("pytorch_model.bin"))
+    with pytest.raises(UserError):
+        load_teacher("somebody/tiny")
 
 
 class Answer:
@@ -316,7 +328,8 @@ class Answer:
     ],
 )
 def test_what_the_hub_answers(cause, message, monkeypatch):
-    def ask(*args, **kwargs):
+    def ask(where, local_files_only):
+        assert not local_files_only
         raise OSError("wrapped") from cause
 
     monkeypatch.setattr(teachers, "is_hub_reachable", lambda: True)
@@ -343,8 +356,9 @@ def test_is_hub_reachable(monkeypatch):
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
             monkeypatch.setenv("http_proxy", proxy)
             assert is_hub_reachable() is expected
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-    assert not is_hub_reachable()
+        monkeypatch.setenv("http_proxy", "")
+        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+        assert not is_hub_reachable()
 
 
 def test_gguf_files(tmp_path, monkeypatch):

@@ -49,7 +49,9 @@ def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False
 
 def run(arguments, impl, forward=nullcontext):
     """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
-    arguments = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    arguments = {
+        k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+    }
     leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     with forward():
         outputs = chunk_scan(**arguments, impl=impl, return_final_states=True)
@@ -124,7 +126,9 @@ def test_documents_are_separate_runs(impl, border):
     assert_close(last, expected, FLOAT64)
 
 
-@pytest.mark.parametrize("options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"])
+@pytest.mark.parametrize(
+    "options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"]
+)
 def test_gradients_by_finite_differences(monkeypatch, options):
     monkeypatch.setattr(chunked, "CHUNK", 2)
     a = make(5, N=2, **options)
@@ -169,9 +173,14 @@ def test_autocast_changes_nothing(impl):
 
 def saved_numbers(L: int, impl: str) -> int:
     """How many numbers the storages hold that autograd keeps for the backward pass: a view keeps all of what it looks at."""
-    a = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()}
+    a = {
+        k: v.requires_grad_() if isinstance(v, torch.Tensor) else v
+        for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()
+    }
     storages = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         kept = chunk_scan(**a, impl=impl)
     assert kept is not None
     return sum(t.untyped_storage().nbytes() for t in storages.values()) // 4

@@ -12,7 +12,7 @@ from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 
-STAND_IN = '''
+STAND_IN = """
 import builtins
 from kernels.layer import Mode
 
@@ -28,7 +28,7 @@ def use_kernel_forward_from_hub(*names):
     return lambda target: target
 
 use_kernelized_func = use_kernel_forward_from_hub
-'''
+"""
 
 LLAMA = "from transformers import LlamaForCausalLM"
 OURS = """
@@ -95,7 +95,9 @@ def test_our_imports_never_run_theirs(theirs):
     (theirs / "kernels" / "__init__.py").write_text("raise RuntimeError('theirs was run')")
     ours = sorted(p.stem for p in (ROOT / "kernels").iterdir() if p.stem[0] not in "._" and (p.is_dir() or p.suffix == ".py"))
     assert {"chunk_scan", "selective_scan"} <= set(ours)
-    code = "\n".join(f"try:\n    from kernels import {name}\nexcept ModuleNotFoundError as e:\n    assert e.name == 'triton', e" for name in ours)
+    code = "\n".join(
+        f"try:\n    from kernels import {name}\nexcept ModuleNotFoundError as e:\n    assert e.name == 'triton', e" for name in ours
+    )
     python(code, ROOT, theirs)
 
 

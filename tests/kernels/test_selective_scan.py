@@ -54,11 +54,15 @@ def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, docume
 
 def run(arguments, impl, forward=nullcontext):
     """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
-    arguments = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    arguments = {
+        k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+    }
     state = arguments.get("initial_state")
     if isinstance(state, tuple):
         state = arguments["initial_state"] = tuple(h.clone().requires_grad_() for h in state)
-    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad] + list(state if isinstance(state, tuple) else ())
+    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad] + list(
+        state if isinstance(state, tuple) else ()
+    )
     with forward():
         y, last = selective_scan(**arguments, impl=impl, return_last_state=True)
     outputs = [y, *(last if arguments["normalize"] else [last])]
@@ -133,7 +137,9 @@ def test_documents_are_separate_runs(impl):
     assert_close(last, expected, FLOAT64)
 
 
-@pytest.mark.parametrize("options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"])
+@pytest.mark.parametrize(
+    "options", [dict(state=True), dict(normalize=True, G=2, R=2, documents=True)], ids=["state", "normalized-documents"]
+)
 def test_gradients_by_finite_differences(monkeypatch, options):
     monkeypatch.setattr(chunked, "MAX_CHUNK", 2)
     a = make(5, N=2, channels=2, **options)
@@ -172,7 +178,9 @@ def test_autocast_changes_nothing(impl):
 def saved_bytes(function) -> int:
     """Of the storages that autograd keeps for the backward pass: a view keeps all of what it looks at."""
     storages = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         kept = function()
     assert kept is not None
     return sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -1,0 +1,342 @@
+"""Text becomes the same tokens and the same batches every time, or one sentence says why not."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from convert import data
+from convert.data import Batches, Tokens, corpus, held_out_batches, is_held_out, tokenize
+from convert.errors import UserError
+
+WORDS = "the state of a scan does not grow with the text that it reads".split()
+
+
+def make_tokenizer(size: int = 280, eos: str = "<end>") -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<end>", "<turn>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=eos, eos_token=eos, pad_token=eos)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """70 documents, more than are tokenised at once."""
+    root = tmp_path / "texts"
+    for i in range(70):
+        file = root / f"part{i % 3}" / f"{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(" ".join(WORDS[: 3 + i % 11]) + f" {i}\n")
+    return root
+
+
+def counted(length: int = 200, starts=(0, 7, 8, 40, 41, 42, 100)) -> Tokens:
+    """Each token is its own place, so that a window says where it was taken."""
+    return Tokens(np.arange(length), np.array(starts))
+
+
+def same(a: Tokens, b: Tokens) -> bool:
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.starts, b.starts)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    batches = Batches(counted(), seq_len=16, num_sequences=3, seed=1)
+    sequence = [batches(step).input_ids for step in range(20)]
+    for step in (19, 0, 7):  # in any order, by another object
+        assert torch.equal(Batches(counted(), 16, 3, seed=1)(step).input_ids, sequence[step])
+    assert not torch.equal(sequence[0], sequence[1])
+    assert not torch.equal(Batches(counted(), 16, 3, seed=2)(0).input_ids, sequence[0])
+
+
+def test_an_epoch_sees_every_window_once():
+    """And the next one in another order, from another offset."""
+    batches = Batches(counted(1000), seq_len=16, num_sequences=1)
+    per_epoch = 1000 // 16 - 1
+    epochs = [[batches(e * per_epoch + i).input_ids[0, 0].item() for i in range(per_epoch)] for e in range(2)]
+    for starts in epochs:
+        assert np.array_equal(np.diff(sorted(starts)), [16] * (per_epoch - 1))
+    assert epochs[0] != epochs[1] and min(epochs[0]) != min(epochs[1])
+
+
+@pytest.mark.parametrize("take", [lambda t: Batches(t, 16, 11)(0), lambda t: held_out_batches(t, 16, 5, 1000)[0]], ids=["train", "held-out"])
+def test_labels_and_positions_at_document_borders(take):
+    """By brute force: a label is the next token, or -100 where that begins a document; positions count from a document's
+    or the window's first token."""
+    tokens = counted()
+    batch, starts = take(tokens), set(tokens.starts.tolist())
+    for ids, labels, positions in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(), strict=True):
+        position = -1
+        for t, place in enumerate(ids):
+            assert place == ids[0] + t
+            position = 0 if place in starts else position + 1
+            assert positions[t] == position
+            assert labels[t] == (-100 if place + 1 in starts else place + 1)
+    assert bool((batch.labels == -100).any()), "no border was seen"
+    assert batch.num_targets == int((batch.labels != -100).sum()) < batch.labels.numel()
+
+
+def test_micro_batches():
+    batch = Batches(counted(), 16, 5)(0)
+    parts = batch.split(2)
+    assert [p.input_ids.shape for p in parts] == [(2, 16), (2, 16), (1, 16)]
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(batch, name))
+
+
+def test_held_out_windows_are_spread_over_the_text():
+    batches = held_out_batches(counted(1000), seq_len=10, num_sequences=4, max_tokens=105)
+    starts = torch.cat([b.input_ids[:, 0] for b in batches]).tolist()
+    assert [len(b.input_ids) for b in batches] == [4, 4, 2]
+    assert starts == [0, 90, 190, 290, 390, 490, 590, 690, 790, 890]
+    everything = held_out_batches(counted(1000), 10, 99, 10**9)[0]
+    assert everything.input_ids[:, 0].tolist() == list(range(0, 990, 10))
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(UserError, match="at least two sequences of 100 tokens; the data has 200 tokens. Give more data or a smaller --seq-len"):
+        Batches(counted(), 100, 1)
+    with pytest.raises(UserError, match="Held-out text has 200 tokens, fewer than one sequence of 200"):
+        held_out_batches(counted(), 200, 1, 1000)
+
+
+def test_tokens_are_those_of_the_documents(folder, tokenizer):
+    """In order, each ended by the end token, in the split its key decides."""
+    documents = list(corpus(str(folder)).documents())
+    result = tokenize(corpus(str(folder)), tokenizer)
+    for part, tokens in ((False, result.train), (True, result.held_out)):
+        expected = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for key, text in documents if is_held_out(key) == part]
+        assert tokens.ids.tolist() == sum(expected, [])
+        assert tokens.starts.tolist() == np.cumsum([0] + [len(ids) for ids in expected[:-1]]).tolist()
+    assert result.text_bytes == sum(len(text.encode()) for _, text in documents)
+    assert len(result.held_out.starts) > 1
+
+
+def test_is_held_out_is_fixed():
+    """For ever: or what was held out of one run is trained on by the next."""
+    assert [i for i in range(100) if is_held_out(f"{i}.txt")] == [1, 18, 20, 39, 65, 71, 77, 85, 89, 97]
+    assert sum(is_held_out(f"{i}") for i in range(8000)) / 8000 == pytest.approx(1 / 16, rel=0.15)
+
+
+def test_the_root_does_not_matter(folder, tokenizer, tmp_path):
+    """The same files elsewhere: the same held-out documents, the same cache."""
+    first = tokenize(corpus(str(folder)), tokenizer)
+    elsewhere = shutil.copytree(folder, tmp_path / "quite" / "another place")
+    second = tokenize(corpus(str(elsewhere)), tokenizer)
+    assert second.fingerprint == first.fingerprint
+    assert same(second.held_out, first.held_out)
+
+
+def test_read_from_the_cache_the_second_time(folder, tokenizer, monkeypatch):
+    first = tokenize(corpus(str(folder)), tokenizer)
+    monkeypatch.setattr(data, "_write_cache", None)
+    second = tokenize(corpus(str(folder)), tokenizer)
+    assert same(second.train, first.train) and same(second.held_out, first.held_out)
+    assert (second.fingerprint, second.text_bytes) == (first.fingerprint, first.text_bytes)
+
+
+def test_the_key_follows_text_and_tokenizer(folder, tokenizer):
+    key = tokenize(corpus(str(folder)), tokenizer).fingerprint
+    assert tokenize(corpus(str(folder)), make_tokenizer()).fingerprint == key
+    assert tokenize(corpus(str(folder)), make_tokenizer(size=270)).fingerprint != key
+    file = folder / "part0" / "0.txt"
+    text = file.read_text()
+    file.write_text(text.replace("the", "The", 1))
+    assert tokenize(corpus(str(folder)), tokenizer).fingerprint != key
+    file.write_text(text)
+    file.rename(folder / "part0" / "zero.txt")  # its split may change with its key
+    assert tokenize(corpus(str(folder)), tokenizer).fingerprint != key
+
+
+def test_the_key_follows_the_end_token(folder, tokenizer):
+    """Base and instruct tokenizers often differ in nothing else, and every document ends in it."""
+    first, second = (tokenize(corpus(str(folder)), t) for t in (tokenizer, make_tokenizer(eos="<turn>")))
+    assert first.fingerprint != second.fingerprint
+    assert second.train.ids[-1] != first.train.ids[-1]
+
+
+def test_the_key_ignores_what_the_tokenizer_was_used_for(folder):
+    """Padding and truncation of an earlier call stay in the tokenizer, but decide nothing here."""
+    tokenizer = make_tokenizer()
+    key = tokenize(corpus(str(folder)), tokenizer).fingerprint
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert tokenize(corpus(str(folder)), tokenizer).fingerprint == key
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()  # not in place: a test may still have it mapped
+    file.write_bytes(content)
+
+
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+DAMAGE = {
+    "train": lambda entry: flip(entry / "train.npy"),
+    "train-starts": lambda entry: flip(entry / "train_starts.npy"),
+    "held-out": lambda entry: flip(entry / "held_out.npy"),
+    "held-out-starts": lambda entry: flip(entry / "held_out_starts.npy"),
+    "file-missing": lambda entry: (entry / "train.npy").unlink(),
+    "meta-missing": lambda entry: (entry / "meta.json").unlink(),
+    "meta-cut": lambda entry: (entry / "meta.json").write_text((entry / "meta.json").read_text()[:40]),
+    "meta-other": lambda entry: (entry / "meta.json").write_text("[]"),
+    "meta-number": lambda entry: edit(entry / "meta.json", '"text_bytes": ', '"text_bytes": 1'),
+    "meta-key": lambda entry: edit(entry / "meta.json", "text_bytes", "text_bites"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_rebuilt(damage, folder, tokenizer, cache, capsys):
+    """With a line that says so; the damaged one is kept aside."""
+    good = tokenize(corpus(str(folder)), tokenizer)
+    entry = cache / good.fingerprint
+    assert capsys.readouterr().out == ""
+    damage(entry)
+    again = tokenize(corpus(str(folder)), tokenizer)
+    assert same(again.train, good.train) and same(again.held_out, good.held_out)
+    assert again.text_bytes == good.text_bytes
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"The token cache {entry} is damaged (" in out and "rebuilt" in out
+    assert len([p for p in cache.iterdir() if ".damaged-" in p.name]) == 1
+
+
+def test_a_cache_can_be_damaged_twice(folder, tokenizer, cache):
+    """In one process: what was set aside the first time is not in the way."""
+    entry = cache / tokenize(corpus(str(folder)), tokenizer).fingerprint
+    for _ in range(2):
+        flip(entry / "train.npy")
+        assert tokenize(corpus(str(folder)), tokenizer).train.ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("step", ["first file", "last file", "meta", "rename"])
+def test_a_failure_leaves_no_partial_cache(step, folder, tokenizer, cache, monkeypatch):
+    """Full disk, or killed: nothing lies under the key, and the next call succeeds."""
+    calls = []
+
+    def fail(real, at):
+        def function(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == at:
+                raise OSError("No space left on device")
+            return real(*args, **kwargs)
+
+        return function
+
+    with monkeypatch.context() as m:
+        if step in ("first file", "last file"):
+            m.setattr(np, "save", fail(np.save, 1 if step == "first file" else 4))
+        elif step == "meta":
+            m.setattr(data.Path, "write_text", fail(data.Path.write_text, 1))
+        else:
+            m.setattr(data.Path, "rename", fail(data.Path.rename, 1))
+        with pytest.raises(OSError, match="No space left"):
+            tokenize(corpus(str(folder)), tokenizer)
+    assert calls
+    assert list(cache.iterdir()) == []
+    assert len(tokenize(corpus(str(folder)), tokenizer).train) > 100
+
+
+def test_a_killed_writer_is_no_hindrance(folder, tokenizer, cache):
+    """It leaves its folder of another name."""
+    key = tokenize(corpus(str(folder)), tokenizer).fingerprint
+    (cache / key).rename(cache / f"{key}.writing-abc")
+    (cache / f"{key}.writing-abc" / "meta.json").unlink()
+    assert tokenize(corpus(str(folder)), tokenizer).fingerprint == key
+    assert (cache / key / "meta.json").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_documents_are_split_by_tokens(tmp_path, tokenizer, count):
+    """The last sixteenth of the stream is held out, and both parts know where documents begin."""
+    names = [f"{i}.txt" for i in range(100) if not is_held_out(f"{i}.txt")][:count]
+    for name in names:
+        (tmp_path / name).write_text(" ".join(WORDS * 20))
+    result = tokenize(corpus(str(tmp_path)), tokenizer)
+    stream = (tokenizer(" ".join(WORDS * 20))["input_ids"] + [tokenizer.eos_token_id]) * count
+    cut = int(len(stream) * 15 / 16)
+    assert result.train.ids.tolist() == stream[:cut] and result.held_out.ids.tolist() == stream[cut:]
+    assert result.train.starts.tolist() == [i * len(stream) // count for i in range(count)]
+    assert result.held_out.starts.tolist() == [0]
+
+
+def test_a_single_file_is_a_corpus(tmp_path):
+    (tmp_path / "one.md").write_text("text")
+    assert list(corpus(str(tmp_path / "one.md")).documents()) == [("one.md", "text")]
+
+
+def test_json_lines(tmp_path):
+    """Strings, or objects with a text; blank lines are none; a key names its line."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "first", "id": 7}\n\n"second"\n')
+    assert list(corpus(str(tmp_path)).documents()) == [("rows.jsonl:1", "first"), ("rows.jsonl:3", "second")]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85"], ids=["line-separator", "next-line"])
+def test_json_lines_end_at_newlines_only(tmp_path, character):
+    """JSON allows other line breaks of Unicode inside a string, and web text has them."""
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "one{character}two"}}\n', encoding="utf-8")
+    assert [text for _, text in corpus(str(tmp_path)).documents()] == [f"one{character}two"]
+
+
+WRONG = {
+    "missing": (None, "", r"There is no data at .*nowhere.*Give 'stdlib', a file or folder of .txt, .md, .py, .jsonl, or hub:NAME"),
+    "empty-folder": (".", None, r"The folder .* has no .txt, .md, .py, .jsonl files"),
+    "other-suffix": ("table.csv", b"a,b", r"Data files end in .txt, .md, .py, .jsonl; got 'table.csv'"),
+    "not-utf-8": ("latin.txt", b"caf\xe9 au lait", r"must be UTF-8 text; .*latin.txt is not \(byte 3\). Convert or remove it"),
+    "binary": ("image.txt", b"PNG\x00\x01", r"must be text; .*image.txt holds NUL bytes, so it looks binary. Remove it"),
+    "bad-json": ("rows.jsonl", b'{"text": "fine"}\n{"text": \n', r"Line 2 of .*rows.jsonl is not JSON: "),
+    "json-number": ("rows.jsonl", b"3\n", r'Line 1 of .*rows.jsonl must be a string or an object with a "text" field'),
+    "json-other-field": ("rows.jsonl", b'{"content": "x"}', r'Line 1 of .*rows.jsonl must be a string or an object with a "text" field'),
+    "blank": ("blank.txt", b" \n\n", r"The data .* holds no text"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", WRONG.values(), ids=WRONG)
+def test_what_cannot_be_read_is_refused_in_a_sentence(name, content, message, tmp_path, tokenizer, cache):
+    place = tmp_path / ("nowhere" if name is None else name)
+    if content:
+        place.write_bytes(content)
+    elif name is not None:
+        place = tmp_path / "empty"
+        place.mkdir()
+    with pytest.raises(UserError, match=message) as caught:
+        tokenize(corpus(str(place)), tokenizer)
+    assert "\n" not in str(caught.value)
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_hub_data_without_a_name_or_without_datasets(monkeypatch):
+    with pytest.raises(UserError, match="written hub:NAME or hub:NAME:CONFIG; got 'hub:'"):
+        corpus("hub:")
+    source = corpus("hub:some/set:config")
+    assert source.hub == ("some/set", "config")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="need the `datasets` package"):
+        list(source.documents())
+
+
+def test_stdlib_is_source_without_tests():
+    source = corpus("stdlib")
+    keys = [file.relative_to(source.root).as_posix() for file in source.files]
+    assert {"argparse.py", "json/decoder.py"} <= set(keys) and len(keys) == len(set(keys)) > 300
+    assert not [key for key in keys if {"test", "tests", "__pycache__", "site-packages"} & set(key.split("/"))]

@@ -1,0 +1,84 @@
+"""Recipes are data: they serialise, shrink, and `--set` reaches every field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from convert import objectives, recipes, stages
+from convert.errors import UserError
+from convert.recipes import RECIPES, Budget, Swap, Train, describe, tiny, with_setting
+from convert.teachers import TEACHERS, read_config, resolve
+
+BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, objectives.Distill(), 4096)
+
+
+@pytest.mark.parametrize("target", RECIPES)
+def test_every_recipe_serialises_and_spends_its_tokens(target):
+    recipe = RECIPES[target](BUDGET)
+    assert recipe.target == target
+    plain = json.loads(json.dumps([describe(step) for step in recipe.steps]))
+    assert len({step["name"] for step in plain}) == len(plain)
+    assert recipe.tokens == BUDGET.tokens
+    last_swap = max(i for i, step in enumerate(recipe.steps) if isinstance(step, Swap))
+    after = sum(step.settings.tokens for step in recipe.steps[last_swap:] if isinstance(step, Train))
+    assert after >= recipe.tokens / 2  # at least half of the tokens fall after the last swap
+    assert tiny(recipe).tokens == 2 * 384
+
+
+@pytest.mark.parametrize("target", RECIPES)
+def test_set_reaches_every_field(target):
+    """Every number, flag and choice that a step shows can be set by the name it shows."""
+    recipe = RECIPES[target](BUDGET)
+    for step in recipe.steps:
+        for holder in _holders(step):
+            for field in dataclasses.fields(holder):
+                old = getattr(holder, field.name)
+                if field.name in ("name", "mixer", "exact") or (callable(old) and field.name == "stage") or dataclasses.is_dataclass(old):
+                    continue
+                value = _another(field.name, old)
+                changed = with_setting(recipe, f"{step.name}.{field.name}={value}")
+                assert describe(changed.steps[recipe.steps.index(step)]) != describe(step), field.name
+
+
+def _holders(step):
+    yield step
+    if isinstance(step, Train):
+        yield step.settings
+        if dataclasses.is_dataclass(step.settings.objective):
+            yield step.settings.objective
+    if isinstance(step, Swap):
+        yield step.options
+
+
+def _another(name, old):
+    choices = {"trains": "everything", "objective": "energy_mse", "schedule": "cosine", "layers": "0,2", "dt_rank": "7"}
+    if name in choices:
+        return choices[name]
+    return "true" if old is False else old + 1
+
+
+def test_set_parses_by_the_type_of_the_field():
+    recipe = with_setting(RECIPES["mamba"](BUDGET), "distill.tokens=2e5")
+    assert recipe.steps[-1].settings.tokens == 200_000
+    recipe = with_setting(recipe, "align.objective=energy_mse")
+    assert recipe.steps[1].settings.objective is objectives.energy_mse
+    recipe = with_setting(recipe, "distill.temperature=2")
+    assert recipe.steps[-1].settings.objective.temperature == 2.0
+    assert with_setting(recipe, "handover.layers=all").steps[2].layers is None
+    with pytest.raises(UserError, match="whole number; got '2.5'"):
+        with_setting(recipe, "handover.conv=2.5")
+
+
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name != "smollm2-135m"])
+def test_defaults_fit_every_teacher(name):
+    config = read_config(resolve(name))
+    for tokens in (None, 20_000, 12_000_000):
+        budget = recipes.budget(name, config, tokens)
+        assert budget.seq_len <= config.max_position_embeddings and budget.batch_tokens % budget.seq_len == 0
+        assert budget.seq_len <= budget.micro_tokens <= budget.batch_tokens
+        assert budget.tokens // budget.batch_tokens >= 50  # enough steps for a schedule
+
+
+def test_selectors_and_stages_are_found_by_their_names():
+    assert stages.SELECTORS["all_but_embeddings"] is stages.all_but_embeddings and stages.STAGES["align"] is stages.align

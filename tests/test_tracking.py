@@ -1,0 +1,56 @@
+"""metrics.jsonl is whole and unique after a crash; W&B is offline without a key, silent, and can be read back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert.tracking import Track
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    track = Track(tmp_path, mode="disabled", config={}, name="x")
+    track.enter("align", 0, 0, 0)
+    for step in (1, 2, 3):
+        track.log(step, 10 * step, {"train/loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "align", "st')  # a kill in the middle of a line
+    again = Track(tmp_path, mode="disabled", config={}, name="x")
+    again.enter("align", 0, 0, 2)
+    again.log(3, 30, {"train/loss": 33.0})
+    again.enter("distill", 30, 3, 0)
+    again.log(1, 10, {"train/loss": 0.5})
+    assert [(r["stage"], r["step"], r["global_step"], r["tokens"], r["train/loss"]) for r in rows(tmp_path)] == [
+        ("align", 1, 1, 10, 1.0), ("align", 2, 2, 20, 2.0), ("align", 3, 3, 30, 33.0), ("distill", 1, 4, 40, 0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
+    for _ in range(2):  # the second is a resumed run
+        track = Track(tmp_path, mode=None, config={"target": "mamba", "lr": 1.0}, name="x")
+        track.enter("align", 0, 0, 0)
+        track.log(1, 10, {"train/loss": 1.5})
+        track.summary({"ratio": 1.1})
+        track.close()
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.stem for file in files}) == 1
+    wandb = Path(sys.executable).with_name("wandb")
+    read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", files[0]], capture_output=True, text=True, check=True).stdout
+    summary = json.loads(read)["summary"]
+    assert summary["align/train/loss"] == 1.5 and summary["tokens"] == 10 and summary["step"] == 1 and summary["ratio"] == 1.1
