@@ -25,7 +25,7 @@ from convert.stages import hidden_states
 from convert.teachers import Source, Teacher, check_device, load_teacher, read_config, resolve
 from convert.tracking import Track
 
-console = Console()
+console = Console(soft_wrap=True)
 
 
 def run(

@@ -217,7 +217,7 @@ def show(plan: Plan, console: Console) -> None:
     for row in plan.steps:
         trains = [count(row.tokens), count(row.trainable), count(row.frozen), size(row.peak_bytes), duration(row.seconds)]
         table.add_row(row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), "", ""]))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     total = sum(row.seconds for row in plan.steps)
     console.print(
         f"teacher {count(plan.parameters_teacher)} parameters, student {count(plan.parameters_student)}; about {duration(total)} of training, {size(plan.disk_bytes)} of disk"

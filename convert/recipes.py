@@ -64,6 +64,7 @@ class Budget:
     micro_tokens: int
     checkpointing: bool = False
     seed: int = 0
+    starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
 
 def budget(
@@ -72,12 +73,12 @@ def budget(
     """The defaults for a teacher, by its name and configuration, but for what is given."""
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
-    if teacher == "neox-nano":  # ours, measured: experiments/LOG.md
+    if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
         default = Budget(1_000_000, 256, 4096, 3e-3, 1e-3, Distill(), 4096)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
-        default = Budget(100_000_000 if size > 2e7 else 1_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
+        default = Budget(100_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
     tokens = tokens or default.tokens
     if seq_len is None:  # a short budget goes into more, shorter sequences
         seq_len = min(default.seq_len, host.max_position_embeddings, max(256, 1 << (max(tokens // 100, 1)).bit_length() - 1))
@@ -85,8 +86,9 @@ def budget(
         batch_tokens = seq_len * max(1, min(default.batch_tokens, tokens // 150) // seq_len)
     micro = min(batch_tokens, max(seq_len, default.micro_tokens))
     return dataclasses.replace(
-        default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed
-    )
+        default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed,
+        starts_linear=config.model_type == "converted" and all(mixer and mixer["name"] == "linear" for mixer in config.mixers),
+    )  # fmt: skip
 
 
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
@@ -119,13 +121,10 @@ def to_linear(budget: Budget) -> Recipe:
 
 def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     """Attention -> Hedgehog linear attention -> Mamba, which starts as exactly that (HedgeMamba, arXiv 2604.14191)."""
-    first = int(budget.tokens * ALIGN_SHARE)
-    return Recipe(mixer, (
-        Swap("linear", "linear", MIXERS["linear"].Options()),
-        _align(budget, first),
-        Swap("handover", mixer, MIXERS[mixer].Options(), exact=True),
-        _distill(budget, budget.tokens - first),
-    ))  # fmt: skip
+    first = 0 if budget.starts_linear else int(budget.tokens * ALIGN_SHARE)
+    to_linear = (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
+    handover = Swap("handover", mixer, MIXERS[mixer].Options(), exact=True)
+    return Recipe(mixer, (*(to_linear if first else ()), handover, _distill(budget, budget.tokens - first)))
 
 
 def to_mamba2(budget: Budget) -> Recipe:

@@ -19,7 +19,7 @@ def show(report: dict, console: Console) -> None:
     for length, teacher in report["cache_bytes"]["teacher"].items():
         student = report["cache_bytes"]["student"][length]
         table.add_row(f"cache at {int(length):,} tokens", size(teacher), size(student), f"{student / teacher:.3g} x")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print(_break_even(report))
     stages = Table(box=box.SIMPLE_HEAD)
     for column in ("step", "tokens", "time", "first loss", "last loss", "perplexity after"):
@@ -31,7 +31,7 @@ def show(report: dict, console: Console) -> None:
             else [""] * 4
         )
         stages.add_row(row["name"], *trained, f"{row['perplexity_after']:.3f}")
-    console.print(stages)
+    console.print(stages, soft_wrap=False)
     for line in _facts(report):
         console.print(line)
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import difflib
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -137,7 +138,7 @@ def resolve(name: str) -> Source:
     slug = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "teacher"
     if path.is_dir():
         if (path / "model" / "config.json").is_file():
-            return Source(slug, "run", str(path / "model"), FINEWEB)
+            return Source(slug, "run", str(path / "model"), _data_of_run(path))
         if (path / "config.json").is_file():
             return Source(slug, "folder", str(path), FINEWEB)
         raise UserError(f"A teacher's folder holds config.json, or is a run's with model/config.json; {name!r} has neither.")
@@ -152,6 +153,14 @@ def resolve(name: str) -> Source:
     nearest = difflib.get_close_matches(name.lower(), TEACHERS, n=3, cutoff=0.5)
     offer = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(TEACHERS)}."
     raise UserError(f"Unknown teacher {name!r}. {offer} Or give a hub id (owner/name), a local folder or a .gguf file.")
+
+
+def _data_of_run(path: Path) -> str:
+    """What the run was trained on; damaged or missing, the default."""
+    try:
+        return json.loads((path / "ledger.json").read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return FINEWEB
 
 
 def _packaged_smollm2() -> str | None:

@@ -61,9 +61,11 @@ def _teacher(family: str, changes: tuple):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | dict(changes))))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms that are not 1 and biases that are not 0, so that leaving one out shows
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.mul_(2)
     return model.eval()
 
 

@@ -75,7 +75,9 @@ def test_an_epoch_sees_every_window_once():
     assert epochs[0] != epochs[1] and min(epochs[0]) != min(epochs[1])
 
 
-@pytest.mark.parametrize("take", [lambda t: Batches(t, 16, 11)(0), lambda t: held_out_batches(t, 16, 5, 1000)[0]], ids=["train", "held-out"])
+@pytest.mark.parametrize(
+    "take", [lambda t: Batches(t, 16, 11)(0), lambda t: held_out_batches(t, 16, 5, 1000)[0]], ids=["train", "held-out"]
+)
 def test_labels_and_positions_at_document_borders(take):
     """By brute force: a label is the next token, or -100 where that begins a document; positions count from a document's
     or the window's first token."""
@@ -110,7 +112,9 @@ def test_held_out_windows_are_spread_over_the_text():
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(UserError, match="at least two sequences of 100 tokens; the data has 200 tokens. Give more data or a smaller --seq-len"):
+    with pytest.raises(
+        UserError, match="at least two sequences of 100 tokens; the data has 200 tokens. Give more data or a smaller --seq-len"
+    ):
         Batches(counted(), 100, 1)
     with pytest.raises(UserError, match="Held-out text has 200 tokens, fewer than one sequence of 200"):
         held_out_batches(counted(), 200, 1, 1000)

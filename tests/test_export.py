@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, perturb, tiny_teacher, token_ids
+from tests.conftest import VOCAB, perturb, tiny_teacher, token_ids
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import assert_close, perturb
+from tests.conftest import assert_close, perturb
 
 import kernels.chunk_scan
 import kernels.selective_scan

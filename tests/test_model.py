@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, assert_close, perturb, rms, tiny_teacher, token_ids
+from tests.conftest import FAMILIES, VOCAB, assert_close, perturb, rms, tiny_teacher, token_ids
 from transformers import AutoModelForCausalLM
 
 from convert.mixers import MIXERS

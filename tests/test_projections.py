@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
+from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 from transformers import AutoConfig
 
 from convert.model import attention_of
@@ -27,9 +27,13 @@ TEACHERS = {family: (family, {}) for family in FAMILIES} | {
 
 def recompute(p: Projections, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in float64 from a Projections: outputs [B, T, D], weights [B, H, T, T]."""
-    p = dataclasses.replace(p, **{f.name: getattr(p, f.name).double() for f in dataclasses.fields(p) if isinstance(getattr(p, f.name), torch.Tensor)})
+    p = dataclasses.replace(
+        p, **{f.name: getattr(p, f.name).double() for f in dataclasses.fields(p) if isinstance(getattr(p, f.name), torch.Tensor)}
+    )
     x, cos, sin = x.double(), cos.double()[:, :, None], sin.double()[:, :, None]
-    q, k, v = (torch.einsum("btd,hkd->bthk", x, w) + (0 if b is None else b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias)))
+    q, k, v = (
+        torch.einsum("btd,hkd->bthk", x, w) + (0 if b is None else b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))
+    )
     if p.shape.norm_eps is not None:
         q, k = (t * (t.square().mean(-1, keepdim=True) + p.shape.norm_eps).rsqrt() * w for t, w in ((q, p.q_norm), (k, p.k_norm)))
     half = p.shape.rotary_dim // 2
@@ -85,9 +89,11 @@ def test_each_part_of_the_record_matters(family):
 def test_shapes(family):
     teacher = tiny_teacher(family)
     p = Projections.of(attention_of(teacher.base_model.layers[0]))
-    H, G, K, D = p.shape.num_heads, p.shape.num_kv_heads, p.shape.head_dim, p.shape.width
-    assert (D, H, G, K) == (32, 4, 4 if family == "gpt_neox" else 2, 12 if family == "qwen3" else 8)
-    assert [t.shape for t in (p.q, p.k, p.v, p.o)] == [(H, K, D), (G, K, D), (G, K, D), (D, H, K)]
+    heads, kv_heads, head_dim = p.shape.num_heads, p.shape.num_kv_heads, p.shape.head_dim
+    assert p.shape.width == 32 and heads == 4
+    assert kv_heads == (4 if family == "gpt_neox" else 2) and head_dim == (12 if family == "qwen3" else 8)
+    expected = [(heads, head_dim, 32), (kv_heads, head_dim, 32), (kv_heads, head_dim, 32), (32, heads, head_dim)]
+    assert [t.shape for t in (p.q, p.k, p.v, p.o)] == expected
     assert (p.shape.qkv_bias, p.shape.out_bias) == (p.q_bias is not None, p.o_bias is not None)
     assert (p.q_norm is not None) == (family == "qwen3")
 

@@ -91,6 +91,7 @@ def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
     """linear -> mamba2 from the folder of a linear run; and evaluate() repeats the numbers."""
     assert main(command(teacher, text, tmp_path / "first", to="linear")) == 0
     assert main(command(tmp_path / "first", text, tmp_path / "second")) == 0
+    assert [p.name for p in sorted((tmp_path / "second" / "steps").iterdir())] == ["0-handover", "1-distill"]  # nothing to align
     again, report = conversion.evaluate(tmp_path / "second"), json.loads((tmp_path / "second" / "report.json").read_text())
     assert again["perplexity"]["teacher"] == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
     assert again["perplexity"]["student"] == pytest.approx(report["perplexity"]["student"], rel=1e-6)

@@ -149,10 +149,12 @@ def test_wrong_folders_and_files(tmp_path):
         resolve(str(tmp_path / "model.safetensors"))
 
 
-def test_load_a_folder(folder):
+def test_load_a_folder(folder, capfd):
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
+    capfd.readouterr()
     teacher = load_teacher(str(folder))
+    assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
     assert teacher.dtype == torch.bfloat16 and teacher.model.dtype == torch.float32
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import assert_close
+from tests.conftest import assert_close
 
 import kernels.selective_scan.chunked as chunked
 from kernels.selective_scan import selective_scan
