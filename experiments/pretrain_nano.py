@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import time
 from pathlib import Path
 
@@ -128,15 +129,42 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
     if args.install:
-        install(model, tokenizer)
+        install(model, tokenizer, data, args.out)
 
 
-def install(model, tokenizer) -> None:
-    """Weights in bfloat16, the tokenizer and the configuration, into convert/nano."""
+CARD = """# neox-nano
+
+A GPT-NeoX of {parameters:,} parameters ({layers} layers, width {width}, {heads} heads, a byte-level BPE of {vocabulary} tokens), trained on the
+Python standard library's own sources: the teacher that needs no download. It continues Python; it knows nothing else.
+
+* made by `python -m experiments.pretrain_nano --tokens {budget:.0f}M --install`, seed 0, torch {torch}, Python {python}
+* {tokens:,} tokens ({epochs:.1f} passes over {train:,}), {hours:.1f} hours on two CPU cores that other work shared
+* sequences of 512 tokens, of 2,048 for the last tenth; Muon on the hidden matrices, AdamW on the rest, bfloat16 autocast, hidden dropout {dropout:g}
+* held-out perplexity (files chosen by a hash of their path, {held:,} tokens): {at_512:.2f} in windows of 512, {at_2048:.2f} in windows of 2,048
+* the held-out loss had flattened: at a constant learning rate it was {before}
+* weights in bfloat16; licence Apache-2.0, as the repository; the text it was trained on is under the PSF licence
+"""
+
+
+def install(model, tokenizer, data, out: Path) -> None:
+    """Weights in bfloat16, the tokenizer, the configuration and the card, into convert/nano."""
     folder = Path(__file__).parent.parent / "convert" / "nano"
-    model.config.hidden_dropout = 0.0
+    dropout, model.config.hidden_dropout = model.config.hidden_dropout, 0.0
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "held_out_512" in row]
+    constant = [row for row in measured if row["lr"] == LEARNING_RATE][-4:]
+    last, config = measured[-1], model.config
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()), layers=config.num_hidden_layers, width=config.hidden_size,
+        heads=config.num_attention_heads, vocabulary=config.vocab_size, budget=last["tokens"] / 1e6, torch=torch.__version__,
+        python=platform.python_version(), tokens=last["tokens"], epochs=last["tokens"] / len(data.train), train=len(data.train),
+        hours=last["seconds"] / 3600, dropout=dropout, held=len(data.held_out), at_512=math.exp(last["held_out_512"]),
+        at_2048=math.exp(last["held_out_2048"]),
+        before=", ".join(f"{row['held_out_512']:.3f} nats at {row['tokens'] / 1e6:.1f} M tokens" for row in constant),
+    )  # fmt: skip
+    (folder / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

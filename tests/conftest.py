@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
 
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
-sys.modules.setdefault("conftest", sys.modules[__name__])  # one module, imported as `conftest` or as `tests.conftest`
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, VOCAB, assert_close, perturb, rms, tiny_teacher, token_ids
 from transformers import AutoModelForCausalLM
 
 from convert.mixers import MIXERS
 from convert.model import ConvertedForCausalLM, StateLayer, StudentCache, attention_of, swap
+from tests.conftest import FAMILIES, VOCAB, assert_close, perturb, rms, tiny_teacher, token_ids
 
-CACHED = 2e-6  # of the logits' scale; measured: 7.6e-7, and 1.1e-6 with a sliding window
+CACHED = 5e-6  # of the logits' scale; measured: 1.1e-6 (a wrong position costs 1e-3 and more)
 EXACT = 1e-5  # of the exact start; measured: 8e-7
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 from transformers import AutoConfig
 
 from convert.model import attention_of
 from convert.projections import Projections, refusal
+from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 
-FLOAT32 = 2e-6  # measured: 3e-7
+FLOAT32 = 2e-6  # measured: 3.5e-7
 LENGTH = 40
 
 TEACHERS = {family: (family, {}) for family in FAMILIES} | {

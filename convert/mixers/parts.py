@@ -51,8 +51,8 @@ class FeatureMap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        u = (torch.einsum("bthk,hjk->bthj", x, self.weight.to(x.dtype)) + self.bias).float()
-        return torch.softmax(torch.cat([u, -u], -1), -1)
+        u = (x.transpose(1, 2) @ self.weight.mT.to(x.dtype)).float() + self.bias.float()[:, None]
+        return torch.softmax(torch.cat([u, -u], -1), -1).transpose(1, 2)
 
 
 class HedgehogHeads(nn.Module):

@@ -18,10 +18,12 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
     extra = -length % Q
 
     def chunks(t: Tensor) -> Tensor:  # [batch, L, H, ...] -> [batch, c, H, Q, ...]; the padding adds nothing and does not decay
-        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, extra))
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, extra)) if extra else t
         return t.unflatten(1, (-1, Q)).transpose(2, 3)
 
-    x, B, C, log_decay = chunks(x), chunks(B), chunks(C), chunks(log_decay[..., None])[..., 0]
+    readings = C.shape[3]
+    x, B, log_decay = chunks(x).contiguous(), chunks(B).contiguous(), chunks(log_decay[..., None])[..., 0]
+    C = chunks(C).transpose(3, 4).flatten(3, 4)  # [b, c, H, R Q, N]
     fall = log_decay.cumsum(-1)  # [b, c, H, Q], log of the decay from before the chunk to t
     since = fall[..., :, None] - fall[..., None, :]  # from s to t
     visible = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
@@ -35,17 +37,17 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
         keeps_state = (documents[..., -1:] == before)[:, :, None]  # [b, c, 1, 1]
     since = torch.exp(since.masked_fill(~visible, -torch.inf))
 
-    scores = torch.einsum("bchtrn,bchsn->bchrts", C, B) * since[:, :, :, None]
-    y = torch.einsum("bchrts,bchsp->bchtrp", scores, x)
+    scores = (C @ B.mT).unflatten(3, (readings, Q)) * since[:, :, :, None]
+    y = scores.flatten(3, 4) @ x
 
     into, out_of = torch.exp(fall), torch.exp(fall[..., -1:] - fall)  # state to t, t to the chunk's end
     keep = into[..., -1:]
     if document_ids is not None:
         into, out_of, keep = into * reads_state, out_of * writes_state, keep * keeps_state
-    added = torch.einsum("bchsn,bchsp->bchnp", B, x * out_of[..., None])
+    added = B.mT @ (x * out_of[..., None])  # [b, c, H, N, P]
     states = []
     for c in range(x.shape[1]):
         states.append(S)
         S = keep[:, c, :, :, None] * S + added[:, c]
-    y = y + into[..., None, None] * torch.einsum("bchtrn,bchnp->bchtrp", C, torch.stack(states, 1))
-    return y.transpose(2, 3).flatten(1, 2)[:, :length], S
+    y = y.unflatten(3, (readings, Q)) + into[..., None, :, None] * (C @ torch.stack(states, 1)).unflatten(3, (readings, Q))
+    return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :length], S  # [batch, L, H, R, P]

@@ -4,14 +4,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.conftest import assert_close
 
 import kernels.chunk_scan.chunked as chunked
 from kernels.chunk_scan import chunk_scan
 from kernels.selective_scan import selective_scan
+from tests.conftest import assert_close
 
-FLOAT64 = 1e-13
-FLOAT32 = 1e-5
+FLOAT64 = 1e-12  # measured: 1.2e-15; 5e-14 for gradients that nearly cancel
+FLOAT32 = 1e-5  # measured: 3.6e-7 with log decays cumulated in float64; 2.2e-5 (A's gradient) in float32
 
 OPTIONS = {
     "plain": {},
