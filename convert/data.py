@@ -57,7 +57,7 @@ class Corpus:
             key = file.relative_to(self.root).as_posix()
             text = _read_text(file)
             if file.suffix == ".jsonl":
-                for number, line in enumerate(text.splitlines(), 1):
+                for number, line in enumerate(text.split("\n"), 1):
                     if line.strip():
                         yield f"{key}:{number}", _json_text(file, number, line)
             elif text.strip():
@@ -166,8 +166,9 @@ def is_held_out(key: str) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """Of what decides the ids: the serialised tokenizer."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """Of what decides the ids: the serialised tokenizer, without the padding and truncation of its last call, and the end token."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps([state, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
 
 def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
@@ -178,7 +179,7 @@ def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
     key = hashlib.sha256(f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 1".encode()).hexdigest()[:20]
     folder = cache_folder() / "tokens" / key
     if folder.exists() and (damage := _cache_damage(folder)):
-        aside = folder.with_name(f"{key}.damaged-{os.getpid()}")
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.damaged-"))
         folder.rename(aside)
         print(f"The token cache {folder} is damaged ({damage}); it was moved to {aside.name} and is rebuilt.")
     if not folder.exists():
@@ -231,7 +232,8 @@ def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> 
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
         digests = {name: _digest(aside / f"{name}.npy") for name in arrays}
-        (aside / "meta.json").write_text(json.dumps({"source": source.spec, "text_bytes": text_bytes, "sha256": digests}))
+        meta = {"source": source.spec, "text_bytes": text_bytes, "sha256": digests}
+        (aside / "meta.json").write_text(json.dumps(meta | {"check": _meta_check(meta)}))
         if not folder.exists():  # another process may have finished first, with the same content
             aside.rename(folder)
     finally:
@@ -243,11 +245,17 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _meta_check(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def _cache_damage(folder: Path) -> str | None:
     try:
-        digests = json.loads((folder / "meta.json").read_text())["sha256"]
-        changed = [name for name, digest in digests.items() if _digest(folder / f"{name}.npy") != digest]
-    except (OSError, ValueError, KeyError) as error:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("check") != _meta_check(meta):
+            return "meta.json changed"
+        changed = [name for name, digest in meta["sha256"].items() if _digest(folder / f"{name}.npy") != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(changed)} changed" if changed else None
 

@@ -16,7 +16,7 @@ from convert.model import ConvertedForCausalLM, StudentCache
 from convert.objectives import cross_entropy, forward_kl
 from convert.stages import hidden_states
 
-HEAD_CHUNK = 1024  # tokens whose logits are held at once
+HEAD_CHUNK = 512  # tokens whose logits are held at once
 CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)
 
 

@@ -118,10 +118,19 @@ class StudentCache(Cache):
         layer = self.layers[layer_idx]
         return (self.seen + query_length, 0) if isinstance(layer, StateLayer) else layer.get_mask_sizes(query_length)
 
-    def count(self, positions: Tensor) -> None:
-        """After a call whose tokens had these positions [B, T]."""
+    def count(self, positions: Tensor, real: Tensor | None = None) -> None:
+        """After a call whose tokens had these positions [B, T]. Padding alone counts for nothing."""
         self.seen += positions.shape[1]
-        self.rows = positions[:, -1] + 1
+        rows = positions[:, -1] + 1
+        if real is not None:
+            rows = torch.where(real.any(1), rows, 0 if self.rows is None else self.rows)
+        self.rows = rows
+
+    def crop(self, *args) -> None:
+        for layer in self.layers:  # a mixer refuses; before any kept layer has been cropped
+            if isinstance(layer, StateLayer):
+                layer.crop(*args)
+        super().crop(*args)
 
     def reset(self) -> None:
         super().reset()
@@ -230,7 +239,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=cache, use_cache=cache is not None, real=real, document_ids=document_ids,
         ).last_hidden_state  # fmt: skip
         if cache is not None:
-            cache.count(positions)
+            cache.count(positions, real)
         return y
 
     def forward(
@@ -238,7 +247,9 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: StudentCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:  # packed documents have no use for a cache, and with one they would not be told apart
+            packed = attention_mask is None and position_ids is not None and documents_of(position_ids) is not None
+            use_cache = self.config.use_cache and not self.training and not packed
         if past_key_values is None and use_cache:
             past_key_values = StudentCache(self.config)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values)

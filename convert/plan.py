@@ -74,6 +74,8 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
             found.append(f"Step {step.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
         if s.schedule not in ("wsd", "cosine"):
             found.append(f"Step {step.name}: the schedule is 'wsd' or 'cosine'; got {s.schedule!r}.")
+        if s.precision not in ("auto", "float32", "bfloat16"):
+            found.append(f"Step {step.name}: the precision is 'auto', 'float32' or 'bfloat16'; got {s.precision!r}.")
         for field, low, high in (("lr", 0, 10), ("warmup", 0, 1), ("decay", 0, 1), ("floor", 0, 1), ("clip", 0, 1e9)):
             if not low <= getattr(s, field) <= high:
                 found.append(f"Step {step.name}: {field} must be within {low} .. {high:g}; got {getattr(s, field)}.")

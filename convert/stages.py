@@ -69,8 +69,9 @@ class Settings:
     beta2: float = 0.95
     weight_decay: float = 0.1  # of the matrices of linear layers (MOHAWK, GenDistill); everything else has none
     clip: float = 1.0
+    precision: str = "auto"  # of matrix products: "float32", "bfloat16", or bfloat16 where the device is fast at it
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
-    loss_chunk: int = 2048  # tokens whose logits are held at once
+    loss_chunk: int = 512  # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
     evaluate_every: int = 0  # tokens between two measurements of held-out perplexity; 0: none
     save_every: float = 60.0  # seconds between two checkpoints
 
@@ -122,7 +123,7 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
         def learn(layer: int):
             def hook(module, args, kwargs, output):
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                with torch.enable_grad(), autocast(x.device):
+                with torch.enable_grad(), autocast(x.device, settings.precision):
                     y, _ = slots[layer].mixer(x, Context(*kwargs["position_embeddings"], None, documents))
                     loss = settings.objective(y.float(), output[0].float()) * (share / len(slots))
                 loss.backward()
@@ -132,7 +133,7 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
 
         hooks = [attention_of(blocks[layer]).register_forward_hook(learn(layer), with_kwargs=True) for layer in slots]
         try:
-            with torch.no_grad(), autocast(batch.input_ids.device):
+            with torch.no_grad(), autocast(batch.input_ids.device, settings.precision):
                 hidden_states(teacher, batch)
         finally:
             for hook in hooks:
@@ -150,7 +151,7 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
         targets = batch.labels.flatten()
         real = targets != -100
         teacher_hidden = None
-        with autocast(batch.input_ids.device):
+        with autocast(batch.input_ids.device, settings.precision):
             if objective.needs_teacher:
                 with torch.no_grad():
                     teacher_hidden = hidden_states(teacher, batch).flatten(0, 1)[real]
@@ -185,9 +186,10 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
 
-def autocast(device: torch.device):
-    """bfloat16 products where the device is fast at them; parameters, states and losses stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, precision: str):
+    """Products in bfloat16, or not; parameters, states and losses stay float32. "auto": where the device is fast at them."""
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fast))
 
 
 def _optimizer(student: ConvertedForCausalLM, settings: Settings) -> torch.optim.AdamW:

@@ -8,11 +8,13 @@ import os
 from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)
-_theirs = [os.path.join(folder, "__init__.py") for folder in __path__[1:]]
+# another copy or link of ours must not be run: it would start this search anew, for ever
+_theirs = [os.path.join(folder, "__init__.py") for folder in __path__[1:] if not os.path.isdir(os.path.join(folder, "selective_scan"))]
 
 
 def __getattr__(name):
-    ours = os.path.isdir(os.path.join(__path__[0], name))  # `from kernels import selective_scan` asks here first
+    ours = any(os.path.exists(os.path.join(__path__[0], name + end)) for end in ("", ".py"))
+    # `from kernels import selective_scan` asks here first
     while _theirs and not ours:
         init = _theirs.pop()
         if os.path.isfile(init):

@@ -52,7 +52,14 @@ def _holders(step):
 
 
 def _another(name, old):
-    choices = {"trains": "everything", "objective": "energy_mse", "schedule": "cosine", "layers": "0,2", "dt_rank": "7"}
+    choices = {
+        "trains": "everything",
+        "objective": "energy_mse",
+        "schedule": "cosine",
+        "precision": "float32",
+        "layers": "0,2",
+        "dt_rank": "7",
+    }
     if name in choices:
         return choices[name]
     return "true" if old is False else old + 1

@@ -15,7 +15,8 @@ from convert.stages import Settings, Silent, align, distill
 from tests.conftest import tiny_teacher
 
 SETTINGS = Settings(
-    tokens=20 * 128, lr=1e-2, objective=cosine_distance, trains=stages.mixers, seq_len=32, batch_tokens=128, micro_tokens=128
+    tokens=20 * 128, lr=1e-2, objective=cosine_distance, trains=stages.mixers, seq_len=32, batch_tokens=128, micro_tokens=128,
+    precision="float32",
 )  # fmt: skip
 
 
@@ -121,6 +122,22 @@ def test_distill_lowers_its_loss_and_freezes_embeddings(objective, mixer):
     assert torch.equal(student.get_input_embeddings().weight, ends[0])
     assert torch.equal(student.get_output_embeddings().weight, ends[1])
     assert not any(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mamba", "mamba2"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
+def test_bfloat16_products_teach_the_same(family, mixer):
+    """Packed documents under autocast; the first loss is that of float32 to bfloat16's rounding, and it falls."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        log, settings = Logged(), dataclasses.replace(SETTINGS, lr=3e-3, precision=precision)
+        student = align(student_of(family, mixer), tiny_teacher(family), batches(), dataclasses.replace(settings, tokens=256))
+        distill(student, tiny_teacher(family), batches(), dataclasses.replace(settings, objective=Distill()), track=log)
+        losses.append(log.losses)
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+    assert losses[0] != losses[1]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)
+    assert sum(losses[1][-4:]) < sum(losses[1][:4])
 
 
 def test_cross_entropy_alone_does_not_run_the_teacher():

@@ -27,7 +27,8 @@ class QKV(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (p(x_BTD).unflatten(-1, (-1, self.shape.head_dim)) for p in (self.q, self.k, self.v))
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        q, k = (t if isinstance(norm, nn.Identity) else norm(t.to(norm.weight.dtype)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,9 +126,10 @@ class ShortConv(nn.Module):
             documents = torch.cat([document_ids[:, :1].expand(-1, size - 1), document_ids], 1)
             same = documents.unfold(1, size, 1) == document_ids[..., None]  # [B, T, size]
             at = (~same.all(-1)).nonzero(as_tuple=True)  # the few tokens whose window reaches into another document
-            y = y.index_put(at, (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias.to(x.dtype))
+            fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias
+            y = y.index_put(at, fresh.to(y.dtype))
             tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
-        return y, tail.float()
+        return y, tail.to(torch.float32, copy=True)  # a view would keep the whole text
 
 
 class TimeStep(nn.Module):

@@ -27,6 +27,7 @@ def chunk_scan(
     Computed in float32 (float64 if x is); `impl` is "auto", "chunked" or "reference".
     """
     _check(x, dt, A, B, C)
+    _check_rest(x, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out_dtype, heads = x.dtype, x.shape[2]
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
@@ -54,6 +55,17 @@ def _pick(impl: str, length: int):
     if impl not in ("chunked", "reference"):
         raise ValueError(f"impl is 'auto', 'chunked' or 'reference'; got {impl!r}.")
     return chunk_scan_chunked if impl == "chunked" else chunk_scan_reference
+
+
+def _check_rest(x, B, C, D, initial_states, document_ids, normalize) -> None:
+    batch, L, H, P = x.shape
+    outputs = max(H, C.shape[2])
+    if D is not None and D.shape not in ((outputs,), (outputs, P)):
+        raise ValueError(f"D must be {(outputs,)} or {(outputs, P)}; got {tuple(D.shape)}.")
+    state = (batch, H, B.shape[-1], P + normalize)
+    for name, t, shape in (("initial_states", initial_states, state), ("document_ids", document_ids, (batch, L))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
 
 
 def _check(x, dt, A, B, C) -> None:

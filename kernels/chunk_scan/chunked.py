@@ -24,8 +24,8 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
     readings = C.shape[3]
     x, B, log_decay = chunks(x).contiguous(), chunks(B).contiguous(), chunks(log_decay[..., None])[..., 0]
     C = chunks(C).transpose(3, 4).flatten(3, 4)  # [b, c, H, R Q, N]
-    fall = log_decay.cumsum(-1)  # [b, c, H, Q], log of the decay from before the chunk to t
-    since = fall[..., :, None] - fall[..., None, :]  # from s to t
+    fall = log_decay.double().cumsum(-1)  # [b, c, H, Q], log of the decay from before the chunk to t; its differences cancel
+    since = (fall[..., :, None] - fall[..., None, :]).to(x.dtype)  # from s to t
     visible = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
     if document_ids is not None:
         documents = F.pad(document_ids, (0, extra), mode="replicate") if extra else document_ids
@@ -40,7 +40,7 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
     scores = (C @ B.mT).unflatten(3, (readings, Q)) * since[:, :, :, None]
     y = scores.flatten(3, 4) @ x
 
-    into, out_of = torch.exp(fall), torch.exp(fall[..., -1:] - fall)  # state to t, t to the chunk's end
+    into, out_of = torch.exp(fall).to(x.dtype), torch.exp(fall[..., -1:] - fall).to(x.dtype)  # state to t, t to the chunk's end
     keep = into[..., -1:]
     if document_ids is not None:
         into, out_of, keep = into * reads_state, out_of * writes_state, keep * keeps_state

@@ -28,6 +28,7 @@ def selective_scan(
     States are [batch, D, N]. Computed in float32 (float64 if u is); `impl` is "auto", "chunked" or "reference".
     """
     _check(u, delta, A, B, C)
+    _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     out_dtype = u.dtype
     u, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
@@ -69,6 +70,25 @@ def _pick(impl: str, length: int):
     if impl not in ("chunked", "reference"):
         raise ValueError(f"impl is 'auto', 'chunked' or 'reference'; got {impl!r}.")
     return selective_scan_chunked if impl == "chunked" else selective_scan_reference
+
+
+def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:
+    batch, channels, L = u.shape
+    groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
+    outputs = channels * groups_C // groups_B
+    expected = {
+        "D": (D, (outputs,)), "z": (z, (batch, outputs, L)), "delta_bias": (delta_bias, (channels,)), "document_ids": (document_ids, (batch, L)),
+    }  # fmt: skip
+    if normalize and initial_state is not None:
+        if isinstance(initial_state, Tensor) or len(initial_state) != 2:
+            got = tuple(initial_state.shape) if isinstance(initial_state, Tensor) else f"{len(initial_state)} items"
+            raise ValueError(f"initial_state must be a pair (num, den) with normalize=True; got {got}.")
+        expected |= {f"initial_state of {name}": (h, (batch, *A.shape)) for name, h in zip(("num", "den"), initial_state, strict=True)}
+    else:
+        expected["initial_state"] = initial_state, (batch, *A.shape)
+    for name, (t, shape) in expected.items():
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
 
 
 def _check(u, delta, A, B, C) -> None:

@@ -28,10 +28,10 @@ class ChunkedScan(torch.autograd.Function):
             decay, drive = _coefficients(u, delta, A, B, starts, t, Q)
             states = _run(decay, drive, h)
             y[t : t + Q] = torch.einsum("tkbgpn,bgrnt->tkbgrp", states.unflatten(3, (B.shape[1], -1)), _grouped(C, B, t, Q))
-            h = states[-1]
+            h = states[-1].clone()  # a view would keep all the chunk's states
         ctx.save_for_backward(u, delta, A, B, C, starts, *begins)
         ctx.chunk = Q
-        return y.permute(1, 2, 3, 4, 5, 0).contiguous(), h.clone()
+        return y.permute(1, 2, 3, 4, 5, 0).contiguous(), h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
