@@ -25,7 +25,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Forget:
-    """Start the decays at a small rate instead of none, after the hand-over was checked."""
+    """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
     name: str
     rate: float
@@ -63,6 +63,7 @@ class Budget:
     objective: Distill
     micro_tokens: int
     checkpointing: bool = False
+    trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -74,7 +75,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_000_000, 256, 4096, 3e-3, 1e-3, Distill(), 4096)
+        default = Budget(1_400_000, 256, 2048, 1e-2, 1e-3, Distill(), 2048, trains=stages.mixers)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -100,8 +101,8 @@ def _align(budget: Budget, tokens: int) -> Train:
 
 
 def _distill(budget: Budget, tokens: int) -> Train:
-    """HedgeMamba's stage 2 trains everything but the embeddings, by cross-entropy; by forward KL here (ours: LOG.md)."""
-    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, stages.all_but_embeddings))
+    """HedgeMamba's stage 2: by cross-entropy there, by forward KL here (ours: LOG.md)."""
+    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains))
 
 
 def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable) -> Settings:
@@ -124,7 +125,8 @@ def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     first = 0 if budget.starts_linear else int(budget.tokens * ALIGN_SHARE)
     to_linear = (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
     handover = Swap("handover", mixer, MIXERS[mixer].Options(), exact=True)
-    return Recipe(mixer, (*(to_linear if first else ()), handover, _distill(budget, budget.tokens - first)))
+    forget = Forget("forget", 3e-3)  # ours, measured on neox-nano: experiments/LOG.md
+    return Recipe(mixer, (*(to_linear if first else ()), handover, forget, _distill(budget, budget.tokens - first)))
 
 
 def to_mamba2(budget: Budget) -> Recipe:

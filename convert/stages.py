@@ -188,7 +188,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def autocast(device: torch.device, precision: str):
     """Products in bfloat16, or not; parameters, states and losses stay float32. "auto": where the device is fast at them."""
-    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say: float32 then
+    fast = device.type != "cpu" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fast))
 
 

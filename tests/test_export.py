@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import VOCAB, perturb, tiny_teacher, token_ids
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from convert import export as export_module
 from convert.errors import UserError
 from convert.export import check_in_clean_process, export, flatten, model_code, run_without_us
 from convert.model import ConvertedForCausalLM, swap
+from tests.conftest import VOCAB, perturb, tiny_teacher, token_ids
 
 # teacher, mixer, layers: gpt_neox without tied embeddings, llama with them and with grouped-query attention
 CASES = {

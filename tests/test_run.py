@@ -91,7 +91,11 @@ def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
     """linear -> mamba2 from the folder of a linear run; and evaluate() repeats the numbers."""
     assert main(command(teacher, text, tmp_path / "first", to="linear")) == 0
     assert main(command(tmp_path / "first", text, tmp_path / "second")) == 0
-    assert [p.name for p in sorted((tmp_path / "second" / "steps").iterdir())] == ["0-handover", "1-distill"]  # nothing to align
+    assert [p.name for p in sorted((tmp_path / "second" / "steps").iterdir())] == [
+        "0-handover",
+        "1-forget",
+        "2-distill",
+    ]  # nothing to align
     again, report = conversion.evaluate(tmp_path / "second"), json.loads((tmp_path / "second" / "report.json").read_text())
     assert again["perplexity"]["teacher"] == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
     assert again["perplexity"]["student"] == pytest.approx(report["perplexity"]["student"], rel=1e-6)
@@ -115,7 +119,7 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
         elif instant == "after the weights, before DONE":
             write = checkpoint.write_json
             monkeypatch.setattr(
-                checkpoint, "write_json", lambda path, content: die() if path.parent.name == "3-distill" else write(path, content)
+                checkpoint, "write_json", lambda path, content: die() if path.parent.name == "4-distill" else write(path, content)
             )
         elif instant == "between two steps":
             drop = checkpoint.StepFolder.drop_weights
@@ -161,9 +165,9 @@ def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatc
 def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(teacher, text, out)) == 0
-    before = (out / "steps" / "3-distill" / "DONE").stat().st_mtime_ns
+    before = (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns
     assert main(command(teacher, text, out)) == 0
-    assert (out / "steps" / "3-distill" / "DONE").stat().st_mtime_ns == before
+    assert (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns == before
     capsys.readouterr()
     assert main(command(teacher, text, out, "--set", "distill.lr=0.5")) == 2
     error = capsys.readouterr().err
@@ -186,7 +190,7 @@ def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch,
     assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
     arguments = command(teacher, text, tmp_path / "run", *every_step)
     assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
-    newest = tmp_path / "run" / "steps" / "3-distill" / "checkpoint-2.pt"
+    newest = tmp_path / "run" / "steps" / "4-distill" / "checkpoint-2.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
     assert main(arguments) == 0
     assert "damaged" in capsys.readouterr().out
@@ -226,7 +230,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
     "more, words",
     [
         (["--to", "mamba3"], "Unknown target 'mamba3'. Nearest: mamba"),
-        (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, distill"),
+        (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, forget, distill"),
         (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
         (["--set", "distill.lr=fast"], "the value must be a number; got 'fast'"),
         (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, everything"),
