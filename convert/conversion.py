@@ -5,6 +5,7 @@ import gc
 import json
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from convert.stages import hidden_states
 from convert.teachers import Source, Teacher, check_device, load_teacher, read_config, resolve
 from convert.tracking import Track
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def run(

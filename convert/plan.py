@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from convert.model import ConvertedForCausalLM, swap
 from convert.projections import refusal
 from convert.recipes import Forget, Recipe, Swap, Train, describe
-from convert.stages import align
+from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
 MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
@@ -89,7 +89,9 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     num_teacher = _count(model)
-    flops, scan_elements = _matmul_rate(device), _scan_rate(device)
+    precisions = {step.settings.precision for step in recipe.steps if isinstance(step, Train)}
+    dtype = torch.bfloat16 if all(uses_bfloat16(torch.device(device), p) for p in precisions) else torch.float32
+    flops, scan_elements = _matmul_rate(device, dtype), _scan_rate(device)
     student, rows, biggest = model, [], 0
     for step in recipe.steps:
         if isinstance(step, Swap):
@@ -105,7 +107,7 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     num_student = _count(student)
     disk = 2 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
     assumptions = (
-        f"matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
+        f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
         f"scans with a decay per state at {scan_elements / 1e6:,.0f} M state updates/s, forward and backward (measured now)",
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
         "disk: two checkpoints of the largest step, two students, the export; held-out measurements and data come on top of the time",
@@ -149,9 +151,9 @@ def _objective(step: Train) -> str:
     return " + ".join(terms) + (f" (T = {plain['temperature']:g})" if plain["temperature"] != 1 else "")
 
 
-def _matmul_rate(device: str) -> float:
-    """Floating-point operations per second of a float32 (CPU) or bfloat16 (GPU) matrix product."""
-    n, dtype = (512, torch.float32) if device == "cpu" else (4096, torch.bfloat16)
+def _matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product."""
+    n = 512 if device == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
     return _best(lambda: (a @ a)[0, 0].item(), 2 * n**3)
 

@@ -186,11 +186,16 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
 
-def autocast(device: torch.device, precision: str):
-    """Products in bfloat16, or not; parameters, states and losses stay float32. "auto": where the device is fast at them."""
+def uses_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether matrix products are in bfloat16. "auto": where the device is fast at them."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say: float32 then
     fast = device.type != "cpu" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fast))
+    return precision == "bfloat16" or (precision == "auto" and fast)
+
+
+def autocast(device: torch.device, precision: str):
+    """Products in bfloat16, or not; parameters, states and losses stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, precision))
 
 
 def _optimizer(student: ConvertedForCausalLM, settings: Settings) -> torch.optim.AdamW:

@@ -171,7 +171,7 @@ def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, tex
     capsys.readouterr()
     assert main(command(teacher, text, out, "--set", "distill.lr=0.5")) == 2
     error = capsys.readouterr().err
-    assert "steps.distill.settings.lr: 0.0001 -> 0.5" in error and "--fresh" in error
+    assert "steps.distill.settings.lr: 0.001 -> 0.5" in error and "--fresh" in error
     assert main(command(teacher, text, out, "--set", "distill.lr=0.5", "--fresh")) == 0
     assert (tmp_path / "run.old-1" / "report.json").exists()
 
