@@ -161,8 +161,8 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
 def _scan_rate(device: str) -> float:
     """State updates per second, forward and backward, of the selective scan."""
     shape = {"device": device, "requires_grad": True}
-    u, delta = (torch.rand(1, 128, 256, **shape) for _ in range(2))
-    A, B = torch.rand(128, 64, **shape), torch.rand(1, 64, 256, **shape)
+    u, delta = (torch.rand(2, 512, 64, **shape) for _ in range(2))
+    A, B = torch.rand(512, 64, **shape), torch.rand(2, 64, 64, **shape)
     return _best(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64)
 
 

@@ -1,4 +1,4 @@
-"""The promises every mixer keeps (design.md, section 6), on the mixer alone. A new mixer gets them by being in MIXERS."""
+"""The promises every mixer keeps, on the mixer alone. A new mixer gets them by being in MIXERS."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Our package `kernels` beside Hugging Face's of the same name, in both orders on the path (design.md, section 7)."""
+"""Our package `kernels` beside Hugging Face's of the same name, in both orders on the path."""
 
 import ast
 import os
