@@ -181,10 +181,13 @@ def seed_of(recipe: Recipe) -> int:
 
 
 def held_out(text: TokenData, recipe: Recipe):
-    """The batches every perplexity of a run is measured on: a quarter of the training budget, within 8 k and 256 k tokens."""
+    """The batches every perplexity of a run is measured on: a quarter of the training budget, within 8 k (or all of a smaller
+    budget) and 256 k tokens."""
     trains = [step.settings for step in recipe.steps if isinstance(step, Train)]
     seq_len, micro = trains[-1].seq_len, trains[-1].micro_tokens
-    return held_out_batches(text.held_out, seq_len, max(1, micro // seq_len), min(max(recipe.tokens // 4, 8192), 1 << 18))
+    return held_out_batches(
+        text.held_out, seq_len, max(1, micro // seq_len), min(max(recipe.tokens // 4, min(recipe.tokens, 8192)), 1 << 18)
+    )
 
 
 # --- the final numbers

@@ -22,7 +22,6 @@ from convert import load_teacher, recipes, stages
 from convert.conversion import held_out
 from convert.data import Batches, corpus, held_out_batches, tokenize
 from convert.measure import perplexity
-from convert.mixers.parts import DecayRate, ShortConv, TimeStep
 from convert.model import swap
 from convert.recipes import Train
 from convert.teachers import read_config, resolve
@@ -71,12 +70,10 @@ def reset(student, part: str):
     with torch.no_grad():
         for slot in student.slots().values():
             fresh = type(slot.mixer)(slot.mixer.shape, slot.mixer.options)
-            kinds = {"decay": DecayRate, "conv": ShortConv, "Delta": TimeStep}
-            for name, module in slot.mixer.named_children():
-                if (part in kinds and isinstance(module, kinds[part])) or (part == "gate" and module is slot.mixer.gate):
-                    module.load_state_dict(getattr(fresh, name).state_dict())
-            if part == "skip":
-                slot.mixer.skip.zero_()
+            names = {"decay": "rate", "conv": "block.conv", "gate": "block.gate", "Delta": "block.time_step", "skip": "block.skip"}
+            for name, value in slot.mixer.named_parameters():
+                if name.startswith(names[part]):
+                    value.copy_(fresh.get_parameter(name))
     return student
 
 

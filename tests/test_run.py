@@ -218,7 +218,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
 
     def off(cls, projections, options):
         mixer = start(cls, projections, options)
-        mixer.conv.weight.data[:, 0] = 0.01
+        mixer.block.conv.weight.data[:, 0] = 0.01
         return mixer
 
     monkeypatch.setattr(Mamba2, "from_projections", classmethod(off))

@@ -5,12 +5,11 @@ Everything else, and the exact start, is as in mamba.py.
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from convert.mixers.base import Context, Mixer, State
-from convert.mixers.parts import DecayRate, HedgehogHeads, ShortConv, TimeStep, open_gate
+from convert.mixers.parts import DecayRate, MambaBlock
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
@@ -26,33 +25,24 @@ class Mamba2(Mixer):
     def __init__(self, shape: Shape, options: Options):
         super().__init__()
         self.shape, self.options = shape, options
-        inner = shape.num_heads * shape.head_dim
-        self.conv = ShortConv(shape.width, options.conv)
-        self.heads = HedgehogHeads(shape)
-        self.time_step = TimeStep(shape.width, options.dt_rank or max(1, shape.width // 16), shape.num_kv_heads)
+        self.block = MambaBlock(shape, options.conv, options.dt_rank, shape.num_kv_heads)
         self.rate = DecayRate(shape.num_kv_heads)
-        self.skip = nn.Parameter(torch.zeros(inner))  # D
-        self.gate = open_gate(shape.width, inner)
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "Mamba2":
         mixer = cls(projections.shape, options)
-        mixer.heads.copy_(projections)
+        mixer.block.heads.copy_(projections)
         return mixer
 
     def projections(self) -> Projections:
-        return self.heads.projections()
+        return self.block.heads.projections()
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
-        x, conv_state = self.conv(x_BTD, context.real, context.document_ids, None if state is None else state[0])
-        q, k, v = self.heads(x, context.cos, context.sin)
-        dt = self.time_step(x)
-        if context.real is not None:
-            dt = dt * context.real[..., None]  # padding neither adds to the state nor lets it decay
+        q, k, v, dt, conv_state = self.block(x_BTD, context, None if state is None else state[0])
         y, sums = chunk_scan(
-            v, dt, -self.rate(), k, q, self.skip.unflatten(0, (-1, self.shape.head_dim)),
+            v, dt, -self.rate(), k, q, self.block.skip.unflatten(0, (-1, self.shape.head_dim)),
             initial_states=None if state is None else state[1], document_ids=context.document_ids, return_final_states=True,
             normalize=True,
         )  # fmt: skip
-        y = y.flatten(2) * F.silu(self.gate(x_BTD).float())
-        return self.heads.out(y.to(x_BTD.dtype)), (conv_state, sums)
+        y = y.flatten(2) * F.silu(self.block.gate(x_BTD).float())
+        return self.block.heads.out(y.to(x_BTD.dtype)), (conv_state, sums)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convert.mixers.base import Context
 from convert.projections import Projections, Shape
 
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
@@ -180,3 +181,25 @@ def open_gate(width: int, inner: int) -> nn.Linear:
     nn.init.zeros_(gate.weight)
     nn.init.constant_(gate.bias, SILU_OF_ONE)
     return gate
+
+
+class MambaBlock(nn.Module):
+    """What both Mambas share: everything but the decay and the scan. `num_steps`: how many Deltas a token has."""
+
+    def __init__(self, shape: Shape, conv: int, dt_rank: int | None, num_steps: int):
+        super().__init__()
+        inner = shape.num_heads * shape.head_dim
+        self.conv = ShortConv(shape.width, conv)
+        self.heads = HedgehogHeads(shape)
+        self.time_step = TimeStep(shape.width, dt_rank or max(1, shape.width // 16), num_steps)
+        self.skip = nn.Parameter(torch.zeros(inner))  # D
+        self.gate = open_gate(shape.width, inner)
+
+    def forward(self, x_BTD: Tensor, context: Context, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], the next state of the convolution."""
+        x, conv_state = self.conv(x_BTD, context.real, context.document_ids, conv_state)
+        q, k, v = self.heads(x, context.cos, context.sin)
+        dt = self.time_step(x)
+        if context.real is not None:
+            dt = dt * context.real[..., None]  # padding neither adds to the state nor lets it decay
+        return q, k, v, dt, conv_state
