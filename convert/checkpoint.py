@@ -8,17 +8,22 @@ RUN/steps/2-distill/DONE               its result; written last, so its existenc
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from convert.errors import UserError
 from convert.model import ConvertedConfig, ConvertedForCausalLM
 
 KEPT_CHECKPOINTS = 2
+NOT_WRITTEN = "No checkpoint could be written to"
+GO_ON = "Free some space; the same command goes on from the last one."
 
 
 def write_json(path: Path, content) -> None:
@@ -72,12 +77,20 @@ def _differences(old, new, path=""):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask for a stop at the next step; a second one stops at once."""
+    """While it is open, Ctrl-C and SIGTERM ask for a stop at the next step; a second one stops at once."""
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
         self.requested = True
@@ -104,9 +117,12 @@ class StepFolder:
         aside = self.folder / "student.writing"
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(weights, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_model(student, str(aside / "model.safetensors"))
-        student.config.save_pretrained(aside)
+        try:
+            aside.mkdir(parents=True)
+            save_model(student, str(aside / "model.safetensors"))
+            student.config.save_pretrained(aside)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         aside.rename(weights)
         write_json(self.folder / "DONE", result)
         for file in self._checkpoints():
@@ -124,7 +140,7 @@ class StepFolder:
             student = ConvertedForCausalLM(config)
         try:
             load_model(student, str(self.folder / "student" / "model.safetensors"))
-        except Exception as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"The weights of {self.folder} are damaged ({error}). Start again with --fresh; the old run is moved aside."
             ) from error
@@ -137,7 +153,7 @@ class StepFolder:
         for file in reversed(self._checkpoints()):
             try:
                 return torch.load(file, weights_only=True)
-            except Exception as error:
+            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
                 file.rename(file.with_suffix(".damaged"))
                 print(f"The checkpoint {file} is damaged ({type(error).__name__}); it was set aside, and the one before it is used.")
         return None
@@ -152,9 +168,7 @@ class StepFolder:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            raise UserError(
-                f"No checkpoint could be written to {self.folder} ({error}). Free some space; the same command goes on from the last one."
-            ) from error
+            raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         aside.replace(self.folder / f"checkpoint-{step}.pt")
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()

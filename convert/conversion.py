@@ -1,7 +1,7 @@
 """run(): the one place where recipe, data, tracking, checkpoints and evaluation meet."""
 
+import copy
 import difflib
-import gc
 import json
 import platform
 import subprocess
@@ -16,8 +16,8 @@ from rich.console import Console
 from convert import measure, recipes, report
 from convert import plan as planning
 from convert.checkpoint import StepFolder, StopRequest, open_run, write_json
-from convert.data import Batches, TokenData, corpus, held_out_batches, tokenize
-from convert.errors import UserError
+from convert.data import Batch, Batches, TokenData, corpus, held_out_batches, tokenize
+from convert.errors import Interrupted, UserError
 from convert.export import check_in_clean_process, export
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
@@ -37,7 +37,7 @@ def run(
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured."""
     started = time.monotonic()
-    source, config = resolve(teacher), None
+    source = resolve(teacher)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if isinstance(recipe, str):
         recipe = default_recipe(source, config, recipe)
@@ -63,8 +63,9 @@ def run(
     open_run(out, settings, fresh)
     track = Track(out, mode=wandb, config=settings, name=out.name)
     try:
-        student, results = _steps(recipe, taught, text, out, track, StopRequest())
-        numbers = _measure(student, taught, text, recipe, settings, results)
+        with StopRequest() as stop:
+            student, results = _steps(recipe, taught, text, out, track, stop)
+        numbers = _report(student, taught, text, recipe, settings, results)
         numbers["export"] = _export(student, taught, out / "model", numbers, text)
         numbers["seconds"]["this_call"] = time.monotonic() - started
         write_json(out / "report.json", numbers)
@@ -98,7 +99,7 @@ def _steps(
             student = None
         else:
             if student is None:
-                student = folders[i - 1].student(taught.model) if i else _copy_of(taught)
+                student = folders[i - 1].student(taught.model) if i else copy.deepcopy(taught.model)
             console.print(f"[bold]{step.name}[/]")
             student, result = _do(step, student, taught, text, folder, track, batches, tokens_before, steps_before, seed)
             folder.finish(student, result)
@@ -106,15 +107,12 @@ def _steps(
                 folders[i - 1].drop_weights()
             console.print(f"[dim]{step.name}: perplexity {result['perplexity_after']:.3f}[/]")
         results.append(result)
+        if stop.requested:
+            raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
         if isinstance(step, Train):
             tokens_before += step.settings.num_steps * step.settings.batch_tokens
             steps_before += step.settings.num_steps
     return student or folders[-1].student(taught.model), results
-
-
-def _copy_of(taught: Teacher):
-    """The teacher again, to be converted: read anew, so that nothing is shared with the one that teaches."""
-    return load_teacher(taught.source, device=str(taught.model.device)).model
 
 
 def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before, seed: int):
@@ -131,8 +129,7 @@ def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, tra
                     module.s.fill_(step.rate)
     else:
         s = step.settings
-        state = folder.load()
-        track.enter(step.name, tokens_before, steps_before, state["step"] if state else 0)
+        track.enter(step.name, tokens_before, steps_before)
         some = batches[: max(1, len(batches) // 4)]
         student = step.stage(
             student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
@@ -180,39 +177,46 @@ def seed_of(recipe: Recipe) -> int:
     return next((step.settings.seed for step in recipe.steps if isinstance(step, Train)), 0)
 
 
-def held_out(text: TokenData, recipe: Recipe):
-    """The batches every perplexity of a run is measured on: a quarter of the training budget, within 8 k (or all of a smaller
-    budget) and 256 k tokens."""
-    trains = [step.settings for step in recipe.steps if isinstance(step, Train)]
-    seq_len, micro = trains[-1].seq_len, trains[-1].micro_tokens
-    return held_out_batches(
-        text.held_out, seq_len, max(1, micro // seq_len), min(max(recipe.tokens // 4, min(recipe.tokens, 8192)), 1 << 18)
-    )
+def held_out(text: TokenData, recipe: Recipe) -> list[Batch]:
+    """The batches every perplexity of a run is measured on."""
+    last = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
+    return _held_out(text, recipe.tokens, last.seq_len, last.micro_tokens)
+
+
+def _held_out(text: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
+    """A quarter of the training budget, within 8 k (or all of a smaller budget) and 256 k tokens."""
+    count = min(max(budget // 4, min(budget, 8192)), 1 << 18)
+    return held_out_batches(text.held_out, seq_len, max(1, micro_tokens // seq_len), count)
 
 
 # --- the final numbers
 
 
-def _measure(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
-    console.print("[bold]measure[/]")
-    batches = held_out(text, recipe)
+def _numbers(student, taught: Teacher, text: TokenData, batches: list[Batch]) -> dict:
+    """What is measured on the finished student, beside its teacher."""
     both = measure.compare(student, taught.model, batches)
-    cache = {who: measure.cache_bytes(model) for who, model in (("teacher", taught.model), ("student", student))}
-    handovers = [r["handover"] for r in results if r.get("handover")]
-    stages = [r for r in results if r["tokens"]]
+    sizes = {who: measure.cache_size(model) for who, model in (("teacher", taught.model), ("student", student))}
+    cache = {who: {str(length): size.at(length) for length in measure.CONTEXT_LENGTHS} for who, size in sizes.items()}
     return {
-        "teacher": taught.source.name, "target": recipe.target, "settings": settings,
         "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
-        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats},
-        "handover": handovers[-1] if handovers else None,
-        "seconds": {"total": sum(r["seconds"] for r in results)},
-        "tokens": {"total": sum(r["tokens"] for r in stages), "measured": both.tokens},
-        "stages": stages, "steps": results,
-        "cache_bytes": cache | {"break_even_tokens": measure.break_even(cache["teacher"], cache["student"])},
+        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "measured_tokens": both.tokens,
+        "cache_bytes": cache | {"break_even_tokens": measure.break_even(**sizes)},
         "half_lives": measure.half_lives(student, batches[:4]),
         "continuations": _continuations(student, taught, text),
-        "versions": versions(), "commit": _commit(), "seed": seed_of(recipe),
-        "device": str(student.device),
+    }  # fmt: skip
+
+
+def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
+    console.print("[bold]measure[/]")
+    handovers = [r["handover"] for r in results if r.get("handover")]
+    stages = [r for r in results if r["tokens"]]
+    return _numbers(student, taught, text, held_out(text, recipe)) | {
+        "teacher": taught.source.name, "target": recipe.target, "settings": settings,
+        "handover": handovers[-1] if handovers else None,
+        "seconds": {"total": sum(r["seconds"] for r in results)},
+        "tokens": {"total": sum(r["tokens"] for r in stages)},
+        "stages": stages, "steps": results,
+        "versions": versions(), "commit": _commit(), "seed": seed_of(recipe), "device": str(student.device),
     }  # fmt: skip
 
 
@@ -233,8 +237,6 @@ def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenDa
     export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
     ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
     reference = _rounded_logits(student, ids, taught.dtype)
-    del student
-    gc.collect()
     theirs = check_in_clean_process(folder, ids)
     difference = (theirs - reference).abs().max().item()
     allowed = max(1e-4, 1e-5 * reference.abs().max().item())
@@ -284,21 +286,12 @@ def evaluate(folder: str | Path, *, device: str = "auto") -> dict:
     settings, device = old["settings"], pick_device(device)
     taught = load_teacher(settings["teacher"], device=device)
     student = load_teacher(str(folder), device=device).model
-    recipe_steps = settings["steps"]
-    trained = [s["settings"] for s in recipe_steps if s["kind"] == "Train"][-1]
-    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=old["tokens"]["total"])
+    trains = [step["settings"] for step in settings["steps"] if step["kind"] == "Train"]
+    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=sum(train["tokens"] for train in trains))
     if text.fingerprint != settings["data_fingerprint"]:
         console.print(f"[yellow]The data {settings['data']} changed since the run, so its held-out text is another one.[/]")
-    count = old["tokens"]["measured"] + trained["seq_len"]
-    batches = held_out_batches(text.held_out, trained["seq_len"], max(1, trained["micro_tokens"] // trained["seq_len"]), count)
-    both = measure.compare(student, taught.model, batches)
-    cache = {who: measure.cache_bytes(model) for who, model in (("teacher", taught.model), ("student", student))}
-    new = old | {
-        "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
-        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "tokens": old["tokens"] | {"measured": both.tokens},
-        "cache_bytes": json.loads(json.dumps(cache)) | {"break_even_tokens": measure.break_even(cache["teacher"], cache["student"])},
-        "half_lives": measure.half_lives(student, batches[:4]), "continuations": _continuations(student, taught, text),
-    }  # fmt: skip
+    batches = _held_out(text, sum(train["tokens"] for train in trains), trains[-1]["seq_len"], trains[-1]["micro_tokens"])
+    new = old | _numbers(student, taught, text, batches)
     report.show(new, console)
     return new
 

@@ -3,6 +3,7 @@
 python -m convert.evaluate runs/neox-nano-mamba2
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 
 from convert.data import Batch
 from convert.mixers.parts import TimeStep
-from convert.model import ConvertedForCausalLM, StudentCache
+from convert.model import ConvertedForCausalLM, layer_bytes
 from convert.objectives import cross_entropy, forward_kl
+from convert.projections import layer_window
 from convert.stages import hidden_states
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
@@ -68,31 +70,36 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Ba
     return Comparison(_exp(teacher_nats), _exp(student_nats), top1, kl, tokens)
 
 
+@dataclass(frozen=True)
+class CacheSize:
+    """Of one sequence. For each layer: bytes after 16 tokens, growth per token from there, and the window that ends it."""
+
+    layers: tuple[tuple[int, int, int | None], ...]
+
+    def at(self, length: int) -> int:
+        """Bytes at this context length."""
+        return sum(first + growth * (min(length, window or length) - 16) for first, growth, window in self.layers)
+
+
 @torch.no_grad()
-def cache_bytes(model: PreTrainedModel, lengths: tuple[int, ...] = CONTEXT_LENGTHS) -> dict[int, int]:
-    """Bytes a sequence's cache holds at each context length: read off the live cache after 16 and 32 tokens; the growth
-    between the two goes on to the length, or to the window where layers have one."""
+def cache_size(model: PreTrainedModel) -> CacheSize:
+    """Read off the live cache, layer by layer, after 16 and after 32 tokens."""
+    config = model.config.host_config() if isinstance(model, ConvertedForCausalLM) else model.config
 
-    def live(tokens: int) -> int:
+    def live(tokens: int) -> list[int]:
         ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-        cache = model(ids, use_cache=True).past_key_values
-        if isinstance(cache, StudentCache):
-            return cache.num_bytes()
-        return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        return [layer_bytes(layer) for layer in model(ids, use_cache=True).past_key_values.layers]
 
-    at_16, at_32 = live(16), live(32)
-    per_token = (at_32 - at_16) // 16
-    return {length: at_16 + per_token * (length - 16) for length in lengths}
+    windows = [layer_window(config, layer) for layer in range(config.num_hidden_layers)]
+    return CacheSize(tuple((a, (b - a) // 16, window) for a, b, window in zip(live(16), live(32), windows, strict=True)))
 
 
-def break_even(teacher: dict[int, int], student: dict[int, int]) -> int | None:
-    """The context length from which the student's cache is the smaller one, or None if it never is."""
-    (a, teacher_a), (b, teacher_b) = list(teacher.items())[:2]
-    student_a, student_b = list(student.values())[:2]
-    slopes = (teacher_b - teacher_a) / (b - a), (student_b - student_a) / (b - a)
-    if slopes[0] <= slopes[1]:
-        return None if student_a >= teacher_a else 0
-    return max(0, math.ceil(a + (student_a - teacher_a) / (slopes[0] - slopes[1])))
+def break_even(teacher: CacheSize, student: CacheSize) -> int | None:
+    """The context length from which the student's cache is the smaller one, or None if it is not by 16 M tokens."""
+    longest = 1 << 24
+    if student.at(longest) >= teacher.at(longest):
+        return None
+    return bisect.bisect_left(range(longest), True, key=lambda length: student.at(length) < teacher.at(length))
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

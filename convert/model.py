@@ -151,11 +151,13 @@ class StudentCache(Cache):
 
     def num_bytes(self) -> int:
         """Of all that it holds: states, convolution inputs, keys and values."""
-        tensors = [t for layer in self.layers if isinstance(layer, StateLayer) for t in layer.state or ()]
-        tensors += [
-            t for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized for t in (layer.keys, layer.values)
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(layer_bytes(layer) for layer in self.layers)
+
+
+def layer_bytes(layer: CacheLayerMixin) -> int:
+    """Of one layer of a cache, ours or transformers': states, convolution inputs, keys and values."""
+    tensors = layer.state or () if isinstance(layer, StateLayer) else (layer.keys, layer.values) if layer.is_initialized else ()
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Slot(nn.Module):

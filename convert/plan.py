@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
 from convert.projections import refusal
 from convert.recipes import Forget, Recipe, Swap, Train, describe
@@ -131,11 +132,8 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
     forward = 2 * num_teacher
     per_token = forward + 6 * mixers if step.stage is align else forward + (8 if s.checkpointing else 6) * total
-    updates = 0  # of a decaying state, per token
-    for slot in student.slots().values():
-        rate = slot.mixer._modules.get("rate")
-        if rate is not None and rate.s.ndim == 2:
-            updates += 2 * rate.s.numel()  # numerator and denominator
+    rates = [module.s for module in student.modules() if isinstance(module, DecayRate)]
+    updates = sum(2 * rate.numel() for rate in rates if rate.ndim == 2)  # of numerators and denominators, per token
     seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + updates / scan_elements)
     what = f"{step.stage.__name__}: {_objective(step)}, trains {s.trains.__name__}"
     return StepPlan(

@@ -123,10 +123,10 @@ def to_linear(budget: Budget) -> Recipe:
 def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     """Attention -> Hedgehog linear attention -> Mamba, which starts as exactly that (HedgeMamba, arXiv 2604.14191)."""
     first = 0 if budget.starts_linear else int(budget.tokens * ALIGN_SHARE)
-    to_linear = (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
+    aligned = () if budget.starts_linear else (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
     handover = Swap("handover", mixer, MIXERS[mixer].Options(), exact=True)
     forget = Forget("forget", 3e-3)  # ours, measured on neox-nano: experiments/LOG.md
-    return Recipe(mixer, (*(to_linear if first else ()), handover, forget, _distill(budget, budget.tokens - first)))
+    return Recipe(mixer, (*aligned, handover, forget, _distill(budget, budget.tokens - first)))
 
 
 def to_mamba2(budget: Budget) -> Recipe:

@@ -70,7 +70,7 @@ def markdown(report: dict) -> str:
     parts.append(
         f"Perplexity on held-out text {ppl['student']:.3f}; the teacher's is {ppl['teacher']:.3f} (ratio {ppl['ratio']:.4f}). "
         f"The two agree on the first token at {report['agreement']['top1']:.2%} of the positions; KL {report['kl']['mean_nats']:.4f} nats per token "
-        f"({report['tokens']['measured']:,} tokens). {_break_even(report)}\n"
+        f"({report['measured_tokens']:,} tokens). {_break_even(report)}\n"
     )
     rows = ["| step | tokens | time | first loss | last loss | perplexity after |", "|---|---|---|---|---|---|"]
     for row in report["steps"]:

@@ -99,6 +99,9 @@ class Silent:
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         pass
 
+    def resume(self, step: int) -> None:
+        pass
+
     def load(self) -> dict | None:
         return None
 
@@ -227,6 +230,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
         torch.set_rng_state(state["rng"])
         step, skipped, bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
         del state
+    track.resume(step)
 
     def save() -> None:
         keep.save(step, {

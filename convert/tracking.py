@@ -16,11 +16,14 @@ class Track:
         self.tokens_before = self.steps_before = 0
         self.wandb = _start_wandb(folder, mode, config, name)
 
-    def enter(self, stage: str, tokens_before: int, steps_before: int, resume_step: int) -> None:
-        """Later lines belong to `stage`. Lines of it after `resume_step`, from before a crash, are dropped."""
+    def enter(self, stage: str, tokens_before: int, steps_before: int) -> None:
+        """Later lines belong to `stage`."""
         self.stage, self.tokens_before, self.steps_before = stage, tokens_before, steps_before
+
+    def resume(self, step: int) -> None:
+        """The stage goes on after `step` (0: from its start): its lines after that, from before a crash, are dropped."""
         if self.file.exists():
-            rows = [line for line in self.file.read_text().splitlines() if _stays(line, stage, resume_step)]
+            rows = [line for line in self.file.read_text().splitlines() if _stays(line, self.stage, step)]
             aside = self.file.with_suffix(".writing")
             aside.write_text("".join(row + "\n" for row in rows))
             os.replace(aside, self.file)

@@ -160,6 +160,7 @@ def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatc
     assert main(command(teacher, text, tmp_path / "run")) == 130
     assert "Stopped at step 2 of 3; it is saved. The same command goes on from there." in capsys.readouterr().err
     assert (tmp_path / "run" / "steps" / "1-align" / "checkpoint-2.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the caller's again
 
 
 def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, text, tmp_path, capsys):

@@ -23,15 +23,18 @@ def rows(folder):
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     track = Track(tmp_path, mode="disabled", config={}, name="x")
-    track.enter("align", 0, 0, 0)
+    track.enter("align", 0, 0)
+    track.resume(0)
     for step in (1, 2, 3):
         track.log(step, 10 * step, {"train/loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "align", "st')  # a kill in the middle of a line
     again = Track(tmp_path, mode="disabled", config={}, name="x")
-    again.enter("align", 0, 0, 2)
+    again.enter("align", 0, 0)
+    again.resume(2)
     again.log(3, 30, {"train/loss": 33.0})
-    again.enter("distill", 30, 3, 0)
+    again.enter("distill", 30, 3)
+    again.resume(0)
     again.log(1, 10, {"train/loss": 0.5})
     assert [(r["stage"], r["step"], r["global_step"], r["tokens"], r["train/loss"]) for r in rows(tmp_path)] == [
         ("align", 1, 1, 10, 1.0), ("align", 2, 2, 20, 2.0), ("align", 3, 3, 30, 33.0), ("distill", 1, 4, 40, 0.5),
@@ -42,7 +45,8 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
     for _ in range(2):  # the second is a resumed run
         track = Track(tmp_path, mode=None, config={"target": "mamba", "lr": 1.0}, name="x")
-        track.enter("align", 0, 0, 0)
+        track.enter("align", 0, 0)
+        track.resume(0)
         track.log(1, 10, {"train/loss": 1.5})
         track.summary({"ratio": 1.1})
         track.close()
