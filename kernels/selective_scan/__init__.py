@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.native import say
 from kernels.selective_scan.chunked import selective_scan_chunked
+from kernels.selective_scan.cpu import selective_scan_cpu, why_not
 from kernels.selective_scan.reference import selective_scan_reference
 
+SCANS = {"cpu": selective_scan_cpu, "chunked": selective_scan_chunked, "reference": selective_scan_reference}
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
 
@@ -25,7 +28,7 @@ def selective_scan(
     B: then R readings of each state are returned, group by group (grouped-query attention).
     `document_ids` [batch, L]: the state starts anew where the id changes. `normalize`: y = num / (|den| + 1e-6) before D
     and z, where den is the same recurrence driven by ones; states are then pairs (num, den).
-    States are [batch, D, N]. Computed in float32 (float64 if u is); `impl` is "auto", "chunked" or "reference".
+    States are [batch, D, N]. Computed in float32 (float64 if u is); `impl` is "auto", "cpu", "chunked" or "reference".
     """
     _check(u, delta, A, B, C)
     _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
@@ -37,18 +40,16 @@ def selective_scan(
         delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         delta = F.softplus(delta)
-    inputs = torch.stack([u, torch.ones_like(u)]) if normalize else u[None]
     if initial_state is None:
-        h = inputs.new_zeros(*inputs.shape[:3], A.shape[1])
+        h = u.new_zeros(1 + normalize, *u.shape[:2], A.shape[1])
     else:
         h = torch.stack(list(initial_state)) if normalize else initial_state[None]
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    scan = _pick(impl, u.shape[-1])
+    scan = _pick(impl, u.device)
     with torch.autocast(u.device.type, enabled=False):  # products of states stay in this dtype
-        y, h = scan(inputs, delta, A, B, C, h.to(dtype), starts)
-    y = y.flatten(2, 4)
+        y, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = y[0] / (y[1].abs() + EPSILON) if normalize else y[0]
     if D is not None:
         y = y + D.to(dtype)[:, None] * _per_reading(u, B, C)
@@ -64,12 +65,16 @@ def _per_reading(u, B, C):
     return u.unflatten(1, (G, 1, -1)).expand(-1, -1, C.shape[1] // G, -1, -1).flatten(1, 3)
 
 
-def _pick(impl: str, length: int):
+def _pick(impl: str, device: torch.device):
+    if impl not in SCANS and impl != "auto":
+        raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, SCANS))}; got {impl!r}.")
+    reason = why_not() if impl in ("auto", "cpu") and device.type == "cpu" else f"the tensors are on {device}"
     if impl == "auto":
-        impl = "reference" if length == 1 else "chunked"
-    if impl not in ("chunked", "reference"):
-        raise ValueError(f"impl is 'auto', 'chunked' or 'reference'; got {impl!r}.")
-    return selective_scan_chunked if impl == "chunked" else selective_scan_reference
+        impl = "chunked" if reason else "cpu"
+        say(f"selective_scan: {'PyTorch operators in chunks (' + reason + ')' if reason else 'compiled for this CPU'}.")
+    elif impl == "cpu" and reason:
+        raise ValueError(f"impl='cpu' cannot run here: {reason}.")
+    return SCANS[impl]
 
 
 def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:

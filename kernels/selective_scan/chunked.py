@@ -6,6 +6,8 @@ Shapes as in reference.py, time first inside: Q steps of a chunk, [Q, K, batch, 
 import torch
 from torch import Tensor
 
+from kernels.selective_scan.reference import with_ones
+
 CHUNK_ELEMENTS = 1 << 22  # of one [Q, K, batch, D, N] buffer: 16 MiB in float32 (ours)
 MAX_CHUNK = 64
 
@@ -88,6 +90,7 @@ def _grouped(C, B, t, Q) -> Tensor:
     return C[..., t : t + Q].unflatten(1, (B.shape[1], -1))
 
 
-def selective_scan_chunked(u, delta, A, B, C, h, starts=None) -> tuple[Tensor, Tensor]:
+def selective_scan_chunked(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
-    return ChunkedScan.apply(u, delta, A, B, C, h, starts)
+    y, h = ChunkedScan.apply(with_ones(u, len(h)), delta, A, B, C, h, starts)
+    return y.flatten(2, 4).unbind(0), h

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor
 
 
-def selective_scan_reference(u, delta, A, B, C, h, starts=None) -> tuple[Tensor, Tensor]:
+def with_ones(u: Tensor, inputs: int) -> Tensor:
+    """The inputs of the recurrence, [K, batch, D, L]: u, and ones where there are two."""
+    return torch.stack([u, torch.ones_like(u)]) if inputs == 2 else u[None]
+
+
+def selective_scan_reference(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t,  y_t = C_t . h_t,  with h set to 0 before a token that starts a document.
 
-    u [K, batch, D, L]: K inputs through the same recurrence; delta [batch, D, L]; A [D, N]; B [batch, G, N, L];
-    C [batch, G R, N, L]; h [K, batch, D, N]; starts bool [batch, L]. Channels are ordered by group: D = G P.
-    R readings of one state: y [K, batch, G, R, P, L]. Returns y and the last h.
+    u, delta [batch, D, L]; A [D, N]; B [batch, G, N, L]; C [batch, G R, N, L]; h [K, batch, D, N]; starts bool [batch, L].
+    K is 1, or 2: then the same recurrence runs on ones as well. Channels are ordered by group, D = G P; each state is read
+    R times. Returns K times y [batch, G R P, L], and the last h.
     """
+    u = with_ones(u, len(h))
     K, batch, D, L = u.shape
     G = B.shape[1]
     y = []
@@ -21,4 +27,4 @@ def selective_scan_reference(u, delta, A, B, C, h, starts=None) -> tuple[Tensor,
         drive = (delta[:, :, t] * u[..., t]).unflatten(-1, (G, -1))[..., None] * B[:, :, None, :, t]
         h = decay * h + drive.flatten(2, 3)
         y.append(torch.einsum("kbgpn,bgrn->kbgrp", h.unflatten(2, (G, -1)), C[..., t].unflatten(1, (G, -1))))
-    return torch.stack(y, -1), h
+    return torch.stack(y, -1).flatten(2, 4).unbind(0), h

@@ -55,11 +55,11 @@ def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, docume
 def run(arguments, impl, forward=nullcontext):
     """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
     arguments = {
-        k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+        k: v.detach().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
     }
     state = arguments.get("initial_state")
     if isinstance(state, tuple):
-        state = arguments["initial_state"] = tuple(h.clone().requires_grad_() for h in state)
+        state = arguments["initial_state"] = tuple(h.detach().requires_grad_() for h in state)
     leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad] + list(
         state if isinstance(state, tuple) else ()
     )
@@ -74,10 +74,40 @@ def run(arguments, impl, forward=nullcontext):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_chunked_is_the_reference(options, length):
-    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), impl) for impl in ("chunked", "reference"))
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+def test_each_is_the_reference(options, length, impl):
+    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), i) for i in (impl, "reference"))
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
+
+
+@pytest.mark.parametrize("layout", ["time last", "channels last", "neither"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
+def test_compiled_scan_of_many_blocks(layout, dtype, tolerance):
+    """More channels than lanes, a number of states that is no multiple of anything, groups, in any memory layout."""
+    options = dict(N=29, G=2, R=2, channels=70, normalize=True, documents=True, state=True)
+    expected = run(make(150, **options), "reference")
+    a = make(150, **options, dtype=dtype)
+    for name in ("u", "delta"):
+        if layout == "channels last":
+            a[name] = a[name].mT.contiguous().mT
+        if layout == "neither":
+            a[name] = a[name].repeat_interleave(2, 1).repeat_interleave(2, 2)[:, ::2, ::2]
+    for actual, wanted in zip(run(a, "cpu"), expected, strict=True):
+        assert_close(actual, wanted, tolerance)
+
+
+def test_threads_change_nothing():
+    """Sums over channels have one order, else a resumed run would not be bit-identical."""
+    a = make(130, N=16, channels=300, dtype=torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(run(a, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("elements", [1, 500])
@@ -92,7 +122,7 @@ def test_any_chunk_length_gives_the_same(monkeypatch, elements):
         assert_close(a, e, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} delta_r A) delta_s u_s B_s . C_t, in its quadratic form."""
     a = make(9, N=3, channels=4)
@@ -103,7 +133,7 @@ def test_formula(impl):
     assert_close(selective_scan(**a, impl=impl), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_normalize_divides_by_a_scan_of_ones(impl):
     a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False)
     state = a.pop("initial_state")
@@ -114,7 +144,7 @@ def test_normalize_divides_by_a_scan_of_ones(impl):
     assert_close(last, (last_num, last_den), FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_epsilon_counts_where_the_denominator_is_small(impl):
     """One step from nothing: u d / (d + 1e-6) with d = delta B C = 1e-6 is half of u."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
@@ -122,7 +152,7 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
     assert y.item() == pytest.approx(1.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_documents_are_separate_runs(impl):
     """The first continues the state it is given; the last state is the last document's."""
     a = make(50, normalize=True, state=True)
@@ -152,11 +182,12 @@ def test_gradients_by_finite_differences(monkeypatch, options):
     assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
 
 
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_float32_is_close_to_float64(options):
+def test_float32_is_close_to_float64(options, impl):
     arguments = make(127, **options)
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(single, "chunked"), run(arguments, "reference")
+    (outputs, gradients), (expected, expected_gradients) = run(single, impl), run(arguments, "reference")
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
@@ -167,7 +198,7 @@ def test_bfloat16_keeps_float32_states():
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
     a = make(70, **OPTIONS["everything"], dtype=torch.float32)
     outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
@@ -205,7 +236,7 @@ WRONG = {
     "C": (dict(C=torch.ones(2, 1, 5, 9)), r"C must be .*batch 2, N 5, L 8; got \(2, 1, 5, 9\)"),
     "groups of B": (dict(B=torch.ones(2, 4, 5, 8), C=torch.ones(2, 4, 5, 8)), r"must divide D .*got D 6, B 4, C 4"),
     "groups of C": (dict(B=torch.ones(2, 2, 5, 8), C=torch.ones(2, 3, 5, 8)), r"groups of C; got D 6, B 2, C 3"),
-    "impl": (dict(impl="triton"), r"'auto', 'chunked' or 'reference'; got 'triton'"),
+    "impl": (dict(impl="triton"), r"'auto' or one of 'cpu', 'chunked', 'reference'; got 'triton'"),
     "D": (dict(D=torch.ones(1)), r"D must .*6.*; got \(1,\)"),
     "z": (dict(z=torch.ones(2, 1, 8)), r"z must .*\(2, 6, 8\).*; got \(2, 1, 8\)"),
     "delta_bias": (dict(delta_bias=torch.ones(1)), r"delta_bias must .*6.*; got \(1,\)"),

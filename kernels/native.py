@@ -1,0 +1,74 @@
+"""Compiling a kernel's C++ for this machine's CPU: plain g++ or clang++, once, into a cache.
+
+The library is written beside its place and renamed: a killed build leaves nothing that a later one waits for.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
+
+
+def cache() -> Path:
+    """Where libraries are kept: CONVERT_CACHE or ~/.cache/conversion-workbench."""
+    return Path(os.environ.get("CONVERT_CACHE") or Path.home() / ".cache" / "conversion-workbench") / "kernels"
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL | str:
+    """The compiled source, or a sentence that says why there is none."""
+    if not source.exists():
+        return f"there is no {source.name} beside this copy of the code"
+    compiler = next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        return "no C++ compiler was found: install g++ or clang++, or set CXX"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    texts = [file.read_bytes() for file in (source, *sorted(source.parent.parent.glob("*.h")))]
+    facts = repr((texts, compiler, version, torch.__version__, _processor(), FLAGS))
+    target = cache() / f"{source.parent.name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    if not target.exists() and (problem := _compile(compiler, source, target)):
+        return problem
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        return f"{target} does not load ({error}); delete it"
+
+
+def _compile(compiler: str, source: Path, target: Path) -> str | None:
+    print(f"Compiling {source.parent.name} for this processor (once, about 10 seconds).", file=sys.stderr)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as side:
+            aside = Path(side) / target.name
+            for openmp in (["-fopenmp"], []):  # Apple's clang has none: one thread then
+                done = subprocess.run([compiler, *FLAGS, *openmp, str(source), "-o", str(aside)], capture_output=True, text=True)
+                if done.returncode == 0:
+                    aside.replace(target)
+                    return None
+    except OSError as error:
+        return f"the compiled library cannot be written ({error})"
+    return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Once per process."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,304 @@
+// The selective scan on a CPU. Derivation, bytes and operations: README.md.
+//
+// A vector holds as many channels as it has lanes; the states of a channel are independent chains, so that the latency of one
+// step hides behind the others, and no step needs a sum over lanes. Work is cut into (batch, group, slice of the group's
+// channels); the number of slices depends on shapes alone, so sums over channels have one order whatever the threads are.
+//
+// b batch · d channel · n state · t time · g group · r reading · i input: the values, then (normalized) ones
+#include <memory>
+
+#include "../vectors.h"
+
+constexpr int STEPS = 64;  // of a chunk: the states at its start are kept for the backward pass, those inside are recomputed
+constexpr int STATES = 8;  // at once, in registers
+
+struct Sizes {
+    int64_t batch, channels, length, states, groups, readings, inputs, slices, threads;
+};
+struct Strided {
+    void* data;
+    int64_t batch, channel, time;  // strides
+};
+struct Scan {  // shapes: README.md
+    Sizes size;
+    Strided u, delta, y, y_ones, du, ddelta;  // y: [batch, groups x readings x channels of a group, length]
+    void *A2, *B, *C, *state, *begins, *dA, *dB, *dC;  // A2 = A / ln 2
+    const uint8_t* starts;
+};
+
+template <typename T> static T* at(const Strided& s, int64_t b, int64_t channel) { return (T*)s.data + b * s.batch + channel * s.channel; }
+
+// One block of channels of one batch entry, and what all its loops need.
+template <typename T> struct Block {
+    static constexpr int W = WIDTH<T>;
+    const Scan& scan;
+    int64_t b, g, first;  // batch entry, group, first channel inside the group
+    int lanes;
+    int64_t L, N, R, per_group, channel;  // channel: first, among all
+    std::unique_ptr<Vec<T>[]> memory;  // aligned
+    T *state, *A2, *delta, *u, *x, *y;  // [inputs][N][W], [N][W], tiles [STEPS][W]; y [readings][inputs][STEPS][W]
+
+    Block(const Scan& s, int64_t b_, int64_t g_) : scan(s), b(b_), g(g_), L(s.size.length), N(s.size.states), R(s.size.readings) {
+        int64_t K = s.size.inputs;
+        per_group = s.size.channels / s.size.groups;
+        memory.reset(new Vec<T>[K * N + N + STEPS * (3 + R * K)]);
+        state = (T*)memory.get(), A2 = state + W * K * N, delta = A2 + W * N;
+        u = delta + W * STEPS, x = u + W * STEPS, y = x + W * STEPS;
+    }
+
+    void begin(int64_t first_) {
+        first = first_, channel = g * per_group + first;
+        lanes = per_group - first < W ? per_group - first : W;
+        memset(A2, 0, sizeof(T) * W * N);
+        for (int c = 0; c < lanes; c++)
+            for (int64_t n = 0; n < N; n++) A2[n * W + c] = ((const T*)scan.A2)[(channel + c) * N + n];
+    }
+    T* outside(void* states, int64_t input, int c) {  // of [inputs, batch, channels, N]
+        return (T*)states + ((input * scan.size.batch + b) * scan.size.channels + channel + c) * N;
+    }
+    void load_state() {
+        memset(state, 0, sizeof(T) * W * N * scan.size.inputs);
+        for (int64_t i = 0; i < scan.size.inputs; i++)
+            for (int c = 0; c < lanes; c++)
+                for (int64_t n = 0; n < N; n++) state[(i * N + n) * W + c] = outside(scan.state, i, c)[n];
+    }
+    void store_state() {
+        for (int64_t i = 0; i < scan.size.inputs; i++)
+            for (int c = 0; c < lanes; c++)
+                for (int64_t n = 0; n < N; n++) outside(scan.state, i, c)[n] = state[(i * N + n) * W + c];
+    }
+    int load_inputs(int64_t t0) {
+        int steps = L - t0 < STEPS ? L - t0 : STEPS;
+        load_tile(delta, at<T>(scan.delta, b, channel) + t0 * scan.delta.time, scan.delta.channel, scan.delta.time, lanes, steps);
+        load_tile(u, at<T>(scan.u, b, channel) + t0 * scan.u.time, scan.u.channel, scan.u.time, lanes, steps);
+        for (int t = 0; t < steps; t++) store(x + t * W, load<T>(delta + t * W) * load<T>(u + t * W));
+        return steps;
+    }
+    const Strided& of_input(int64_t i) { return i ? scan.y_ones : scan.y; }
+    int64_t output_channel(int64_t r) { return (g * R + r) * per_group + first; }
+    const T* B(int64_t t0) { return (const T*)scan.B + ((b * scan.size.groups + g) * L + t0) * N; }
+    int64_t row_of_C(int64_t r, int64_t t0) { return ((b * scan.size.groups + g) * R + r) * L + t0; }
+    const T* C(int64_t r, int64_t t0) { return (const T*)scan.C + row_of_C(r, t0) * N; }
+    int64_t index() { return (b * scan.size.groups + g) * ((per_group + W - 1) / W) + first / W; }
+    T* begins(int64_t chunk) { return (T*)scan.begins + (index() * ((L + STEPS - 1) / STEPS) + chunk) * scan.size.inputs * N * W; }
+};
+
+// `steps` steps of the states n0 .. n0 + COUNT
+template <typename T, int COUNT, bool ONES> static void forward_states(Block<T>& k, int64_t t0, int steps, int64_t n0) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> h[COUNT], ones[COUNT];
+    for (int n = 0; n < COUNT; n++) {
+        h[n] = load<T>(k.state + (n0 + n) * W);
+        if (ONES) ones[n] = load<T>(k.state + (k.N + n0 + n) * W);
+    }
+    const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
+    const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
+    for (int t = 0; t < steps; t++) {
+        if (starts && starts[t])
+            for (int n = 0; n < COUNT; n++) h[n] = ones[n] = Vec<T>{};
+        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
+        for (int n = 0; n < COUNT; n++) {
+            Vec<T> a = exp2_of(d * load<T>(A2 + n * W));
+            T b = B[t * k.N + n];
+            h[n] = a * h[n] + x * b;
+            if (ONES) ones[n] = a * ones[n] + d * b;
+        }
+        for (int64_t r = 0; r < k.R; r++) {
+            const T* C = k.C(r, t0 + t) + n0;
+            T* y = k.y + (r * (1 + ONES) * STEPS + t) * W;
+            Vec<T> sum = load<T>(y), sum_ones{};
+            if (ONES) sum_ones = load<T>(y + STEPS * W);
+            for (int n = 0; n < COUNT; n++) {
+                sum += h[n] * C[n];
+                if (ONES) sum_ones += ones[n] * C[n];
+            }
+            store(y, sum);
+            if (ONES) store(y + STEPS * W, sum_ones);
+        }
+    }
+    for (int n = 0; n < COUNT; n++) {
+        store(k.state + (n0 + n) * W, h[n]);
+        if (ONES) store(k.state + (k.N + n0 + n) * W, ones[n]);
+    }
+}
+
+template <typename T, bool ONES> static void forward_chunk(Block<T>& k, int64_t t0, int steps) {
+    int64_t n = 0;
+    for (; n + STATES <= k.N; n += STATES) forward_states<T, STATES, ONES>(k, t0, steps, n);
+    for (; n + 4 <= k.N; n += 4) forward_states<T, 4, ONES>(k, t0, steps, n);
+    for (; n < k.N; n++) forward_states<T, 1, ONES>(k, t0, steps, n);
+}
+
+template <typename T> static void forward(const Scan& s) {
+    constexpr int W = WIDTH<T>;
+    int64_t K = s.size.inputs, blocks = (s.size.channels / s.size.groups + W - 1) / W;
+#pragma omp parallel for schedule(dynamic) num_threads(s.size.threads)
+    for (int64_t task = 0; task < s.size.batch * s.size.groups * blocks; task++) {
+        Block<T> k(s, task / blocks / s.size.groups, task / blocks % s.size.groups);
+        k.begin(task % blocks * W);
+        k.load_state();
+        for (int64_t t0 = 0; t0 < k.L; t0 += STEPS) {
+            if (s.begins) memcpy(k.begins(t0 / STEPS), k.state, sizeof(T) * W * K * k.N);
+            int steps = k.load_inputs(t0);
+            memset(k.y, 0, sizeof(T) * W * STEPS * k.R * K);
+            if (K == 2) forward_chunk<T, true>(k, t0, steps);
+            else forward_chunk<T, false>(k, t0, steps);
+            for (int64_t r = 0; r < k.R; r++)
+                for (int64_t i = 0; i < K; i++) {
+                    const Strided& y = k.of_input(i);
+                    store_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps);
+                }
+        }
+        k.store_state();
+    }
+}
+
+// Tiles [STEPS][W] that the backward pass adds up over the states, and the states and decays inside a chunk.
+template <typename T> struct Gradients {
+    static constexpr int W = WIDTH<T>;
+    alignas(64) T du[STEPS * W], ddelta[STEPS * W];  // du: of x = delta u, not of u
+    alignas(64) T decay[STEPS * STATES * W], h[STEPS * STATES * W], ones[STEPS * STATES * W];
+    T *dB, *dC, *dA;  // [L][N], [readings][L][N] of this slice; [channels][N] of this batch entry
+};
+
+template <typename T, int COUNT, bool ONES>
+static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps, int64_t n0) {
+    constexpr int W = WIDTH<T>;
+    const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
+    const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
+    // the states again; slot t holds what step t starts from, which is what step t - 1 left unless a document starts
+    Vec<T> h[COUNT], ones[COUNT];
+    for (int n = 0; n < COUNT; n++) {
+        h[n] = load<T>(begin + (n0 + n) * W);
+        if (ONES) ones[n] = load<T>(begin + (k.N + n0 + n) * W);
+    }
+    for (int t = 0; t < steps; t++) {
+        if (starts && starts[t])
+            for (int n = 0; n < COUNT; n++) h[n] = ones[n] = Vec<T>{};
+        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
+        for (int n = 0; n < COUNT; n++) {
+            Vec<T> a = exp2_of(d * load<T>(A2 + n * W));
+            T b = B[t * k.N + n];
+            store(to.decay + (t * COUNT + n) * W, a);
+            store(to.h + (t * COUNT + n) * W, h[n]);
+            h[n] = a * h[n] + x * b;
+            if (ONES) store(to.ones + (t * COUNT + n) * W, ones[n]);
+            if (ONES) ones[n] = a * ones[n] + d * b;
+        }
+    }
+    Vec<T> g[COUNT], g_ones[COUNT], dA[COUNT] = {};
+    for (int n = 0; n < COUNT; n++) {
+        g[n] = load<T>(k.state + (n0 + n) * W);
+        if (ONES) g_ones[n] = load<T>(k.state + (k.N + n0 + n) * W);
+    }
+    for (int t = steps - 1; t >= 0; t--) {
+        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
+        Vec<T> sums[8] = {};
+        for (int64_t r = 0; r < k.R; r++) {  // h, ones: after step t
+            const T *C = k.C(r, t0 + t) + n0, *y = k.y + (r * (1 + ONES) * STEPS + t) * W;
+            Vec<T> dy = load<T>(y), dy_ones{};
+            if (ONES) dy_ones = load<T>(y + STEPS * W);
+            for (int n = 0; n < COUNT; n++) {
+                g[n] += dy * C[n];
+                sums[n] = dy * h[n];
+                if (ONES) g_ones[n] += dy_ones * C[n];
+                if (ONES) sums[n] += dy_ones * ones[n];
+            }
+            add_lane_sums<T>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0, COUNT);
+        }
+        Vec<T> of_x{}, of_ones{}, of_delta{};
+        for (int n = 0; n < COUNT; n++) {
+            T b = B[t * k.N + n];
+            Vec<T> a = load<T>(to.decay + (t * COUNT + n) * W);
+            h[n] = load<T>(to.h + (t * COUNT + n) * W);
+            of_x += g[n] * b;
+            sums[n] = g[n] * x;
+            Vec<T> e = g[n] * h[n];
+            g[n] *= a;
+            if (ONES) {
+                ones[n] = load<T>(to.ones + (t * COUNT + n) * W);
+                of_ones += g_ones[n] * b;
+                sums[n] += g_ones[n] * d;
+                e += g_ones[n] * ones[n];
+                g_ones[n] *= a;
+            }
+            e *= a;
+            of_delta += e * load<T>(A2 + n * W);
+            dA[n] += e * d;
+        }
+        for (int n = COUNT; n < 8; n++) sums[n] = Vec<T>{};
+        add_lane_sums<T>(sums, to.dB + (t0 + t) * k.N + n0, COUNT);
+        store(to.du + t * W, load<T>(to.du + t * W) + of_x);
+        store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + of_ones + of_delta * (T)0.6931471805599453);
+        if (starts && starts[t]) {  // what came before this step reached nothing after it
+            for (int n = 0; n < COUNT; n++) g[n] = g_ones[n] = Vec<T>{};
+            if (t)  // slot t holds the zeros; what step t - 1 left is gone, so make it again
+                for (int n = 0; n < COUNT; n++) {
+                    Vec<T> a = load<T>(to.decay + ((t - 1) * COUNT + n) * W);
+                    T b = B[(t - 1) * k.N + n];
+                    h[n] = a * load<T>(to.h + ((t - 1) * COUNT + n) * W) + load<T>(k.x + (t - 1) * W) * b;
+                    if (ONES) ones[n] = a * load<T>(to.ones + ((t - 1) * COUNT + n) * W) + load<T>(k.delta + (t - 1) * W) * b;
+                }
+        }
+    }
+    for (int n = 0; n < COUNT; n++) {
+        store(k.state + (n0 + n) * W, g[n]);
+        if (ONES) store(k.state + (k.N + n0 + n) * W, g_ones[n]);
+        for (int c = 0; c < k.lanes; c++) to.dA[(k.channel + c) * k.N + n0 + n] += dA[n][c];
+    }
+}
+
+template <typename T, bool ONES> static void backward_chunk(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps) {
+    int64_t n = 0;
+    for (; n + STATES <= k.N; n += STATES) backward_states<T, STATES, ONES>(k, to, begin, t0, steps, n);
+    for (; n + 4 <= k.N; n += 4) backward_states<T, 4, ONES>(k, to, begin, t0, steps, n);
+    for (; n < k.N; n++) backward_states<T, 1, ONES>(k, to, begin, t0, steps, n);
+}
+
+// y, y_ones hold their gradients; `state` the gradient of the last state, and of the first when done.
+template <typename T> static void backward(const Scan& s) {
+    constexpr int W = WIDTH<T>;
+    int64_t K = s.size.inputs, L = s.size.length, N = s.size.states, G = s.size.groups, S = s.size.slices;
+    int64_t blocks = (s.size.channels / G + W - 1) / W;
+#pragma omp parallel for schedule(dynamic) num_threads(s.size.threads)
+    for (int64_t task = 0; task < s.size.batch * G * S; task++) {
+        int64_t slice = task % S, pair = task / S;  // pair: batch entry and group
+        Block<T> k(s, pair / G, pair % G);
+        std::unique_ptr<Gradients<T>> to(new Gradients<T>);
+        to->dB = (T*)s.dB + (slice * s.size.batch * G + pair) * L * N;
+        to->dC = (T*)s.dC + (slice * s.size.batch * G + pair) * k.R * L * N;
+        to->dA = (T*)s.dA + k.b * s.size.channels * N;
+        for (int64_t block = blocks * slice / S; block < blocks * (slice + 1) / S; block++) {
+            k.begin(block * W);
+            k.load_state();
+            for (int64_t t0 = (L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
+                int steps = k.load_inputs(t0);
+                for (int64_t r = 0; r < k.R; r++)
+                    for (int64_t i = 0; i < K; i++) {
+                        const Strided& y = k.of_input(i);
+                        load_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps);
+                    }
+                memset(to->du, 0, sizeof to->du);
+                memset(to->ddelta, 0, sizeof to->ddelta);
+                if (K == 2) backward_chunk<T, true>(k, *to, k.begins(t0 / STEPS), t0, steps);
+                else backward_chunk<T, false>(k, *to, k.begins(t0 / STEPS), t0, steps);
+                for (int t = 0; t < steps; t++) {
+                    Vec<T> dx = load<T>(to->du + t * W);
+                    store(to->ddelta + t * W, load<T>(to->ddelta + t * W) + dx * load<T>(k.u + t * W));
+                    store(to->du + t * W, dx * load<T>(k.delta + t * W));
+                }
+                store_tile(to->du, at<T>(s.du, k.b, k.channel) + t0 * s.du.time, s.du.channel, s.du.time, k.lanes, steps);
+                store_tile(to->ddelta, at<T>(s.ddelta, k.b, k.channel) + t0 * s.ddelta.time, s.ddelta.channel, s.ddelta.time, k.lanes, steps);
+            }
+            k.store_state();
+        }
+    }
+}
+
+extern "C" {
+void forward_float(const Scan* s) { forward<float>(*s); }
+void forward_double(const Scan* s) { forward<double>(*s); }
+void backward_float(const Scan* s) { backward<float>(*s); }
+void backward_double(const Scan* s) { backward<double>(*s); }
+int lanes_of_float() { return WIDTH<float>; }
+}

@@ -1,0 +1,114 @@
+// Vectors as wide as the machine's, through the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+template <typename T> struct Lanes;
+template <> struct Lanes<float> {
+    typedef float type __attribute__((vector_size(BYTES)));
+    typedef int32_t bits __attribute__((vector_size(BYTES)));
+};
+template <> struct Lanes<double> {
+    typedef double type __attribute__((vector_size(BYTES)));
+    typedef int64_t bits __attribute__((vector_size(BYTES)));
+};
+template <typename T> using Vec = typename Lanes<T>::type;
+template <typename T> constexpr int WIDTH = BYTES / sizeof(T);
+
+template <typename T> static inline Vec<T> load(const T* p) {
+    Vec<T> v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, sizeof v); }
+
+// 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double), exactly 1 at 0, at most 2^-126 (2^-1022) for less.
+// x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1, double: Taylor's.
+static inline Vec<float> exp2_of(Vec<float> x) {
+    x = x < -126.0f ? Vec<float>{} - 126.0f : x;
+    x = x > 127.0f ? Vec<float>{} + 127.0f : x;
+    Vec<float> shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which its low bits then are
+    Vec<float> r = x - (shifted - 12582912.0f);
+    Vec<float> p = r * 0.0001535335037f + 0.001339887455f;
+    p = p * r + 0.009618437393f;
+    p = p * r + 0.05550332471f;
+    p = p * r + 0.2402264791f;
+    p = p * r + 0.6931472029f;
+    p = p * r + 1.0f;
+    return (Vec<float>)((Lanes<float>::bits)p + ((Lanes<float>::bits)shifted << 23));
+}
+static inline Vec<double> exp2_of(Vec<double> x) {
+    x = x < -1022.0 ? Vec<double>{} - 1022.0 : x;
+    x = x > 1023.0 ? Vec<double>{} + 1023.0 : x;
+    Vec<double> shifted = x + 6755399441055744.0;  // 1.5 x 2^52
+    Vec<double> r = x - (shifted - 6755399441055744.0);
+    constexpr double c[] = {1.0, 0.6931471805599453, 0.24022650695910072, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443,
+                            0.00015403530393381606, 1.5252733804059841e-05, 1.3215486790144309e-06, 1.01780860092397e-07,
+                            7.054911620801123e-09, 4.4455382718708116e-10, 2.5678435993488206e-11, 1.3691488853904128e-12};
+    Vec<double> p = r * c[13] + c[12];
+    for (int i = 11; i >= 0; i--) p = p * r + c[i];
+    return (Vec<double>)((Lanes<double>::bits)p + ((Lanes<double>::bits)shifted << 52));
+}
+
+// Sums over the lanes of several vectors at once: each level adds the halves of twice as many segments.
+template <typename T, int D, size_t... I> static inline Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+    constexpr int W = WIDTH<T>;
+    return __builtin_shufflevector(a, b, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W)...) +
+           __builtin_shufflevector(a, b, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W + D)...);
+}
+template <typename T, int COUNT, int D> static inline void merge_all(Vec<T>* v) {
+    if constexpr (COUNT > 1) {
+        for (int i = 0; i < COUNT / 2; i++) v[i] = merge<T, D>(v[i], v[i + COUNT / 2], std::make_index_sequence<WIDTH<T>>{});
+        merge_all<T, COUNT / 2, D / 2>(v);
+    }
+}
+template <typename T, int D, size_t... I> static inline Vec<T> fold(Vec<T> v, std::index_sequence<I...>) {
+    return v + __builtin_shufflevector(v, v, (I ^ D)...);
+}
+template <typename T, int D> static inline Vec<T> fold_all(Vec<T> v) {
+    if constexpr (D == 0) return v;
+    else return fold_all<T, D / 2>(fold<T, D>(v, std::make_index_sequence<WIDTH<T>>{}));
+}
+
+// sums[i] += the lanes of v[i], i < count <= COUNT; v is overwritten. COUNT is 8.
+template <typename T> static inline void add_lane_sums(Vec<T>* v, T* sums, int count) {
+    constexpr int W = WIDTH<T>, GROUP = W < 8 ? W : 8;
+    for (int g = 0; g < 8; g += GROUP) {
+        if (g >= count) return;
+        merge_all<T, GROUP, W / 2>(v + g);
+        Vec<T> all = fold_all<T, W / GROUP / 2>(v[g]);  // each value fills W / GROUP lanes
+        for (int i = 0; i < GROUP && g + i < count; i++) sums[g + i] += all[i * (W / GROUP)];
+    }
+}
+
+// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0.
+template <typename T> static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels, int steps) {
+    constexpr int W = WIDTH<T>;
+    if (channel_stride == 1 && channels == W) {
+        for (int t = 0; t < steps; t++) memcpy(tile + t * W, from + t * time_stride, W * sizeof(T));
+        return;
+    }
+    if (channels < W) memset(tile, 0, sizeof(T) * W * steps);
+    for (int t0 = 0; t0 < steps; t0 += 16)
+        for (int c = 0; c < channels; c++)
+            for (int t = t0; t < steps && t < t0 + 16; t++) tile[t * W + c] = from[c * channel_stride + t * time_stride];
+}
+template <typename T> static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int64_t time_stride, int channels, int steps) {
+    constexpr int W = WIDTH<T>;
+    if (channel_stride == 1 && channels == W) {
+        for (int t = 0; t < steps; t++) memcpy(to + t * time_stride, tile + t * W, W * sizeof(T));
+        return;
+    }
+    for (int t0 = 0; t0 < steps; t0 += 16)
+        for (int c = 0; c < channels; c++)
+            for (int t = t0; t < steps && t < t0 + 16; t++) to[c * channel_stride + t * time_stride] = tile[t * W + c];
+}
