@@ -64,6 +64,7 @@ class Budget:
     micro_tokens: int
     checkpointing: bool = False
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
+    schedule: str = "wsd"  # of the last stage
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -75,7 +76,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_400_000, 256, 2048, 1e-2, 1e-3, Distill(), 2048, trains=stages.mixers)
+        default = Budget(1_400_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine")
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -92,22 +93,23 @@ def budget(
     )  # fmt: skip
 
 
+FORGET = {"mamba": 1e-3, "mamba2": 2e-2}  # ours, measured on neox-nano: experiments/LOG.md
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 
 
 def _align(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 1: cosine distance of each layer's attention output, the feature maps alone."""
-    return Train("align", stages.align, _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps))
+    return Train("align", stages.align, _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps, "wsd"))
 
 
 def _distill(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 2: by cross-entropy there, by forward KL here (ours: LOG.md)."""
-    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains))
+    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule))
 
 
-def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable) -> Settings:
+def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable, schedule: str) -> Settings:
     return Settings(
-        tokens, lr, objective, trains, budget.seq_len, budget.batch_tokens, budget.micro_tokens, budget.seed,
+        tokens, lr, objective, trains, budget.seq_len, budget.batch_tokens, budget.micro_tokens, budget.seed, schedule,
         checkpointing=budget.checkpointing, evaluate_every=budget.tokens // 4,
     )  # fmt: skip
 
@@ -125,7 +127,7 @@ def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     first = 0 if budget.starts_linear else int(budget.tokens * ALIGN_SHARE)
     aligned = () if budget.starts_linear else (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
     handover = Swap("handover", mixer, MIXERS[mixer].Options(), exact=True)
-    forget = Forget("forget", 3e-3)  # ours, measured on neox-nano: experiments/LOG.md
+    forget = Forget("forget", FORGET[mixer])
     return Recipe(mixer, (*aligned, handover, forget, _distill(budget, budget.tokens - first)))
 
 

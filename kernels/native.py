@@ -66,9 +66,3 @@ def _processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()}"
-
-
-@functools.cache
-def say(line: str) -> None:
-    """Once per process."""
-    print(line, file=sys.stderr)

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.native import say
+from kernels.pick import pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
 from kernels.selective_scan.reference import selective_scan_reference
 
-SCANS = {"cpu": selective_scan_cpu, "chunked": selective_scan_chunked, "reference": selective_scan_reference}
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
 
@@ -28,7 +27,8 @@ def selective_scan(
     B: then R readings of each state are returned, group by group (grouped-query attention).
     `document_ids` [batch, L]: the state starts anew where the id changes. `normalize`: y = num / (|den| + 1e-6) before D
     and z, where den is the same recurrence driven by ones; states are then pairs (num, den).
-    States are [batch, D, N]. Computed in float32 (float64 if u is); `impl` is "auto", "cpu", "chunked" or "reference".
+    States are [batch, D, N]. Computed in float32 (float64 if u is); `impl`: "auto", "triton", "cpu" (compiled), "chunked" (PyTorch operators) or
+    "reference"; "auto" takes the first that runs here.
     """
     _check(u, delta, A, B, C)
     _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
@@ -47,7 +47,7 @@ def selective_scan(
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    scan = _pick(impl, u.device)
+    scan = pick("selective_scan", impl, u.device, WAYS)
     with torch.autocast(u.device.type, enabled=False):  # products of states stay in this dtype
         y, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = y[0] / (y[1].abs() + EPSILON) if normalize else y[0]
@@ -65,16 +65,24 @@ def _per_reading(u, B, C):
     return u.unflatten(1, (G, 1, -1)).expand(-1, -1, C.shape[1] // G, -1, -1).flatten(1, 3)
 
 
-def _pick(impl: str, device: torch.device):
-    if impl not in SCANS and impl != "auto":
-        raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, SCANS))}; got {impl!r}.")
-    reason = why_not() if impl in ("auto", "cpu") and device.type == "cpu" else f"the tensors are on {device}"
-    if impl == "auto":
-        impl = "chunked" if reason else "cpu"
-        say(f"selective_scan: {'PyTorch operators in chunks (' + reason + ')' if reason else 'compiled for this CPU'}.")
-    elif impl == "cpu" and reason:
-        raise ValueError(f"impl='cpu' cannot run here: {reason}.")
-    return SCANS[impl]
+def _triton(device: torch.device):
+    if reason := why_not_triton(device):
+        return reason
+    from kernels.selective_scan.fused import selective_scan_triton
+
+    return selective_scan_triton
+
+
+def _cpu(device: torch.device):
+    return f"the tensors are on {device}" if device.type != "cpu" else why_not() or selective_scan_cpu
+
+
+WAYS = {
+    "triton": _triton,
+    "cpu": _cpu,
+    "chunked": lambda device: selective_scan_chunked,
+    "reference": lambda device: selective_scan_reference,
+}
 
 
 def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:

@@ -1,0 +1,224 @@
+"""The selective scan on a GPU, in Triton. Derivation, bytes and operations: README.md.
+
+A program has one batch entry, a block of states and one channel (forward) or a block of channels of one group (backward). It
+walks over the sequence in chunks; inside a chunk the recurrence is an associative scan. What has to be added up over blocks
+(y over states, dB and dC over channels) goes to a slice of its own and is summed afterwards: no atomics, one order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _one(a, x, b, y):
+    """Step (a, x), h -> a h + x, then step (b, y)."""
+    return a * b, x * b + y
+
+
+@triton.jit
+def _two(a, x, v, b, y, w):
+    return a * b, x * b + y, v * b + w
+
+
+@triton.jit
+def _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES: tl.constexpr):
+    """The states after each step of a chunk that starts from h (and from ones): [T, N] each."""
+    x = (delta_T * u_T)[:, None] * B_TN
+    if ONES:
+        fall, h, ones = tl.associative_scan((a_TN, x, delta_T[:, None] * B_TN), 0, _two)
+        ones += fall * ones_N[None, :]
+    else:
+        fall, h = tl.associative_scan((a_TN, x), 0, _one)
+        ones = h
+    return h + fall * h_N[None, :], ones
+
+
+@triton.jit
+def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
+    """delta [T] and exp(delta A) [T, N], which is 0 where a document starts, and 1 beyond the end."""
+    delta = tl.load(delta_ptr + t, mask=t < L, other=0.0)
+    a = tl.exp2(delta[:, None] * (A_N * LOG2E)[None, :])
+    if DOCUMENTS:
+        a = tl.where((tl.load(starts_ptr + t, mask=t < L, other=0) != 0)[:, None], 0.0, a)
+    return delta, a
+
+
+@triton.jit
+def forward_kernel(
+    u, delta, A, B, C, starts, h, y, begins, last, batch, D, L, N, per_group,
+    R: tl.constexpr, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """u, delta [batch, D, L]; A [D, N]; B [batch, G, L, N]; C [batch, G, R, L, N]; h, last [K, batch, D, N];
+    y [blocks of N, K, batch, G, R, per_group, L]; begins [K, batch, D, chunks, N]. All contiguous."""
+    b, d, block = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    G, g, within = D // per_group, d // per_group, d % per_group
+    K = 1 + ONES
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = n < N
+    A_N = tl.load(A + d * N + n, mask=real, other=0.0)
+    state, size = (b * D + d) * N + n, batch.to(tl.int64) * D * N
+    h_N = tl.load(h + state, mask=real, other=0.0)
+    ones_N = tl.load(h + size + state, mask=real, other=0.0) if ONES else h_N
+    for chunk in range(tl.cdiv(L, BLOCK_T)):
+        steps = tl.arange(0, BLOCK_T)
+        t = chunk * BLOCK_T + steps
+        if KEEP:
+            kept = ((b * D + d) * tl.cdiv(L, BLOCK_T) + chunk) * N + n
+            tl.store(begins + kept, h_N, mask=real)
+            if ONES:
+                tl.store(begins + size * tl.cdiv(L, BLOCK_T) + kept, ones_N, mask=real)
+        delta_T, a_TN = _decays(delta + (b * D + d) * L, starts + b * L, A_N, t, L, DOCUMENTS)
+        u_T = tl.load(u + (b * D + d) * L + t, mask=t < L, other=0.0)
+        tile, inside = t[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
+        B_TN = tl.load(B + (b * G + g) * L * N + tile, mask=inside, other=0.0)
+        h_TN, ones_TN = _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES)
+        for r in tl.static_range(R):
+            C_TN = tl.load(C + ((b * G + g) * R + r) * L * N + tile, mask=inside, other=0.0)
+            to = y + ((((block * K * batch + b) * G + g) * R + r) * per_group + within) * L + t
+            tl.store(to, tl.sum(h_TN * C_TN, 1), mask=t < L)
+            if ONES:
+                tl.store(to + batch.to(tl.int64) * D * R * L, tl.sum(ones_TN * C_TN, 1), mask=t < L)
+        end = (steps == BLOCK_T - 1)[:, None]  # beyond L the decay is 1 and nothing is added
+        h_N = tl.sum(tl.where(end, h_TN, 0.0), 0)
+        if ONES:
+            ones_N = tl.sum(tl.where(end, ones_TN, 0.0), 0)
+    tl.store(last + state, h_N, mask=real)
+    if ONES:
+        tl.store(last + size + state, ones_N, mask=real)
+
+
+@triton.jit
+def backward_kernel(
+    u, delta, A, B, C, starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, per_group, blocks_d,
+    R: tl.constexpr, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As forward_kernel; dy [K, batch, G, R, per_group, L]; du, ddelta [blocks of N, batch, D, L]; dA [batch, D, N];
+    dB [blocks_d, batch, G, L, N], dC [blocks_d, batch, G, R, L, N]. dh [K, batch, D, N]: of the last state, then of the first.
+    dA and dh are this program's own, read and written chunk after chunk."""
+    b, block = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    g, slice_d = (tl.program_id(0) // blocks_d).to(tl.int64), (tl.program_id(0) % blocks_d).to(tl.int64)
+    G, chunks = D // per_group, tl.cdiv(L, BLOCK_T)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = n < N
+    size = batch.to(tl.int64) * D * N
+    for backwards in range(chunks):
+        chunk = chunks - 1 - backwards
+        steps = tl.arange(0, BLOCK_T)
+        t = chunk * BLOCK_T + steps
+        tile, inside = t[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
+        B_TN = tl.load(B + (b * G + g) * L * N + tile, mask=inside, other=0.0)
+        dB_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        for within in range(slice_d * BLOCK_D, tl.minimum((slice_d + 1) * BLOCK_D, per_group)):
+            d = g * per_group + within
+            row, state = (b * D + d) * L, (b * D + d) * N + n
+            A_N = tl.load(A + d * N + n, mask=real, other=0.0)
+            kept = ((b * D + d) * chunks + chunk) * N + n
+            h_N = tl.load(begins + kept, mask=real, other=0.0)
+            ones_N = tl.load(begins + size * chunks + kept, mask=real, other=0.0) if ONES else h_N
+            delta_T, a_TN = _decays(delta + row, starts + b * L, A_N, t, L, DOCUMENTS)
+            u_T = tl.load(u + row + t, mask=t < L, other=0.0)
+            h_TN, ones_TN = _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES)
+            g_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            go_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            for r in tl.static_range(R):
+                C_TN = tl.load(C + ((b * G + g) * R + r) * L * N + tile, mask=inside, other=0.0)
+                of = dy + (((b * G + g) * R + r) * per_group + within) * L + t
+                dy_T = tl.load(of, mask=t < L, other=0.0)
+                g_TN += dy_T[:, None] * C_TN
+                dC_TN = dy_T[:, None] * h_TN
+                if ONES:
+                    do_T = tl.load(of + batch.to(tl.int64) * D * R * L, mask=t < L, other=0.0)
+                    go_TN += do_T[:, None] * C_TN
+                    dC_TN += do_T[:, None] * ones_TN
+                to = dC + (((slice_d * batch + b) * G + g) * R + r) * L * N + tile
+                if within > slice_d * BLOCK_D:
+                    dC_TN += tl.load(to, mask=inside, other=0.0)
+                tl.store(to, dC_TN, mask=inside)
+            # what later steps add to a state's gradient comes back through the decay of the step after it
+            _, after_TN = _decays(delta + row, starts + b * L, A_N, t + 1, L, DOCUMENTS)
+            end = (steps == BLOCK_T - 1)[:, None]
+            g_N = tl.load(dh + state, mask=real, other=0.0)
+            g_TN += tl.where(end, g_N[None, :], 0.0)  # carried over, or of the last state: its decay is in it
+            after_TN = tl.where(end, 0.0, after_TN)
+            if ONES:
+                go_N = tl.load(dh + size + state, mask=real, other=0.0)
+                go_TN += tl.where(end, go_N[None, :], 0.0)
+                _, g_TN, go_TN = tl.associative_scan((after_TN, g_TN, go_TN), 0, _two, reverse=True)
+            else:
+                _, g_TN = tl.associative_scan((after_TN, g_TN), 0, _one, reverse=True)
+            through_T = tl.sum(g_TN * B_TN, 1)  # gradient of delta u
+            x_T = delta_T * u_T
+            dB_TN += g_TN * x_T[:, None]
+            e_TN = g_TN * (h_TN - x_T[:, None] * B_TN)  # what the step kept of the state before it
+            first = (steps == 0)[:, None]
+            tl.store(dh + state, tl.sum(tl.where(first, g_TN * a_TN, 0.0), 0), mask=real)
+            dd_T = through_T * u_T
+            if ONES:
+                dB_TN += go_TN * delta_T[:, None]
+                e_TN += go_TN * (ones_TN - delta_T[:, None] * B_TN)
+                dd_T += tl.sum(go_TN * B_TN, 1)
+                tl.store(dh + size + state, tl.sum(tl.where(first, go_TN * a_TN, 0.0), 0), mask=real)
+            dd_T += tl.sum(e_TN * A_N[None, :], 1)
+            part = block * batch * D * L + row + t
+            tl.store(du + part, through_T * delta_T, mask=t < L)
+            tl.store(ddelta + part, dd_T, mask=t < L)
+            sum_A = tl.sum(e_TN * delta_T[:, None], 0)
+            tl.store(dA + state, tl.load(dA + state, mask=real, other=0.0) + sum_A, mask=real)
+        tl.store(dB + ((slice_d * batch + b) * G + g) * L * N + tile, dB_TN, mask=inside)
+
+
+def _blocks(N: int, L: int) -> tuple[int, int]:
+    block_n = min(64, triton.next_power_of_2(N))
+    return min(max(2, triton.next_power_of_2(L)), max(16, 1024 // block_n)), block_n
+
+
+class FusedScan(torch.autograd.Function):
+    """(u, delta, A, B, C, h, starts) -> (y [K, batch, G R P, L], last h)"""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, h, starts):
+        batch, D, L = u.shape
+        K, N, G = len(h), A.shape[1], B.shape[1]
+        R = C.shape[1] // G
+        u, delta, A, B, C, h = (t.contiguous() for t in (u, delta, A, B.mT, C.mT, h))
+        block_t, block_n = _blocks(N, L)
+        blocks = triton.cdiv(N, block_n)
+        keep = any(ctx.needs_input_grad)
+        y, last = u.new_empty(blocks, K, batch, D * R, L), torch.empty_like(h)
+        begins = u.new_empty(K, batch, D, triton.cdiv(L, block_t), N) if keep else h
+        forward_kernel[(D, batch, blocks)](
+            u, delta, A, B, C, u if starts is None else starts, h, y, begins, last, batch, D, L, N, D // G,
+            R=R, ONES=K == 2, DOCUMENTS=starts is not None, KEEP=keep, BLOCK_T=block_t, BLOCK_N=block_n,
+        )  # fmt: skip
+        ctx.save_for_backward(u, delta, A, B, C, begins, starts)
+        return y.sum(0), last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh):
+        u, delta, A, B, C, begins, starts = ctx.saved_tensors
+        batch, D, L = u.shape
+        N, G = A.shape[1], B.shape[1]
+        block_t, block_n = _blocks(N, L)
+        blocks_n, block_d = triton.cdiv(N, block_n), min(64, D // G)
+        blocks_d = triton.cdiv(D // G, block_d)
+        dy, dh = dy.contiguous(), dh.clone(memory_format=torch.contiguous_format)
+        du, ddelta = (u.new_empty(blocks_n, batch, D, L) for _ in range(2))
+        dA = u.new_zeros(batch, D, N)
+        dB, dC = (u.new_empty(blocks_d, *t.shape) for t in (B, C))
+        backward_kernel[(G * blocks_d, batch, blocks_n)](
+            u, delta, A, B, C, u if starts is None else starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, D // G, blocks_d,
+            R=C.shape[1] // G, ONES=len(dh) == 2, DOCUMENTS=starts is not None, BLOCK_D=block_d, BLOCK_T=block_t, BLOCK_N=block_n,
+        )  # fmt: skip
+        return du.sum(0), ddelta.sum(0), dA.sum(0), dB.sum(0).mT, dC.sum(0).mT, dh, None
+
+
+def selective_scan_triton(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """As selective_scan_reference."""
+    y, last = FusedScan.apply(u, delta, A, B, C, h, starts)
+    return y.unbind(0), last
