@@ -57,7 +57,8 @@ def _compile(compiler: str, source: Path, target: Path) -> str | None:
                     return None
     except OSError as error:
         return f"the compiled library cannot be written ({error})"
-    return f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+    return f"{compiler} failed: {lines[0]}"
 
 
 def _processor() -> str:

@@ -16,12 +16,15 @@ template <typename T> struct Lanes;
 template <> struct Lanes<float> {
     typedef float type __attribute__((vector_size(BYTES)));
     typedef int32_t bits __attribute__((vector_size(BYTES)));
+    typedef double wide __attribute__((vector_size(2 * BYTES)));  // as many doubles
 };
 template <> struct Lanes<double> {
     typedef double type __attribute__((vector_size(BYTES)));
     typedef int64_t bits __attribute__((vector_size(BYTES)));
+    typedef double wide __attribute__((vector_size(BYTES)));
 };
 template <typename T> using Vec = typename Lanes<T>::type;
+template <typename T> using Wide = typename Lanes<T>::wide;
 template <typename T> constexpr int WIDTH = BYTES / sizeof(T);
 
 template <typename T> static inline Vec<T> load(const T* p) {

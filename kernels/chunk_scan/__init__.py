@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.chunk_scan.chunked import chunk_scan_chunked
+from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
+from kernels.pick import pick
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -24,7 +26,8 @@ def chunk_scan(
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = C_t^T S_t. `document_ids` [batch, L]: the state starts anew where the
     id changes. `normalize`: y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones; it is
     the last of then P + 1 columns of the states.
-    Computed in float32 (float64 if x is); `impl` is "auto", "chunked" or "reference".
+    Computed in float32 (float64 if x is); `impl`: "auto", "cpu" (compiled), "chunked" (PyTorch operators) or
+    "reference"; "auto" takes the first that runs here.
     """
     _check(x, dt, A, B, C)
     _check_rest(x, B, C, D, initial_states, document_ids, normalize)
@@ -37,7 +40,7 @@ def chunk_scan(
     C = C.unflatten(2, (heads, -1))
     values = torch.cat([x, torch.ones_like(x[..., :1])], -1) if normalize else x
     S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1]) if initial_states is None else initial_states.to(dtype)
-    scan = _pick(impl, x.shape[1])
+    scan = pick("chunk_scan", impl, x.device, WAYS)
     with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
         y, S = scan(values * dt[..., None], dt * A, B, C, S, document_ids)
     if normalize:
@@ -49,12 +52,11 @@ def chunk_scan(
     return (y, S) if return_final_states else y
 
 
-def _pick(impl: str, length: int):
-    if impl == "auto":
-        impl = "reference" if length == 1 else "chunked"
-    if impl not in ("chunked", "reference"):
-        raise ValueError(f"impl is 'auto', 'chunked' or 'reference'; got {impl!r}.")
-    return chunk_scan_chunked if impl == "chunked" else chunk_scan_reference
+def _cpu(device: torch.device):
+    return f"the tensors are on {device}" if device.type != "cpu" else why_not() or chunk_scan_cpu
+
+
+WAYS = {"cpu": _cpu, "chunked": lambda device: chunk_scan_chunked, "reference": lambda device: chunk_scan_reference}
 
 
 def _check_rest(x, B, C, D, initial_states, document_ids, normalize) -> None:

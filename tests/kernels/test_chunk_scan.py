@@ -62,13 +62,24 @@ def run(arguments, impl, forward=nullcontext):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_chunked_is_the_reference(options, length):
-    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), impl) for impl in ("chunked", "reference"))
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+def test_each_is_the_reference(options, length, impl):
+    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), i) for i in (impl, "reference"))
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("N", [16, 33, 96])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
+def test_compiled_scan_of_many_vectors(N, dtype, tolerance):
+    """States and channels that fill several vectors, or do not fill the last one."""
+    options = dict(N=N, R=2, normalize=True, documents=True, state=True)
+    (outputs, gradients), expected = run(make(150, **options, dtype=dtype), "cpu"), run(make(150, **options), "reference")
+    assert_close(outputs, expected[0], tolerance)
+    assert_close(gradients, expected[1], tolerance)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
     a = make(9, G=2)
@@ -80,7 +91,7 @@ def test_formula(impl):
     assert_close(chunk_scan(**a, impl=impl), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 @pytest.mark.parametrize("readings", [1, 2])
 def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
     """The two kernels agree where both apply; their readings are laid out differently."""
@@ -92,7 +103,7 @@ def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
     assert_close(chunk_scan(**a, impl=impl).flatten(2).mT, y, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_normalize_divides_by_a_scan_of_ones(impl):
     a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False, return_final_states=True, impl=impl)
     state = a.pop("initial_states")
@@ -103,7 +114,7 @@ def test_normalize_divides_by_a_scan_of_ones(impl):
     assert_close(last, torch.cat([last_num, last_den], -1), FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_epsilon_counts_where_the_denominator_is_small(impl):
     """One step from nothing: x dt / (dt + 1e-6) with dt B C = 1e-6 is half of x."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -111,7 +122,7 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
     assert y.item() == pytest.approx(1.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 @pytest.mark.parametrize("border", [20, 64, 70])
 def test_documents_are_separate_runs(impl, border):
     """The first continues the state it is given; the last state is the last document's. Borders in a chunk and between two."""
@@ -140,20 +151,22 @@ def test_gradients_by_finite_differences(monkeypatch, options):
     assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
 
 
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_float32_is_close_to_float64(options):
+def test_float32_is_close_to_float64(options, impl):
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(single, "chunked"), run(make(127, **options), "reference")
+    (outputs, gradients), (expected, expected_gradients) = run(single, impl), run(make(127, **options), "reference")
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
 
 
-def test_strong_decay_neither_overflows_nor_vanishes():
+@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+def test_strong_decay_neither_overflows_nor_vanishes(impl):
     """exp(+fall) alone would overflow: 127 steps of decay exp(-50)."""
     a = make(127, normalize=True, dtype=torch.float32)
     a["dt"], a["A"] = torch.full_like(a["dt"], 5.0), torch.full_like(a["A"], -10.0)
-    outputs, gradients = run(a, "chunked")
+    outputs, gradients = run(a, impl)
     assert_close(outputs[0], a["x"], FLOAT32)  # each token sees itself alone
     assert all(bool(g.isfinite().all()) for g in gradients)
 
@@ -163,7 +176,7 @@ def test_bfloat16_keeps_float32_states():
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
     a = make(70, **OPTIONS["everything"], dtype=torch.float32)
     outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
@@ -202,7 +215,7 @@ WRONG = {
     "C": (dict(C=torch.ones(2, 8, 1, 6)), r"C must be .* batch 2, L 8; got \(2, 8, 1, 6\)"),
     "groups of B": (dict(B=torch.ones(2, 8, 3, 5), C=torch.ones(2, 8, 3, 5)), r"must divide H; .* got H 4, B 3, C 3"),
     "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
-    "impl": (dict(impl="triton"), r"'auto', 'chunked' or 'reference'; got 'triton'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'chunked', 'reference'; got 'cuda'"),
     "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
     "initial_states": (dict(initial_states=torch.ones(1, 4, 5, 3)), r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)"),
     "initial_states normalized": (

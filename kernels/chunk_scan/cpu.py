@@ -1,0 +1,106 @@
+"""The compiled chunk scan as operators of torch, so that autograd, torch.compile and torch.export see them."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.native import library
+
+STEPS = 64  # of a chunk, as in cpu.cpp
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int64) for n in ("batch", "length", "heads", "readings", "states", "channels", "threads")]
+    _fields_ += [
+        (n, ctypes.c_void_p) for n in ("x", "B", "C", "log_decay", "document_ids", "state", "begins", "y", "dx", "dB", "dC", "dlog_decay")
+    ]
+
+
+def _native():
+    return library(Path(__file__).with_name("cpu.cpp"))
+
+
+def why_not() -> str | None:
+    """Why the compiled scan cannot run here; None if it can."""
+    found = _native()
+    return found if isinstance(found, str) else None
+
+
+def _call(name: str, x: Tensor, C: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    batch, length, heads, channels = x.shape
+    sizes = batch, length, heads, C.shape[3], C.shape[4], channels, torch.get_num_threads()
+    scan = _Scan(*sizes, **{name: None if t is None else t.data_ptr() for name, t in tensors.items()})
+    getattr(_native(), f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
+
+
+def _begins(x: Tensor, N: int) -> tuple[int, ...]:
+    lanes = _native().lanes_of_float() // (2 if x.dtype == torch.float64 else 1)
+    return x.shape[0], x.shape[2], -(-x.shape[1] // STEPS), N, -(-x.shape[3] // lanes) * lanes
+
+
+def scan_forward(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, S: Tensor, document_ids: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last S, the states at the chunks' starts (empty unless `keep`)."""
+    x, B, C, decay = x.contiguous(), B.contiguous(), C.contiguous(), log_decay.double().contiguous()
+    last = S.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(*C.shape[:4], x.shape[3])
+    begins = x.new_empty(_begins(x, B.shape[3]) if keep else 0)
+    ids = None if document_ids is None else document_ids.long().contiguous()
+    tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=last, begins=begins if keep else None, y=y)
+    _call("forward", x, C, tensors)
+    return y, last, begins
+
+
+def _fake_forward(x, log_decay, B, C, S, document_ids, keep):
+    return x.new_empty(*C.shape[:4], x.shape[3]), torch.empty_like(S), x.new_empty(_begins(x, B.shape[3]) if keep else 0)
+
+
+def scan_backward(
+    dy: Tensor, dS: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, begins: Tensor, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, log_decay, B, C and S."""
+    x, B, C, dy, decay = x.contiguous(), B.contiguous(), C.contiguous(), dy.contiguous(), log_decay.double().contiguous()
+    dS = dS.clone(memory_format=torch.contiguous_format)
+    dx, dB, dC, ddecay = (torch.empty_like(t) for t in (x, B, C, decay))
+    ids = None if document_ids is None else document_ids.long().contiguous()
+    tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=dS, begins=begins, y=dy, dx=dx, dB=dB, dC=dC, dlog_decay=ddecay)
+    _call("backward", x, C, tensors)
+    return dx, ddecay.to(x.dtype), dB, dC, dS
+
+
+def _fake_backward(dy, dS, x, log_decay, B, C, begins, document_ids):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, log_decay, B, C, dS))
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, _, document_ids, keep = inputs
+    ctx.has_begins = keep
+    ctx.save_for_backward(*tensors, output[2], document_ids)
+
+
+def _backward(ctx, dy, dS, _):
+    if not ctx.has_begins:
+        raise RuntimeError("This scan ran without gradients in mind (keep=False).")
+    return *operators()[1](dy, dS, *ctx.saved_tensors), None, None
+
+
+@functools.cache
+def operators() -> tuple:
+    """Registered at the first use, and only where the library is: an exported copy of this file leaves ours alone."""
+    forward = torch.library.custom_op("workbench::chunk_scan", scan_forward, mutates_args=(), device_types="cpu")
+    backward = torch.library.custom_op("workbench::chunk_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    forward.register_autograd(_backward, setup_context=_setup)
+    return forward, backward
+
+
+def chunk_scan_cpu(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
+    """As chunk_scan_reference."""
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_decay, B, C, S))
+    y, last, _ = operators()[0](x, log_decay, B, C, S, document_ids, keep)
+    return y, last
