@@ -119,7 +119,9 @@ def clean(folders, tmp_path_factory) -> dict:
 def test_a_process_without_us_answers_the_same(name, students, clean):
     ours, theirs = answers(students[name], IDS), clean[name]
     assert theirs["module"].startswith(f"transformers_modules.{name.replace('-', '_hyphen_')}.")  # each folder runs its own code
-    assert (ours["logits"] - theirs["logits"]).abs().max() <= 1e-5
+    # ours ran compiled kernels, theirs PyTorch operators: the promise of an export, and one that a perturbed value fails
+    allowed = max(1e-4, 1e-5 * ours["logits"].abs().max())
+    assert (ours["logits"] - theirs["logits"]).abs().max() <= allowed < (ours["logits"] * 1.001 - theirs["logits"]).abs().max()
     for way in ("greedy", "sampled", "beams", "batch"):
         assert torch.equal(ours[way], theirs[way]), way
     assert torch.equal(theirs["batch"][0, -6:], theirs["greedy"][0, -6:])  # padding changed nothing
