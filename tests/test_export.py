@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_imports
 
 from convert import export as export_module
 from convert.errors import UserError
@@ -151,7 +152,7 @@ def test_check_in_clean_process_sees_a_changed_weight(folders, students, monkeyp
     logits = check_in_clean_process(folders["llama-mamba2"], IDS)
     student = copy.deepcopy(students["llama-mamba2"])
     with torch.no_grad():
-        assert (student(IDS, use_cache=False).logits - logits).abs().max() <= 1e-5
+        assert (student(IDS, use_cache=False).logits - logits).abs().max() <= 1e-4
         student.slots()[1].mixer.rate.s.add_(0.1)
         assert (student(IDS, use_cache=False).logits - logits).abs().max() > 1e-3
 
@@ -262,7 +263,16 @@ def test_the_code_imports_only_itself_torch_transformers_and_the_standard_librar
                 assert node.level == 1 and f"{node.module}.py" in code, name
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert {module.split(".")[0] for module in modules} <= {"torch", "transformers"} | sys.stdlib_module_names, name
+                assert {module.split(".")[0] for module in modules} <= {"torch", "transformers"} | sys.stdlib_module_names | (
+                    {"triton"} if "fused" in name else set()
+                ), name
+
+
+def test_transformers_asks_for_no_triton(tmp_path):
+    """It checks what the files of a hub repository import, one by one; a machine without Triton never runs the fused kernels."""
+    for name, source in model_code().items():
+        (tmp_path / name).write_text(source, encoding="utf-8")
+        assert set(get_imports(tmp_path / name)) <= {"torch", "transformers"} | sys.stdlib_module_names, name
 
 
 def test_flatten_rewrites_imports_wherever_they_stand():

@@ -6,9 +6,13 @@ walks over the sequence in chunks; inside a chunk the recurrence is an associati
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
+    raise
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
