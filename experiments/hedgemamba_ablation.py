@@ -44,7 +44,7 @@ def train(teacher, text, budget, share: float, mixer: str, naive: bool):
     """One student, by the stages themselves."""
     torch.manual_seed(budget.seed)
     student = swap(copy.deepcopy(teacher.model), "linear")
-    plan = [step.settings for step in recipes.to_mamba(budget, mixer).steps if isinstance(step, Train)]
+    plan = [step.settings for step in recipes.to_linear(budget).steps if isinstance(step, Train)]  # as of every target
     align, distill = (
         dataclasses.replace(s, tokens=int(budget.tokens * part), evaluate_every=0, save_every=1e9)
         for s, part in zip(plan, (share, 1 - share), strict=True)

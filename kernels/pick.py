@@ -6,33 +6,34 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
-
-Ways = dict[str, Callable[[torch.device], Callable | str]]  # name -> of a device: the implementation, or why there is none
+Ways = dict[str, Callable[[str], str | None]]  # implementation -> why it cannot run on a type of device, or None
 
 
-def pick(operator: str, impl: str, device: torch.device, ways: Ways) -> Callable:
-    """The implementation called `impl`; "auto": the first of `ways` that runs on this device, named once per process.
+def pick(operator: str, impl: str, device: str, ways: Ways) -> str:
+    """`impl`, or for "auto" the first of `ways` that runs on this device, which is said once per process.
 
     Raises ValueError for a name that is not there, or that cannot run here, with the reason."""
     if impl not in ways and impl != "auto":
         raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, ways))}; got {impl!r}.")
     reasons = []
     for name in ways if impl == "auto" else (impl,):
-        found = ways[name](device)
-        if not isinstance(found, str):
+        if (reason := ways[name](device)) is None:
             if impl == "auto":
-                _say(f"{operator} on {device.type}: {name}{''.join(f'; not {reason}' for reason in reasons)}.")
-            return found
-        reasons.append(f"{name}, for {found}")
-    raise ValueError(f"impl={impl!r} of {operator} cannot run here: {found}.")
+                _say(f"{operator} on {device}: {name}{''.join(f'; not {reason}' for reason in reasons)}.")
+            return name
+        reasons.append(f"{name}, for {reason}")
+    raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")
 
 
-def why_not_triton(device: torch.device) -> str | None:
+def anywhere(device: str) -> None:
+    """Of an implementation that always runs."""
+
+
+def why_not_triton(device: str) -> str | None:
     """Why Triton kernels cannot run on this device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a GPU (or TRITON_INTERPRET=1)"
     return None
 

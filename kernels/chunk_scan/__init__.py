@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
-from kernels.pick import pick
+from kernels.pick import anywhere, pick
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -40,7 +40,7 @@ def chunk_scan(
     C = C.unflatten(2, (heads, -1))
     values = torch.cat([x, torch.ones_like(x[..., :1])], -1) if normalize else x
     S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1]) if initial_states is None else initial_states.to(dtype)
-    scan = pick("chunk_scan", impl, x.device, WAYS)
+    scan = SCANS[_pick(impl, x.device.type)]
     with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
         y, S = scan(values * dt[..., None], dt * A, B, C, S, document_ids)
     if normalize:
@@ -52,11 +52,13 @@ def chunk_scan(
     return (y, S) if return_final_states else y
 
 
-def _cpu(device: torch.device):
-    return f"the tensors are on {device}" if device.type != "cpu" else why_not() or chunk_scan_cpu
+WAYS = {"cpu": why_not, "chunked": anywhere, "reference": anywhere}
+SCANS = {"cpu": chunk_scan_cpu, "chunked": chunk_scan_chunked, "reference": chunk_scan_reference}
 
 
-WAYS = {"cpu": _cpu, "chunked": lambda device: chunk_scan_chunked, "reference": lambda device: chunk_scan_reference}
+@torch.compiler.assume_constant_result  # torch.compile does not look inside
+def _pick(impl: str, device: str) -> str:
+    return pick("chunk_scan", impl, device, WAYS)
 
 
 def _check_rest(x, B, C, D, initial_states, document_ids, normalize) -> None:

@@ -19,25 +19,19 @@ class _Scan(ctypes.Structure):
     ]
 
 
-def _native():
+def native():
     return library(Path(__file__).with_name("cpu.cpp"))
-
-
-def why_not() -> str | None:
-    """Why the compiled scan cannot run here; None if it can."""
-    found = _native()
-    return found if isinstance(found, str) else None
 
 
 def _call(name: str, x: Tensor, C: Tensor, tensors: dict[str, Tensor | None]) -> None:
     batch, length, heads, channels = x.shape
     sizes = batch, length, heads, C.shape[3], C.shape[4], channels, torch.get_num_threads()
     scan = _Scan(*sizes, **{name: None if t is None else t.data_ptr() for name, t in tensors.items()})
-    getattr(_native(), f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
+    getattr(native(), f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
 
 
 def _begins(x: Tensor, N: int) -> tuple[int, ...]:
-    lanes = _native().lanes_of_float() // (2 if x.dtype == torch.float64 else 1)
+    lanes = native().lanes_of_float() // (2 if x.dtype == torch.float64 else 1)
     return x.shape[0], x.shape[2], -(-x.shape[1] // STEPS), N, -(-x.shape[3] // lanes) * lanes
 
 
@@ -85,22 +79,27 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy, dS, _):
     if not ctx.has_begins:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
-    return *operators()[1](dy, dS, *ctx.saved_tensors), None, None
-
-
-@functools.cache
-def operators() -> tuple:
-    """Registered at the first use, and only where the library is: an exported copy of this file leaves ours alone."""
-    forward = torch.library.custom_op("workbench::chunk_scan", scan_forward, mutates_args=(), device_types="cpu")
-    backward = torch.library.custom_op("workbench::chunk_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_backward, setup_context=_setup)
-    return forward, backward
+    return *torch.ops.workbench.chunk_scan_backward(dy, dS, *ctx.saved_tensors), None, None
 
 
 def chunk_scan_cpu(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
     """As chunk_scan_reference."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_decay, B, C, S))
-    y, last, _ = operators()[0](x, log_decay, B, C, S, document_ids, keep)
+    y, last, _ = torch.ops.workbench.chunk_scan(x, log_decay, B, C, S, document_ids, keep)
     return y, last
+
+
+@functools.cache
+def why_not(device: str) -> str | None:
+    """Why the compiled scan cannot run on this device; None if it can. The first call compiles and registers it: an exported
+    copy of this file, which has no source beside it, leaves our operators alone."""
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if isinstance(found := native(), str):
+        return found
+    forward = torch.library.custom_op("workbench::chunk_scan", scan_forward, mutates_args=(), device_types="cpu")
+    backward = torch.library.custom_op("workbench::chunk_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    forward.register_autograd(_backward, setup_context=_setup)
+    return None

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.pick import pick, why_not_triton
+from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
 from kernels.selective_scan.reference import selective_scan_reference
+from kernels.selective_scan.update import selective_state_update
+
+__all__ = ["selective_scan", "selective_state_update"]
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -47,7 +50,7 @@ def selective_scan(
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    scan = pick("selective_scan", impl, u.device, WAYS)
+    scan = SCANS[_pick(impl, u.device.type)]
     with torch.autocast(u.device.type, enabled=False):  # products of states stay in this dtype
         y, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = y[0] / (y[1].abs() + EPSILON) if normalize else y[0]
@@ -65,24 +68,19 @@ def _per_reading(u, B, C):
     return u.unflatten(1, (G, 1, -1)).expand(-1, -1, C.shape[1] // G, -1, -1).flatten(1, 3)
 
 
-def _triton(device: torch.device):
-    if reason := why_not_triton(device):
-        return reason
-    from kernels.selective_scan.fused import selective_scan_triton
+def _triton(*arguments):
+    from kernels.selective_scan.fused import selective_scan_triton  # Triton is optional, and takes a second to import
 
-    return selective_scan_triton
+    return selective_scan_triton(*arguments)
 
 
-def _cpu(device: torch.device):
-    return f"the tensors are on {device}" if device.type != "cpu" else why_not() or selective_scan_cpu
+WAYS = {"triton": why_not_triton, "cpu": why_not, "chunked": anywhere, "reference": anywhere}
+SCANS = {"triton": _triton, "cpu": selective_scan_cpu, "chunked": selective_scan_chunked, "reference": selective_scan_reference}
 
 
-WAYS = {
-    "triton": _triton,
-    "cpu": _cpu,
-    "chunked": lambda device: selective_scan_chunked,
-    "reference": lambda device: selective_scan_reference,
-}
+@torch.compiler.assume_constant_result  # torch.compile does not look inside
+def _pick(impl: str, device: str) -> str:
+    return pick("selective_scan", impl, device, WAYS)
 
 
 def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:

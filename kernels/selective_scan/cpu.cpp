@@ -5,6 +5,7 @@
 // channels); the number of slices depends on shapes alone, so sums over channels have one order whatever the threads are.
 //
 // b batch · d channel · n state · t time · g group · r reading · i input: the values, then (normalized) ones
+#include <cmath>
 #include <memory>
 
 #include "../vectors.h"
@@ -295,7 +296,55 @@ template <typename T> static void backward(const Scan& s) {
     }
 }
 
+struct Update {  // one step of every channel: x, dt, z, out [batch, heads, dim]; B, C [batch, groups, N]; state [batch, heads, dim, N]
+    int64_t batch, heads, dim, groups, states, softplus, threads;
+    void* state;
+    const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;  // A [heads, dim, N]; D, dt_bias [heads, dim]; the last three may be null
+    void* out;
+};
+
+template <typename T> static T update_channel(int64_t N, T* state, T dt, T x, const T* A, const T* B, const T* C) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> sum{};
+    T scale = dt * (T)1.4426950408889634, drive = dt * x;
+    int64_t n = 0;
+    for (; n + W <= N; n += W) {
+        Vec<T> h = exp2_of(scale * load<T>(A + n)) * load<T>(state + n) + drive * load<T>(B + n);
+        store(state + n, h);
+        sum += h * load<T>(C + n);
+    }
+    if (n < N) {  // the rest, in vectors that are filled up with zeros
+        T rest[4][W] = {};
+        const T* from[4] = {A + n, state + n, B + n, C + n};
+        for (int i = 0; i < 4; i++) memcpy(rest[i], from[i], sizeof(T) * (N - n));
+        Vec<T> h = exp2_of(scale * load<T>(rest[0])) * load<T>(rest[1]) + drive * load<T>(rest[2]);
+        sum += h * load<T>(rest[3]);
+        store(rest[1], h);
+        memcpy(state + n, rest[1], sizeof(T) * (N - n));
+    }
+    return fold_all<T, W / 2>(sum)[0];
+}
+
+template <typename T> static void update(const Update& u) {
+    int64_t channels = u.heads * u.dim, N = u.states;
+#pragma omp parallel for num_threads(u.threads) if (u.threads > 1)
+    for (int64_t i = 0; i < u.batch * channels; i++) {
+        int64_t b = i / channels, c = i % channels, group = b * u.groups + c / u.dim / (u.heads / u.groups);
+        T dt = ((const T*)u.dt)[i] + (u.dt_bias ? ((const T*)u.dt_bias)[c] : 0), x = ((const T*)u.x)[i];
+        if (u.softplus && dt <= 20) dt = std::log1p(std::exp(dt));  // as torch
+        T y = update_channel((int64_t)N, (T*)u.state + i * N, dt, x, (const T*)u.A + c * N, (const T*)u.B + group * N, (const T*)u.C + group * N);
+        if (u.D) y += ((const T*)u.D)[c] * x;
+        if (u.z) {
+            T z = ((const T*)u.z)[i];
+            y *= z / (1 + std::exp(-z));
+        }
+        ((T*)u.out)[i] = y;
+    }
+}
+
 extern "C" {
+void update_float(const Update* u) { update<float>(*u); }
+void update_double(const Update* u) { update<double>(*u); }
 void forward_float(const Scan* s) { forward<float>(*s); }
 void forward_double(const Scan* s) { forward<double>(*s); }
 void backward_float(const Scan* s) { backward<float>(*s); }

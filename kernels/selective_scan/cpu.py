@@ -28,14 +28,8 @@ class _Scan(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _native():
+def native():
     return library(Path(__file__).with_name("cpu.cpp"))
-
-
-def why_not() -> str | None:
-    """Why the compiled scan cannot run here; None if it can."""
-    found = _native()
-    return found if isinstance(found, str) else None
 
 
 def _strided(t: Tensor) -> _Strided:
@@ -62,11 +56,11 @@ def _scan(u, A, B, C, inputs: int, slices: int) -> _Scan:
 
 
 def _call(name: str, scan: _Scan, dtype: torch.dtype) -> None:
-    getattr(_native(), f"{name}_{'double' if dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
+    getattr(native(), f"{name}_{'double' if dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
 
 
 def _begins(u, A, B, inputs: int) -> tuple[int, ...]:
-    lanes = _native().lanes_of_float() // (2 if u.dtype == torch.float64 else 1)
+    lanes = native().lanes_of_float() // (2 if u.dtype == torch.float64 else 1)
     batch, channels, length = u.shape
     blocks = B.shape[1] * -(-channels // B.shape[1] // lanes)
     return batch, blocks, -(-length // STEPS), inputs, A.shape[1], lanes
@@ -150,23 +144,28 @@ def _backward(ctx, dy, dy_ones, dh, _):
     u, delta, A, B, C, begins, starts = ctx.saved_tensors
     if not ctx.has_begins:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
-    gradients = operators()[1](dy, dy_ones, dh, u, delta, A, B, C, begins, starts)
+    gradients = torch.ops.workbench.selective_scan_backward(dy, dy_ones, dh, u, delta, A, B, C, begins, starts)
     return *gradients, None, None
-
-
-@functools.cache
-def operators() -> tuple:
-    """Registered at the first use, and only where the library is: an exported copy of this file leaves ours alone."""
-    forward = torch.library.custom_op("workbench::selective_scan", scan_forward, mutates_args=(), device_types="cpu")
-    backward = torch.library.custom_op("workbench::selective_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_backward, setup_context=_setup)
-    return forward, backward
 
 
 def selective_scan_cpu(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, h))
-    y, y_ones, last, _ = operators()[0](u, delta, A, B, C, h, starts, keep)
+    y, y_ones, last, _ = torch.ops.workbench.selective_scan(u, delta, A, B, C, h, starts, keep)
     return ((y, y_ones) if len(h) == 2 else (y,)), last
+
+
+@functools.cache
+def why_not(device: str) -> str | None:
+    """Why the compiled scan cannot run on this device; None if it can. The first call compiles and registers it: an exported
+    copy of this file, which has no source beside it, leaves our operators alone."""
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if isinstance(found := native(), str):
+        return found
+    forward = torch.library.custom_op("workbench::selective_scan", scan_forward, mutates_args=(), device_types="cpu")
+    backward = torch.library.custom_op("workbench::selective_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
+    forward.register_fake(_fake_forward)
+    backward.register_fake(_fake_backward)
+    forward.register_autograd(_backward, setup_context=_setup)
+    return None

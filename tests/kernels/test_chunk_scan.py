@@ -47,14 +47,14 @@ def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False
     return a | dict(normalize=normalize)
 
 
-def run(arguments, impl, forward=nullcontext):
+def run(arguments, impl, forward=nullcontext, scan=None):
     """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
     arguments = {
         k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
     }
     leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     with forward():
-        outputs = chunk_scan(**arguments, impl=impl, return_final_states=True)
+        outputs = (scan or chunk_scan)(**arguments, impl=impl, return_final_states=True)
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
     return outputs, torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
@@ -229,3 +229,18 @@ WRONG = {
 def test_wrong_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         chunk_scan(**(make(8) | changes))
+
+
+def test_torch_compile_sees_one_operator():
+    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
+    plain = run(a, "auto")
+    compiled = torch.compile(chunk_scan, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(run(a, "auto", scan=compiled), plain, strict=True):
+        assert_close(found, wanted, 1e-6)
+
+
+def test_operators_keep_torchs_rules():
+    x, B, C = torch.randn(2, 70, 3, 4), torch.randn(2, 70, 3, 5), torch.randn(2, 70, 3, 1, 5)
+    chunk_scan(x, torch.ones(2, 70, 3), torch.zeros(3), B, B)  # registers
+    arguments = [t.requires_grad_() for t in (x, -torch.rand(2, 70, 3), B, C, torch.zeros(2, 3, 5, 4))]
+    torch.library.opcheck(torch.ops.workbench.chunk_scan.default, (*arguments, None, True))

@@ -52,7 +52,7 @@ def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, docume
     return a
 
 
-def run(arguments, impl, forward=nullcontext):
+def run(arguments, impl, forward=nullcontext, scan=None):
     """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
     arguments = {
         k: v.detach().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
@@ -64,7 +64,7 @@ def run(arguments, impl, forward=nullcontext):
         state if isinstance(state, tuple) else ()
     )
     with forward():
-        y, last = selective_scan(**arguments, impl=impl, return_last_state=True)
+        y, last = (scan or selective_scan)(**arguments, impl=impl, return_last_state=True)
     outputs = [y, *(last if arguments["normalize"] else [last])]
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
@@ -264,3 +264,19 @@ def test_comparison_rejects_three_times_its_tolerance(tolerance):
     for wrong in (y + 3 * size * noise, y + 3 * 20 * size * one, y[..., :-1], y * torch.nan):
         with pytest.raises(AssertionError):
             assert_close(wrong, y, tolerance)
+
+
+def test_torch_compile_sees_one_operator():
+    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
+    plain = run(a, "auto")
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(run(a, "auto", scan=compiled), plain, strict=True):
+        assert_close(found, wanted, 1e-6)
+
+
+def test_operators_keep_torchs_rules():
+    a = make(70, N=16, dtype=torch.float32)
+    h = torch.zeros(1, *a["u"].shape[:2], 16)
+    selective_scan(**a)  # registers
+    arguments = [a[k].requires_grad_() for k in ("u", "delta", "A", "B", "C")]
+    torch.library.opcheck(torch.ops.workbench.selective_scan.default, (*arguments, h, None, True))

@@ -1,0 +1,89 @@
+"""One decoding step is one step of the scan, in place."""
+
+import pytest
+import torch
+
+from kernels.selective_scan import selective_scan, selective_state_update
+from tests.conftest import assert_close
+
+
+def make(N=16, G=None, heads=None, dtype=torch.float64, **present):
+    """Arguments of selective_state_update: batch 2, 6 channels, or heads of 3."""
+    g = torch.Generator().manual_seed(N)
+    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    channels = (heads, 3) if heads else (6,)
+    rows = (2, G, N) if G else (2, N)
+    a = dict(
+        state=normal(2, *channels, N),
+        x=normal(2, *channels),
+        dt=normal(2, *channels),
+        A=-normal(*channels, N).abs(),
+        B=normal(*rows),
+        C=normal(*rows),
+    )
+    a |= {name: normal(*((2, *channels) if name == "z" else channels)) for name in ("D", "z", "dt_bias") if present.get(name)}
+    return a | dict(dt_softplus=True)
+
+
+CASES = {
+    "plain": {}, "odd": dict(N=21), "one": dict(N=1), "all": dict(D=True, z=True, dt_bias=True), "heads": dict(heads=4, G=2, D=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_is_a_scan_of_one_step(options, impl):
+    a = make(**options)
+    state = a["state"].clone()
+    y = selective_state_update(**a | dict(state=state), impl=impl)
+    flat = {k: v.flatten(-2) if k in ("x", "dt", "z", "D", "dt_bias") and options.get("heads") else v for k, v in a.items()}
+    B, C = (t if t.ndim == 3 else t[:, None] for t in (a["B"], a["C"]))
+    expected, last = selective_scan(
+        flat["x"][..., None], flat["dt"][..., None], a["A"].flatten(0, -2), B[..., None], C[..., None], flat.get("D"),
+        None if "z" not in flat else flat["z"][..., None], flat.get("dt_bias"), True, True, initial_state=a["state"].flatten(1, -2),
+        impl="reference",
+    )  # fmt: skip
+    assert_close(y.flatten(1), expected[..., 0], 1e-12)
+    assert_close(state.flatten(1, -2), last, 1e-12)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_float32_is_close_to_float64(options):
+    a, single = make(**options), make(**options, dtype=torch.float32)
+    assert_close(selective_state_update(**single, impl="cpu"), selective_state_update(**a, impl="reference"), 1e-5)
+    assert_close(single["state"], a["state"], 1e-5)
+
+
+def test_expanded_views_and_bfloat16_inputs():
+    a = make(heads=4, dtype=torch.float32)
+    a["dt"], a["A"] = a["dt"][..., :1].expand(2, 4, 3), a["A"][:, :1, :1].expand(4, 3, 16)
+    b = {k: v.bfloat16() if k in ("x", "B", "C") else v for k, v in a.items()} | dict(state=a["state"].clone())
+    wanted, found = selective_state_update(**a, impl="reference"), selective_state_update(**b, impl="cpu")
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), wanted, 1e-2)
+
+
+WRONG = {
+    "state": (dict(state=torch.ones(2, 6)), r"state must be .*; got \(2, 6\)"),
+    "x": (dict(x=torch.ones(2, 5)), r"x must be \(2, 6\); got \(2, 5\)"),
+    "A": (dict(A=torch.ones(6, 5)), r"A must be \(6, 16\); got \(6, 5\)"),
+    "B": (dict(B=torch.ones(2, 5)), r"B must be \(2, 16\) or .*; got \(2, 5\)"),
+    "groups": (dict(B=torch.ones(2, 2, 16), C=torch.ones(2, 2, 16)), r"G dividing the heads; got \(2, 2, 16\)"),
+    "strided state": (dict(state=torch.ones(2, 16, 6).mT), r"state must be contiguous"),
+    "gradients": (dict(x=torch.ones(2, 6, requires_grad=True)), r"no gradients"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'reference'; got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        selective_state_update(**make() | changes)
+
+
+def test_torch_compile_sees_one_operator():
+    a = make(dtype=torch.float32)
+    wanted = selective_state_update(**a | dict(state=a["state"].clone()))
+    compiled = torch.compile(lambda **k: selective_state_update(**k), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(**a), wanted, 1e-6)
