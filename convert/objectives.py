@@ -30,7 +30,8 @@ def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     """T^2 KL(teacher || student) of the softened distributions, [N] nats."""
     log_p, log_q = (F.log_softmax(z if temperature == 1 else z / temperature, -1) for z in (teacher_NV, student_NV))
     p = log_p.exp()
-    return temperature**2 * (torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q))  # two dots: no passes over p (log p - log q)
+    with torch.autocast(p.device.type, enabled=False):  # its dots would be in bfloat16
+        return temperature**2 * (torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q))  # no passes over p (log p - log q)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:

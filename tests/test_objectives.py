@@ -84,3 +84,14 @@ def test_backward_through_head_never_holds_more_logits_than_a_chunk():
 
     backward_through_head(hidden, head, loss, 3)
     assert seen == [(3, 50), (3, 50), (3, 50), (1, 50)]
+
+
+@pytest.mark.parametrize("objective", [cosine_distance, energy_mse, forward_kl, reverse_kl])
+def test_losses_stay_float32_under_autocast(objective):
+    s, t = logits(5, 700).float().requires_grad_(), logits(5, 700, seed=1).float()
+    outside = objective(s, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = objective(s, t)
+    assert torch.equal(inside, outside)
+    gradients = [torch.autograd.grad(loss.sum(), s)[0] for loss in (inside, outside)]
+    assert torch.equal(*gradients)
