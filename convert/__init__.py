@@ -6,6 +6,8 @@ report = evaluate("runs/mine")                              # the final measurem
 recipes.to_mamba(recipes.Budget(...))                       # what `run` does, as data to edit
 """
 
+import sys
+import types
 from pathlib import Path
 
 import kernels
@@ -16,6 +18,16 @@ if _ours not in kernels.__path__:  # Hugging Face's package of that name came fi
 
 __all__ = ["evaluate", "load_teacher", "recipes", "run"]
 
+
+class _Package(types.ModuleType):
+    """`convert.run` and `convert.evaluate` are functions, although commands of these names are submodules."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):  # what importing a submodule would set
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 _HOMES = {"evaluate": "conversion", "run": "conversion", "load_teacher": "teachers"}
 

@@ -6,12 +6,15 @@ RUN/steps/2-distill/student/           the finished step's weights
 RUN/steps/2-distill/DONE               its result; written last, so its existence means that the rest is whole
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import signal
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,24 +40,47 @@ def write_json(path: Path, content) -> None:
     aside.replace(path)
 
 
+@contextmanager
+def locked(folder: Path):
+    """The run folder is this process's alone while it is open; the lock goes with the process, however that ends."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"One process at a time may work on a run; another one holds {folder}. Wait for it, or give another --out."
+            ) from None
+        yield
+
+
+def check_out(folder: Path, fresh: bool) -> None:
+    """Whether a run may live in this folder, from the outside."""
+    is_run = (folder / "ledger.json").exists()
+    if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
+        raise UserError(f"--out must be a folder; {file} is a file. Give another --out.")
+    if fresh and folder.exists() and not is_run:
+        raise UserError(f"--fresh sets aside an old run; {folder} is not a run folder. Give another --out.")
+    if folder.exists() and not is_run and any(folder.iterdir()):
+        raise UserError(f"--out must be a run folder or a new one; {folder} holds other files. Give another --out.")
+
+
 def open_run(folder: Path, settings: dict, fresh: bool) -> None:
     """Make the run folder, or check that it belongs to these settings. `fresh` sets an old run aside."""
+    check_out(folder, fresh)
     ledger = folder / "ledger.json"
     if fresh and folder.exists():
-        if not ledger.exists():
-            raise UserError(f"--fresh sets aside an old run; {folder} is not a run folder. Give another --out.")
+        with locked(folder):
+            pass
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
         folder.rename(aside)
         print(f"The old run was moved to {aside}.")
-    if folder.exists() and not ledger.exists() and any(folder.iterdir()):
-        raise UserError(f"--out must be a run folder or a new one; {folder} holds other files. Give another --out.")
     if not ledger.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(ledger, settings)
         return
     try:
         before = json.loads(ledger.read_text())
-    except json.JSONDecodeError:
+    except ValueError:
         raise UserError(
             f"The ledger {ledger} is damaged. Start again with --fresh (the old run is moved aside) or another --out."
         ) from None
@@ -109,7 +135,12 @@ class StepFolder:
 
     def result(self) -> dict | None:
         done = self.folder / "DONE"
-        return json.loads(done.read_text()) if done.exists() else None
+        if not done.exists():
+            return None
+        try:
+            return json.loads(done.read_text())
+        except ValueError:
+            raise UserError(f"The result {done} is damaged. Delete that file to do the step again, or start again with --fresh.") from None
 
     def finish(self, student: ConvertedForCausalLM, result: dict) -> None:
         """Weights and configuration first, DONE last; then the checkpoints can go."""
@@ -123,10 +154,11 @@ class StepFolder:
             student.config.save_pretrained(aside)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
+        digest = _sha256(aside / "model.safetensors")
         aside.rename(weights)
-        write_json(self.folder / "DONE", result)
+        write_json(self.folder / "DONE", result | {"sha256": digest})
         for file in self._checkpoints():
-            file.unlink()
+            self._remove(file)
 
     def drop_weights(self) -> None:
         """A later step has its own."""
@@ -134,13 +166,16 @@ class StepFolder:
 
     def student(self, teacher) -> ConvertedForCausalLM:
         """The finished step's student, on the teacher's device."""
-        config = ConvertedConfig.from_pretrained(self.folder / "student")
-        config._attn_implementation = teacher.config._attn_implementation
-        with torch.device(teacher.device):
-            student = ConvertedForCausalLM(config)
         try:
-            load_model(student, str(self.folder / "student" / "model.safetensors"))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            config = ConvertedConfig.from_pretrained(self.folder / "student", local_files_only=True)
+            config._attn_implementation = teacher.config._attn_implementation
+            with torch.device(teacher.device):
+                student = ConvertedForCausalLM(config)
+            file = self.folder / "student" / "model.safetensors"
+            if _sha256(file) != self.result()["sha256"]:
+                raise ValueError("they are not what was written")
+            load_model(student, str(file))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"The weights of {self.folder} are damaged ({error}). Start again with --fresh; the old run is moved aside."
             ) from error
@@ -152,10 +187,14 @@ class StepFolder:
     def load(self) -> dict | None:
         for file in reversed(self._checkpoints()):
             try:
+                if _sha256(file) != file.with_suffix(".sha256").read_text():
+                    raise ValueError("not what was written")
                 return torch.load(file, weights_only=True)
             except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
                 file.rename(file.with_suffix(".damaged"))
-                print(f"The checkpoint {file} is damaged ({type(error).__name__}); it was set aside, and the one before it is used.")
+                print(
+                    f"The checkpoint {file} is damaged ({type(error).__name__}); it was set aside; the one before it is used, or the step starts again."
+                )
         return None
 
     def save(self, step: int, state: dict) -> None:
@@ -169,12 +208,25 @@ class StepFolder:
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
+        try:
+            (self.folder / f"checkpoint-{step}.sha256").write_text(_sha256(aside))
+        except OSError as error:
+            raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         aside.replace(self.folder / f"checkpoint-{step}.pt")
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+            self._remove(old)
 
     def stop_requested(self) -> bool:
         return self.stop is not None and self.stop.requested
 
+    def _remove(self, checkpoint: Path) -> None:
+        checkpoint.unlink()
+        checkpoint.with_suffix(".sha256").unlink(missing_ok=True)
+
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
+        return sorted(self.folder.glob("checkpoint-*[0-9].pt"), key=lambda file: int(file.stem.split("-")[1]))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

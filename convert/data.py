@@ -183,7 +183,12 @@ def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
         folder.rename(aside)
         print(f"The token cache {folder} is damaged ({damage}); it was moved to {aside.name} and is rebuilt.")
     if not folder.exists():
-        _write_cache(source, tokenizer, limit, folder)
+        try:
+            _write_cache(source, tokenizer, limit, folder)
+        except OSError as error:
+            raise UserError(
+                f"The tokens must be cached, and {folder.parent} cannot take them ({error}). Free some space, or set CONVERT_CACHE."
+            ) from error
     meta = json.loads((folder / "meta.json").read_text())
     parts = [
         Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_starts.npy")) for part in ("train", "held_out")

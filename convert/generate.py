@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", action="store_true", help="do not use the chat template of an instruct model")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the model")
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     args = parser.parse_args(argv)
     return fail_in_words(lambda: generate(args), args.debug)
@@ -37,7 +38,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError(
             f"--max-new-tokens must be at least 1 and --temperature at least 0; got {args.max_new_tokens} and {args.temperature}."
         )
-    loaded = load_teacher(args.folder, device=pick_device(args.device))
+    loaded = load_teacher(args.folder, device=pick_device(args.device), trust_remote_code=args.trust_remote_code)
     tokenizer, text = loaded.tokenizer, args.prompt
     chat = tokenizer.chat_template is not None and not args.raw
     if chat:

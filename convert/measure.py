@@ -82,13 +82,14 @@ class CacheSize:
 
 
 @torch.no_grad()
-def cache_size(model: PreTrainedModel) -> CacheSize:
-    """Read off the live cache, layer by layer, after 16 and after 32 tokens."""
+def cache_size(model: PreTrainedModel, dtype: torch.dtype | None = None) -> CacheSize:
+    """Read off the live cache, layer by layer, after 16 and after 32 tokens. Keys and values count as `dtype`: a model that
+    is measured in float32 is served as it is shipped."""
     config = model.config.host_config() if isinstance(model, ConvertedForCausalLM) else model.config
 
     def live(tokens: int) -> list[int]:
         ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-        return [layer_bytes(layer) for layer in model(ids, use_cache=True).past_key_values.layers]
+        return [layer_bytes(layer, dtype) for layer in model(ids, use_cache=True).past_key_values.layers]
 
     windows = [layer_window(config, layer) for layer in range(config.num_hidden_layers)]
     return CacheSize(tuple((a, (b - a) // 16, window) for a, b, window in zip(live(16), live(32), windows, strict=True)))
@@ -108,7 +109,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 @torch.no_grad()
 def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int, dict]:
     """Layer -> quantiles over its decays of the tokens after which half of a state is left, at the mean Delta seen on
-    `batches`; null is for ever. `alive`: the share of decays that moved off 1 at all. Empty where no layer decays."""
+    `batches`; null is for ever. Empty where no layer decays."""
     seen: dict[int, list[Tensor]] = {}
     hooks = []
     for layer, slot in student.slots().items():
@@ -129,10 +130,7 @@ def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int,
         per_token = (rate * (dt[:, None] if rate.ndim == 2 else dt)).flatten()
         tokens = math.log(2) / per_token
         quantiles = torch.quantile(tokens.clamp(max=1e9).float(), torch.tensor(QUANTILES, device=tokens.device))
-        lives[layer] = {
-            "alive": (rate > 0).float().mean().item(),
-            "tokens": {str(q): (None if v >= 1e9 else v) for q, v in zip(QUANTILES, quantiles.tolist(), strict=True)},
-        }
+        lives[layer] = {str(q): (None if v >= 1e9 else v) for q, v in zip(QUANTILES, quantiles.tolist(), strict=True)}
     return lives
 
 

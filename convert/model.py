@@ -154,10 +154,13 @@ class StudentCache(Cache):
         return sum(layer_bytes(layer) for layer in self.layers)
 
 
-def layer_bytes(layer: CacheLayerMixin) -> int:
-    """Of one layer of a cache, ours or transformers': states, convolution inputs, keys and values."""
-    tensors = layer.state or () if isinstance(layer, StateLayer) else (layer.keys, layer.values) if layer.is_initialized else ()
-    return sum(t.numel() * t.element_size() for t in tensors)
+def layer_bytes(layer: CacheLayerMixin, dtype: torch.dtype | None = None) -> int:
+    """Of one layer of a cache, ours or transformers': states and convolution inputs, which are always float32, or keys and
+    values, counted as `dtype` (None: as they are)."""
+    if isinstance(layer, StateLayer):
+        return sum(t.numel() * t.element_size() for t in layer.state or ())
+    tensors = (layer.keys, layer.values) if layer.is_initialized else ()
+    return sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors)
 
 
 class Slot(nn.Module):

@@ -1,5 +1,6 @@
 """What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
 
+import dataclasses
 import os
 import shutil
 import time
@@ -9,11 +10,13 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
+from convert.objectives import Distill
 from convert.projections import refusal
 from convert.recipes import Forget, Recipe, Swap, Train, describe
 from convert.stages import align, uses_bfloat16
@@ -77,10 +80,38 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
             found.append(f"Step {step.name}: the schedule is 'wsd' or 'cosine'; got {s.schedule!r}.")
         if s.precision not in ("auto", "float32", "bfloat16"):
             found.append(f"Step {step.name}: the precision is 'auto', 'float32' or 'bfloat16'; got {s.precision!r}.")
-        for field, low, high in (("lr", 0, 10), ("warmup", 0, 1), ("decay", 0, 1), ("floor", 0, 1), ("clip", 0, 1e9)):
-            if not low <= getattr(s, field) <= high:
-                found.append(f"Step {step.name}: {field} must be within {low} .. {high:g}; got {getattr(s, field)}.")
+        if isinstance(s.objective, Distill) != (step.stage is not align):
+            found.append(
+                f"Step {step.name}: {step.stage.__name__} compares {'layers' if step.stage is align else 'distributions'}; its objective cannot be {_objective(step)}."
+            )
+    for step in recipe.steps:
+        found += _out_of_bounds(step)
     return tuple(found)
+
+
+BOUNDS = {  # field -> lowest, highest; of settings, objectives, mixer options and steps alike
+    "lr": (0, 10), "warmup": (0, 1), "decay": (0, 1), "floor": (0, 1), "clip": (0, 1e9), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999),
+    "beta2": (0, 0.999999), "weight_decay": (0, 1), "loss_chunk": (1, 1e9), "evaluate_every": (0, 1e18), "save_every": (0, 1e12),
+    "micro_tokens": (1, 1e9), "temperature": (0.01, 100), "cross_entropy": (0, 1e6), "forward_kl": (0, 1e6), "reverse_kl": (0, 1e6),
+    "rate": (0, 10), "conv": (1, 64), "dt_rank": (1, 65_536),
+}  # fmt: skip
+
+
+def _out_of_bounds(step) -> list[str]:
+    homes = [step]
+    if isinstance(step, Train):
+        homes += [step.settings, step.settings.objective]
+    if isinstance(step, Swap):
+        homes.append(step.options)
+    found = []
+    for home in filter(dataclasses.is_dataclass, homes):
+        for field in (f.name for f in dataclasses.fields(home) if f.name in BOUNDS):
+            value, (low, high) = getattr(home, field), BOUNDS[field]
+            if isinstance(value, int | float) and not low <= value <= high:
+                found.append(f"Step {step.name}: {field} must be within {low:g} .. {high:g}; got {value:g}.")
+    if isinstance(homes[-1], Distill) and not (homes[-1].cross_entropy or homes[-1].forward_kl or homes[-1].reverse_kl):
+        found.append(f"Step {step.name}: a loss needs a term; all three weights are 0.")
+    return found
 
 
 def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str, device: str) -> Plan:
@@ -106,12 +137,12 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
             rows.append(_train_plan(step, student, num_teacher, flops, scan_elements))
             biggest = max(biggest, rows[-1].trainable)
     num_student = _count(student)
-    disk = 2 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
+    disk = 3 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
     assumptions = (
         f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
         f"scans with a decay per state at {scan_elements / 1e6:,.0f} M state updates/s, forward and backward (measured now)",
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
-        "disk: two checkpoints of the largest step, two students, the export; held-out measurements and data come on top of the time",
+        "disk: three checkpoints of the largest step (the third while it is written), two students, the export; held-out measurements and data come on top of the time",
     )
     return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
 
@@ -174,11 +205,12 @@ def _best(call, work: float) -> float:
 
 
 def check_space(plan: Plan, folder: Path) -> str | None:
-    """A sentence if the disk of `folder` has less room than the run needs."""
+    """A sentence if the disk of `folder` has less room than the run needs, beside what it has written already."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < plan.disk_bytes:
-        return f"The run needs about {size(plan.disk_bytes)} on disk; {there} has {size(free)} free. Free some, or give --out elsewhere."
+    needed = plan.disk_bytes - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if free < needed and not (folder / "report.json").exists():
+        return f"The run needs about {size(needed)} more on disk; {there} has {size(free)} free. Free some, or give --out elsewhere."
     return None
 
 
@@ -208,9 +240,9 @@ def duration(seconds: float) -> str:
 
 def show(plan: Plan, console: Console) -> None:
     """The table a person reads before starting."""
-    console.print(f"[bold]{plan.teacher}[/] -> [bold]{plan.target}[/]   data {plan.data}, device {plan.device}")
+    console.print(f"[bold]{escape(plan.teacher)}[/] -> [bold]{plan.target}[/]   data {escape(plan.data)}, device {plan.device}")
     for reason in plan.refusals:
-        console.print(f"[red]refused:[/] {reason}")
+        console.print(f"[red]refused:[/] {escape(reason)}")
     if plan.refusals:
         return
     table = Table(box=box.SIMPLE_HEAD)

@@ -81,6 +81,9 @@ def budget(
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
         default = Budget(100_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
+    for flag, value, lowest in (("--seq-len", seq_len, 2), ("--batch-tokens", batch_tokens, 2), ("--seed", seed, 0)):
+        if value is not None and value < lowest:
+            raise UserError(f"{flag} must be at least {lowest}; got {value}.")
     tokens = tokens or default.tokens
     if seq_len is None:  # a short budget goes into more, shorter sequences
         seq_len = min(default.seq_len, host.max_position_embeddings, max(256, 1 << (max(tokens // 100, 1)).bit_length() - 1))

@@ -45,14 +45,17 @@ def _break_even(report: dict) -> str:
 
 def _facts(report: dict) -> list[str]:
     lines = []
-    if (handover := report["handover"]) is not None:
+    if (handover := report["handover"])["max_abs_logit"] is not None:
         lines.append(
             f"Hand-over over {handover['tokens']:,} tokens: logits moved by at most {handover['max_abs_logit']:.2g} (allowed {handover['allowed']:.2g}), "
             f"perplexity by {handover['perplexity_change']:.1e} of itself."
         )
     for layer, lives in report["half_lives"].items():
-        quantiles = ", ".join(f"{float(q):.0%} {_tokens(v)}" for q, v in lives["tokens"].items())
-        lines.append(f"Half-lives in layer {layer}: {quantiles} tokens; {lives['alive']:.0%} of the decays moved.")
+        quantiles = ", ".join(f"{float(q):.0%} {_tokens(v)}" for q, v in lives.items())
+        lines.append(f"Half-lives in layer {layer}: {quantiles} tokens.")
+    for row in report["stages"]:
+        if row["skipped"]:
+            lines.append(f"Step {row['name']}: {row['skipped']} steps had no finite gradient and were skipped.")
     lines.append(
         f"{count(report['tokens']['total'])} tokens in {duration(report['seconds']['total'])}; seed {report['seed']}; export checked in a clean process."
     )

@@ -11,15 +11,18 @@ import traceback
 from convert import plan as planning
 from convert import recipes
 from convert.conversion import console, default_recipe, pick_device, run
+from convert.data import corpus
 from convert.errors import Interrupted, UserError
 from convert.teachers import read_config, resolve
+
+SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
 
 
 def number_of_tokens(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text)
-    if not found or float(found[1]) == 0:
+    if not found or float(found[1]) * SUFFIXES[found[2]] < 1:
         raise UserError(f"A number of tokens is written 20000, 500k, 12M or 1B; got {text!r}.")
-    return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
+    return int(float(found[1]) * SUFFIXES[found[2]])
 
 
 def fail_in_words(work, debug: bool) -> int:
@@ -36,16 +39,14 @@ def fail_in_words(work, debug: bool) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        full = isinstance(error, OSError) and error.errno == 28
+        outside = isinstance(error, OSError) and error.errno is not None  # disks and permissions, not our code
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
-        elif full:
-            print(
-                f"error: The disk is full ({error}). Free some space; the same command goes on from the last checkpoint.", file=sys.stderr
-            )
+        elif outside:
+            print(f"error: A file cannot be read or written: {error}. Mend that; the same command goes on from there.", file=sys.stderr)
         else:
             print(f"error: This is a defect of ours: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return 2 if isinstance(error, UserError) or full else 1
+        return 2 if isinstance(error, UserError) or outside else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         source = resolve(args.teacher)
         config = read_config(source, trust_remote_code=args.trust_remote_code)
         tokens = number_of_tokens(args.tokens) if args.tokens else None
+        if args.tiny and (tokens or args.seq_len or args.batch_tokens):
+            raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
+        corpus(args.data or source.data)  # a wrong --data is said before anything is loaded
         recipe = default_recipe(
             source, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens, seed=args.seed
         )

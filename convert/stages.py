@@ -221,7 +221,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
     device = next(student.parameters()).device
     optimizer = _optimizer(student, settings)
     trained = [p for p in student.parameters() if p.requires_grad]
-    step, skipped, bad_in_a_row = 0, 0, 0
+    step, skipped, bad_in_a_row, seconds_before = 0, 0, 0, 0.0
     if (state := keep.load()) is not None:
         with torch.no_grad():
             for p, saved in zip(trained, state["parameters"], strict=True):
@@ -229,12 +229,14 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         step, skipped, bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
+        seconds_before = state["seconds"]
         del state
     track.resume(step)
 
     def save() -> None:
         keep.save(step, {
             "step": step, "skipped": skipped, "bad_in_a_row": bad_in_a_row, "rng": torch.get_rng_state(),
+            "seconds": seconds_before + time.monotonic() - started,
             "parameters": [p.detach() for p in trained], "optimizer": optimizer.state_dict(),
         })  # fmt: skip
 
@@ -274,6 +276,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
                 "train/lr": settings.rate(step - 1),
                 "speed/tokens_per_s": speed,
                 "train/skipped": skipped,
+                "train/seconds": seconds_before + time.monotonic() - started,
             }
             if (
                 measure
@@ -298,6 +301,8 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
         bar.close()
         if settings.checkpointing:
             student.activation_checkpointing_disable()
+    if skipped == settings.num_steps:
+        raise UserError(f"A stage must take steps; all {skipped} had gradients that are not finite. Lower the rate with --set STEP.lr=....")
     for p in student.parameters():
         p.requires_grad_(False)
         p.grad = None

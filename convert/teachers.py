@@ -6,6 +6,7 @@ Sizes are from the models' own configuration files; the tests check them against
 import contextlib
 import copy
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -389,3 +390,11 @@ def _is_network(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def fingerprint(model) -> str:
+    """Of all weights: a run that goes on with another teacher under the same name would mix the two."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {torch.hash_tensor(value).item()}".encode())
+    return digest.hexdigest()[:16]

@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from convert.errors import UserError
+
 
 class Track:
     """`metrics.jsonl` in the run folder is the source of truth. `log` takes the step and tokens of the current stage."""
@@ -71,11 +73,26 @@ def _start_wandb(folder: Path, mode: str | None, config: dict, name: str):
     id_file = folder / "wandb-id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    mode = mode or ("online" if _has_key() else "offline")
-    run = wandb.init(
-        project="conversion-workbench", dir=folder, id=id_file.read_text(), resume="allow", mode=mode, name=name, config=config,
-        settings=wandb.Settings(silent=True, console="off"),
-    )  # fmt: skip
+    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if chosen == "disabled":
+        return None
+
+    def start(mode: str):
+        return wandb.init(
+            project="conversion-workbench", dir=folder, id=id_file.read_text(), resume="allow", mode=mode, name=name, config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+
+    try:
+        run = start(chosen)
+    except wandb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        if mode == "online":
+            raise UserError(
+                f"W&B must be reachable for --wandb online ({reason}). Leave the flag out: offline runs can be uploaded later."
+            ) from None
+        print(f"W&B does not answer ({reason}); this run is tracked offline.")
+        run = start("offline")
     run.define_metric("step")
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")

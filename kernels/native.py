@@ -20,8 +20,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
 
 def cache() -> Path:
-    """Where libraries are kept: CONVERT_CACHE or ~/.cache/conversion-workbench."""
-    return Path(os.environ.get("CONVERT_CACHE") or Path.home() / ".cache" / "conversion-workbench") / "kernels"
+    """Where libraries are kept: CONVERT_KERNELS, else a folder of CONVERT_CACHE or of ~/.cache/conversion-workbench."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(
+        os.environ.get("CONVERT_KERNELS") or Path(os.environ.get("CONVERT_CACHE") or Path(caches) / "conversion-workbench") / "kernels"
+    )
 
 
 @functools.cache

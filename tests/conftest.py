@@ -2,15 +2,19 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kernels import native
+
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
 
+os.environ.setdefault("CONVERT_KERNELS", str(native.cache()))  # tests have caches of their own, but compile nothing twice
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convert.mixers.base import Context, Mixer, State
-from convert.mixers.parts import DecayRate, MambaBlock
+from convert.mixers.parts import DecayRate, MambaBlock, wide
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
@@ -44,5 +44,5 @@ class Mamba2(Mixer):
             initial_states=None if state is None else state[1], document_ids=context.document_ids, return_final_states=True,
             normalize=True,
         )  # fmt: skip
-        y = y.flatten(2) * F.silu(self.block.gate(x_BTD).float())
+        y = y.flatten(2) * F.silu(wide(self.block.gate(x_BTD)))
         return self.block.heads.out(y.to(x_BTD.dtype)), (conv_state, sums)

@@ -13,6 +13,11 @@ from convert.projections import Projections, Shape
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: half precision is for matrix products."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class QKV(nn.Module):
     """x [B, T, D] -> q [B, T, H, K], k, v [B, T, G, K]: projected, normed where the teacher does, rotated."""
 
@@ -53,7 +58,7 @@ class FeatureMap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        u = (x.transpose(1, 2) @ self.weight.mT.to(x.dtype)).float() + self.bias.float()[:, None]
+        u = wide(x.transpose(1, 2) @ self.weight.mT.to(x.dtype)) + self.bias[:, None]
         return torch.softmax(torch.cat([u, -u], -1), -1).transpose(1, 2)
 
 
@@ -70,7 +75,7 @@ class HedgehogHeads(nn.Module):
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi(q) [B, T, H, F], phi(k) [B, T, G, F], v [B, T, G, K], all float32."""
         q, k, v = self.qkv(x_BTD, cos, sin)
-        return self.feature_q(q), self.feature_k(k), v.float()
+        return self.feature_q(q), self.feature_k(k), wide(v)
 
     @torch.no_grad()
     def copy_(self, p: Projections) -> None:
@@ -130,7 +135,7 @@ class ShortConv(nn.Module):
             fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias
             y = y.index_put(at, fresh.to(y.dtype))
             tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
-        return y, tail.to(torch.float32, copy=True)  # a view would keep the whole text
+        return y, wide(tail).clone()  # a view would keep the whole text
 
 
 class TimeStep(nn.Module):
@@ -144,7 +149,7 @@ class TimeStep(nn.Module):
         nn.init.constant_(self.up.bias, 0.541324854612918)  # softplus of it is 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(self.up(self.down(x)).float())
+        return F.softplus(wide(self.up(self.down(x))))
 
 
 class _NonNegative(torch.autograd.Function):
@@ -171,8 +176,8 @@ class DecayRate(nn.Module):
         self.s = nn.Parameter(torch.zeros(*size))
 
     def forward(self) -> Tensor:
-        spread = torch.arange(1, self.s.shape[-1] + 1, device=self.s.device, dtype=torch.float32)
-        return _NonNegative.apply(self.s.float()) * spread
+        spread = torch.arange(1, self.s.shape[-1] + 1, device=self.s.device)
+        return _NonNegative.apply(wide(self.s)) * spread
 
 
 def open_gate(width: int, inner: int) -> nn.Linear:

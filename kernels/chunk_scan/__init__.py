@@ -5,6 +5,7 @@ batch · L time · H heads · P channels of a head · N state · G groups that s
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
@@ -40,6 +41,8 @@ def chunk_scan(
     C = C.unflatten(2, (heads, -1))
     values = torch.cat([x, torch.ones_like(x[..., :1])], -1) if normalize else x
     S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1]) if initial_states is None else initial_states.to(dtype)
+    if document_ids is not None:  # numbered by change: an id that comes back is another document
+        document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
     scan = SCANS[_pick(impl, x.device.type)]
     with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
         y, S = scan(values * dt[..., None], dt * A, B, C, S, document_ids)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.selective_scan.reference import with_ones
 
-CHUNK_ELEMENTS = 1 << 22  # of one [Q, K, batch, D, N] buffer: 16 MiB in float32 (ours)
+CHUNK_ELEMENTS = 1 << 24  # of one [Q, K, batch, D, N] buffer: 64 MiB in float32 (ours)
 MAX_CHUNK = 64
 
 
@@ -25,8 +25,10 @@ class ChunkedScan(torch.autograd.Function):
         Q = _chunk_length(K, batch, D, A.shape[1], L)
         begins = []
         y = u.new_empty(L, K, batch, B.shape[1], C.shape[1] // B.shape[1], D // B.shape[1])
+        keep = any(ctx.needs_input_grad)
         for t in range(0, L, Q):
-            begins.append(h)
+            if keep:
+                begins.append(h)
             decay, drive = _coefficients(u, delta, A, B, starts, t, Q)
             states = _run(decay, drive, h)
             y[t : t + Q] = torch.einsum("tkbgpn,bgrnt->tkbgrp", states.unflatten(3, (B.shape[1], -1)), _grouped(C, B, t, Q))
@@ -92,5 +94,18 @@ def _grouped(C, B, t, Q) -> Tensor:
 
 def selective_scan_chunked(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
-    y, h = ChunkedScan.apply(with_ones(u, len(h)), delta, A, B, C, h, starts)
-    return y.flatten(2, 4).unbind(0), h
+    u, G = with_ones(u, len(h)), B.shape[1]
+    if u[..., 0].numel() * A.shape[1] * MAX_CHUNK <= CHUNK_ELEMENTS:
+        y, h = ChunkedScan.apply(u, delta, A, B, C, h, starts)
+        return y.flatten(2, 4).unbind(0), h
+    # too wide for a chunk of that many steps: one batch entry and one group after another
+    P, R, parts = u.shape[2] // G, C.shape[1] // G, []
+    for b in range(u.shape[1]):
+        own = None if starts is None else starts[b : b + 1]
+        for g in range(G):
+            d, r = slice(g * P, (g + 1) * P), slice(g * R, (g + 1) * R)
+            at = (slice(None), slice(b, b + 1), d)
+            parts.append(ChunkedScan.apply(u[at], delta[b : b + 1, d], A[d], B[b : b + 1, g : g + 1], C[b : b + 1, r], h[at], own))
+    rows = [parts[b * G : (b + 1) * G] for b in range(u.shape[1])]
+    y = torch.cat([torch.cat([y.flatten(2, 4) for y, _ in row], 2) for row in rows], 1)
+    return y.unbind(0), torch.cat([torch.cat([h for _, h in row], 2) for row in rows], 1)
