@@ -183,7 +183,13 @@ def _swap(step: Swap, student, text: TokenData):
     )
     fine = worst <= checked["allowed"]
     if not fine and student.device.type != "mps":  # which has no float64
-        checked["max_abs_logit_float64"], _ = _largest_change(old.double(), copy.deepcopy(student).double(), batch)
+        old = old.double()
+        torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
+        try:
+            exact = swap(copy.deepcopy(old), step.mixer, step.options, step.layers).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        checked["max_abs_logit_float64"], _ = _largest_change(old, exact, batch)
         fine = checked["max_abs_logit_float64"] <= 1e-9 * max(1.0, largest)
         console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
     if not (fine and change < 1e-4):

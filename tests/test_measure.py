@@ -1,5 +1,7 @@
 """Cache sizes at lengths that were not measured, and where the student's pays."""
 
+import torch
+
 from convert.measure import CacheSize, break_even, cache_size
 from convert.model import swap
 from tests.conftest import tiny_teacher, token_ids
@@ -29,3 +31,9 @@ def test_break_even_is_the_first_length_where_the_student_is_smaller():
     assert teacher.at(length) > student.at(length) and teacher.at(length - 1) <= student.at(length - 1)
     assert break_even(student, teacher) is None
     assert break_even(CacheSize(((160, 10, 50),)), student) is None
+
+
+def test_keys_and_values_count_as_they_are_shipped():
+    teacher, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "mamba2")
+    assert 2 * cache_size(teacher, torch.bfloat16).at(64) == cache_size(teacher).at(64)
+    assert cache_size(student, torch.bfloat16).at(64) == cache_size(student).at(64)  # states are float32 always

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -240,6 +244,15 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
         (["--set", "distill.seq_len=4096", "--set", "distill.batch_tokens=4096"], "must fit the teacher's 512 positions"),
         (["--set", "distill.batch_tokens=100"], "a batch must be whole sequences"),
         (["--tokens", "many"], "A number of tokens is written 20000, 500k, 12M or 1B; got 'many'"),
+        (["--set", "distill.loss_chunk=0"], "loss_chunk must be within 1 .."),
+        (["--set", "distill.temperature=0"], "temperature must be within 0.01 .. 100; got 0"),
+        (["--set", "distill.forward_kl=0"], "a loss needs a term"),
+        (["--set", "distill.objective=energy_mse"], "distill compares distributions; its objective cannot be energy_mse"),
+        (["--set", "handover.conv=0"], "conv must be within 1 .. 64; got 0"),
+        (["--set", "forget.rate=-1"], "rate must be within 0 .. 10; got -1"),
+        (["--seed", "-1"], "--seed must be at least 0; got -1"),
+        (["--tokens", "0.5"], "A number of tokens is written"),
+        (["--tokens", "1k"], "--tiny chooses the sizes itself"),
         (["--device", "cuda:9"], "cuda:9"),
         (["--data", "/no/such/place"], "There is no data at '/no/such/place'"),
     ],
@@ -249,6 +262,84 @@ def test_mistakes_get_one_sentence_and_exit_code_2(more, words, teacher, text, t
     error = capsys.readouterr().err.strip()
     assert words in error and error.startswith("error: ") and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_out_under_a_file_is_refused_before_anything_is_loaded(teacher, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(conversion, "load_teacher", None)
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert main(command(teacher, text, out)) == 2
+        assert f"--out must be a folder; {tmp_path / 'file'} is a file." in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_process_at_a_time(teacher, text, tmp_path, capsys):
+    arguments = command(teacher, text, tmp_path / "run", to="linear")
+    assert main(arguments) == 0
+    with checkpoint.locked(tmp_path / "run"):
+        for more in ([], ["--fresh"]):
+            assert main([*arguments, *more]) == 2
+            assert "another one holds" in capsys.readouterr().err
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("DONE", "is damaged. Delete that file"), ("student/model.safetensors", "are damaged"), ("student/config.json", "are damaged")],
+)
+def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys):
+    arguments = command(teacher, text, tmp_path / "run", to="linear")
+    assert main(arguments) == 0
+    file = tmp_path / "run" / "steps" / "2-distill" / name
+    whole = bytearray(file.read_bytes())
+    if file.suffix == ".safetensors":
+        whole[-20] ^= 1  # one bit of a weight
+    else:
+        del whole[len(whole) // 2 :]
+    file.write_bytes(whole)
+    assert main(arguments) == 2
+    assert words in (error := capsys.readouterr().err) and "defect" not in error
+
+
+def test_another_teacher_under_the_same_name_is_refused(teacher, text, tmp_path, capsys):
+    mine = tmp_path / "teacher"
+    shutil.copytree(teacher, mine)
+    assert main(command(mine, text, tmp_path / "run", to="linear")) == 0
+    weights = load_file(mine / "model.safetensors")
+    next(iter(weights.values())).add_(0.01)
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    assert main(command(mine, text, tmp_path / "run", to="linear")) == 2
+    assert "teacher_fingerprint" in capsys.readouterr().err
+
+
+def test_space_counts_what_the_run_has_written(teacher, text, tmp_path, monkeypatch):
+    from convert.plan import Plan, check_space
+
+    plan = Plan("t", "linear", "stdlib", "cpu", 0, 0, (), 1000, (), ())
+    monkeypatch.setattr("convert.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 600})())
+    (tmp_path / "run").mkdir()
+    assert "needs about 1 kB more" in check_space(plan, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint").write_bytes(b"x" * 500)
+    assert check_space(plan, tmp_path / "run") is None
+
+
+def test_float64_decides_where_float32_is_too_coarse(teacher, text, tmp_path, monkeypatch):
+    """A student whose rounding alone moves the logits too far passes; the planted error of the test above does not."""
+    exactly = conversion._largest_change
+
+    def rounded(old, new, batch):
+        worst, largest = exactly(old, new, batch)
+        return (worst, largest) if next(old.parameters()).dtype == torch.float64 else (1.0, largest)
+
+    monkeypatch.setattr(conversion, "_largest_change", rounded)
+    assert main(command(teacher, text, tmp_path / "run")) == 0
+    handover = json.loads((tmp_path / "run" / "report.json").read_text())["handover"]
+    assert handover["max_abs_logit"] == 1.0 and handover["max_abs_logit_float64"] < 1e-9
+
+
+def test_functions_of_the_package_survive_its_commands():
+    script = "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate, run\nassert run.__module__ == evaluate.__module__ == 'convert.conversion'"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 
 
 def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
+from convert.errors import UserError
 from convert.tracking import Track
 
 
@@ -42,6 +44,24 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, capsys):
+    start = wandb.init
+
+    def init(*, mode, **rest):
+        if mode == "online":
+            raise wandb.Error("no such host")
+        return start(mode=mode, **rest)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    Track(tmp_path, mode=None, config={}, name="x").close()
+    assert "W&B does not answer (no such host); this run is tracked offline." in capsys.readouterr().out
+    with pytest.raises(UserError, match="must be reachable for --wandb online"):
+        Track(tmp_path, mode="online", config={}, name="x")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert Track(tmp_path, mode=None, config={}, name="x").wandb is None
+
+
 def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
     for _ in range(2):  # the second is a resumed run
         track = Track(tmp_path, mode=None, config={"target": "mamba", "lr": 1.0}, name="x")

@@ -244,3 +244,10 @@ def test_operators_keep_torchs_rules():
     chunk_scan(x, torch.ones(2, 70, 3), torch.zeros(3), B, B)  # registers
     arguments = [t.requires_grad_() for t in (x, -torch.rand(2, 70, 3), B, C, torch.zeros(2, 3, 5, 4))]
     torch.library.opcheck(torch.ops.workbench.chunk_scan.default, (*arguments, None, True))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+def test_an_id_that_comes_back_is_another_document(impl):
+    a = make(6, dtype=torch.float64)
+    back, other = torch.tensor([0, 0, 1, 1, 0, 0]).expand(2, 6), torch.tensor([0, 0, 1, 1, 2, 2]).expand(2, 6)
+    assert_close(chunk_scan(**a, document_ids=back, impl=impl), chunk_scan(**a, document_ids=other, impl="reference"), FLOAT64)

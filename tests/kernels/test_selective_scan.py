@@ -110,13 +110,13 @@ def test_threads_change_nothing():
     assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("elements", [1, 500])
-def test_any_chunk_length_gives_the_same(monkeypatch, elements):
-    """Chunks of one step, and of four or so: wide layers and large batches get short ones."""
+@pytest.mark.parametrize("elements, steps", [(1, 1), (120, 4), (1 << 24, 31)])
+def test_any_chunk_length_gives_the_same(monkeypatch, elements, steps):
+    """Wide layers and large batches go group by group, and only if that is not enough in short chunks."""
     arguments = make(31, **OPTIONS["everything"])
     expected = run(arguments, "reference")
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
-    assert chunked._chunk_length(2, 2, 6, 5, 31) == max(1, elements // 120)
+    assert chunked._chunk_length(2, 1, 3, 5, 31) == steps
     actual = run(arguments, "chunked")
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, FLOAT64)
