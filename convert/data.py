@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from convert.errors import UserError
 
@@ -197,45 +199,27 @@ def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
 
 
 def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> None:
+    """Tokens go to disk as they come: a data set may be larger than the memory."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    parts = {"train": ([], [0]), "held_out": ([], [0])}
-    text_bytes = 0
-    keys, texts = [], []
-
-    def flush():
-        for key, ids in zip(keys, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True):
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids = ids + [tokenizer.eos_token_id]
-            chunks, starts = parts["held_out" if is_held_out(key) else "train"]
-            chunks.append(np.array(ids, dtype))
-            starts.append(starts[-1] + len(ids))
-        keys.clear(), texts.clear()
-
-    for key, text in source.documents():
-        keys.append(key), texts.append(text)
-        text_bytes += len(text.encode())
-        if len(keys) == 64:
-            flush()
-            if limit and parts["train"][1][-1] >= limit:
-                break
-    flush()
-    if not text_bytes:
-        raise UserError(f"The data {source.spec!r} holds no text.")
-    (train, train_starts), (held, held_starts) = parts["train"], parts["held_out"]
-    if not train or not held:  # too few documents to split by document: the last sixteenth of the tokens is held out
-        stream = np.concatenate(train + held)
-        cut = int(len(stream) * (1 - HELD_OUT_SHARE))
-        starts = np.array((train_starts if train else held_starts)[:-1])
-        arrays = {"train": stream[:cut], "train_starts": starts[starts < cut]}
-        arrays |= {"held_out": stream[cut:], "held_out_starts": np.concatenate([[0], starts[starts > cut] - cut])}
-    else:
-        arrays = {"train": np.concatenate(train), "train_starts": np.array(train_starts[:-1])}
-        arrays |= {"held_out": np.concatenate(held), "held_out_starts": np.array(held_starts[:-1])}
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
     try:
+        starts, text_bytes = _write_raw(source, tokenizer, limit, aside, dtype)
+        if not text_bytes:
+            raise UserError(f"The data {source.spec!r} holds no text.")
+        raw = {part: np.memmap(aside / part, dtype, "r") if ends[-1] else np.empty(0, dtype) for part, ends in starts.items()}
+        if all(len(ids) for ids in raw.values()):
+            arrays = dict(raw) | {f"{part}_starts": np.array(ends[:-1]) for part, ends in starts.items()}
+        else:  # too few documents to split by document: the last sixteenth of the tokens is held out
+            part = "train" if len(raw["train"]) else "held_out"
+            stream, begins = raw[part], np.array(starts[part][:-1])
+            cut = int(len(stream) * (1 - HELD_OUT_SHARE))
+            arrays = {"train": stream[:cut], "train_starts": begins[begins < cut]}
+            arrays |= {"held_out": stream[cut:], "held_out_starts": np.concatenate([[0], begins[begins > cut] - cut])}
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
+        for part in raw:
+            (aside / part).unlink()
         digests = {name: _digest(aside / f"{name}.npy") for name in arrays}
         meta = {"source": source.spec, "text_bytes": text_bytes, "sha256": digests}
         (aside / "meta.json").write_text(json.dumps(meta | {"check": _meta_check(meta)}))
@@ -243,6 +227,34 @@ def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> 
             aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_raw(source: Corpus, tokenizer, limit: int | None, aside: Path, dtype) -> tuple[dict[str, list[int]], int]:
+    """Files `train` and `held_out` of bare ids. Where their documents start, and the end; the bytes of text read."""
+    starts, text_bytes, keys, texts = {"train": [0], "held_out": [0]}, 0, [], []
+    with ExitStack() as stack:
+        files = {part: stack.enter_context((aside / part).open("wb")) for part in starts}
+        bar = stack.enter_context(tqdm(total=limit, unit="tok", unit_scale=True, desc="tokenise", delay=3))
+
+        def flush():
+            for key, ids in zip(keys, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True):
+                if ids[-1:] != [tokenizer.eos_token_id]:
+                    ids = ids + [tokenizer.eos_token_id]
+                part = "held_out" if is_held_out(key) else "train"
+                files[part].write(np.array(ids, dtype).tobytes())
+                starts[part].append(starts[part][-1] + len(ids))
+                bar.update(len(ids))
+            keys.clear(), texts.clear()
+
+        for key, text in source.documents():
+            keys.append(key), texts.append(text)
+            text_bytes += len(text.encode())
+            if len(keys) == 64:
+                flush()
+                if limit and starts["train"][-1] >= limit:
+                    break
+        flush()
+    return starts, text_bytes
 
 
 def _digest(file: Path) -> str:

@@ -254,7 +254,7 @@ def test_a_failure_leaves_no_partial_cache(step, folder, tokenizer, cache, monke
             m.setattr(data.Path, "write_text", fail(data.Path.write_text, 1))
         else:
             m.setattr(data.Path, "rename", fail(data.Path.rename, 1))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="cannot take them .No space left"):
             tokenize(corpus(str(folder)), tokenizer)
     assert calls
     assert list(cache.iterdir()) == []
