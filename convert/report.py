@@ -49,6 +49,11 @@ def _facts(report: dict) -> list[str]:
         lines.append(
             f"Hand-over over {handover['tokens']:,} tokens: logits moved by at most {handover['max_abs_logit']:.2g} (allowed {handover['allowed']:.2g}), "
             f"perplexity by {handover['perplexity_change']:.1e} of itself."
+            + (
+                f" That is float32's rounding: in float64 they move by {handover['max_abs_logit_float64']:.2g}."
+                if "max_abs_logit_float64" in handover
+                else ""
+            )
         )
     for layer, lives in report["half_lives"].items():
         quantiles = ", ".join(f"{float(q):.0%} {_tokens(v)}" for q, v in lives.items())
