@@ -144,6 +144,11 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
         "disk: three checkpoints of the largest step (the third while it is written), two students, the export; held-out measurements and data come on top of the time",
     )
+    names = {mixer["name"] for mixer in config.mixers if mixer} - {"linear"} if config.model_type == "converted" else ()
+    if names:
+        assumptions += (
+            f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution, Delta, decay and gate start anew",
+        )
     return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
 
 

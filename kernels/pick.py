@@ -19,9 +19,9 @@ def pick(operator: str, impl: str, device: str, ways: Ways) -> str:
     for name in ways if impl == "auto" else (impl,):
         if (reason := ways[name](device)) is None:
             if impl == "auto":
-                _say(f"{operator} on {device}: {name}{''.join(f'; not {reason}' for reason in reasons)}.")
+                _say(f"{operator} runs on this {device} by its implementation {name!r}{''.join(f', not {reason}' for reason in reasons)}.")
             return name
-        reasons.append(f"{name}, for {reason}")
+        reasons.append(f"{name!r} ({reason})")
     raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")
 
 

@@ -342,6 +342,13 @@ def test_functions_of_the_package_survive_its_commands():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 
 
+def test_an_export_that_fails_its_check_is_not_called_model(teacher, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids: _load(folder)(ids, use_cache=False).logits.float() * 1.01)
+    assert main(command(teacher, text, tmp_path / "run", to="linear")) == 1
+    assert "must give the same logits" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "model.unchecked").exists()
+
+
 def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):
     assert main(command(teacher, text, tmp_path / "run", "--plan")) == 0
     printed = capsys.readouterr().out
