@@ -274,7 +274,8 @@ def test_torch_compile_sees_one_operator():
         assert_close(found, wanted, 1e-6)
 
 
-def test_operators_keep_torchs_rules():
+@pytest.mark.parametrize("impl", ["cpu"])
+def test_operators_keep_torchs_rules(impl):
     a = make(70, N=16, dtype=torch.float32)
     h = torch.zeros(1, *a["u"].shape[:2], 16)
     selective_scan(**a)  # registers
