@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -45,6 +46,21 @@ def library(source: Path) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(target))
     except OSError as error:
         return f"{target} does not load ({error}); delete it"
+
+
+def register(name: str, forward, backward, fakes, gradients, setup) -> None:
+    """Two operators of torch for the CPU, `forward` and `backward` (with their fakes), tied together for autograd by `gradients`."""
+    operators = []
+    for suffix, function, fake in zip(("", "_backward"), (forward, backward), fakes, strict=True):
+        operator = torch.library.custom_op(f"workbench::{name}{suffix}", function, mutates_args=(), device_types="cpu")
+        operator.register_fake(fake)
+        operators.append(operator)
+    operators[0].register_autograd(gradients, setup_context=setup)
+
+
+def lanes(found: ctypes.CDLL, t: Tensor) -> int:
+    """Of a vector of t's dtype, as the library was compiled."""
+    return found.lanes_of_float() // (2 if t.dtype == torch.float64 else 1)
 
 
 def _compile(compiler: str, source: Path, target: Path) -> str | None:

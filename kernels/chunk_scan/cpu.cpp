@@ -291,4 +291,5 @@ void forward_double(const Scan* s) { forward<double>(*s); }
 void backward_float(const Scan* s) { backward<float>(*s); }
 void backward_double(const Scan* s) { backward<double>(*s); }
 int lanes_of_float() { return WIDTH<float>; }
+int chunk_steps() { return STEPS; }
 }

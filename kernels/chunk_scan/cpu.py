@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import library
-
-STEPS = 64  # of a chunk, as in cpu.cpp
+from kernels.native import lanes, library, register
 
 
 class _Scan(ctypes.Structure):
@@ -31,8 +29,8 @@ def _call(name: str, x: Tensor, C: Tensor, tensors: dict[str, Tensor | None]) ->
 
 
 def _begins(x: Tensor, N: int) -> tuple[int, ...]:
-    lanes = native().lanes_of_float() // (2 if x.dtype == torch.float64 else 1)
-    return x.shape[0], x.shape[2], -(-x.shape[1] // STEPS), N, -(-x.shape[3] // lanes) * lanes
+    width = lanes(native(), x)
+    return x.shape[0], x.shape[2], -(-x.shape[1] // native().chunk_steps()), N, -(-x.shape[3] // width) * width
 
 
 def scan_forward(
@@ -97,9 +95,5 @@ def why_not(device: str) -> str | None:
         return f"the tensors are on {device}"
     if isinstance(found := native(), str):
         return found
-    forward = torch.library.custom_op("workbench::chunk_scan", scan_forward, mutates_args=(), device_types="cpu")
-    backward = torch.library.custom_op("workbench::chunk_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_backward, setup_context=_setup)
+    register("chunk_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)
     return None

@@ -84,43 +84,56 @@ template <typename T> struct Block {
     T* begins(int64_t chunk) { return (T*)scan.begins + (index() * ((L + STEPS - 1) / STEPS) + chunk) * scan.size.inputs * N * W; }
 };
 
+// What the states n0 .. n0 + COUNT are, in registers: h, and the same driven by ones.
+template <typename T, int COUNT, bool ONES> struct States {
+    static constexpr int W = WIDTH<T>;
+    Vec<T> h[COUNT], ones[COUNT];
+    void load_from(const T* states, int64_t n0, int64_t N) {
+        for (int n = 0; n < COUNT; n++) {
+            h[n] = load<T>(states + (n0 + n) * W);
+            if (ONES) ones[n] = load<T>(states + (N + n0 + n) * W);
+        }
+    }
+    void store_to(T* states, int64_t n0, int64_t N) const {
+        for (int n = 0; n < COUNT; n++) {
+            store(states + (n0 + n) * W, h[n]);
+            if (ONES) store(states + (N + n0 + n) * W, ones[n]);
+        }
+    }
+    void clear() {
+        for (int n = 0; n < COUNT; n++) h[n] = ones[n] = Vec<T>{};
+    }
+    void advance(int n, Vec<T> a, T b, Vec<T> x, Vec<T> d) {
+        h[n] = a * h[n] + x * b;
+        if (ONES) ones[n] = a * ones[n] + d * b;
+    }
+};
+
 // `steps` steps of the states n0 .. n0 + COUNT
 template <typename T, int COUNT, bool ONES> static void forward_states(Block<T>& k, int64_t t0, int steps, int64_t n0) {
     constexpr int W = WIDTH<T>;
-    Vec<T> h[COUNT], ones[COUNT];
-    for (int n = 0; n < COUNT; n++) {
-        h[n] = load<T>(k.state + (n0 + n) * W);
-        if (ONES) ones[n] = load<T>(k.state + (k.N + n0 + n) * W);
-    }
+    States<T, COUNT, ONES> now;
+    now.load_from(k.state, n0, k.N);
     const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
     const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
     for (int t = 0; t < steps; t++) {
-        if (starts && starts[t])
-            for (int n = 0; n < COUNT; n++) h[n] = ones[n] = Vec<T>{};
+        if (starts && starts[t]) now.clear();
         Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
-        for (int n = 0; n < COUNT; n++) {
-            Vec<T> a = exp2_of(d * load<T>(A2 + n * W));
-            T b = B[t * k.N + n];
-            h[n] = a * h[n] + x * b;
-            if (ONES) ones[n] = a * ones[n] + d * b;
-        }
+        for (int n = 0; n < COUNT; n++) now.advance(n, exp2_of(d * load<T>(A2 + n * W)), B[t * k.N + n], x, d);
         for (int64_t r = 0; r < k.R; r++) {
             const T* C = k.C(r, t0 + t) + n0;
             T* y = k.y + (r * (1 + ONES) * STEPS + t) * W;
             Vec<T> sum = load<T>(y), sum_ones{};
             if (ONES) sum_ones = load<T>(y + STEPS * W);
             for (int n = 0; n < COUNT; n++) {
-                sum += h[n] * C[n];
-                if (ONES) sum_ones += ones[n] * C[n];
+                sum += now.h[n] * C[n];
+                if (ONES) sum_ones += now.ones[n] * C[n];
             }
             store(y, sum);
             if (ONES) store(y + STEPS * W, sum_ones);
         }
     }
-    for (int n = 0; n < COUNT; n++) {
-        store(k.state + (n0 + n) * W, h[n]);
-        if (ONES) store(k.state + (k.N + n0 + n) * W, ones[n]);
-    }
+    now.store_to(k.state, n0, k.N);
 }
 
 template <typename T, bool ONES> static void forward_chunk(Block<T>& k, int64_t t0, int steps) {
@@ -168,42 +181,33 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
     const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
     const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
     // the states again; slot t holds what step t starts from, which is what step t - 1 left unless a document starts
-    Vec<T> h[COUNT], ones[COUNT];
-    for (int n = 0; n < COUNT; n++) {
-        h[n] = load<T>(begin + (n0 + n) * W);
-        if (ONES) ones[n] = load<T>(begin + (k.N + n0 + n) * W);
-    }
+    States<T, COUNT, ONES> now, g;  // g: their gradients
+    now.load_from(begin, n0, k.N);
     for (int t = 0; t < steps; t++) {
-        if (starts && starts[t])
-            for (int n = 0; n < COUNT; n++) h[n] = ones[n] = Vec<T>{};
+        if (starts && starts[t]) now.clear();
         Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
         for (int n = 0; n < COUNT; n++) {
             Vec<T> a = exp2_of(d * load<T>(A2 + n * W));
-            T b = B[t * k.N + n];
             store(to.decay + (t * COUNT + n) * W, a);
-            store(to.h + (t * COUNT + n) * W, h[n]);
-            h[n] = a * h[n] + x * b;
-            if (ONES) store(to.ones + (t * COUNT + n) * W, ones[n]);
-            if (ONES) ones[n] = a * ones[n] + d * b;
+            store(to.h + (t * COUNT + n) * W, now.h[n]);
+            if (ONES) store(to.ones + (t * COUNT + n) * W, now.ones[n]);
+            now.advance(n, a, B[t * k.N + n], x, d);
         }
     }
-    Vec<T> g[COUNT], g_ones[COUNT], dA[COUNT] = {};
-    for (int n = 0; n < COUNT; n++) {
-        g[n] = load<T>(k.state + (n0 + n) * W);
-        if (ONES) g_ones[n] = load<T>(k.state + (k.N + n0 + n) * W);
-    }
+    Vec<T> dA[COUNT] = {};
+    g.load_from(k.state, n0, k.N);
     for (int t = steps - 1; t >= 0; t--) {
         Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
         Vec<T> sums[8] = {};
-        for (int64_t r = 0; r < k.R; r++) {  // h, ones: after step t
+        for (int64_t r = 0; r < k.R; r++) {  // now: after step t
             const T *C = k.C(r, t0 + t) + n0, *y = k.y + (r * (1 + ONES) * STEPS + t) * W;
             Vec<T> dy = load<T>(y), dy_ones{};
             if (ONES) dy_ones = load<T>(y + STEPS * W);
             for (int n = 0; n < COUNT; n++) {
-                g[n] += dy * C[n];
-                sums[n] = dy * h[n];
-                if (ONES) g_ones[n] += dy_ones * C[n];
-                if (ONES) sums[n] += dy_ones * ones[n];
+                g.h[n] += dy * C[n];
+                sums[n] = dy * now.h[n];
+                if (ONES) g.ones[n] += dy_ones * C[n];
+                if (ONES) sums[n] += dy_ones * now.ones[n];
             }
             add_lane_sums<T>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0, COUNT);
         }
@@ -211,17 +215,17 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
         for (int n = 0; n < COUNT; n++) {
             T b = B[t * k.N + n];
             Vec<T> a = load<T>(to.decay + (t * COUNT + n) * W);
-            h[n] = load<T>(to.h + (t * COUNT + n) * W);
-            of_x += g[n] * b;
-            sums[n] = g[n] * x;
-            Vec<T> e = g[n] * h[n];
-            g[n] *= a;
+            now.h[n] = load<T>(to.h + (t * COUNT + n) * W);
+            of_x += g.h[n] * b;
+            sums[n] = g.h[n] * x;
+            Vec<T> e = g.h[n] * now.h[n];
+            g.h[n] *= a;
             if (ONES) {
-                ones[n] = load<T>(to.ones + (t * COUNT + n) * W);
-                of_ones += g_ones[n] * b;
-                sums[n] += g_ones[n] * d;
-                e += g_ones[n] * ones[n];
-                g_ones[n] *= a;
+                now.ones[n] = load<T>(to.ones + (t * COUNT + n) * W);
+                of_ones += g.ones[n] * b;
+                sums[n] += g.ones[n] * d;
+                e += g.ones[n] * now.ones[n];
+                g.ones[n] *= a;
             }
             e *= a;
             of_delta += e * load<T>(A2 + n * W);
@@ -232,21 +236,19 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
         store(to.du + t * W, load<T>(to.du + t * W) + of_x);
         store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + of_ones + of_delta * (T)0.6931471805599453);
         if (starts && starts[t]) {  // what came before this step reached nothing after it
-            for (int n = 0; n < COUNT; n++) g[n] = g_ones[n] = Vec<T>{};
+            g.clear();
             if (t)  // slot t holds the zeros; what step t - 1 left is gone, so make it again
                 for (int n = 0; n < COUNT; n++) {
-                    Vec<T> a = load<T>(to.decay + ((t - 1) * COUNT + n) * W);
-                    T b = B[(t - 1) * k.N + n];
-                    h[n] = a * load<T>(to.h + ((t - 1) * COUNT + n) * W) + load<T>(k.x + (t - 1) * W) * b;
-                    if (ONES) ones[n] = a * load<T>(to.ones + ((t - 1) * COUNT + n) * W) + load<T>(k.delta + (t - 1) * W) * b;
+                    int64_t slot = ((t - 1) * COUNT + n) * W;
+                    now.h[n] = load<T>(to.h + slot);
+                    if (ONES) now.ones[n] = load<T>(to.ones + slot);
+                    now.advance(n, load<T>(to.decay + slot), B[(t - 1) * k.N + n], load<T>(k.x + (t - 1) * W), load<T>(k.delta + (t - 1) * W));
                 }
         }
     }
-    for (int n = 0; n < COUNT; n++) {
-        store(k.state + (n0 + n) * W, g[n]);
-        if (ONES) store(k.state + (k.N + n0 + n) * W, g_ones[n]);
+    g.store_to(k.state, n0, k.N);
+    for (int n = 0; n < COUNT; n++)
         for (int c = 0; c < k.lanes; c++) to.dA[(k.channel + c) * k.N + n0 + n] += dA[n][c];
-    }
 }
 
 template <typename T, bool ONES> static void backward_chunk(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps) {
@@ -350,4 +352,5 @@ void forward_double(const Scan* s) { forward<double>(*s); }
 void backward_float(const Scan* s) { backward<float>(*s); }
 void backward_double(const Scan* s) { backward<double>(*s); }
 int lanes_of_float() { return WIDTH<float>; }
+int chunk_steps() { return STEPS; }
 }

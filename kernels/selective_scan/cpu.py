@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import library
+from kernels.native import lanes, library, register
 
-STEPS, SLICES = 64, 16  # of a chunk (as in cpu.cpp); tasks of a backward pass at least, where there are channels enough
+SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634
 
 
@@ -60,10 +60,10 @@ def _call(name: str, scan: _Scan, dtype: torch.dtype) -> None:
 
 
 def _begins(u, A, B, inputs: int) -> tuple[int, ...]:
-    lanes = native().lanes_of_float() // (2 if u.dtype == torch.float64 else 1)
+    width = lanes(native(), u)
     batch, channels, length = u.shape
-    blocks = B.shape[1] * -(-channels // B.shape[1] // lanes)
-    return batch, blocks, -(-length // STEPS), inputs, A.shape[1], lanes
+    blocks = B.shape[1] * -(-channels // B.shape[1] // width)
+    return batch, blocks, -(-length // native().chunk_steps()), inputs, A.shape[1], width
 
 
 def scan_forward(
@@ -163,9 +163,5 @@ def why_not(device: str) -> str | None:
         return f"the tensors are on {device}"
     if isinstance(found := native(), str):
         return found
-    forward = torch.library.custom_op("workbench::selective_scan", scan_forward, mutates_args=(), device_types="cpu")
-    backward = torch.library.custom_op("workbench::selective_scan_backward", scan_backward, mutates_args=(), device_types="cpu")
-    forward.register_fake(_fake_forward)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_backward, setup_context=_setup)
+    register("selective_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)
     return None
