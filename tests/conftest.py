@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # read when Triton is imported
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kernels import native

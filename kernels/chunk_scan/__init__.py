@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
-from kernels.pick import anywhere, pick
+from kernels.pick import anywhere, pick, why_not_triton
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -27,14 +27,16 @@ def chunk_scan(
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = C_t^T S_t. `document_ids` [batch, L]: the state starts anew where the
     id changes. `normalize`: y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones; it is
     the last of then P + 1 columns of the states.
-    Computed in float32 (float64 if x is); `impl`: "auto", "cpu" (compiled), "chunked" (PyTorch operators) or
-    "reference"; "auto" takes the first that runs here.
+    Computed in float32 (float64 if x is; the products of "triton" take x, B and C in the dtype of x); `impl`: "auto", "triton",
+    "cpu" (compiled), "chunked" (PyTorch operators) or "reference"; "auto" takes the first that runs here.
     """
     _check(x, dt, A, B, C)
     _check_rest(x, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out_dtype, heads = x.dtype, x.shape[2]
-    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    out_dtype, heads, way = x.dtype, x.shape[2], _pick(impl, x.device.type, dtype)
+    factors = x.dtype if way == "triton" else dtype  # of the matrix products; their sums and the states are in `dtype`
+    x, dt, A = (t.to(dtype) for t in (x, dt, A))
+    B, C = (t.to(factors) for t in (B, C))
     B = B.repeat_interleave(heads // B.shape[2], 2)
     if C.shape[2] < heads:
         C = C.repeat_interleave(heads // C.shape[2], 2)
@@ -43,9 +45,8 @@ def chunk_scan(
     S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1]) if initial_states is None else initial_states.to(dtype)
     if document_ids is not None:  # numbered by change: an id that comes back is another document
         document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
-    scan = SCANS[_pick(impl, x.device.type)]
     with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
-        y, S = scan(values * dt[..., None], dt * A, B, C, S, document_ids)
+        y, S = SCANS[way]((values * dt[..., None]).to(factors), dt * A, B, C, S, document_ids)
     if normalize:
         y = y[..., :-1] / (y[..., -1:].abs() + EPSILON)
     if D is not None:
@@ -55,13 +56,19 @@ def chunk_scan(
     return (y, S) if return_final_states else y
 
 
-WAYS = {"cpu": why_not, "chunked": anywhere, "reference": anywhere}
-SCANS = {"cpu": chunk_scan_cpu, "chunked": chunk_scan_chunked, "reference": chunk_scan_reference}
+def _triton(*arguments):
+    from kernels.chunk_scan.fused import chunk_scan_triton  # Triton is optional, and takes a second to import
+
+    return chunk_scan_triton(*arguments)
+
+
+WAYS = {"triton": why_not_triton, "cpu": why_not, "chunked": anywhere, "reference": anywhere}
+SCANS = {"triton": _triton, "cpu": chunk_scan_cpu, "chunked": chunk_scan_chunked, "reference": chunk_scan_reference}
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not look inside
-def _pick(impl: str, device: str) -> str:
-    return pick("chunk_scan", impl, device, WAYS)
+def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
+    return pick("chunk_scan", impl, device, dtype, WAYS)
 
 
 def _check_rest(x, B, C, D, initial_states, document_ids, normalize) -> None:

@@ -87,13 +87,19 @@ def chunk_scan_cpu(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Te
     return y, last
 
 
-@functools.cache
-def why_not(device: str) -> str | None:
-    """Why the compiled scan cannot run on this device; None if it can. The first call compiles and registers it: an exported
-    copy of this file, which has no source beside it, leaves our operators alone."""
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles and registers it:
+    an exported copy of this file, which has no source beside it, leaves our operators alone."""
     if device != "cpu":
         return f"the tensors are on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it takes states of float32 or float64, not {dtype}"
     if isinstance(found := native(), str):
         return found
-    register("chunk_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)
+    _register()
     return None
+
+
+@functools.cache
+def _register() -> None:
+    register("chunk_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)

@@ -50,7 +50,7 @@ def selective_scan(
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    scan = SCANS[_pick(impl, u.device.type)]
+    scan = SCANS[_pick(impl, u.device.type, dtype)]
     with torch.autocast(u.device.type, enabled=False):  # products of states stay in this dtype
         y, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = y[0] / (y[1].abs() + EPSILON) if normalize else y[0]
@@ -79,8 +79,8 @@ SCANS = {"triton": _triton, "cpu": selective_scan_cpu, "chunked": selective_scan
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not look inside
-def _pick(impl: str, device: str) -> str:
-    return pick("selective_scan", impl, device, WAYS)
+def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
+    return pick("selective_scan", impl, device, dtype, WAYS)
 
 
 def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:

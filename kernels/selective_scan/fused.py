@@ -14,6 +14,8 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
+from kernels.tune import bucket, tuned
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -52,9 +54,10 @@ def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
     return delta, a
 
 
+@tuned((4, 1), (1, 1), (2, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "KEEP", "lengths"])
 @triton.jit
 def forward_kernel(
-    u, delta, A, B, C, starts, h, y, begins, last, batch, D, L, N, per_group,
+    u, delta, A, B, C, starts, h, y, begins, last, batch, D, L, N, per_group, lengths,
     R: tl.constexpr, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """u, delta [batch, D, L]; A [D, N]; B [batch, G, L, N]; C [batch, G, R, L, N]; h, last [K, batch, D, N];
@@ -96,9 +99,10 @@ def forward_kernel(
         tl.store(last + size + state, ones_N, mask=real)
 
 
+@tuned((4, 1), (2, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "lengths"], restore=("dh", "dA"))
 @triton.jit
 def backward_kernel(
-    u, delta, A, B, C, starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, per_group, blocks_d,
+    u, delta, A, B, C, starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, per_group, blocks_d, lengths,
     R: tl.constexpr, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """As forward_kernel; dy [K, batch, G, R, per_group, L]; du, ddelta [blocks of N, batch, D, L]; dA [batch, D, N];
@@ -173,6 +177,7 @@ def backward_kernel(
             tl.store(ddelta + part, dd_T, mask=t < L)
             sum_A = tl.sum(e_TN * delta_T[:, None], 0)
             tl.store(dA + state, tl.load(dA + state, mask=real, other=0.0) + sum_A, mask=real)
+            tl.debug_barrier()  # what this program wrote (dh, dA, dC), its other threads read
         tl.store(dB + ((slice_d * batch + b) * G + g) * L * N + tile, dB_TN, mask=inside)
 
 
@@ -196,7 +201,7 @@ class FusedScan(torch.autograd.Function):
         y, last = u.new_empty(blocks, K, batch, D * R, L), torch.empty_like(h)
         begins = u.new_empty(K, batch, D, triton.cdiv(L, block_t), N) if keep else h
         forward_kernel[(D, batch, blocks)](
-            u, delta, A, B, C, u if starts is None else starts, h, y, begins, last, batch, D, L, N, D // G,
+            u, delta, A, B, C, u if starts is None else starts, h, y, begins, last, batch, D, L, N, D // G, bucket(L),
             R=R, ONES=K == 2, DOCUMENTS=starts is not None, KEEP=keep, BLOCK_T=block_t, BLOCK_N=block_n,
         )  # fmt: skip
         ctx.save_for_backward(u, delta, A, B, C, begins, starts)
@@ -216,7 +221,7 @@ class FusedScan(torch.autograd.Function):
         dA = u.new_zeros(batch, D, N)
         dB, dC = (u.new_empty(blocks_d, *t.shape) for t in (B, C))
         backward_kernel[(G * blocks_d, batch, blocks_n)](
-            u, delta, A, B, C, u if starts is None else starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, D // G, blocks_d,
+            u, delta, A, B, C, u if starts is None else starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, D // G, blocks_d, bucket(L),
             R=C.shape[1] // G, ONES=len(dh) == 2, DOCUMENTS=starts is not None, BLOCK_D=block_d, BLOCK_T=block_t, BLOCK_N=block_n,
         )  # fmt: skip
         return du.sum(0), ddelta.sum(0), dA.sum(0), dB.sum(0).mT, dC.sum(0).mT, dh, None

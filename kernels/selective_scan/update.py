@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.pick import anywhere, pick
+from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.cpu import native, why_not
 
 THREADED = 1 << 17  # state elements from which more than one thread pays (ours)
@@ -21,12 +21,12 @@ def selective_state_update(
 
     state [batch, D, N] or [batch, heads, P, N]; x, dt, z and out [batch, D] or [batch, heads, P]; A as state without the
     batch; B, C [batch, N] or [batch, G, N]; D, dt_bias as x without the batch. dt and A may be expanded views.
-    Gradients are not defined: a decoding step. `impl`: "auto", "cpu" (compiled) or "reference".
+    Gradients are not defined: a decoding step. `impl`: "auto", "triton", "cpu" (compiled) or "reference".
     """
     arguments = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
         raise ValueError("selective_state_update has no gradients; call it under torch.no_grad(), or selective_scan to train.")
-    step = STEPS[_pick(impl, state.device.type)]
+    step = STEPS[_pick(impl, state.device.type, state.dtype)]
     return step(*arguments, dt_softplus).view(x.shape).to(x.dtype)
 
 
@@ -79,8 +79,6 @@ class _Update(ctypes.Structure):
 
 def update_cpu(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tensor:
     """As update_reference. A plain call outside torch.compile: a step lasts as long as a few dispatches."""
-    if state.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"impl='cpu' takes states of float32 or float64; got {state.dtype}.")
     if torch.compiler.is_compiling():
         return torch.ops.workbench.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus)
     return update_once(state, x, dt, A, B, C, D, z, dt_bias, softplus)
@@ -103,19 +101,29 @@ def update_once(
     return out
 
 
-@functools.cache
-def why_not_here(device: str) -> str | None:
+def why_not_here(device: str, dtype: torch.dtype) -> str | None:
     """As the scan's; registers the step."""
-    if (reason := why_not(device)) is None:
-        update = torch.library.custom_op("workbench::selective_state_update", update_once, mutates_args=("state",), device_types="cpu")
-        update.register_fake(lambda state, x, *rest: torch.empty_like(x, dtype=state.dtype, memory_format=torch.contiguous_format))
+    if (reason := why_not(device, dtype)) is None:
+        _register()
     return reason
 
 
-WAYS = {"cpu": why_not_here, "reference": anywhere}
-STEPS = {"cpu": update_cpu, "reference": update_reference}
+@functools.cache
+def _register() -> None:
+    update = torch.library.custom_op("workbench::selective_state_update", update_once, mutates_args=("state",), device_types="cpu")
+    update.register_fake(lambda state, x, *rest: torch.empty_like(x, dtype=state.dtype, memory_format=torch.contiguous_format))
+
+
+def _triton(*arguments):
+    from kernels.selective_scan.fused_update import update_triton  # Triton is optional, and takes a second to import
+
+    return update_triton(*arguments)
+
+
+WAYS = {"triton": why_not_triton, "cpu": why_not_here, "reference": anywhere}
+STEPS = {"triton": _triton, "cpu": update_cpu, "reference": update_reference}
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not look inside
-def _pick(impl: str, device: str) -> str:
-    return pick("selective_state_update", impl, device, WAYS)
+def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
+    return pick("selective_state_update", impl, device, dtype, WAYS)

@@ -1,85 +1,40 @@
 """The chunked scan with one decay per head is its reference, and the reference is the quadratic form of the paper."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 import kernels.chunk_scan.chunked as chunked
 from kernels.chunk_scan import chunk_scan
+from kernels.chunk_scan.cases import CASES, CHANNELS, HEADS, make
 from kernels.selective_scan import selective_scan
 from tests.conftest import assert_close
-
-FLOAT64 = 1e-12  # measured: 1.2e-15; 5e-14 for gradients that nearly cancel
-FLOAT32 = 1e-5  # measured: 3.6e-7 with log decays cumulated in float64; 2.2e-5 (A's gradient) in float32
-
-OPTIONS = {
-    "plain": {},
-    "groups": dict(G=2),
-    "readings": dict(G=2, R=3),
-    "initial-state": dict(state=True),
-    "documents": dict(documents=True, state=True),
-    "normalized": dict(normalize=True),
-    "normalized-readings-state": dict(normalize=True, R=2, state=True),
-    "D": dict(G=2, R=2, D="channel"),
-    "everything": dict(G=2, R=2, D="head", normalize=True, documents=True, state=True),
-}
-HEADS, CHANNELS = 4, 3
-
-
-def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False, *, dtype=torch.float64):
-    """Arguments of chunk_scan. B and C are positive where they make a denominator; C has B's groups where R is 1."""
-    g = torch.Generator().manual_seed(L)
-    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
-    mapped = torch.exp if normalize else lambda t: t
-    a = dict(
-        x=normal(2, L, HEADS, CHANNELS), dt=normal(2, L, HEADS).abs() + 0.1, A=-normal(HEADS).abs(),
-        B=mapped(normal(2, L, G, N)), C=mapped(normal(2, L, G if R == 1 else R * HEADS, N)),
-    )  # fmt: skip
-    if D:
-        a["D"] = normal(R * HEADS, CHANNELS) if D == "channel" else normal(R * HEADS)
-    if state:
-        S = normal(2, HEADS, N, CHANNELS)
-        a["initial_states"] = torch.cat([S, S[..., :1].abs() + 1], -1) if normalize else S
-    a = {k: v.to(dtype) for k, v in a.items()}
-    if documents:
-        a["document_ids"] = (torch.rand(2, L, generator=g) < 0.1).cumsum(1) + 7
-    return a | dict(normalize=normalize)
-
-
-def run(arguments, impl, forward=nullcontext, scan=None):
-    """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
-    arguments = {
-        k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
-    }
-    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    with forward():
-        outputs = (scan or chunk_scan)(**arguments, impl=impl, return_final_states=True)
-    g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
-    return outputs, torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
+from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_each_is_the_reference(options, length, impl):
-    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), i) for i in (impl, "reference"))
+    (outputs, gradients), (expected, expected_gradients) = (run(chunk_scan, make(length, **options), i) for i in (impl, "reference"))
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
+@needs_compiler
 @pytest.mark.parametrize("N", [16, 33, 96])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
 def test_compiled_scan_of_many_vectors(N, dtype, tolerance):
     """States and channels that fill several vectors, or do not fill the last one."""
     options = dict(N=N, R=2, normalize=True, documents=True, state=True)
-    (outputs, gradients), expected = run(make(150, **options, dtype=dtype), "cpu"), run(make(150, **options), "reference")
+    (outputs, gradients), expected = (
+        run(chunk_scan, make(150, **options, dtype=dtype), "cpu"),
+        run(chunk_scan, make(150, **options), "reference"),
+    )
     assert_close(outputs, expected[0], tolerance)
     assert_close(gradients, expected[1], tolerance)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
     a = make(9, G=2)
@@ -91,7 +46,7 @@ def test_formula(impl):
     assert_close(chunk_scan(**a, impl=impl), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 @pytest.mark.parametrize("readings", [1, 2])
 def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
     """The two kernels agree where both apply; their readings are laid out differently."""
@@ -103,7 +58,7 @@ def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
     assert_close(chunk_scan(**a, impl=impl).flatten(2).mT, y, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_normalize_divides_by_a_scan_of_ones(impl):
     a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False, return_final_states=True, impl=impl)
     state = a.pop("initial_states")
@@ -114,7 +69,7 @@ def test_normalize_divides_by_a_scan_of_ones(impl):
     assert_close(last, torch.cat([last_num, last_den], -1), FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_epsilon_counts_where_the_denominator_is_small(impl):
     """One step from nothing: x dt / (dt + 1e-6) with dt B C = 1e-6 is half of x."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -122,7 +77,7 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
     assert y.item() == pytest.approx(1.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 @pytest.mark.parametrize("border", [20, 64, 70])
 def test_documents_are_separate_runs(impl, border):
     """The first continues the state it is given; the last state is the last document's. Borders in a chunk and between two."""
@@ -151,22 +106,22 @@ def test_gradients_by_finite_differences(monkeypatch, options):
     assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options, impl):
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(single, impl), run(make(127, **options), "reference")
+    (outputs, gradients), (expected, expected_gradients) = run(chunk_scan, single, impl), run(chunk_scan, make(127, **options), "reference")
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_strong_decay_neither_overflows_nor_vanishes(impl):
     """exp(+fall) alone would overflow: 127 steps of decay exp(-50)."""
     a = make(127, normalize=True, dtype=torch.float32)
     a["dt"], a["A"] = torch.full_like(a["dt"], 5.0), torch.full_like(a["A"], -10.0)
-    outputs, gradients = run(a, impl)
+    outputs, gradients = run(chunk_scan, a, impl)
     assert_close(outputs[0], a["x"], FLOAT32)  # each token sees itself alone
     assert all(bool(g.isfinite().all()) for g in gradients)
 
@@ -176,10 +131,10 @@ def test_bfloat16_keeps_float32_states():
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
-    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
-    outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    a = make(70, **CASES["everything"], dtype=torch.float32)
+    outside, inside = run(chunk_scan, a, impl), run(chunk_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     for o, i in zip(outside, inside, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
@@ -215,7 +170,7 @@ WRONG = {
     "C": (dict(C=torch.ones(2, 8, 1, 6)), r"C must be .* batch 2, L 8; got \(2, 8, 1, 6\)"),
     "groups of B": (dict(B=torch.ones(2, 8, 3, 5), C=torch.ones(2, 8, 3, 5)), r"must divide H; .* got H 4, B 3, C 3"),
     "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'chunked', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference'; got 'cuda'"),
     "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
     "initial_states": (dict(initial_states=torch.ones(1, 4, 5, 3)), r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)"),
     "initial_states normalized": (
@@ -232,14 +187,10 @@ def test_wrong_shapes_are_refused(changes, message):
 
 
 def test_torch_compile_sees_one_operator():
-    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
-    plain = run(a, "auto")
-    compiled = torch.compile(chunk_scan, backend="aot_eager", fullgraph=True)
-    for found, wanted in zip(run(a, "auto", scan=compiled), plain, strict=True):
-        assert_close(found, wanted, 1e-6)
+    assert_compiles(chunk_scan, make(70, **CASES["everything"], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("impl", ["cpu"])
+@pytest.mark.parametrize("impl", [CPU])
 def test_operators_keep_torchs_rules(impl):
     x, B, C = torch.randn(2, 70, 3, 4), torch.randn(2, 70, 3, 5), torch.randn(2, 70, 3, 1, 5)
     chunk_scan(x, torch.ones(2, 70, 3), torch.zeros(3), B, B)  # registers
@@ -247,7 +198,7 @@ def test_operators_keep_torchs_rules(impl):
     torch.library.opcheck(torch.ops.workbench.chunk_scan.default, (*arguments, None, True))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_an_id_that_comes_back_is_another_document(impl):
     a = make(6, dtype=torch.float64)
     back, other = torch.tensor([0, 0, 1, 1, 0, 0]).expand(2, 6), torch.tensor([0, 0, 1, 1, 2, 2]).expand(2, 6)

@@ -1,102 +1,42 @@
 """The chunked selective scan is the reference, and the reference is the published formula."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 import kernels.selective_scan.chunked as chunked
 from kernels.selective_scan import selective_scan
+from kernels.selective_scan.cases import CASES, make
 from tests.conftest import assert_close
-
-FLOAT64 = 1e-12  # measured: 1.2e-15; 5e-14 for gradients that nearly cancel
-FLOAT32 = 1e-5  # measured: 6.5e-7
-
-OPTIONS = {
-    "plain": {},
-    "groups": dict(G=2),
-    "readings": dict(G=2, R=3),
-    "initial-state": dict(state=True),
-    "documents": dict(documents=True, state=True),
-    "normalized": dict(normalize=True),
-    "normalized-readings-state": dict(normalize=True, R=2, state=True),
-    "D-z-softplus": dict(G=2, R=2, D=True, z=True, bias=True),
-    "everything": dict(G=2, R=2, D=True, z=True, bias=True, normalize=True, documents=True, state=True),
-}
-
-
-def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, documents=False, state=False, *, channels=6, dtype=torch.float64):
-    """Arguments of selective_scan, and the names of those that have gradients. B and C are positive where they make a denominator."""
-    g = torch.Generator().manual_seed(L)
-    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
-    mapped = torch.exp if normalize else lambda t: t
-    a = dict(
-        u=normal(2, channels, L), delta=normal(2, channels, L) if bias else normal(2, channels, L).abs() + 0.1,
-        A=-normal(channels, N).abs(), B=mapped(normal(2, G, N, L)), C=mapped(normal(2, G * R, N, L)),
-        delta_softplus=bias, normalize=normalize,
-    )  # fmt: skip
-    if D:
-        a["D"] = normal(R * channels)
-    if z:
-        a["z"] = normal(2, R * channels, L)
-    if bias:
-        a["delta_bias"] = normal(channels)
-    if documents:
-        a["document_ids"] = (torch.rand(2, L, generator=g) < 0.1).cumsum(1) + 7
-    if state:
-        h = normal(2, channels, N)
-        a["initial_state"] = (h, h.abs() + 1) if normalize else h
-    a = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in a.items()}
-    if state and normalize:
-        a["initial_state"] = tuple(h.to(dtype) for h in a["initial_state"])
-    return a
-
-
-def run(arguments, impl, forward=nullcontext, scan=None):
-    """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
-    arguments = {
-        k: v.detach().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()
-    }
-    state = arguments.get("initial_state")
-    if isinstance(state, tuple):
-        state = arguments["initial_state"] = tuple(h.detach().requires_grad_() for h in state)
-    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad] + list(
-        state if isinstance(state, tuple) else ()
-    )
-    with forward():
-        y, last = (scan or selective_scan)(**arguments, impl=impl, return_last_state=True)
-    outputs = [y, *(last if arguments["normalize"] else [last])]
-    g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) for o in outputs]
-    gradients = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
-    return outputs, gradients
+from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("impl", ["cpu", "chunked"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_each_is_the_reference(options, length, impl):
-    (outputs, gradients), (expected, expected_gradients) = (run(make(length, **options), i) for i in (impl, "reference"))
+    (outputs, gradients), (expected, expected_gradients) = (run(selective_scan, make(length, **options), i) for i in (impl, "reference"))
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
+@needs_compiler
 @pytest.mark.parametrize("layout", ["time last", "channels last", "neither"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
 def test_compiled_scan_of_many_blocks(layout, dtype, tolerance):
     """More channels than lanes, a number of states that is no multiple of anything, groups, in any memory layout."""
     options = dict(N=29, G=2, R=2, channels=70, normalize=True, documents=True, state=True)
-    expected = run(make(150, **options), "reference")
+    expected = run(selective_scan, make(150, **options), "reference")
     a = make(150, **options, dtype=dtype)
     for name in ("u", "delta"):
         if layout == "channels last":
             a[name] = a[name].mT.contiguous().mT
         if layout == "neither":
             a[name] = a[name].repeat_interleave(2, 1).repeat_interleave(2, 2)[:, ::2, ::2]
-    for actual, wanted in zip(run(a, "cpu"), expected, strict=True):
+    for actual, wanted in zip(run(selective_scan, a, "cpu"), expected, strict=True):
         assert_close(actual, wanted, tolerance)
 
 
+@needs_compiler
 def test_threads_change_nothing():
     """Sums over channels have one order, else a resumed run would not be bit-identical."""
     a = make(130, N=16, channels=300, dtype=torch.float32)
@@ -104,7 +44,7 @@ def test_threads_change_nothing():
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            found.append(run(a, "cpu"))
+            found.append(run(selective_scan, a, "cpu"))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
@@ -113,16 +53,16 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("elements, steps", [(1, 1), (120, 4), (1 << 24, 31)])
 def test_any_chunk_length_gives_the_same(monkeypatch, elements, steps):
     """Wide layers and large batches go group by group, and only if that is not enough in short chunks."""
-    arguments = make(31, **OPTIONS["everything"])
-    expected = run(arguments, "reference")
+    arguments = make(31, **CASES["everything"])
+    expected = run(selective_scan, arguments, "reference")
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
     assert chunked._chunk_length(2, 1, 3, 5, 31) == steps
-    actual = run(arguments, "chunked")
+    actual = run(selective_scan, arguments, "chunked")
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} delta_r A) delta_s u_s B_s . C_t, in its quadratic form."""
     a = make(9, N=3, channels=4)
@@ -133,7 +73,7 @@ def test_formula(impl):
     assert_close(selective_scan(**a, impl=impl), expected, FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_normalize_divides_by_a_scan_of_ones(impl):
     a = make(40, G=2, R=2, normalize=True, state=True) | dict(normalize=False)
     state = a.pop("initial_state")
@@ -144,7 +84,7 @@ def test_normalize_divides_by_a_scan_of_ones(impl):
     assert_close(last, (last_num, last_den), FLOAT64)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_epsilon_counts_where_the_denominator_is_small(impl):
     """One step from nothing: u d / (d + 1e-6) with d = delta B C = 1e-6 is half of u."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
@@ -152,7 +92,7 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
     assert y.item() == pytest.approx(1.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_documents_are_separate_runs(impl):
     """The first continues the state it is given; the last state is the last document's."""
     a = make(50, normalize=True, state=True)
@@ -182,12 +122,12 @@ def test_gradients_by_finite_differences(monkeypatch, options):
     assert torch.autograd.gradcheck(scan, [a[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options, impl):
     arguments = make(127, **options)
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(single, impl), run(arguments, "reference")
+    (outputs, gradients), (expected, expected_gradients) = run(selective_scan, single, impl), run(selective_scan, arguments, "reference")
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
@@ -198,10 +138,10 @@ def test_bfloat16_keeps_float32_states():
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
-    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
-    outside, inside = run(a, impl), run(a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    a = make(70, **CASES["everything"], dtype=torch.float32)
+    outside, inside = run(selective_scan, a, impl), run(selective_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     for o, i in zip(outside, inside, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
@@ -267,14 +207,10 @@ def test_comparison_rejects_three_times_its_tolerance(tolerance):
 
 
 def test_torch_compile_sees_one_operator():
-    a = make(70, **OPTIONS["everything"], dtype=torch.float32)
-    plain = run(a, "auto")
-    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
-    for found, wanted in zip(run(a, "auto", scan=compiled), plain, strict=True):
-        assert_close(found, wanted, 1e-6)
+    assert_compiles(selective_scan, make(70, **CASES["everything"], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("impl", ["cpu"])
+@pytest.mark.parametrize("impl", [CPU])
 def test_operators_keep_torchs_rules(impl):
     a = make(70, N=16, dtype=torch.float32)
     h = torch.zeros(1, *a["u"].shape[:2], 16)

@@ -5,6 +5,7 @@ import torch
 
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
+from tests.kernels.conftest import CPU, needs_compiler
 
 
 def make(N=16, G=None, heads=None, dtype=torch.float64, **present):
@@ -30,7 +31,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "reference"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_is_a_scan_of_one_step(options, impl):
     a = make(**options)
@@ -47,6 +48,7 @@ def test_is_a_scan_of_one_step(options, impl):
     assert_close(state.flatten(1, -2), last, 1e-12)
 
 
+@needs_compiler
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options):
     a, single = make(**options), make(**options, dtype=torch.float32)
@@ -54,6 +56,7 @@ def test_float32_is_close_to_float64(options):
     assert_close(single["state"], a["state"], 1e-5)
 
 
+@needs_compiler
 def test_expanded_views_and_bfloat16_inputs():
     a = make(heads=4, dtype=torch.float32)
     a["dt"], a["A"] = a["dt"][..., :1].expand(2, 4, 3), a["A"][:, :1, :1].expand(4, 3, 16)
@@ -71,7 +74,7 @@ WRONG = {
     "groups": (dict(B=torch.ones(2, 2, 16), C=torch.ones(2, 2, 16)), r"G dividing the heads; got \(2, 2, 16\)"),
     "strided state": (dict(state=torch.ones(2, 16, 6).mT), r"state must be contiguous"),
     "gradients": (dict(x=torch.ones(2, 6, requires_grad=True)), r"no gradients"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'reference'; got 'cuda'"),
 }
 
 

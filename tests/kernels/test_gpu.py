@@ -1,0 +1,100 @@
+"""The Triton kernels on a real GPU, on the cases of the other tests; skipped, in words, where there is none."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.chunk_scan import cases as chunk_cases
+from kernels.chunk_scan import chunk_scan
+from kernels.selective_scan import cases as selective_cases
+from kernels.selective_scan import selective_scan, selective_state_update
+from tests.conftest import assert_close
+from tests.kernels.conftest import BFLOAT16, FLOAT32, run
+from tests.kernels.test_state_update import CASES as STEPS
+from tests.kernels.test_state_update import make as make_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
+needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+
+SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
+CASES = [
+    pytest.param(name, options, id=f"{name}-{case}")
+    for name, cases in (("selective_scan", selective_cases.CASES), ("chunk_scan", chunk_cases.CASES))
+    for case, options in cases.items()
+]
+
+
+def on_gpu(v):
+    return tuple(on_gpu(item) for item in v) if isinstance(v, tuple) else v.cuda() if isinstance(v, Tensor) else v
+
+
+def compare(name: str, length: int, dtype=torch.float32, tolerance: float = FLOAT32, **options) -> None:
+    scan, make = SCANS[name]
+    expected, expected_gradients = run(scan, make(length, **options), "reference")
+    outputs, gradients = run(scan, {k: on_gpu(v) for k, v in make(length, **options, dtype=dtype).items()}, "triton")
+    assert_close([o.cpu() for o in outputs], expected, tolerance)
+    assert_close([g.cpu() for g in gradients], expected_gradients, tolerance, floor=0.1 if length == 1 else 0.0)
+
+
+@pytest.mark.parametrize("length", [1, 63, 127, 1000])
+@pytest.mark.parametrize("name, options", CASES)
+def test_every_case(name, options, length):
+    compare(name, length, **options)
+
+
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("N", [16, 70, 512, 1000])
+def test_states_in_several_blocks(name, N):
+    compare(name, 127, N=N, G=2, normalize=True, documents=True, state=True)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_bfloat16(name):
+    compare(name, 63, dtype=torch.bfloat16, tolerance=BFLOAT16)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_twice_the_same_bits(name):
+    scan, make = SCANS[name]
+    a = {k: on_gpu(v) for k, v in make(300, G=2, R=2, normalize=True, dtype=torch.float32).items()}
+    first, second = run(scan, a, "triton"), run(scan, a, "triton")
+    assert all(torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_state_update(options):
+    a = make_step(**options)
+    single = {k: on_gpu(v) for k, v in make_step(**options, dtype=torch.float32).items()}
+    y = selective_state_update(**single, impl="triton")
+    assert_close(y.cpu(), selective_state_update(**a, impl="reference"), FLOAT32)
+    assert_close(single["state"].cpu(), a["state"], FLOAT32)
+
+
+@needs_mamba
+def test_selective_scan_is_mamba_ssms():
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    a = {k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()}
+    a.pop("normalize")
+    assert_close(selective_scan(**a, impl="triton"), selective_scan_fn(**a), FLOAT32)
+
+
+@needs_mamba
+def test_chunk_scan_is_mamba_ssms():
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=2, dtype=torch.float32).items()}
+    a.pop("normalize")
+    assert_close(chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2)  # theirs multiplies in TF32
+
+
+@needs_fla
+def test_chunk_scan_is_flash_linear_attentions():
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=chunk_cases.HEADS, dtype=torch.float32).items()}
+    y, _ = chunk_simple_gla(a["C"], a["B"], a["x"] * a["dt"][..., None], g=a["dt"] * a["A"], scale=1.0)
+    assert_close(chunk_scan(a["x"], a["dt"], a["A"], a["B"], a["C"], impl="triton"), y, 1e-2)
