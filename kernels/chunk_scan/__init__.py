@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.check import check_decay, check_documents, check_tensors
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
@@ -31,7 +32,7 @@ def chunk_scan(
     "cpu" (compiled), "chunked" (PyTorch operators) or "reference"; "auto" takes the first that runs here.
     """
     _check(x, dt, A, B, C)
-    _check_rest(x, B, C, D, initial_states, document_ids, normalize)
+    _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out_dtype, heads, way = x.dtype, x.shape[2], _pick(impl, x.device.type, dtype)
     factors = x.dtype if way == "triton" else dtype  # of the matrix products; their sums and the states are in `dtype`
@@ -71,15 +72,17 @@ def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
     return pick("chunk_scan", impl, device, dtype, WAYS)
 
 
-def _check_rest(x, B, C, D, initial_states, document_ids, normalize) -> None:
+def _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize) -> None:
     batch, L, H, P = x.shape
     outputs = max(H, C.shape[2])
     if D is not None and D.shape not in ((outputs,), (outputs, P)):
         raise ValueError(f"D must be {(outputs,)} or {(outputs, P)}; got {tuple(D.shape)}.")
     state = (batch, H, B.shape[-1], P + normalize)
-    for name, t, shape in (("initial_states", initial_states, state), ("document_ids", document_ids, (batch, L))):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
+    if initial_states is not None and initial_states.shape != state:
+        raise ValueError(f"initial_states must be {state}; got {tuple(initial_states.shape)}.")
+    check_tensors(dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_states=initial_states), B.shape[-1])
+    check_documents(document_ids, (batch, L), x.device)
+    check_decay(A)
 
 
 def _check(x, dt, A, B, C) -> None:

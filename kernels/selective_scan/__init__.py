@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.check import check_decay, check_documents, check_tensors
 from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
@@ -34,7 +35,7 @@ def selective_scan(
     "reference"; "auto" takes the first that runs here.
     """
     _check(u, delta, A, B, C)
-    _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
+    _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     out_dtype = u.dtype
     u, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
@@ -83,12 +84,12 @@ def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
     return pick("selective_scan", impl, device, dtype, WAYS)
 
 
-def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:
+def _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:
     batch, channels, L = u.shape
     groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
     outputs = channels * groups_C // groups_B
     expected = {
-        "D": (D, (outputs,)), "z": (z, (batch, outputs, L)), "delta_bias": (delta_bias, (channels,)), "document_ids": (document_ids, (batch, L)),
+        "D": (D, (outputs,)), "z": (z, (batch, outputs, L)), "delta_bias": (delta_bias, (channels,)),
     }  # fmt: skip
     if normalize and initial_state is not None:
         if isinstance(initial_state, Tensor) or len(initial_state) != 2:
@@ -100,6 +101,9 @@ def _check_rest(u, A, B, C, D, z, delta_bias, initial_state, document_ids, norma
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
+    check_tensors(dict(u=u, delta=delta, A=A, B=B, C=C) | {name: t for name, (t, _) in expected.items()}, A.shape[1])
+    check_documents(document_ids, (batch, L), u.device)
+    check_decay(A)
 
 
 def _check(u, delta, A, B, C) -> None:

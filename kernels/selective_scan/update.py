@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.check import check_tensors
 from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.cpu import native, why_not
 
@@ -47,6 +48,7 @@ def _per_head(state, x, dt, A, B, C, D, z, dt_bias) -> list[Tensor | None]:
     for name, t in (("B", B), ("C", C)):
         if t.shape not in ((batch, N), (batch, groups, N)) or (channels[0] if heads else 1) % groups:
             raise ValueError(f"{name} must be {(batch, N)} or [{batch}, G, {N}] with G dividing the heads; got {tuple(t.shape)}.")
+    check_tensors(dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias), N)
     if not state.is_contiguous():
         raise ValueError("state must be contiguous: it is changed in place.")
     if heads:

@@ -162,6 +162,11 @@ def test_backward_keeps_nothing_quadratic_in_length(monkeypatch):
 
 
 WRONG = {
+    "integers": (dict(A=torch.ones(4, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
+    "devices": (dict(A=torch.ones(4, device="meta")), "on one device; got x on cpu and A on meta"),
+    "too many states": (dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)), "must be at most 1024; got 1025"),
+    "NaN": (dict(A=torch.tensor([0, 0, torch.nan, -1])), "A must be numbers; got 1 NaN of 4"),
+    "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "x": (dict(x=torch.ones(2, 8, 4)), r"x must be \[batch, L, H, P\], not empty; got \(2, 8, 4\)"),
     "x empty": (dict(x=torch.ones(2, 0, 4, 3)), r"not empty; got \(2, 0, 4, 3\)"),
     "dt": (dict(dt=torch.ones(2, 7, 4)), r"dt must be \[batch, L, H\] = \(2, 8, 4\) and A \[H\]; got \(2, 7, 4\)"),

@@ -169,6 +169,12 @@ def test_backward_keeps_no_state_per_step():
 
 
 WRONG = {
+    "integers": (dict(A=torch.ones(6, 5, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
+    "devices": (dict(A=torch.ones(6, 5, device="meta")), "on one device; got u on cpu and A on meta"),
+    "no states": (dict(A=torch.ones(6, 0), B=torch.ones(2, 0, 8), C=torch.ones(2, 0, 8)), r"A must not be empty; got \(6, 0\)"),
+    "too many states": (dict(A=torch.ones(6, 1025), B=torch.ones(2, 1025, 8), C=torch.ones(2, 1025, 8)), "must be at most 1024; got 1025"),
+    "NaN": (dict(A=torch.full((6, 5), torch.nan)), "A must be numbers; got 30 NaN of 30"),
+    "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "u and delta": (dict(delta=torch.ones(2, 6, 7)), r"u and delta .*\(2, 6, 8\) and \(2, 6, 7\)"),
     "u empty": (dict(u=torch.ones(2, 6, 0), delta=torch.ones(2, 6, 0)), r"must not be empty; got \(2, 6, 0\)"),
     "A": (dict(A=torch.ones(5, 5)), r"A must be \[D, N\] with D = 6; got \(5, 5\)"),

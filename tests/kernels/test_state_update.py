@@ -67,6 +67,8 @@ def test_expanded_views_and_bfloat16_inputs():
 
 
 WRONG = {
+    "integers": (dict(A=torch.ones(6, 16, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
+    "devices": (dict(A=torch.ones(6, 16, device="meta")), "on one device; got state on cpu and A on meta"),
     "state": (dict(state=torch.ones(2, 6)), r"state must be .*; got \(2, 6\)"),
     "x": (dict(x=torch.ones(2, 5)), r"x must be \(2, 6\); got \(2, 5\)"),
     "A": (dict(A=torch.ones(6, 5)), r"A must be \(6, 16\); got \(6, 5\)"),

@@ -1,0 +1,38 @@
+"""What every operator asks of its tensors, besides shapes."""
+
+import torch
+from torch import Tensor
+
+MAX_STATES = 1024  # per channel or head: what the kernels are written and checked for
+
+
+def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
+    """Raises ValueError unless all are floating-point, not empty, and on one device, with at most MAX_STATES states."""
+    (first, reference), *_ = tensors.items()
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating-point; got {t.dtype}.")
+        if t.device != reference.device:
+            raise ValueError(f"All tensors must be on one device; got {first} on {reference.device} and {name} on {t.device}.")
+        if t.numel() == 0:
+            raise ValueError(f"{name} must not be empty; got {tuple(t.shape)}.")
+    if states > MAX_STATES:
+        raise ValueError(f"N, the number of states, must be at most {MAX_STATES}; got {states}.")
+
+
+def check_decay(A: Tensor) -> None:
+    """Raises ValueError for a NaN. On a CPU only: elsewhere looking at a value would wait for the device."""
+    if A.device.type == "cpu" and not torch.compiler.is_compiling() and bool(A.detach().sum().isnan()):
+        raise ValueError(f"A must be numbers; got {int(A.isnan().sum())} NaN of {A.numel()} (or infinities of both signs).")
+
+
+def check_documents(document_ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    """Raises ValueError unless they are whole numbers of this shape [batch, L] on this device."""
+    if document_ids is None:
+        return
+    if document_ids.shape != shape:
+        raise ValueError(f"document_ids must be {shape}; got {tuple(document_ids.shape)}.")
+    if document_ids.is_floating_point() or document_ids.device != device:
+        raise ValueError(f"document_ids must be whole numbers on {device}; got {document_ids.dtype} on {document_ids.device}.")
