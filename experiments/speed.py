@@ -1,0 +1,120 @@
+"""How fast the stages train with the compiled kernels and without, and where the time goes.
+
+    python -m experiments.speed                       # neox-nano, every target, both stages
+    python -m experiments.speed --profile mamba       # one step of both stages of one target, by operator
+
+"Without" is the same stage on the scans' PyTorch operators, which was all there was before the kernels.
+"""
+
+import argparse
+import copy
+import dataclasses
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from convert import load_teacher, recipes, stages
+from convert.data import Batches, corpus, tokenize
+from convert.model import swap
+from convert.recipes import Train
+from convert.teachers import read_config, resolve
+from kernels import chunk_scan, selective_scan
+
+TARGETS = ("linear", "mamba", "mamba2")
+KINDS = {  # words in an operator's name; the first that fit
+    "scan (ours)": ("workbench",),
+    "matrix products": ("mm", "linear", "matmul"),
+    "attention (teacher)": ("scaled_dot", "attention"),
+    "convolution": ("conv",),
+    "optimizer": ("_adam", "clip", "norm_out", "foreach_norm"),
+    "softmax and losses": ("softmax", "logsumexp"),
+    "copies and casts": ("copy", "cat", "clone", "contiguous", "index"),
+    "elementwise": ("",),
+}
+
+
+class Clock(stages.Silent):
+    """When each step ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def log(self, step, tokens, numbers):
+        self.ends.append(time.perf_counter())
+
+
+def prepare(name: str, target: str):
+    """The teacher, a student and the batches and settings of both stages, as the recipe has them."""
+    teacher = load_teacher(name)
+    budget = recipes.budget(name, read_config(resolve(name)))
+    settings = {s.stage.__name__: s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train)}
+    student = swap(copy.deepcopy(teacher.model), "linear")
+    if target != "linear":
+        student = swap(student, target)
+    text = tokenize(corpus("stdlib"), teacher.tokenizer)
+    return teacher.model, student, Batches(text.train, budget.seq_len, budget.batch_tokens // budget.seq_len), settings
+
+
+def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> list[float]:
+    """Seconds of each step but the first."""
+    clock = Clock()
+    one = dataclasses.replace(settings[stage], tokens=steps * settings[stage].batch_tokens, evaluate_every=0, save_every=1e9)
+    stages.STAGES[stage](student, teacher, batches, one, track=clock)
+    return [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
+
+
+def speeds(name: str, steps: int) -> Table:
+    table = Table("target", "stage", "kernels, tokens/s", "PyTorch operators, tokens/s", "ratio", title=f"{name}, {torch.get_num_threads()} threads")
+    compiled = {module: module.WAYS["cpu"] for module in (chunk_scan, selective_scan)}
+    for target in TARGETS:
+        for stage in stages.STAGES:
+            found = []
+            for use in (True, False):
+                for module, way in compiled.items():
+                    module.WAYS["cpu"] = way if use else (lambda device, dtype: "it is left out of this measurement")
+                teacher, student, batches, settings = prepare(name, target)
+                seconds = sorted(steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3))
+                found.append(settings[stage].batch_tokens / seconds[len(seconds) // 2])
+            table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
+    for module, way in compiled.items():
+        module.WAYS["cpu"] = way
+    return table
+
+
+def where(name: str, target: str, steps: int = 5) -> list[Table]:
+    """Share of a stage's time by kind of operator; time outside of operators is Python and the loop."""
+    tables = []
+    for stage in stages.STAGES:
+        teacher, student, batches, settings = prepare(name, target)
+        steps_of(stage, teacher, student, batches, settings, 3)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            start = time.perf_counter()
+            steps_of(stage, teacher, student, batches, settings, steps)
+            total = time.perf_counter() - start
+        sums = dict.fromkeys(KINDS, 0.0)
+        for event in seen.key_averages():
+            kind = next(kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+            sums[kind] += event.self_cpu_time_total / 1e6
+        table = Table("kind", "share", "ms a step", title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler")
+        for kind, seconds in sorted(sums.items(), key=lambda item: -item[1]):
+            table.add_row(kind, f"{seconds / total:.1%}", f"{seconds / steps * 1e3:.1f}")
+        table.add_row("the rest: Python", f"{1 - sum(sums.values()) / total:.1%}", f"{(total - sum(sums.values())) / steps * 1e3:.1f}")
+        tables.append(table)
+    return tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="neox-nano")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", choices=TARGETS, help="where the time goes, instead of how fast")
+    args = parser.parse_args()
+    for table in where(args.teacher, args.profile) if args.profile else [speeds(args.teacher, args.steps)]:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
