@@ -5,6 +5,10 @@
 #include <utility>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int BYTES = 64;
 #elif defined(__AVX__)
 constexpr int BYTES = 32;
@@ -38,16 +42,24 @@ template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, s
 // x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1, double: Taylor's.
 static inline Vec<float> exp2_of(Vec<float> x) {
     x = x < -126.0f ? Vec<float>{} - 126.0f : x;
+#if defined(__AVX512F__)
+    Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - whole;
+#else
     x = x > 127.0f ? Vec<float>{} + 127.0f : x;
     Vec<float> shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which its low bits then are
     Vec<float> r = x - (shifted - 12582912.0f);
+#endif
     Vec<float> p = r * 0.0001535335037f + 0.001339887455f;
     p = p * r + 0.009618437393f;
     p = p * r + 0.05550332471f;
     p = p * r + 0.2402264791f;
     p = p * r + 0.6931472029f;
     p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
     return (Vec<float>)((Lanes<float>::bits)p + ((Lanes<float>::bits)shifted << 23));
+#endif
 }
 static inline Vec<double> exp2_of(Vec<double> x) {
     x = x < -1022.0 ? Vec<double>{} - 1022.0 : x;
@@ -82,14 +94,13 @@ template <typename T, int D> static inline Vec<T> fold_all(Vec<T> v) {
     else return fold_all<T, D / 2>(fold<T, D>(v, std::make_index_sequence<WIDTH<T>>{}));
 }
 
-// sums[i] += the lanes of v[i], i < count <= COUNT; v is overwritten. COUNT is 8.
-template <typename T> static inline void add_lane_sums(Vec<T>* v, T* sums, int count) {
-    constexpr int W = WIDTH<T>, GROUP = W < 8 ? W : 8;
-    for (int g = 0; g < 8; g += GROUP) {
-        if (g >= count) return;
+// sums[i] += the lanes of v[i], i < COUNT, a power of two; v is overwritten.
+template <typename T, int COUNT> static inline void add_lane_sums(Vec<T>* v, T* sums) {
+    constexpr int W = WIDTH<T>, GROUP = W < COUNT ? W : COUNT;
+    for (int g = 0; g < COUNT; g += GROUP) {
         merge_all<T, GROUP, W / 2>(v + g);
         Vec<T> all = fold_all<T, W / GROUP / 2>(v[g]);  // each value fills W / GROUP lanes
-        for (int i = 0; i < GROUP && g + i < count; i++) sums[g + i] += all[i * (W / GROUP)];
+        for (int i = 0; i < GROUP; i++) sums[g + i] += all[i * (W / GROUP)];
     }
 }
 

@@ -11,7 +11,7 @@
 #include "../vectors.h"
 
 constexpr int STEPS = 64;  // of a chunk: the states at its start are kept for the backward pass, those inside are recomputed
-constexpr int STATES = 8;  // at once, in registers
+template <bool ONES> constexpr int STATES = ONES ? 4 : 8;  // at once: what fits in registers, gradients included
 
 struct Sizes {
     int64_t batch, channels, length, states, groups, readings, inputs, slices, threads;
@@ -138,7 +138,7 @@ template <typename T, int COUNT, bool ONES> static void forward_states(Block<T>&
 
 template <typename T, bool ONES> static void forward_chunk(Block<T>& k, int64_t t0, int steps) {
     int64_t n = 0;
-    for (; n + STATES <= k.N; n += STATES) forward_states<T, STATES, ONES>(k, t0, steps, n);
+    for (; n + STATES<ONES> <= k.N; n += STATES<ONES>) forward_states<T, STATES<ONES>, ONES>(k, t0, steps, n);
     for (; n + 4 <= k.N; n += 4) forward_states<T, 4, ONES>(k, t0, steps, n);
     for (; n < k.N; n++) forward_states<T, 1, ONES>(k, t0, steps, n);
 }
@@ -171,7 +171,7 @@ template <typename T> static void forward(const Scan& s) {
 template <typename T> struct Gradients {
     static constexpr int W = WIDTH<T>;
     alignas(64) T du[STEPS * W], ddelta[STEPS * W];  // du: of x = delta u, not of u
-    alignas(64) T decay[STEPS * STATES * W], h[STEPS * STATES * W], ones[STEPS * STATES * W];
+    alignas(64) T decay[STEPS * STATES<false> * W], h[STEPS * STATES<false> * W], ones[STEPS * STATES<false> * W];
     T *dB, *dC, *dA;  // [L][N], [readings][L][N] of this slice; [channels][N] of this batch entry
 };
 
@@ -198,7 +198,7 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
     g.load_from(k.state, n0, k.N);
     for (int t = steps - 1; t >= 0; t--) {
         Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
-        Vec<T> sums[8] = {};
+        Vec<T> sums[COUNT];
         for (int64_t r = 0; r < k.R; r++) {  // now: after step t
             const T *C = k.C(r, t0 + t) + n0, *y = k.y + (r * (1 + ONES) * STEPS + t) * W;
             Vec<T> dy = load<T>(y), dy_ones{};
@@ -209,7 +209,7 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
                 if (ONES) g.ones[n] += dy_ones * C[n];
                 if (ONES) sums[n] += dy_ones * now.ones[n];
             }
-            add_lane_sums<T>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0, COUNT);
+            add_lane_sums<T, COUNT>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0);
         }
         Vec<T> of_x{}, of_ones{}, of_delta{};
         for (int n = 0; n < COUNT; n++) {
@@ -231,8 +231,7 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
             of_delta += e * load<T>(A2 + n * W);
             dA[n] += e * d;
         }
-        for (int n = COUNT; n < 8; n++) sums[n] = Vec<T>{};
-        add_lane_sums<T>(sums, to.dB + (t0 + t) * k.N + n0, COUNT);
+        add_lane_sums<T, COUNT>(sums, to.dB + (t0 + t) * k.N + n0);
         store(to.du + t * W, load<T>(to.du + t * W) + of_x);
         store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + of_ones + of_delta * (T)0.6931471805599453);
         if (starts && starts[t]) {  // what came before this step reached nothing after it
@@ -253,7 +252,7 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
 
 template <typename T, bool ONES> static void backward_chunk(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps) {
     int64_t n = 0;
-    for (; n + STATES <= k.N; n += STATES) backward_states<T, STATES, ONES>(k, to, begin, t0, steps, n);
+    for (; n + STATES<ONES> <= k.N; n += STATES<ONES>) backward_states<T, STATES<ONES>, ONES>(k, to, begin, t0, steps, n);
     for (; n + 4 <= k.N; n += 4) backward_states<T, 4, ONES>(k, to, begin, t0, steps, n);
     for (; n < k.N; n++) backward_states<T, 1, ONES>(k, to, begin, t0, steps, n);
 }
