@@ -74,6 +74,16 @@ static inline Vec<double> exp2_of(Vec<double> x) {
     return (Vec<double>)((Lanes<double>::bits)p + ((Lanes<double>::bits)shifted << 52));
 }
 
+template <typename T> static inline Vec<T> exp_of(Vec<T> x) { return exp2_of(x * (T)1.4426950408889634); }
+
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x| <= 1, and log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3, by its series
+template <typename T> static inline Vec<T> softplus_of(Vec<T> x) {
+    constexpr int TERMS = sizeof(T) == 4 ? 8 : 17;
+    Vec<T> zero{}, e = exp_of<T>(x < zero ? x : -x), s = e / (e + (T)2), s2 = s * s, sum = zero + (T)1 / (2 * TERMS - 1);
+    for (int i = TERMS - 2; i >= 0; i--) sum = sum * s2 + (T)1 / (2 * i + 1);
+    return (x > zero ? x : zero) + (T)2 * s * sum;
+}
+
 // Sums over the lanes of several vectors at once: each level adds the halves of twice as many segments.
 template <typename T, int D, size_t... I> static inline Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
     constexpr int W = WIDTH<T>;

@@ -17,6 +17,7 @@ class _Scan(ctypes.Structure):
     ]
 
 
+@functools.cache
 def native():
     return library(Path(__file__).with_name("cpu.cpp"))
 

@@ -304,7 +304,8 @@ struct Update {  // one step of every channel: x, dt, z, out [batch, heads, dim]
     void* out;
 };
 
-template <typename T> static T update_channel(int64_t N, T* state, T dt, T x, const T* A, const T* B, const T* C) {
+// One channel: its state, and y in the sum of the lanes of what it returns.
+template <typename T> static inline Vec<T> update_channel(int64_t N, T* state, T dt, T x, const T* A, const T* B, const T* C) {
     constexpr int W = WIDTH<T>;
     Vec<T> sum{};
     T scale = dt * (T)1.4426950408889634, drive = dt * x;
@@ -323,24 +324,45 @@ template <typename T> static T update_channel(int64_t N, T* state, T dt, T x, co
         store(rest[1], h);
         memcpy(state + n, rest[1], sizeof(T) * (N - n));
     }
-    return fold_all<T, W / 2>(sum)[0];
+    return sum;
+}
+
+constexpr int CHANNELS = 16;  // of a block, at any width of vectors
+
+// Up to CHANNELS channels of one batch entry; `first` is among all its channels.
+template <typename T> static void update_block(const Update& u, int64_t b, int64_t first) {
+    constexpr int W = WIDTH<T>, AT_ONCE = 8;
+    int64_t channels = u.heads * u.dim, per_group = channels / u.groups, N = u.states, rest = channels - first;
+    size_t size = sizeof(T) * (rest < CHANNELS ? rest : CHANNELS);
+    alignas(64) T x[CHANNELS] = {}, dt[CHANNELS] = {}, y[CHANNELS] = {}, bias[CHANNELS] = {}, D[CHANNELS] = {}, z[CHANNELS] = {};
+    memcpy(x, (const T*)u.x + b * channels + first, size);
+    memcpy(dt, (const T*)u.dt + b * channels + first, size);
+    if (u.dt_bias) memcpy(bias, (const T*)u.dt_bias + first, size);
+    if (u.D) memcpy(D, (const T*)u.D + first, size);
+    if (u.z) memcpy(z, (const T*)u.z + b * channels + first, size);
+    for (int i = 0; i < CHANNELS; i += W) {
+        Vec<T> d = load<T>(dt + i) + load<T>(bias + i);
+        store(dt + i, u.softplus ? softplus_of<T>(d) : d);
+    }
+    for (int i = 0; i < CHANNELS && i < rest; i += AT_ONCE) {
+        Vec<T> sums[AT_ONCE] = {};
+        for (int j = 0; j < AT_ONCE && i + j < rest; j++) {
+            int64_t c = first + i + j, group = (b * u.groups + (u.groups == 1 ? 0 : c / per_group)) * N;
+            sums[j] = update_channel(N, (T*)u.state + (b * channels + c) * N, dt[i + j], x[i + j], (const T*)u.A + c * N, (const T*)u.B + group, (const T*)u.C + group);
+        }
+        add_lane_sums<T, AT_ONCE>(sums, y + i);
+    }
+    for (int i = 0; i < CHANNELS; i += W) {
+        Vec<T> gate = load<T>(z + i), out = load<T>(y + i) + load<T>(D + i) * load<T>(x + i);
+        store(y + i, u.z ? out * gate / (exp_of<T>(-gate) + (T)1) : out);
+    }
+    memcpy((T*)u.out + b * channels + first, y, size);
 }
 
 template <typename T> static void update(const Update& u) {
-    int64_t channels = u.heads * u.dim, N = u.states;
+    int64_t blocks = (u.heads * u.dim + CHANNELS - 1) / CHANNELS;
 #pragma omp parallel for num_threads(u.threads) if (u.threads > 1)
-    for (int64_t i = 0; i < u.batch * channels; i++) {
-        int64_t b = i / channels, c = i % channels, group = b * u.groups + c / u.dim / (u.heads / u.groups);
-        T dt = ((const T*)u.dt)[i] + (u.dt_bias ? ((const T*)u.dt_bias)[c] : 0), x = ((const T*)u.x)[i];
-        if (u.softplus && dt <= 20) dt = std::log1p(std::exp(dt));  // as torch
-        T y = update_channel((int64_t)N, (T*)u.state + i * N, dt, x, (const T*)u.A + c * N, (const T*)u.B + group * N, (const T*)u.C + group * N);
-        if (u.D) y += ((const T*)u.D)[c] * x;
-        if (u.z) {
-            T z = ((const T*)u.z)[i];
-            y *= z / (1 + std::exp(-z));
-        }
-        ((T*)u.out)[i] = y;
-    }
+    for (int64_t i = 0; i < u.batch * blocks; i++) update_block<T>(u, i / blocks, i % blocks * CHANNELS);
 }
 
 extern "C" {

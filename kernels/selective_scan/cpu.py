@@ -28,6 +28,7 @@ class _Scan(ctypes.Structure):
     ]  # fmt: skip
 
 
+@functools.cache
 def native():
     return library(Path(__file__).with_name("cpu.cpp"))
 
