@@ -166,13 +166,14 @@ class StepFolder:
 
     def student(self, teacher) -> ConvertedForCausalLM:
         """The finished step's student, on the teacher's device."""
+        result = self.result()
         try:
             config = ConvertedConfig.from_pretrained(self.folder / "student", local_files_only=True)
             config._attn_implementation = teacher.config._attn_implementation
             with torch.device(teacher.device):
                 student = ConvertedForCausalLM(config)
             file = self.folder / "student" / "model.safetensors"
-            if _sha256(file) != self.result()["sha256"]:
+            if _sha256(file) != result["sha256"]:
                 raise ValueError("they are not what was written")
             load_model(student, str(file))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -205,12 +206,9 @@ class StepFolder:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+            (self.folder / f"checkpoint-{step}.sha256").write_text(_sha256(aside))
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
-        try:
-            (self.folder / f"checkpoint-{step}.sha256").write_text(_sha256(aside))
-        except OSError as error:
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         aside.replace(self.folder / f"checkpoint-{step}.pt")
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:

@@ -2,17 +2,20 @@
 
 import copy
 import difflib
+import functools
 import json
 import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from convert import measure, recipes, report
 from convert import plan as planning
@@ -44,6 +47,7 @@ def run(
         recipe = default_recipe(source, config, recipe)
     out = Path(out or f"runs/{source.name}-{recipe.target}")
     device, data = pick_device(device), data or source.data
+    documents = corpus(data)  # wrong --data and --out are said before anything is loaded
     plan = planning.make_plan(source.name, config, recipe, data, device)
     planning.show(plan, console)
     if plan.refusals:
@@ -54,7 +58,6 @@ def run(
     if device == "cpu" and peak > planning.physical_memory():
         console.print(f"[yellow]This may not fit: about {planning.size(peak)} needed, {planning.size(planning.physical_memory())} here.[/]")
 
-    documents = corpus(data)  # wrong --data and --out are said before anything is loaded
     check_out(out, fresh)
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
     text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
@@ -63,7 +66,8 @@ def run(
         if isinstance(step, Train):
             Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
     settings = {
-        "teacher": str(Path(teacher).absolute()) if Path(teacher).exists() else teacher, "teacher_fingerprint": fingerprint(taught.model),
+        "teacher": str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher,
+        "teacher_fingerprint": fingerprint(taught.model),
         "target": recipe.target, "data": data, "data_fingerprint": text.fingerprint,
         "steps": [recipes.describe(step) for step in recipe.steps],
     }  # fmt: skip
@@ -114,10 +118,10 @@ def _steps(
             console.print(f"[dim]{step.name}: done, skipped[/]")
             student = None
         else:
-            if student is None:
-                student = folders[i - 1].student(taught.model) if i else copy.deepcopy(taught.model)
+            start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
+            student = start() if student is None else student
             console.print(f"[bold]{step.name}[/]")
-            student, result = _do(step, student, taught, text, folder, track, batches, tokens_before, steps_before, seed)
+            student, result = _do(step, student, start, taught, text, folder, track, batches, tokens_before, steps_before, seed)
             folder.finish(student, result)
             if i:
                 folders[i - 1].drop_weights()
@@ -131,12 +135,15 @@ def _steps(
     return student or folders[-1].student(taught.model), results
 
 
-def _do(step, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before, seed: int):
+def _do(
+    step, student, start, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before, seed: int
+):  # fmt: skip
+    """`start()` makes the student from before the step once more."""
     started = time.monotonic()
     result, earlier = {"name": step.name, "kind": type(step).__name__, "tokens": 0}, 0.0
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     if isinstance(step, Swap):
-        student, checked = _swap(step, student, text)
+        student, checked = _swap(step, student, start, text)
         result["handover"] = checked
     elif isinstance(step, Forget):
         with torch.no_grad():
@@ -165,32 +172,26 @@ HANDOVER_TOKENS = 2048
 
 
 @torch.no_grad()
-def _swap(step: Swap, student, text: TokenData):
-    """Swap; where the function must stay the same, compare the logits over 2,048 tokens and stop if they do not agree.
+def _swap(step: Swap, student, start: Callable, text: TokenData):
+    """Swap in place; where the function must stay the same, compare the logits over 2,048 tokens and stop if they do not agree.
 
     Many layers can amplify the rounding of float32 beyond what is allowed: then the same comparison in float64, which leaves
-    a real difference as it is, decides. (Norms of some hosts still round to float32 there.)"""
+    a real difference as it is, decides. For that `start()` makes the student from before the swap once more."""
     if not step.exact:
         return swap(student, step.mixer, step.options, step.layers).eval(), None
     length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
     batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
-    old = copy.deepcopy(student)
+    before, perplexity = hidden_states(student, batch), measure.perplexity(student, [batch])
     student = swap(student, step.mixer, step.options, step.layers).eval()
-    worst, largest = _largest_change(old, student, batch)
-    change = abs(measure.perplexity(student, [batch]) / measure.perplexity(old, [batch]) - 1)
+    worst, largest = _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))
+    change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
     checked = {"tokens": length, "max_abs_logit": worst, "allowed": max(1e-4, 1e-5 * largest), "perplexity_change": change}
     console.print(
         f"[dim]hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity by {change:.1e}[/]"
     )
     fine = worst <= checked["allowed"]
     if not fine and student.device.type != "mps":  # which has no float64
-        old = old.double()
-        torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
-        try:
-            exact = swap(copy.deepcopy(old), step.mixer, step.options, step.layers).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        checked["max_abs_logit_float64"], _ = _largest_change(old, exact, batch)
+        checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch)
         fine = checked["max_abs_logit_float64"] <= checked["allowed"]
         console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
     if not (fine and change < 1e-4):
@@ -198,13 +199,24 @@ def _swap(step: Swap, student, text: TokenData):
     return student, checked
 
 
-def _largest_change(old, new, batch: Batch) -> tuple[float, float]:
-    """Of the logits; and the largest logit."""
-    states, worst, largest = (hidden_states(model, batch)[0].split(256) for model in (old, new)), 0.0, 0.0
-    for a, b in zip(*states, strict=True):
-        before, after = old.get_output_embeddings()(a), new.get_output_embeddings()(b)
-        worst, largest = max(worst, (before - after).abs().max().item()), max(largest, before.abs().max().item())
+def _largest_change(head: nn.Module, before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Of the logits of two hidden states [1, T, D]; and the largest logit. A swap leaves the head alone."""
+    worst = largest = 0.0
+    for a, b in zip(before[0].split(256), after[0].split(256), strict=True):
+        a, b = head(a), head(b)
+        worst, largest = max(worst, (a - b).abs().max().item()), max(largest, a.abs().max().item())
     return worst, largest
+
+
+def _largest_change_in_float64(step: Swap, student, batch: Batch) -> float:
+    """Of the logits, by this swap of a student that is then of no more use. (Norms of some hosts still round to float32 there.)"""
+    before = hidden_states(student.double(), batch)
+    torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
+    try:
+        student = swap(student, step.mixer, step.options, step.layers).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))[0]
 
 
 def seed_of(recipe: Recipe) -> int:
@@ -272,18 +284,16 @@ def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenDa
     ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
     with torch.no_grad():
         reference = student(ids.to(student.device), use_cache=False).logits.float().cpu()
+    allowed = max(1e-4, 1e-5 * reference.abs().max().item())
     try:
-        theirs = check_in_clean_process(folder, ids)
-    except Exception:
+        difference = (check_in_clean_process(folder, ids) - reference).abs().max().item()
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed {allowed:.2g})."
+            )
+    except (RuntimeError, OSError):
         _set_aside(folder)
         raise
-    difference = (theirs - reference).abs().max().item()
-    allowed = max(1e-4, 1e-5 * reference.abs().max().item())
-    if not difference <= allowed:
-        _set_aside(folder)
-        raise RuntimeError(
-            f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed {allowed:.2g})."
-        )
     return {"max_abs_logit": difference, "allowed": allowed, "dtype": str(taught.dtype).removeprefix("torch.")}
 
 

@@ -10,8 +10,8 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.errors import UserError
+from convert.teachers import is_hub_reachable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
@@ -125,17 +126,33 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
         import datasets
     except ImportError:
         raise UserError("Hub data sets need the `datasets` package: pip install -e '.[data]'.") from None
+    unreachable = not is_hub_reachable()
     try:
-        rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        with _offline(datasets.config, when=unreachable):
+            rows = datasets.load_dataset(name, config, split="train", streaming=True)
         for number, row in enumerate(rows):
             if "text" not in row:
                 raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
             yield f"{number}", row["text"]
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:  # ValueError: no such configuration
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
         raise UserError(
             f"The data set {name!r} could not be read ({reason}). Without network use --data stdlib or --data FOLDER."
         ) from None
+
+
+@contextmanager
+def _offline(settings, when: bool) -> Iterator[None]:
+    """`datasets` looks into its cache at once. By itself it would first try the hub for half a minute, and say so each time."""
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = before or when
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = before
 
 
 @dataclass(frozen=True)
@@ -292,6 +309,14 @@ class Batch:
         """Micro-batches of at most so many sequences."""
         parts = (t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids))
         return [Batch(*part) for part in zip(*parts, strict=True)]
+
+    def with_noise(self, share: float, seed: tuple[int, int]) -> "Batch":
+        """That share of the input tokens, drawn from `seed`, replaced by tokens from elsewhere in the batch. Labels stay."""
+        if not share:
+            return self
+        rng, ids = np.random.default_rng(seed), self.input_ids
+        elsewhere = ids.flatten()[torch.from_numpy(rng.permutation(ids.numel()))].view_as(ids)
+        return replace(self, input_ids=torch.where(torch.from_numpy(rng.random(ids.shape) < share), elsewhere, ids))
 
     @property
     def num_targets(self) -> int:

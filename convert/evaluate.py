@@ -5,8 +5,11 @@ python -m convert.evaluate runs/neox-nano-mamba2
 
 import argparse
 
-from convert.conversion import evaluate
-from convert.run import fail_in_words
+from convert.errors import quick_to_stop
+
+with quick_to_stop(__name__ == "__main__"):
+    from convert.conversion import evaluate
+    from convert.run import fail_in_words
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,13 +5,15 @@ python -m convert.generate runs/neox-nano-mamba2 "def add("
 
 import argparse
 
-import torch
-from transformers import TextStreamer
+from convert.errors import UserError, quick_to_stop
 
-from convert.conversion import pick_device
-from convert.errors import UserError
-from convert.run import fail_in_words
-from convert.teachers import load_teacher
+with quick_to_stop(__name__ == "__main__"):
+    import torch
+    from transformers import TextStreamer
+
+    from convert.conversion import pick_device
+    from convert.run import fail_in_words
+    from convert.teachers import load_teacher
 
 
 def main(argv: list[str] | None = None) -> int:

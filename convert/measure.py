@@ -129,7 +129,7 @@ def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int,
         dt = torch.stack(steps).mean(0)
         per_token = (rate * (dt[:, None] if rate.ndim == 2 else dt)).flatten()
         tokens = math.log(2) / per_token
-        quantiles = torch.quantile(tokens.clamp(max=1e9).float(), torch.tensor(QUANTILES, device=tokens.device))
+        quantiles = torch.quantile(tokens.clamp(max=1e9).float(), torch.tensor(QUANTILES, device=tokens.device), interpolation="nearest")
         lives[layer] = {str(q): (None if v >= 1e9 else v) for q, v in zip(QUANTILES, quantiles.tolist(), strict=True)}
     return lives
 

@@ -16,9 +16,11 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def energy_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error over the teacher's energy, both [..., D]: 1 for a student that says nothing (Attention Editing, arXiv
-    2604.05688; this form is inferred from its description)."""
-    return (student - teacher).square().mean() / (teacher.square().mean() + 1e-12)
+    """Squared error over the teacher's energy in each sequence, both [..., T, D], the mean over sequences: 1 for a student that
+    says nothing (Attention Editing, arXiv 2604.05688; this form is inferred from its description). A micro-batch
+    never cuts a sequence, so the losses of micro-batches add up to that of the whole batch."""
+    error, energy = (student - teacher).square().mean((-2, -1)), teacher.square().mean((-2, -1))
+    return (error / (energy + 1e-12)).mean()
 
 
 def cross_entropy(student_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
 
 BOUNDS = {  # field -> lowest, highest; of settings, objectives, mixer options and steps alike
     "lr": (0, 10), "warmup": (0, 1), "decay": (0, 1), "floor": (0, 1), "clip": (0, 1e9), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999),
-    "beta2": (0, 0.999999), "weight_decay": (0, 1), "loss_chunk": (1, 1e9), "evaluate_every": (0, 1e18), "save_every": (0, 1e12),
+    "beta2": (0, 0.999999), "weight_decay": (0, 1), "noise": (0, 1), "loss_chunk": (1, 1e9), "evaluate_every": (0, 1e18), "save_every": (0, 1e12),
     "micro_tokens": (1, 1e9), "temperature": (0.01, 100), "cross_entropy": (0, 1e6), "forward_kl": (0, 1e6), "reverse_kl": (0, 1e6),
     "rate": (0, 10), "conv": (1, 64), "dt_rank": (1, 65_536),
 }  # fmt: skip

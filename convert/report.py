@@ -1,10 +1,16 @@
 """The report that a person reads, and the model card, from the numbers of a run."""
 
+import math
+import statistics
+from collections.abc import Iterable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from convert.plan import count, duration, size
+
+HALF_LIFE_LINES = 8
 
 
 def show(report: dict, console: Console) -> None:
@@ -55,9 +61,7 @@ def _facts(report: dict) -> list[str]:
                 else ""
             )
         )
-    for layer, lives in report["half_lives"].items():
-        quantiles = ", ".join(f"{float(q):.0%} {_tokens(v)}" for q, v in lives.items())
-        lines.append(f"Half-lives in layer {layer}: {quantiles} tokens.")
+    lines += _half_lives(report["half_lives"])
     for row in report["stages"]:
         if row["skipped"]:
             lines.append(f"Step {row['name']}: {row['skipped']} steps had no finite gradient and were skipped.")
@@ -65,6 +69,23 @@ def _facts(report: dict) -> list[str]:
         f"{count(report['tokens']['total'])} tokens in {duration(report['seconds']['total'])}; seed {report['seed']}; export checked in a clean process."
     )
     return lines
+
+
+def _half_lives(layers: dict) -> list[str]:
+    """A line for each layer, or for each group of neighbours where that would be too many: report.json has all of them."""
+    names, lines = list(layers), []
+    together = math.ceil(len(names) / HALF_LIFE_LINES)
+    for group in (names[i : i + together] for i in range(0, len(names), together or 1)):
+        where = f"layer {group[0]}" if len(group) == 1 else f"layers {group[0]} to {group[-1]} (medians)"
+        quantiles = ", ".join(f"{float(q):.0%} {_tokens(_median(layers[name][q] for name in group))}" for q in layers[group[0]])
+        lines.append(f"Half-lives in {where}: {quantiles} tokens.")
+    return lines
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """The lower one of an even number; None is for ever."""
+    median = statistics.median_low(math.inf if value is None else value for value in values)
+    return None if median == math.inf else median
 
 
 def _tokens(value: float | None) -> str:

@@ -8,12 +8,14 @@ import re
 import sys
 import traceback
 
-from convert import plan as planning
-from convert import recipes
-from convert.conversion import console, default_recipe, pick_device, run
-from convert.data import corpus
-from convert.errors import Interrupted, UserError
-from convert.teachers import read_config, resolve
+from convert.errors import Interrupted, UserError, quick_to_stop
+
+with quick_to_stop(__name__ == "__main__"):
+    from convert import plan as planning
+    from convert import recipes
+    from convert.conversion import console, default_recipe, pick_device, run
+    from convert.data import corpus
+    from convert.teachers import read_config, resolve
 
 SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
 
@@ -86,7 +88,6 @@ def main(argv: list[str] | None = None) -> int:
         tokens = number_of_tokens(args.tokens) if args.tokens else None
         if args.tiny and (tokens or args.seq_len or args.batch_tokens):
             raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
-        corpus(args.data or source.data)  # a wrong --data is said before anything is loaded
         recipe = default_recipe(
             source, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens, seed=args.seed
         )
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         for assignment in args.settings:
             recipe = recipes.with_setting(recipe, assignment)
         if args.plan:
-            plan = planning.make_plan(source.name, config, recipe, args.data or source.data, pick_device(args.device))
+            text = corpus(args.data or source.data)  # refuses what does not exist
+            plan = planning.make_plan(source.name, config, recipe, text.spec, pick_device(args.device))
             planning.show(plan, console)
             if plan.refusals:
                 raise UserError(plan.refusals[0])

@@ -5,8 +5,9 @@ A stage is stage(student, teacher, batches, settings, ...) -> student; `batches(
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class Settings:
     weight_decay: float = 0.1  # of the matrices of linear layers (MOHAWK, GenDistill); everything else has none
     clip: float = 1.0
     precision: str = "auto"  # of matrix products: "float32", "bfloat16", or bfloat16 where the device is fast at it
+    noise: float = 0.0  # share of the input tokens replaced by others of the batch, for teacher and student alike
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
     loss_chunk: int = 512  # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
     evaluate_every: int = 0  # tokens between two measurements of held-out perplexity; 0: none
@@ -216,94 +218,127 @@ def _optimizer(student: ConvertedForCausalLM, settings: Settings) -> torch.optim
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
+@dataclass
+class _Progress:
+    """Of a stage: the counts that its checkpoints keep."""
+
+    step: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    seconds: float = 0.0  # of training, in all processes so far
+
+
 def _train(student, backward, batches, settings: Settings, track, keep, measure) -> ConvertedForCausalLM:
     """The loop. `backward(batch, whole)` accumulates the gradients of a micro-batch's part of the whole batch's loss, and returns it."""
-    device = next(student.parameters()).device
     optimizer = _optimizer(student, settings)
     trained = [p for p in student.parameters() if p.requires_grad]
-    step, skipped, bad_in_a_row, seconds_before = 0, 0, 0, 0.0
-    if (state := keep.load()) is not None:
-        with torch.no_grad():
-            for p, saved in zip(trained, state["parameters"], strict=True):
-                p.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        step, skipped, bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
-        seconds_before = state["seconds"]
-        del state
-    track.resume(step)
-
-    def save() -> None:
-        keep.save(step, {
-            "step": step, "skipped": skipped, "bad_in_a_row": bad_in_a_row, "rng": torch.get_rng_state(),
-            "seconds": seconds_before + time.monotonic() - started,
-            "parameters": [p.detach() for p in trained], "optimizer": optimizer.state_dict(),
-        })  # fmt: skip
-
+    at = _restore(keep.load(), trained, optimizer)
+    track.resume(at.step)
+    first_step, first_second, started = at.step, at.seconds, time.monotonic()
+    saved_at = started
     student.train()
-    if settings.checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
-    started, first_step, saved_at = time.monotonic(), step, time.monotonic()
-    bar = tqdm(
-        total=settings.num_steps * settings.batch_tokens,
-        initial=step * settings.batch_tokens,
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=True,
-    )
-    try:
-        while step < settings.num_steps:
-            batch = batches(step)
-            parts = [part for part in batch.split(max(1, settings.micro_tokens // settings.seq_len)) if part.num_targets]
-            loss = sum(backward(part.to(device), batch).item() for part in parts)
+    with _recomputing(student, settings.checkpointing), _progress_bar(at.step, settings) as bar:
+        while at.step < settings.num_steps:
+            rate = settings.rate(at.step)
+            batch = batches(at.step).with_noise(settings.noise, (settings.seed, at.step))
+            loss = _accumulate(backward, batch, settings, student.device)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).item()
             if math.isfinite(loss) and math.isfinite(norm):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.rate(step)
-                optimizer.step()
-                bad_in_a_row = 0
+                _update(optimizer, rate)
+                at.bad_in_a_row = 0
             else:
-                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+                at.skipped, at.bad_in_a_row = at.skipped + 1, at.bad_in_a_row + 1
             optimizer.zero_grad()
-            step += 1
-            tokens = step * settings.batch_tokens
-            speed = (step - first_step) * settings.batch_tokens / (time.monotonic() - started)
-            bar.update(settings.batch_tokens)
-            bar.set_postfix_str(f"loss {loss:.4f}" + (f", {skipped} skipped" if skipped else ""), refresh=False)
+            at.step += 1
+            at.seconds = first_second + time.monotonic() - started
+            speed = (at.step - first_step) * settings.batch_tokens / (at.seconds - first_second)
             numbers = {
-                "train/loss": loss,
-                "train/grad_norm": norm,
-                "train/lr": settings.rate(step - 1),
-                "speed/tokens_per_s": speed,
-                "train/skipped": skipped,
-                "train/seconds": seconds_before + time.monotonic() - started,
-            }
-            if (
-                measure
-                and settings.evaluate_every
-                and tokens // settings.evaluate_every > (tokens - settings.batch_tokens) // settings.evaluate_every
-            ):
+                "train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "speed/tokens_per_s": speed,
+                "train/skipped": at.skipped, "train/seconds": at.seconds,
+            }  # fmt: skip
+            _show(bar, loss, at, settings)
+            if measure and _is_measurement_due(at.step, settings):
                 numbers["held_out/perplexity"] = measure(student)
                 student.train()
-            track.log(step, tokens, numbers)
-            if bad_in_a_row == BAD_STEPS_IN_A_ROW:
-                raise UserError(
-                    f"Training must have finite gradients; {bad_in_a_row} steps in a row had none (step {step}, learning rate "
-                    f"{settings.rate(step - 1):.2g}). Lower the rate with --set STEP.lr=..., then start again with --fresh."
-                )
-            if keep.stop_requested():
-                save()
-                raise Interrupted(f"Stopped at step {step} of {settings.num_steps}; it is saved. The same command goes on from there.")
-            if time.monotonic() - saved_at > settings.save_every and step < settings.num_steps:
-                save()
+            track.log(at.step, at.step * settings.batch_tokens, numbers)
+            _refuse_hopeless(at, rate)
+            is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
+            if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
+                keep.save(at.step, _state(at, trained, optimizer))
                 saved_at = time.monotonic()
-    finally:
-        bar.close()
-        if settings.checkpointing:
-            student.activation_checkpointing_disable()
-    if skipped == settings.num_steps:
-        raise UserError(f"A stage must take steps; all {skipped} had gradients that are not finite. Lower the rate with --set STEP.lr=....")
+            if is_stopped:
+                raise Interrupted(f"Stopped at step {at.step} of {settings.num_steps}; it is saved. The same command goes on from there.")
+    if at.skipped == settings.num_steps:
+        raise UserError(
+            f"A stage must take steps; all {at.skipped} had gradients that are not finite. Lower the rate with --set STEP.lr=...."
+        )
     for p in student.parameters():
         p.requires_grad_(False)
         p.grad = None
     return student.eval()
+
+
+def _state(at: _Progress, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
+    """What a checkpoint holds."""
+    parameters = [p.detach() for p in trained]
+    return asdict(at) | {"rng": torch.get_rng_state(), "parameters": parameters, "optimizer": optimizer.state_dict()}
+
+
+@torch.no_grad()
+def _restore(state: dict | None, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> _Progress:
+    """Go on from a checkpoint, or from the start where there is none."""
+    if state is None:
+        return _Progress()
+    for p, saved in zip(trained, state["parameters"], strict=True):
+        p.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return _Progress(state["step"], state["skipped"], state["bad_in_a_row"], state["seconds"])
+
+
+@contextmanager
+def _recomputing(student: ConvertedForCausalLM, wanted: bool) -> Iterator[None]:
+    """Each layer is computed again in the backward pass, where that is wanted."""
+    if wanted:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if wanted:
+            student.activation_checkpointing_disable()
+
+
+def _accumulate(backward, batch: Batch, settings: Settings, device: torch.device) -> float:
+    """The gradients of a batch, micro-batch by micro-batch; its loss."""
+    parts = batch.split(max(1, settings.micro_tokens // settings.seq_len))
+    return sum(backward(part.to(device), batch).item() for part in parts if part.num_targets)
+
+
+def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+
+
+def _is_measurement_due(step: int, settings: Settings) -> bool:
+    """Whether this step's tokens completed another `evaluate_every`."""
+    tokens, every = step * settings.batch_tokens, settings.evaluate_every
+    return bool(every) and tokens // every > (tokens - settings.batch_tokens) // every
+
+
+def _refuse_hopeless(at: _Progress, rate: float) -> None:
+    if at.bad_in_a_row == BAD_STEPS_IN_A_ROW:
+        raise UserError(
+            f"Training must have finite gradients; {at.bad_in_a_row} steps in a row had none (step {at.step}, learning rate "
+            f"{rate:.2g}). Lower the rate with --set STEP.lr=..., then start again with --fresh."
+        )
+
+
+def _progress_bar(step: int, settings: Settings) -> tqdm:
+    total, done = settings.num_steps * settings.batch_tokens, step * settings.batch_tokens
+    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
+
+
+def _show(bar: tqdm, loss: float, at: _Progress, settings: Settings) -> None:
+    bar.update(settings.batch_tokens)
+    bar.set_postfix_str(f"loss {loss:.4f}" + (f", {at.skipped} skipped" if at.skipped else ""), refresh=False)

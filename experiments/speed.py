@@ -67,7 +67,9 @@ def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> lis
 
 
 def speeds(name: str, steps: int) -> Table:
-    table = Table("target", "stage", "kernels, tokens/s", "PyTorch operators, tokens/s", "ratio", title=f"{name}, {torch.get_num_threads()} threads")
+    table = Table(
+        "target", "stage", "kernels, tokens/s", "PyTorch operators, tokens/s", "ratio", title=f"{name}, {torch.get_num_threads()} threads"
+    )
     compiled = {module: module.WAYS["cpu"] for module in (chunk_scan, selective_scan)}
     for target in TARGETS:
         for stage in stages.STAGES:
@@ -98,7 +100,9 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
         for event in seen.key_averages():
             kind = next(kind for kind, words in KINDS.items() if any(word in event.key for word in words))
             sums[kind] += event.self_cpu_time_total / 1e6
-        table = Table("kind", "share", "ms a step", title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler")
+        table = Table(
+            "kind", "share", "ms a step", title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler"
+        )
         for kind, seconds in sorted(sums.items(), key=lambda item: -item[1]):
             table.add_row(kind, f"{seconds / total:.1%}", f"{seconds / steps * 1e3:.1f}")
         table.add_row("the rest: Python", f"{1 - sum(sums.values()) / total:.1%}", f"{(total - sum(sums.values())) / steps * 1e3:.1f}")

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +101,18 @@ def test_micro_batches():
     assert [p.input_ids.shape for p in parts] == [(2, 16), (2, 16), (1, 16)]
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(batch, name))
+
+
+def test_noise_replaces_its_share_of_the_inputs_by_tokens_of_the_batch():
+    batch = Batches(Tokens(np.arange(40_000) % 1000, np.array([0])), 500, 20)(0)
+    noisy = batch.with_noise(0.1, (3, 0))
+    assert 0.08 < (noisy.input_ids != batch.input_ids).float().mean() < 0.12
+    assert set(noisy.input_ids.flatten().tolist()) <= set(batch.input_ids.flatten().tolist())
+    assert noisy.labels is batch.labels and noisy.position_ids is batch.position_ids
+    assert torch.equal(noisy.input_ids, batch.with_noise(0.1, (3, 0)).input_ids)
+    for seed in ((3, 1), (4, 0)):
+        assert not torch.equal(noisy.input_ids, batch.with_noise(0.1, seed).input_ids)
+    assert batch.with_noise(0.0, (3, 0)) is batch
 
 
 def test_held_out_windows_are_spread_over_the_text():
@@ -337,6 +350,26 @@ def test_hub_data_without_a_name_or_without_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="need the `datasets` package"):
         list(source.documents())
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(reachable, monkeypatch):
+    """Offline, `datasets` tries nothing, so it says nothing; afterwards it is as it was."""
+
+    def load_dataset(name, *_, **__):
+        assert settings.HF_HUB_OFFLINE is not reachable
+        if name == "not/there":
+            raise ConnectionError("OfflineModeIsEnabled")
+        return [{"text": "one"}]
+
+    settings, exceptions = SimpleNamespace(HF_HUB_OFFLINE=False), SimpleNamespace(DatasetNotFoundError=KeyError)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=load_dataset))
+    monkeypatch.setattr(data, "is_hub_reachable", lambda: reachable)
+    assert list(corpus("hub:some/set").documents()) == [("0", "one")]
+    reason = "OfflineModeIsEnabled" if reachable else "the local cache lacks it and the hub gives no answer"
+    with pytest.raises(UserError, match=rf"^The data set 'not/there' could not be read \({reason}\)\. Without network use --data stdlib"):
+        list(corpus("hub:not/there").documents())
+    assert settings.HF_HUB_OFFLINE is False
 
 
 def test_stdlib_is_source_without_tests():

@@ -40,6 +40,13 @@ def test_energy_mse_is_one_for_a_silent_student_and_free_of_scale():
     torch.testing.assert_close(energy_mse(10 * a, 10 * b), energy_mse(a, b))
 
 
+def test_energy_mse_of_a_batch_is_the_mean_of_its_sequences():
+    scales = torch.tensor([1.0, 30.0, 0.1], dtype=torch.float64)[:, None, None]
+    a, b = scales * logits(3, 4, 8), scales * logits(3, 4, 8, seed=1)
+    each = [(x - y).square().sum() / y.square().sum() for x, y in zip(a, b, strict=True)]
+    torch.testing.assert_close(energy_mse(a, b), torch.stack(each).mean())
+
+
 @pytest.mark.parametrize("objective", [Distill(), Distill(0.5, 0.3, 0.2, 2.0), Distill(1.0, 0.0)], ids=["kl", "all", "ce"])
 def test_gradients(objective):
     s, t, targets = logits(3, 5).requires_grad_(), logits(3, 5, seed=1), torch.tensor([0, 4, 2])

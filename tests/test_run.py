@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from convert import checkpoint, conversion
+from convert.data import corpus
+from convert.errors import UserError
+from convert.model import ConvertedForCausalLM
 from convert.run import main, number_of_tokens
 from tests.conftest import VOCAB, tiny_teacher
 
@@ -244,6 +247,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
         (["--set", "distill.seq_len=4096", "--set", "distill.batch_tokens=4096"], "must fit the teacher's 512 positions"),
         (["--set", "distill.batch_tokens=100"], "a batch must be whole sequences"),
         (["--tokens", "many"], "A number of tokens is written 20000, 500k, 12M or 1B; got 'many'"),
+        (["--set", "distill.noise=1.5"], "noise must be within 0 .. 1; got 1.5"),
         (["--set", "distill.loss_chunk=0"], "loss_chunk must be within 1 .."),
         (["--set", "distill.temperature=0"], "temperature must be within 0.01 .. 100; got 0"),
         (["--set", "distill.forward_kl=0"], "a loss needs a term"),
@@ -301,6 +305,25 @@ def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys)
     assert words in (error := capsys.readouterr().err) and "defect" not in error
 
 
+def test_a_damaged_result_is_named_wherever_it_is_read(tmp_path):
+    folder = checkpoint.StepFolder(tmp_path, 2, "distill")
+    folder.folder.mkdir(parents=True)
+    (folder.folder / "DONE").write_text("{")
+    with pytest.raises(UserError, match="^The result .* is damaged. Delete that file to do the step again"):
+        folder.student(tiny_teacher("gpt_neox"))
+
+
+def test_a_checkpoint_without_room_for_its_digest_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sha256", full)
+    folder = checkpoint.StepFolder(tmp_path, 2, "distill")
+    with pytest.raises(UserError, match="Free some space; the same command goes on from the last one."):
+        folder.save(1, {"step": 1})
+    assert list(folder.folder.iterdir()) == []
+
+
 def test_another_teacher_under_the_same_name_is_refused(teacher, text, tmp_path, capsys):
     mine = tmp_path / "teacher"
     shutil.copytree(teacher, mine)
@@ -327,9 +350,9 @@ def test_float64_decides_where_float32_is_too_coarse(teacher, text, tmp_path, mo
     """A student whose rounding alone moves the logits too far passes; the planted error of the test above does not."""
     exactly = conversion._largest_change
 
-    def rounded(old, new, batch):
-        worst, largest = exactly(old, new, batch)
-        return (worst, largest) if next(old.parameters()).dtype == torch.float64 else (1.0, largest)
+    def rounded(head, before, after):
+        worst, largest = exactly(head, before, after)
+        return (worst, largest) if before.dtype == torch.float64 else (1.0, largest)
 
     monkeypatch.setattr(conversion, "_largest_change", rounded)
     assert main(command(teacher, text, tmp_path / "run")) == 0
@@ -337,15 +360,47 @@ def test_float64_decides_where_float32_is_too_coarse(teacher, text, tmp_path, mo
     assert handover["max_abs_logit"] == 1.0 and handover["max_abs_logit_float64"] < 1e-9
 
 
+def test_a_hand_over_copies_no_student(teacher, text, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the student was copied")
+
+    monkeypatch.setattr(ConvertedForCausalLM, "__deepcopy__", refuse, raising=False)
+    assert main(command(teacher, text, tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize("name, given", [("neox-nano", "neox-nano"), ("mine", "mine"), ("mine", "~/mine")])
+def test_only_a_local_teacher_is_remembered_by_its_place(name, given, teacher, text, tmp_path, monkeypatch, capsys):
+    """An alias stays one, whatever folder of that name lies about."""
+
+    def open_run(out, settings, fresh):
+        raise UserError(f"it is {settings['teacher']}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(teacher, name)
+    monkeypatch.setattr(conversion, "open_run", open_run)
+    assert main(command(given, text, "out", to="linear")) == 2
+    assert f"it is {tmp_path / 'mine' if name == 'mine' else name}\n" in capsys.readouterr().err
+
+
 def test_functions_of_the_package_survive_its_commands():
     script = "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate, run\nassert run.__module__ == evaluate.__module__ == 'convert.conversion'"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 
 
-def test_an_export_that_fails_its_check_is_not_called_model(teacher, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids: _load(folder)(ids, use_cache=False).logits.float() * 1.01)
+def wrong_logits(folder, ids):
+    return _load(folder)(ids, use_cache=False).logits.float() * 1.01
+
+
+def no_process(folder, ids):
+    raise OSError("no more processes")
+
+
+@pytest.mark.parametrize("check, words", [(wrong_logits, "must give the same logits"), (no_process, "no more processes")])
+def test_an_export_that_fails_its_check_is_not_called_model(check, words, teacher, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conversion, "check_in_clean_process", check)
     assert main(command(teacher, text, tmp_path / "run", to="linear")) == 1
-    assert "must give the same logits" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "model.unchecked").exists()
 
 
@@ -354,6 +409,34 @@ def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "distill" in printed and "assumes" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert main(command(teacher, "/no/such/place", tmp_path / "run", "--plan")) == 2
+    assert "There is no data at '/no/such/place'" in capsys.readouterr().err
+
+
+def test_the_text_is_looked_for_once(teacher, text, tmp_path, monkeypatch):
+    looked = []
+    for module in (sys.modules["convert.run"], conversion):
+        monkeypatch.setattr(module, "corpus", lambda spec: looked.append(spec) or corpus(spec))
+    assert main(command(teacher, text, tmp_path / "run", to="linear")) == 0
+    assert looked == [str(text)]
+
+
+@pytest.mark.parametrize("arguments", [["run", "neox-nano", "--to", "mamba"], ["evaluate", "runs/x"], ["generate", "runs/x", "a"]])
+def test_ctrl_c_while_a_command_imports_is_a_line(arguments, tmp_path):
+    """torch is one that never stops importing, and would swallow an exception."""
+    endless = "import time\nprint('importing', flush=True)\nwhile True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass\n"
+    (tmp_path / "torch.py").write_text(endless)
+    started = subprocess.Popen(
+        [sys.executable, "-m", f"convert.{arguments[0]}", *arguments[1:]], cwd=Path(conversion.__file__).parent.parent, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert started.stdout.readline() == "importing\n"
+        started.send_signal(signal.SIGINT)
+        _, error = started.communicate(timeout=20)
+    finally:
+        started.kill()
+    assert (started.returncode, error) == (130, "Stopped before anything began.\n")
 
 
 @pytest.mark.parametrize("text, expected", [("20000", 20_000), ("500k", 500_000), ("12M", 12_000_000), ("1.5B", 1_500_000_000)])
