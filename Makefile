@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 demo: $(VENV)/installed
-	$(BIN)/python -m convert.run neox-nano --to mamba2
+	$(BIN)/python -m convert.run neox-nano --to mamba
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

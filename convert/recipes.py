@@ -65,6 +65,7 @@ class Budget:
     checkpointing: bool = False
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
     schedule: str = "wsd"  # of the last stage
+    noise: float = 0.0  # in the last stage
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -76,7 +77,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_600_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine")
+        default = Budget(1_600_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine", noise=0.1)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -107,7 +108,8 @@ def _align(budget: Budget, tokens: int) -> Train:
 
 def _distill(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 2: by cross-entropy there, by forward KL here (ours: LOG.md)."""
-    return Train("distill", stages.distill, _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule))
+    settings = _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule)
+    return Train("distill", stages.distill, dataclasses.replace(settings, noise=budget.noise))
 
 
 def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable, schedule: str) -> Settings:
