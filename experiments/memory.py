@@ -6,14 +6,11 @@ python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b
 """
 
 import argparse
-import dataclasses
 import json
 import resource
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,37 +23,12 @@ from convert.model import swap
 from convert.objectives import Distill, cosine_distance
 from convert.stages import Settings
 from convert.teachers import read_config, resolve
+from kernels.machine import Peak
 
 
-class Peak:
-    """The highest resident memory while it is open, above that at its start, in bytes; sampled every 2 ms."""
-
-    def __enter__(self):
-        self.start = self.highest = _resident()
-        self.open = True
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while self.open:
-            self.highest = max(self.highest, _resident())
-            time.sleep(0.002)
-
-    def __exit__(self, *_):
-        self.open = False
-        self.thread.join()
-        self.bytes = self.highest - self.start
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def settings(stage: str, seq_len: int, batch_tokens: int, steps: int, **changes) -> Settings:
+def settings(stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk) -> Settings:
     objective, trains = (cosine_distance, stages.feature_maps) if stage == "align" else (Distill(), stages.all_but_embeddings)
-    base = Settings(steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens)
-    return dataclasses.replace(base, **changes)
+    return Settings(steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens, loss_chunk=loss_chunk)
 
 
 def random_text(vocabulary: int, length: int) -> Tokens:

@@ -1,0 +1,122 @@
+"""The microbenchmark: what is wrong or fails gets no time, and its numbers belong together."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from kernels import bench
+from kernels.contenders import CASES, PEERS, why_not
+from kernels.machine import Peak
+from kernels.selective_scan import selective_scan
+
+TINY = {
+    "selective_scan": dict(batch=1, D=8, N=4, L=32),
+    "hedgemamba": dict(batch=1, heads=2, P=4, N=8, L=200),
+    "chunk_scan": dict(batch=1, H=2, P=8, N=16, L=100),
+    "selective_state_update": dict(batch=1, D=8, N=4),
+}
+
+
+def put(monkeypatch, contenders: dict) -> None:
+    """Others in the place of the selective scan's; one length."""
+    real = CASES["selective_scan"]
+    monkeypatch.setitem(
+        CASES,
+        "selective_scan",
+        lambda size: dataclasses.replace(real(size), contenders=contenders, grows=("L", (TINY["selective_scan"]["L"],))),
+    )
+
+
+def wrong_gradient(a):
+    y = selective_scan(**a)
+    return y.detach() + 1.01 * (y - y.detach())
+
+
+WRONG = {
+    "output": lambda a: 1.01 * selective_scan(**a), "gradient": wrong_gradient, "nan": lambda a: selective_scan(**a) * float("nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", WRONG.values(), ids=WRONG)
+def test_a_wrong_contender_gets_no_time(monkeypatch, run):
+    put(monkeypatch, {"wrong": run})
+    row = bench.one("selective_scan", "wrong", TINY["selective_scan"], 0.001)
+    assert not row["error"] < bench.WRONG
+    assert not [name for name in row if name.endswith("_s")]
+    assert bench.ratios(row, row, {}, {}) == {}
+    assert "WRONG, so no time" in bench.line(row | {"label": "wrong"}, 1e3)
+
+
+@pytest.mark.parametrize("case, contender", [(case, name) for case in CASES for name in CASES[case]({}).contenders])
+def test_every_contender_that_is_here_is_right(case, contender):
+    row = bench.one(case, contender, TINY[case], 0.001)
+    assert row["error"] < 1e-5
+    assert row["time_s"] > 0 and row["forward_spread_s"] >= 0
+    assert ("backward_s" in row) == ("both_s" in row) == CASES[case]({}).gradients
+
+
+def test_a_failing_contender_stops_no_other(monkeypatch, tmp_path, capsys):
+    """Nor is it silent; and the numbers of a whole run, each process included, belong together."""
+    put(monkeypatch, {"ours": lambda a: selective_scan(**a), "nobody": None, "another": lambda a: selective_scan(**a)})
+    a_process = bench.in_a_process
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    starts = iter([True, True, False, False])  # of a process; the others save it
+    monkeypatch.setattr(bench, "in_a_process", lambda *of: a_process(*of) if next(starts) else bench.one(*of))
+    size = [f"{name}={value}" for name, value in TINY["selective_scan"].items()]
+    bench.main(["selective_scan", "--size", *size, "--seconds", "0.01", "--json", str(tmp_path / "bench.json")])
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    ours, failing, other, again = found["rows"]
+    assert failing["failed"] == "KeyError: 'nobody'" and "time_s" not in failing
+    assert "failed: KeyError: 'nobody'" in printed
+    assert again["table"] == "growing" and again["label"] == "L=32"
+    assert max(map(len, printed.splitlines())) <= 140
+    for row, base in ((ours, ours), (other, ours), (again, again)):
+        belongs_together(row, base, found["ceilings"])
+    assert found["machine"]["cpu"] and found["machine"]["threads"] and found["machine"]["versions"]["torch"] == torch.__version__
+    assert found["machine"]["not_measured"] == {peer: why_not(peer) for peer in PEERS if why_not(peer)}
+
+
+def belongs_together(row: dict, base: dict, rates: dict) -> None:
+    same = pytest.approx
+    cost = CASES["selective_scan"](row["size"]).cost.values()
+    assert row["time_s"] == row["both_s"]
+    assert row["time_ratio"] == same(row["time_s"] / base["time_s"])
+    assert row["peak_ratio"] is None or row["peak_ratio"] == same(row["peak_bytes"] / base["peak_bytes"])
+    assert row["GB_s"] * row["time_s"] * 1e9 == same(sum(c.bytes for c in cost))
+    assert row["GFLOP_s"] * row["time_s"] * 1e9 == same(sum(c.operations for c in cost))
+    assert row["of_copy"] * rates["copy_GB_s"] == same(row["GB_s"])
+    assert row["of_product"] * rates["product_GFLOP_s"] == same(row["GFLOP_s"])
+    assert row["bound_ratio"] * row["bound_s"] == same(row["time_s"])
+    assert (
+        row["bound_s"]
+        >= max(sum(c.bytes for c in cost) / rates["copy_GB_s"], sum(c.exponentials for c in cost) / rates["exponentials_G_s"]) / 1e9
+    )
+
+
+def test_a_peer_that_takes_less_is_compared_at_its_size(monkeypatch):
+    def measured(case, contender, size, at_least):
+        return {"case": case, "contender": contender, "size": size, "time_s": size["L"], "peak_bytes": size["L"]}
+
+    monkeypatch.setattr(bench, "in_a_process", measured)
+    monkeypatch.setitem(PEERS, "transformers", "torch")  # as if it were installed
+    rates = {"copy_GB_s": 1.0, "product_GFLOP_s": 1.0, "exponentials_G_s": 1.0}
+    rows = {row["label"]: row for row in bench.versus("selective_scan", {"L": 512}, 1.0, rates)}
+    assert rows["ours"]["size"]["L"] == 512 and rows["transformers, L=128"]["size"]["L"] == 128
+    assert {row["time_ratio"] for row in rows.values()} == {1.0}
+
+
+def test_peak_sees_what_is_freed_again():
+    with Peak() as peak:
+        torch.ones(1 << 24)
+    assert 60e6 < peak.bytes < 100e6
+
+
+@pytest.mark.parametrize(
+    "words, message", [(["--size", "L=4"], "goes with a name"), (["chunk_scan", "--size", "D=4"], "parts of its size"), (["chunk_scan", "--size", "L"], "invalid")]
+)  # fmt: skip
+def test_wrong_arguments_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(words)
+    assert message in capsys.readouterr().err
