@@ -22,28 +22,31 @@ except ImportError:  # in a try: transformers then lets a machine without Triton
 
 from kernels.tune import bucket, tuned
 
+WHOLE = 16  # columns: rows that start at whole vectors need half the registers
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def _dot(a, b):
-    """In the dtype of the inputs, bfloat16 or float32, with sums in float32."""
+    """In the dtype of the inputs, bfloat16 or float32, with sums in float32. NVIDIA's matrix units take float32 as three TF32."""
     if INTERPRETED:  # the interpreter takes the bits of bfloat16 for whole numbers
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
+    if tl.target_info.is_cuda():
+        return tl.dot(a, b, input_precision="tf32x3", out_dtype=tl.float32)
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit
 def _tile(base, rows, columns, row_stride, real_rows, real_columns):
-    """base[rows, columns], 0 outside."""
+    """base[rows, columns], 0 outside. Within a tile 32 bits are enough; `base` is beyond them."""
     inside = (rows < real_rows)[:, None] & (columns < real_columns)[None, :]
-    return tl.load(base + rows[:, None].to(tl.int64) * row_stride + columns[None, :], mask=inside, other=0.0)
+    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(base, rows, columns, row_stride, real_rows, real_columns, values):
     inside = (rows < real_rows)[:, None] & (columns < real_columns)[None, :]
-    tl.store(base + rows[:, None].to(tl.int64) * row_stride + columns[None, :], values, mask=inside)
+    tl.store(base + rows[:, None] * row_stride + columns[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def _scores(a, a_stride, b, b_stride, q, rows, size, Q: tl.constexpr, BLOCK: tl.
     return scores
 
 
-@tuned((4, 2), (4, 3), (8, 2), key=["N", "P", "R", "REVERSE", "lengths"])
+@tuned((8, 2), (8, 3), key=["N", "P", "R", "REVERSE", "lengths"])
 @triton.jit
 def carry_kernel(
     left, right, scale, keep, first, states, last, L, H, N, P, chunks, lengths,
@@ -86,14 +89,14 @@ def carry_kernel(
         rows, row = L - c * Q, (b * L + c * Q) * H + h
         scale_Q = tl.load(scale + (head * chunks + c) * Q + q)
         state *= tl.load(keep + head * chunks + c)
-        for r in tl.static_range(R):
+        for r in tl.range(0, R, num_stages=1):
             left_QN = _tile(left + (row * R + r) * N, q, n, H * R * N, rows, N)
             right_QP = _tile(right + (row * R + r) * P, q, p, H * R * P, rows, P)
             state += _dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
-@tuned((4, 2), (4, 3), (8, 2), key=["N", "P", "R", "DOCUMENTS", "lengths"])
+@tuned((4, 2), (8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def outputs_kernel(
     x, B, C, high, low, ids, into, states, y, L, H, N, P, chunks, lengths,
@@ -107,7 +110,7 @@ def outputs_kernel(
     decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     x_QP = _tile(x + row * P, q, p, H * P, rows, P)
     into_Q = tl.load(into + step + q)
-    for r in tl.static_range(R):
+    for r in tl.range(0, R, num_stages=1):
         y_QP, scores_QQ = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, Q), tl.float32)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
@@ -118,7 +121,7 @@ def outputs_kernel(
         _store(y + (row * R + r) * P, q, p, H * R * P, rows, P, y_QP)
 
 
-@tuned((4, 1), (4, 2), (8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
+@tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def values_gradient_kernel(
     x, B, C, dy, high, low, ids, out, keep, states, dstates, dx, dF, dend, L, H, N, P, chunks, lengths,
@@ -142,7 +145,7 @@ def values_gradient_kernel(
     through_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
     dF_Q = -through_Q
     decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
-    for r in tl.static_range(R):
+    for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, rows, N, Q, BLOCK_N) * decay_QQ
         dy_QP = _tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P)
         dx_QP += _dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
@@ -153,7 +156,7 @@ def values_gradient_kernel(
     tl.store(dend + slice_P + head * chunks + c, tl.sum(through_Q, 0) + tl.load(keep + head * chunks + c) * tl.sum(carried_P, 0))
 
 
-@tuned((4, 1), (4, 2), (8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
+@tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def keys_gradient_kernel(
     x, B, C, dy, high, low, ids, into, out, states, dstates, dB, dC, dF, L, H, N, P, chunks, lengths,
@@ -173,7 +176,7 @@ def keys_gradient_kernel(
     dB_QN *= out_Q[:, None]
     decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     dF_Q = tl.zeros((Q,), tl.float32)
-    for r in tl.static_range(R):
+    for r in tl.range(0, R, num_stages=1):
         dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
@@ -215,8 +218,12 @@ def _chunks(log_decay: Tensor, document_ids: Tensor | None, Q: int) -> _Chunks:
     return _Chunks(*(t.contiguous() for t in (high, (fall - high).float(), ids, into.float(), out.float(), keep.float())))
 
 
-def _block(size: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(size)))
+def _blocks(L: int, N: int, P: int, dtype: torch.dtype) -> dict[str, int]:
+    """Steps, states and channels at a time: what fits in registers (audit.py). A product takes 16 at least."""
+    most = (32, 32, 16) if dtype == torch.float32 else (64, 64, 32)
+    return {
+        name: min(m, max(16, triton.next_power_of_2(n))) for name, n, m in zip(("Q", "BLOCK_N", "BLOCK_P"), (L, N, P), most, strict=True)
+    }
 
 
 class FusedScan(torch.autograd.Function):
@@ -225,13 +232,13 @@ class FusedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, log_decay, B, C, S, document_ids):
         batch, L, H, P = x.shape
-        N, R, Q = B.shape[3], C.shape[3], min(64, max(16, triton.next_power_of_2(L)))
+        N, R, blocks = B.shape[3], C.shape[3], _blocks(L, B.shape[3], P, x.dtype)
         x, B, C, S = (t.contiguous() for t in (x, B, C, S))
-        of = _chunks(log_decay, document_ids, Q)
-        chunks, blocks_n, blocks_p = of.keep.shape[2], triton.cdiv(N, _block(N)), triton.cdiv(P, _block(P))
+        of = _chunks(log_decay, document_ids, blocks["Q"])
+        chunks, blocks_n, blocks_p = of.keep.shape[2], triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(P, blocks["BLOCK_P"])
         states, last = B.new_empty(batch, H, chunks, N, P), torch.empty_like(S)
         y = S.new_empty(*C.shape[:4], P)
-        sizes, blocks = (L, H, N, P, chunks, bucket(L)), dict(Q=Q, BLOCK_N=_block(N), BLOCK_P=_block(P))
+        sizes = L, H, N, P, chunks, bucket(L)
         carry_kernel[(batch * H, blocks_n, blocks_p)](B, x, of.out, of.keep, S, states, last, *sizes, R=1, REVERSE=False, **blocks)
         outputs_kernel[(batch * H, chunks, blocks_p)](
             x, B, C, of.high, of.low, of.ids, of.into, states, y, *sizes, R=R, DOCUMENTS=document_ids is not None, **blocks
@@ -248,7 +255,7 @@ class FusedScan(torch.autograd.Function):
         N, R, Q = B.shape[3], C.shape[3], ctx.blocks["Q"]
         dy, dS = dy.to(x.dtype).contiguous(), dS.contiguous()
         of = _chunks(log_decay, document_ids, Q)
-        chunks, blocks_n, blocks_p = of.keep.shape[2], triton.cdiv(N, _block(N)), triton.cdiv(P, _block(P))
+        chunks, blocks_n, blocks_p = of.keep.shape[2], triton.cdiv(N, ctx.blocks["BLOCK_N"]), triton.cdiv(P, ctx.blocks["BLOCK_P"])
         dstates, dS_first = torch.empty_like(states), torch.empty_like(dS)
         dx, dB, dC = (torch.empty_like(t) for t in (x, B, C))
         dF_values, dF_keys = (dS.new_empty(n, batch, H, chunks, Q) for n in (blocks_p, blocks_n))
@@ -267,5 +274,9 @@ class FusedScan(torch.autograd.Function):
 
 
 def chunk_scan_triton(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
-    """As chunk_scan_reference; x, B and C float32 or bfloat16, the rest float32."""
-    return FusedScan.apply(x, log_decay, B, C, S, document_ids)
+    """As chunk_scan_reference; x, B and C float32 or bfloat16, the rest float32. N and P are filled up with zeros to whole vectors."""
+    P, N = x.shape[-1], B.shape[-1]
+    x, B, C = (F.pad(t, (0, -t.shape[-1] % WHOLE)) for t in (x, B, C))
+    S = F.pad(S, (0, -P % WHOLE, 0, -N % WHOLE))
+    y, S = FusedScan.apply(x, log_decay, B, C, S, document_ids)
+    return y[..., :P], S[..., :N, :P]

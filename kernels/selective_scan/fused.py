@@ -54,7 +54,7 @@ def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
     return delta, a
 
 
-@tuned((4, 1), (1, 1), (2, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "KEEP", "lengths"])
+@tuned((2, 1), (1, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "KEEP", "lengths"])
 @triton.jit
 def forward_kernel(
     u, delta, A, B, C, starts, h, y, begins, last, batch, D, L, N, per_group, lengths,
@@ -99,7 +99,7 @@ def forward_kernel(
         tl.store(last + size + state, ones_N, mask=real)
 
 
-@tuned((4, 1), (2, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "lengths"], restore=("dh", "dA"))
+@tuned((8, 1), key=["N", "R", "ONES", "DOCUMENTS", "lengths"], restore=("dh", "dA"))
 @triton.jit
 def backward_kernel(
     u, delta, A, B, C, starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, per_group, blocks_d, lengths,

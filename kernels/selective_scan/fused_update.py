@@ -13,7 +13,7 @@ from kernels.tune import tuned
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@tuned((4, 1), (1, 1), (2, 1), key=["heads", "P", "N"], restore=("state",))
+@tuned((1, 1), key=["heads", "P", "N"], restore=("state",))
 @triton.jit
 def update_kernel(
     state, x, dt, A, B, C, D, z, dt_bias, y, heads, groups, P, N,
