@@ -107,10 +107,12 @@ def _backward(*outputs: Tensor) -> None:
 CASES = [
     Case(selective_scan, dict(N=16)),
     Case(selective_scan, dict(N=16, training=False)),
+    Case(selective_scan, dict(N=16, batch=1)),
     Case(selective_scan, dict(N=100, G=4, R=2)),
     Case(selective_scan, dict(N=16, ones=True, documents=True)),
     Case(selective_scan, dict(N=512, G=4, R=2, ones=True, documents=True)),
     Case(chunk_scan, dict(N=16)),
+    Case(chunk_scan, dict(N=16, batch=1)),
     Case(chunk_scan, dict(N=128)),
     Case(chunk_scan, dict(N=128, bf16=True)),
     Case(chunk_scan, dict(N=100, R=2, ones=True, documents=True)),

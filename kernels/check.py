@@ -6,6 +6,13 @@ from torch import Tensor
 MAX_STATES = 1024  # per channel or head: what the kernels are written and checked for
 
 
+def check_types(values: dict[str, object]) -> None:
+    """Raises ValueError unless each is a tensor, or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}.")
+
+
 def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
     """Raises ValueError unless all are floating-point, not empty, and on one device, with at most MAX_STATES states."""
     (first, reference), *_ = tensors.items()
@@ -23,9 +30,9 @@ def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
 
 
 def check_decay(A: Tensor) -> None:
-    """Raises ValueError for a NaN. On a CPU only: elsewhere looking at a value would wait for the device."""
-    if A.device.type == "cpu" and not torch.compiler.is_compiling() and bool(A.detach().sum().isnan()):
-        raise ValueError(f"A must be numbers; got {int(A.isnan().sum())} NaN of {A.numel()} (or infinities of both signs).")
+    """Raises ValueError for what is not finite. On a CPU only: elsewhere looking at a value would wait for the device."""
+    if A.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(A.detach().sum().isfinite()):
+        raise ValueError(f"A must be finite; got {int(A.isnan().sum())} NaN and {int(A.isinf().sum())} infinities of {A.numel()}.")
 
 
 def check_documents(document_ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:

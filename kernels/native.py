@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+LOCK = threading.RLock()  # around the first use: compiling and registering
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
 
@@ -40,12 +42,15 @@ def library(source: Path) -> ctypes.CDLL | str:
     texts = [file.read_bytes() for file in (source, *sorted(source.parent.parent.glob("*.h")))]
     facts = repr((texts, compiler, version, torch.__version__, _processor(), FLAGS))
     target = cache() / f"{source.parent.name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
-    if not target.exists() and (problem := _compile(compiler, source, target)):
-        return problem
-    try:
-        return ctypes.CDLL(str(target))
-    except OSError as error:
-        return f"{target} does not load ({error}); delete it"
+    for _ in range(2):
+        if not target.exists() and (problem := _compile(compiler, source, target)):
+            return problem
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError as error:  # damaged: made again, once
+            problem = f"{target} does not load ({error}); delete it"
+            target.unlink(missing_ok=True)
+    return problem
 
 
 def register(name: str, forward, backward, fakes, gradients, setup) -> None:
@@ -72,8 +77,13 @@ def _compile(compiler: str, source: Path, target: Path) -> str | None:
             for openmp in (["-fopenmp"], []):  # Apple's clang has none: one thread then
                 done = subprocess.run([compiler, *FLAGS, *openmp, str(source), "-o", str(aside)], capture_output=True, text=True)
                 if done.returncode == 0:
+                    with aside.open("rb") as file:
+                        os.fsync(file.fileno())
                     aside.replace(target)
                     return None
+                if "omp" not in done.stderr:
+                    break
+                print(f"{compiler} has no OpenMP: {source.parent.name} will use one thread.", file=sys.stderr)
     except OSError as error:
         return f"the compiled library cannot be written ({error})"
     lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]

@@ -37,6 +37,8 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run on this device in this dtype; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device not in ("cpu", "cuda", "xpu"):
+        return f"the tensors are on {device}"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a GPU (or TRITON_INTERPRET=1, set before Triton is imported)"
     if dtype == torch.float64:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_tensors
+from kernels.check import check_decay, check_documents, check_tensors, check_types
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
@@ -28,14 +28,15 @@ def chunk_scan(
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = C_t^T S_t. `document_ids` [batch, L]: the state starts anew where the
     id changes. `normalize`: y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones; it is
     the last of then P + 1 columns of the states.
-    Computed in float32 (float64 if x is; the products of "triton" take x, B and C in the dtype of x); `impl`: "auto", "triton",
+    Computed in float32 (float64 if x is; without `normalize`, "triton" multiplies bfloat16 as it is); `impl`: "auto", "triton",
     "cpu" (compiled), "chunked" (PyTorch operators) or "reference"; "auto" takes the first that runs here.
     """
     _check(x, dt, A, B, C)
     _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out_dtype, heads, way = x.dtype, x.shape[2], _pick(impl, x.device.type, dtype)
-    factors = x.dtype if way == "triton" else dtype  # of the matrix products; their sums and the states are in `dtype`
+    # of the matrix products; sums and states are in `dtype`. A denominator in bfloat16 would cost more than 1e-2 of the gradients
+    factors = torch.bfloat16 if way == "triton" and x.dtype == torch.bfloat16 and not normalize else dtype
     x, dt, A = (t.to(dtype) for t in (x, dt, A))
     B, C = (t.to(factors) for t in (B, C))
     B = B.repeat_interleave(heads // B.shape[2], 2)
@@ -74,6 +75,7 @@ def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
 
 def _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize) -> None:
     batch, L, H, P = x.shape
+    check_types(dict(D=D, initial_states=initial_states))
     outputs = max(H, C.shape[2])
     if D is not None and D.shape not in ((outputs,), (outputs, P)):
         raise ValueError(f"D must be {(outputs,)} or {(outputs, P)}; got {tuple(D.shape)}.")
@@ -86,6 +88,7 @@ def _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize) -> N
 
 
 def _check(x, dt, A, B, C) -> None:
+    check_types(dict(x=x, dt=dt, A=A, B=B, C=C))
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be [batch, L, H, P], not empty; got {tuple(x.shape)}.")
     batch, L, H, _ = x.shape
@@ -94,7 +97,7 @@ def _check(x, dt, A, B, C) -> None:
     for name, t in (("B", B), ("C", C)):
         if t.ndim != 4 or t.shape[:2] != (batch, L) or t.shape[-1] != B.shape[-1]:
             raise ValueError(f"{name} must be [batch, L, groups, N] with batch {batch}, L {L}; got {tuple(t.shape)}.")
-    if H % B.shape[2] or (C.shape[2] != B.shape[2] and C.shape[2] % H):
+    if not B.shape[2] or not C.shape[2] or H % B.shape[2] or (C.shape[2] != B.shape[2] and C.shape[2] % H):
         raise ValueError(
             f"The groups of B must divide H; those of C equal B's or a multiple of H; got H {H}, B {B.shape[2]}, C {C.shape[2]}."
         )

@@ -147,8 +147,7 @@ template <typename T> struct Head {
         for (int t = 0; t < steps; t++)
             for (int s = 0; s < STEPS; s += W) {
                 Vec<T> i = load<T>(index + s), e = (high[t] - load<T>(high + s)) + (low[t] - load<T>(low + s));
-                e = e > (T)0 ? Vec<T>{} : e;  // only for s > t, which are not wanted
-                e = exp2_of(e);
+                e = exp2_of(i > (T)t ? Vec<T>{} : e);  // s > t is not wanted, and could overflow
                 e = i > (T)t ? Vec<T>{} : e;
                 store(decay + t * STEPS + s, i < (T)first[t] ? Vec<T>{} : e);
             }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, library, register
+from kernels.native import LOCK, lanes, library, register
 
 
 class _Scan(ctypes.Structure):
@@ -49,7 +49,11 @@ def scan_forward(
 
 
 def _fake_forward(x, log_decay, B, C, S, document_ids, keep):
-    return x.new_empty(*C.shape[:4], x.shape[3]), torch.empty_like(S), x.new_empty(_begins(x, B.shape[3]) if keep else 0)
+    return (
+        x.new_empty(*C.shape[:4], x.shape[3]),
+        torch.empty_like(S, memory_format=torch.contiguous_format),
+        x.new_empty(_begins(x, B.shape[3]) if keep else 0),
+    )
 
 
 def scan_backward(
@@ -95,9 +99,10 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"it takes states of float32 or float64, not {dtype}"
-    if isinstance(found := native(), str):
-        return found
-    _register()
+    with LOCK:
+        if isinstance(found := native(), str):
+            return found
+        _register()
     return None
 
 

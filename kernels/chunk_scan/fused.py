@@ -278,5 +278,6 @@ def chunk_scan_triton(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor,
     P, N = x.shape[-1], B.shape[-1]
     x, B, C = (F.pad(t, (0, -t.shape[-1] % WHOLE)) for t in (x, B, C))
     S = F.pad(S, (0, -P % WHOLE, 0, -N % WHOLE))
-    y, S = FusedScan.apply(x, log_decay, B, C, S, document_ids)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it for the backward pass
+        y, S = FusedScan.apply(x, log_decay, B, C, S, document_ids)
     return y[..., :P], S[..., :N, :P]

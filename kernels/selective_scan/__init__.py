@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_tensors
+from kernels.check import check_decay, check_documents, check_tensors, check_types
 from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
@@ -97,6 +97,7 @@ def _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids
             raise ValueError(f"initial_state must be a pair (num, den) with normalize=True; got {got}.")
         expected |= {f"initial_state of {name}": (h, (batch, *A.shape)) for name, h in zip(("num", "den"), initial_state, strict=True)}
     else:
+        check_types(dict(initial_state=initial_state))
         expected["initial_state"] = initial_state, (batch, *A.shape)
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
@@ -107,6 +108,7 @@ def _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids
 
 
 def _check(u, delta, A, B, C) -> None:
+    check_types(dict(u=u, delta=delta, A=A, B=B, C=C))
     if u.ndim != 3 or delta.shape != u.shape:
         raise ValueError(f"u and delta must both be [batch, D, L]; got {tuple(u.shape)} and {tuple(delta.shape)}.")
     batch, D, L = u.shape
@@ -120,5 +122,5 @@ def _check(u, delta, A, B, C) -> None:
                 f"{name} must be [batch, N, L] or [batch, G, N, L] with batch {batch}, N {A.shape[1]}, L {L}; got {tuple(t.shape)}."
             )
     groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
-    if D % groups_B or groups_C % groups_B:
+    if not groups_B or not groups_C or D % groups_B or groups_C % groups_B:
         raise ValueError(f"The groups of B must divide D and the groups of C; got D {D}, B {groups_B}, C {groups_C}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, library, register
+from kernels.native import LOCK, lanes, library, register
 
 SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634
@@ -91,7 +91,7 @@ def scan_forward(
 def _fake_forward(u, delta, A, B, C, h, starts, keep):
     outputs = [_like(u, u.shape[1] // B.shape[1] * C.shape[1]) for _ in range(len(h))]
     begins = u.new_empty(_begins(u, A, B, len(h)) if keep else 0)
-    return outputs[0], outputs[1] if len(h) == 2 else u.new_empty(0), torch.empty_like(h), begins
+    return outputs[0], outputs[1] if len(h) == 2 else u.new_empty(0), torch.empty_like(h, memory_format=torch.contiguous_format), begins
 
 
 def scan_backward(
@@ -132,7 +132,7 @@ def scan_backward(
 
 def _fake_backward(dy, dy_ones, dh, u, delta, A, B, C, begins, starts):
     rows = [t.new_empty(t.shape[0], t.shape[1], t.shape[3], t.shape[2]).mT for t in (B, C)]
-    return _like(u, u.shape[1]), _like(delta, u.shape[1]), torch.empty_like(A), *rows, torch.empty_like(dh)
+    return _like(u, u.shape[1]), _like(delta, u.shape[1]), A.new_empty(A.shape), *rows, dh.new_empty(dh.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -163,9 +163,10 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"it takes states of float32 or float64, not {dtype}"
-    if isinstance(found := native(), str):
-        return found
-    _register()
+    with LOCK:
+        if isinstance(found := native(), str):
+            return found
+        _register()
     return None
 
 

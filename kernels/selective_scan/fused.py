@@ -68,7 +68,7 @@ def forward_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     real = n < N
     A_N = tl.load(A + d * N + n, mask=real, other=0.0)
-    state, size = (b * D + d) * N + n, batch.to(tl.int64) * D * N
+    state, size = (b * D + d) * N + n, tl.cast(batch, tl.int64) * D * N
     h_N = tl.load(h + state, mask=real, other=0.0)
     ones_N = tl.load(h + size + state, mask=real, other=0.0) if ONES else h_N
     for chunk in range(tl.cdiv(L, BLOCK_T)):
@@ -89,7 +89,7 @@ def forward_kernel(
             to = y + ((((block * K * batch + b) * G + g) * R + r) * per_group + within) * L + t
             tl.store(to, tl.sum(h_TN * C_TN, 1), mask=t < L)
             if ONES:
-                tl.store(to + batch.to(tl.int64) * D * R * L, tl.sum(ones_TN * C_TN, 1), mask=t < L)
+                tl.store(to + tl.cast(batch, tl.int64) * D * R * L, tl.sum(ones_TN * C_TN, 1), mask=t < L)
         end = (steps == BLOCK_T - 1)[:, None]  # beyond L the decay is 1 and nothing is added
         h_N = tl.sum(tl.where(end, h_TN, 0.0), 0)
         if ONES:
@@ -113,7 +113,7 @@ def backward_kernel(
     G, chunks = D // per_group, tl.cdiv(L, BLOCK_T)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     real = n < N
-    size = batch.to(tl.int64) * D * N
+    size = tl.cast(batch, tl.int64) * D * N
     for backwards in range(chunks):
         chunk = chunks - 1 - backwards
         steps = tl.arange(0, BLOCK_T)
@@ -140,7 +140,7 @@ def backward_kernel(
                 g_TN += dy_T[:, None] * C_TN
                 dC_TN = dy_T[:, None] * h_TN
                 if ONES:
-                    do_T = tl.load(of + batch.to(tl.int64) * D * R * L, mask=t < L, other=0.0)
+                    do_T = tl.load(of + tl.cast(batch, tl.int64) * D * R * L, mask=t < L, other=0.0)
                     go_TN += do_T[:, None] * C_TN
                     dC_TN += do_T[:, None] * ones_TN
                 to = dC + (((slice_d * batch + b) * G + g) * R + r) * L * N + tile
@@ -229,5 +229,6 @@ class FusedScan(torch.autograd.Function):
 
 def selective_scan_triton(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
-    y, last = FusedScan.apply(u, delta, A, B, C, h, starts)
+    with torch.cuda.device_of(u):  # Triton launches on the current device; autograd sets it for the backward pass
+        y, last = FusedScan.apply(u, delta, A, B, C, h, starts)
     return y.unbind(0), last

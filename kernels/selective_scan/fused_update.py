@@ -1,5 +1,6 @@
 """One step of the selective scan on a GPU, in Triton: each state is read and written once."""
 
+import torch
 from torch import Tensor
 
 try:
@@ -58,8 +59,9 @@ def update_triton(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tenso
     y = x.new_empty(batch, heads, P, dtype=state.dtype)
     block_n = min(128, triton.next_power_of_2(N))
     block_p = max(1, min(triton.next_power_of_2(P), 1024 // block_n))
-    update_kernel[(batch * heads, triton.cdiv(P, block_p))](
-        state, x, dt, A, B, C, *(x if t is None else t for t in (D, z, dt_bias)), y, heads, B.shape[1], P, N, HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, BLOCK_P=block_p, BLOCK_N=block_n,
-    )  # fmt: skip
+    with torch.cuda.device_of(state):  # Triton launches on the current device
+        update_kernel[(batch * heads, triton.cdiv(P, block_p))](
+            state, x, dt, A, B, C, *(x if t is None else t for t in (D, z, dt_bias)), y, heads, B.shape[1], P, N, HAS_D=D is not None,
+            HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, BLOCK_P=block_p, BLOCK_N=block_n,
+        )  # fmt: skip
     return y

@@ -45,9 +45,12 @@ def _per_head(state, x, dt, A, B, C, D, z, dt_bias) -> list[Tensor | None]:
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
     groups = B.shape[1] if B.ndim == 3 else 1
+    rows = (batch, N) if B.ndim == 2 else (batch, groups, N)
     for name, t in (("B", B), ("C", C)):
-        if t.shape not in ((batch, N), (batch, groups, N)) or (channels[0] if heads else 1) % groups:
-            raise ValueError(f"{name} must be {(batch, N)} or [{batch}, G, {N}] with G dividing the heads; got {tuple(t.shape)}.")
+        if t.shape != rows or not groups or (channels[0] if heads else 1) % groups:
+            raise ValueError(
+                f"{name} must be {(batch, N)} or [{batch}, G, {N}], as the other, with G dividing the heads; got {tuple(t.shape)}."
+            )
     check_tensors(dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias), N)
     if not state.is_contiguous():
         raise ValueError("state must be contiguous: it is changed in place.")

@@ -126,6 +126,14 @@ def test_strong_decay_neither_overflows_nor_vanishes(impl):
     assert all(bool(g.isfinite().all()) for g in gradients)
 
 
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
+def test_a_state_may_grow(impl):
+    """A positive A is not Mamba's, but nothing forbids it."""
+    a = make(100) | dict(A=torch.full((HEADS,), 0.01, dtype=torch.float64))
+    for found, wanted in zip(run(chunk_scan, a, impl), run(chunk_scan, a, "reference"), strict=True):
+        assert_close(found, wanted, FLOAT64)
+
+
 def test_bfloat16_keeps_float32_states():
     y, last = chunk_scan(**make(8, dtype=torch.bfloat16), return_final_states=True)
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
@@ -162,10 +170,12 @@ def test_backward_keeps_nothing_quadratic_in_length(monkeypatch):
 
 
 WRONG = {
+    "a chunk size": (dict(D=256), "D must be a tensor; got int"),
+    "no groups": (dict(B=torch.ones(2, 8, 0, 5)), r"must divide H; .* got H 4, B 0, C 1"),
     "integers": (dict(A=torch.ones(4, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(4, device="meta")), "on one device; got x on cpu and A on meta"),
     "too many states": (dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)), "must be at most 1024; got 1025"),
-    "NaN": (dict(A=torch.tensor([0, 0, torch.nan, -1])), "A must be numbers; got 1 NaN of 4"),
+    "NaN": (dict(A=torch.tensor([0, 0, torch.nan, -1])), "A must be finite; got 1 NaN and 0 infinities of 4"),
     "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "x": (dict(x=torch.ones(2, 8, 4)), r"x must be \[batch, L, H, P\], not empty; got \(2, 8, 4\)"),
     "x empty": (dict(x=torch.ones(2, 0, 4, 3)), r"not empty; got \(2, 0, 4, 3\)"),

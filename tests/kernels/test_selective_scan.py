@@ -169,11 +169,15 @@ def test_backward_keeps_no_state_per_step():
 
 
 WRONG = {
+    "a list": (dict(A=[[1.0] * 5] * 6), "A must be a tensor; got list"),
+    "a pair": (dict(initial_state=(torch.ones(2, 6, 5),) * 2), "initial_state must be a tensor; got tuple"),
+    "no groups": (dict(B=torch.ones(2, 0, 5, 8)), r"must divide D .*got D 6, B 0, C 1"),
+    "infinite": (dict(A=torch.full((6, 5), -torch.inf)), "A must be finite; got 0 NaN and 30 infinities of 30"),
     "integers": (dict(A=torch.ones(6, 5, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(6, 5, device="meta")), "on one device; got u on cpu and A on meta"),
     "no states": (dict(A=torch.ones(6, 0), B=torch.ones(2, 0, 8), C=torch.ones(2, 0, 8)), r"A must not be empty; got \(6, 0\)"),
     "too many states": (dict(A=torch.ones(6, 1025), B=torch.ones(2, 1025, 8), C=torch.ones(2, 1025, 8)), "must be at most 1024; got 1025"),
-    "NaN": (dict(A=torch.full((6, 5), torch.nan)), "A must be numbers; got 30 NaN of 30"),
+    "NaN": (dict(A=torch.full((6, 5), torch.nan)), "A must be finite; got 30 NaN and 0 infinities of 30"),
     "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "u and delta": (dict(delta=torch.ones(2, 6, 7)), r"u and delta .*\(2, 6, 8\) and \(2, 6, 7\)"),
     "u empty": (dict(u=torch.ones(2, 6, 0), delta=torch.ones(2, 6, 0)), r"must not be empty; got \(2, 6, 0\)"),

@@ -67,6 +67,8 @@ def test_expanded_views_and_bfloat16_inputs():
 
 
 WRONG = {
+    "groups of C": (dict(B=torch.ones(2, 1, 16)), r"C must be .* as the other"),
+    "no groups": (dict(B=torch.ones(2, 0, 16), C=torch.ones(2, 0, 16)), r"with G dividing the heads; got \(2, 0, 16\)"),
     "integers": (dict(A=torch.ones(6, 16, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(6, 16, device="meta")), "on one device; got state on cpu and A on meta"),
     "state": (dict(state=torch.ones(2, 6)), r"state must be .*; got \(2, 6\)"),

@@ -66,6 +66,11 @@ def test_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", SCANS)
+def test_bfloat16_with_a_denominator(name):
+    compare(name, 63, dtype=torch.bfloat16, tolerance=BFLOAT16, normalize=True)
+
+
+@pytest.mark.parametrize("name", SCANS)
 def test_a_perturbed_decay_shows(name):
     scan, make = SCANS[name]
     a = make(63, dtype=torch.float32)
