@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import LOCK, lanes, library, register
+from kernels.native import LOCK, lanes, large_pages, library, register
 
 
 class _Scan(ctypes.Structure):
@@ -42,6 +42,7 @@ def scan_forward(
     last = S.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(*C.shape[:4], x.shape[3])
     begins = x.new_empty(_begins(x, B.shape[3]) if keep else 0)
+    large_pages(y, begins)
     ids = None if document_ids is None else document_ids.long().contiguous()
     tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=last, begins=begins if keep else None, y=y)
     _call("forward", x, C, tensors)
@@ -63,6 +64,7 @@ def scan_backward(
     x, B, C, dy, decay = x.contiguous(), B.contiguous(), C.contiguous(), dy.contiguous(), log_decay.double().contiguous()
     dS = dS.clone(memory_format=torch.contiguous_format)
     dx, dB, dC, ddecay = (torch.empty_like(t) for t in (x, B, C, decay))
+    large_pages(dx, dB, dC)
     ids = None if document_ids is None else document_ids.long().contiguous()
     tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=dS, begins=begins, y=dy, dx=dx, dB=dB, dC=dC, dlog_decay=ddecay)
     _call("backward", x, C, tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import LOCK, lanes, library, register
+from kernels.native import LOCK, lanes, large_pages, library, register
 
 SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634
@@ -76,6 +76,7 @@ def scan_forward(
     scan = _scan(u, A, B, C, len(h), 1)
     outputs = [_like(u, u.shape[1] // B.shape[1] * C.shape[1]) for _ in range(len(h))]
     begins = u.new_empty(_begins(u, A, B, len(h)) if keep else 0)
+    large_pages(*outputs, begins)
     scan.u, scan.delta, scan.y = _strided(u), _strided(delta), _strided(outputs[0])
     if len(h) == 2:
         scan.y_ones = _strided(outputs[1])
@@ -115,6 +116,7 @@ def scan_backward(
     slices = max(1, min(begins.shape[1] // groups, SLICES // (batch * groups)))
     scan = _scan(u, A, B, C, inputs, slices)
     du, ddelta = _like(u, channels), _like(delta, channels)
+    large_pages(du, ddelta)
     dA = u.new_zeros(batch, *A.shape)
     dB, dC = (u.new_zeros(slices, batch, heads, length, A.shape[1]) for heads in (groups, groups * readings))
     scan.u, scan.delta, scan.y, scan.du, scan.ddelta = (_strided(t) for t in (u, delta, dy, du, ddelta))
