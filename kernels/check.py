@@ -31,7 +31,8 @@ def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
 
 def check_decay(A: Tensor) -> None:
     """Raises ValueError for what is not finite. On a CPU only: elsewhere looking at a value would wait for the device."""
-    if A.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(A.detach().sum().isfinite()):
+    real = type(A) in (Tensor, torch.nn.Parameter)  # fake ones have no values
+    if real and A.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(A.detach().sum().isfinite()):
         raise ValueError(f"A must be finite; got {int(A.isnan().sum())} NaN and {int(A.isinf().sum())} infinities of {A.numel()}.")
 
 

@@ -28,7 +28,10 @@ def selective_state_update(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
         raise ValueError("selective_state_update has no gradients; call it under torch.no_grad(), or selective_scan to train.")
     step = STEPS[_pick(impl, state.device.type, state.dtype)]
-    return step(*arguments, dt_softplus).view(x.shape).to(x.dtype)
+    out = step(*arguments, dt_softplus).view(x.shape).to(x.dtype)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(state)  # a backward pass that saved it must not use what it became
+    return out
 
 
 def _per_head(state, x, dt, A, B, C, D, z, dt_bias) -> list[Tensor | None]:
@@ -84,7 +87,7 @@ class _Update(ctypes.Structure):
 
 def update_cpu(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tensor:
     """As update_reference. A plain call outside torch.compile: a step lasts as long as a few dispatches."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(state) is not Tensor:  # fake tensors have no memory
         return torch.ops.workbench.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus)
     return update_once(state, x, dt, A, B, C, D, z, dt_bias, softplus)
 

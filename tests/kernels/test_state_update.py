@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
@@ -94,3 +95,19 @@ def test_torch_compile_sees_one_operator():
     compiled = torch.compile(lambda **k: selective_state_update(**k), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(**a), wanted, 1e-6)
+
+
+@needs_compiler
+def test_fake_tensors_have_shapes_only():
+    with FakeTensorMode() as mode:
+        a = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in make(dtype=torch.float32).items()}
+        assert selective_state_update(**a).shape == (2, 6)
+
+
+def test_a_backward_pass_notices_that_the_state_changed():
+    a, w = make(), torch.ones(2, 6, 16, dtype=torch.float64, requires_grad=True)
+    product = (w * a["state"]).sum()
+    with torch.no_grad():
+        selective_state_update(**a)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
