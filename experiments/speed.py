@@ -46,13 +46,13 @@ class Clock(stages.Silent):
         self.ends.append(time.perf_counter())
 
 
-def prepare(name: str, target: str):
-    """The teacher, a student and the batches and settings of both stages, as the recipe has them."""
+def prepare(name: str, target: str, stage: str):
+    """The teacher, the student that the recipe has in this stage (linear attention in align), batches, and the settings of both stages."""
     teacher = load_teacher(name)
     budget = recipes.budget(name, read_config(resolve(name)))
     settings = {s.stage.__name__: s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train)}
     student = swap(copy.deepcopy(teacher.model), "linear")
-    if target != "linear":
+    if target != "linear" and stage == "distill":
         student = swap(student, target)
     text = tokenize(corpus("stdlib"), teacher.tokenizer)
     return teacher.model, student, Batches(text.train, budget.seq_len, budget.batch_tokens // budget.seq_len), settings
@@ -77,7 +77,7 @@ def speeds(name: str, steps: int) -> Table:
             for use in (True, False):
                 for module, way in compiled.items():
                     module.WAYS["cpu"] = way if use else (lambda device, dtype: "it is left out of this measurement")
-                teacher, student, batches, settings = prepare(name, target)
+                teacher, student, batches, settings = prepare(name, target, stage)
                 seconds = sorted(steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3))
                 found.append(settings[stage].batch_tokens / seconds[len(seconds) // 2])
             table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
@@ -90,7 +90,7 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
     """Share of a stage's time by kind of operator; time outside of operators is Python and the loop."""
     tables = []
     for stage in stages.STAGES:
-        teacher, student, batches, settings = prepare(name, target)
+        teacher, student, batches, settings = prepare(name, target, stage)
         steps_of(stage, teacher, student, batches, settings, 3)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             start = time.perf_counter()

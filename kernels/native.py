@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,6 +53,20 @@ def library(source: Path) -> ctypes.CDLL | str:
             problem = f"{target} does not load ({error}); delete it"
             target.unlink(missing_ok=True)
     return problem
+
+
+def why_not_compiled(device: str, dtype: torch.dtype, native: Callable[[], ctypes.CDLL | str], registers: Callable[[], None]) -> str | None:
+    """Why a compiled operator cannot run on this device in this dtype; None if it can. Then `registers` was called: an exported copy,
+    which has no source beside it, leaves our operators alone."""
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it takes states of float32 or float64, not {dtype}"
+    with LOCK:
+        if isinstance(found := native(), str):
+            return found
+        registers()
+    return None
 
 
 def register(name: str, forward, backward, fakes, gradients, setup) -> None:

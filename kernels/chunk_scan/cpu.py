@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import LOCK, lanes, large_pages, library, register
+from kernels.native import lanes, large_pages, library, register, why_not_compiled
 
 
 class _Scan(ctypes.Structure):
@@ -95,17 +95,8 @@ def chunk_scan_cpu(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Te
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles and registers it:
-    an exported copy of this file, which has no source beside it, leaves our operators alone."""
-    if device != "cpu":
-        return f"the tensors are on {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it takes states of float32 or float64, not {dtype}"
-    with LOCK:
-        if isinstance(found := native(), str):
-            return found
-        _register()
-    return None
+    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles and registers it."""
+    return why_not_compiled(device, dtype, native, _register)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ CASES = {
 
 
 def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, documents=False, state=False, *, channels=6, dtype=torch.float64):
-    """Arguments of selective_scan, and the names of those that have gradients. B and C are positive where they make a denominator."""
+    """Arguments of selective_scan. B and C are positive where they make a denominator."""
     g = torch.Generator().manual_seed(L)
     normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
     mapped = torch.exp if normalize else lambda t: t
