@@ -84,11 +84,20 @@ template <typename T> static inline Vec<T> softplus_of(Vec<T> x) {
     return (x > zero ? x : zero) + (T)2 * s * sum;
 }
 
+// Lanes I of a and, from WIDTH on, of b
+template <typename T, size_t... I> static inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, typename Lanes<T>::bits{I...});
+#endif
+}
+
 // Sums over the lanes of several vectors at once: each level adds the halves of twice as many segments.
 template <typename T, int D, size_t... I> static inline Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
     constexpr int W = WIDTH<T>;
-    return __builtin_shufflevector(a, b, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W)...) +
-           __builtin_shufflevector(a, b, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W + D)...);
+    return shuffle<T, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W)...>(a, b) +
+           shuffle<T, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W + D)...>(a, b);
 }
 template <typename T, int COUNT, int D> static inline void merge_all(Vec<T>* v) {
     if constexpr (COUNT > 1) {
@@ -97,7 +106,7 @@ template <typename T, int COUNT, int D> static inline void merge_all(Vec<T>* v) 
     }
 }
 template <typename T, int D, size_t... I> static inline Vec<T> fold(Vec<T> v, std::index_sequence<I...>) {
-    return v + __builtin_shufflevector(v, v, (I ^ D)...);
+    return v + shuffle<T, (I ^ D)...>(v, v);
 }
 template <typename T, int D> static inline Vec<T> fold_all(Vec<T> v) {
     if constexpr (D == 0) return v;
@@ -114,25 +123,61 @@ template <typename T, int COUNT> static inline void add_lane_sums(Vec<T>* v, T* 
     }
 }
 
-// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0.
-template <typename T> static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels, int steps) {
+// The transpose of as many vectors as one has lanes: each level swaps the squares of side D beside the diagonal.
+template <typename T, int D, size_t... I> static inline void swap_squares(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> above = shuffle<T, (I & D ? I - D + W : I)...>(a, b);
+    b = shuffle<T, (I & D ? I + W : I + D)...>(a, b);
+    a = above;
+}
+template <typename T, int D = WIDTH<T> / 2> static inline void transpose_square(Vec<T>* v) {
+    if constexpr (D > 0) {
+        for (int i = 0; i < WIDTH<T>; i++)
+            if (!(i & D)) swap_squares<T, D>(v[i], v[i + D], std::make_index_sequence<WIDTH<T>>{});
+        transpose_square<T, D / 2>(v);
+    }
+}
+
+// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0. `ahead` steps on is what the
+// next tile takes: fetched now, it is there when the arithmetic of this one is done.
+template <typename T>
+static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels, int steps, int64_t ahead) {
     constexpr int W = WIDTH<T>;
     if (channel_stride == 1 && channels == W) {
         for (int t = 0; t < steps; t++) memcpy(tile + t * W, from + t * time_stride, W * sizeof(T));
         return;
     }
     if (channels < W) memset(tile, 0, sizeof(T) * W * steps);
-    for (int t0 = 0; t0 < steps; t0 += 16)
-        for (int c = 0; c < channels; c++)
-            for (int t = t0; t < steps && t < t0 + 16; t++) tile[t * W + c] = from[c * channel_stride + t * time_stride];
+    for (int t0 = 0; t0 < steps; t0 += W) {
+        for (int c = 0; c < channels; c++) __builtin_prefetch(from + c * channel_stride + (t0 + ahead) * time_stride);
+        if (time_stride == 1 && channels == W && t0 + W <= steps) {
+            Vec<T> v[W];
+            for (int c = 0; c < W; c++) v[c] = load<T>(from + c * channel_stride + t0);
+            transpose_square<T>(v);
+            for (int t = 0; t < W; t++) store(tile + (t0 + t) * W, v[t]);
+        } else {
+            for (int c = 0; c < channels; c++)
+                for (int t = t0; t < steps && t < t0 + W; t++) tile[t * W + c] = from[c * channel_stride + t * time_stride];
+        }
+    }
 }
-template <typename T> static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int64_t time_stride, int channels, int steps) {
+template <typename T>
+static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int64_t time_stride, int channels, int steps, int64_t ahead) {
     constexpr int W = WIDTH<T>;
     if (channel_stride == 1 && channels == W) {
         for (int t = 0; t < steps; t++) memcpy(to + t * time_stride, tile + t * W, W * sizeof(T));
         return;
     }
-    for (int t0 = 0; t0 < steps; t0 += 16)
-        for (int c = 0; c < channels; c++)
-            for (int t = t0; t < steps && t < t0 + 16; t++) to[c * channel_stride + t * time_stride] = tile[t * W + c];
+    for (int t0 = 0; t0 < steps; t0 += W) {
+        for (int c = 0; c < channels; c++) __builtin_prefetch(to + c * channel_stride + (t0 + ahead) * time_stride, 1);
+        if (time_stride == 1 && channels == W && t0 + W <= steps) {
+            Vec<T> v[W];
+            for (int t = 0; t < W; t++) v[t] = load<T>(tile + (t0 + t) * W);
+            transpose_square<T>(v);
+            for (int c = 0; c < W; c++) store(to + c * channel_stride + t0, v[c]);
+        } else {
+            for (int c = 0; c < channels; c++)
+                for (int t = t0; t < steps && t < t0 + W; t++) to[c * channel_stride + t * time_stride] = tile[t * W + c];
+        }
+    }
 }

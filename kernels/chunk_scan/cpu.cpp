@@ -70,10 +70,19 @@ static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, 
 
 // to [columns, row_to] = from [count, columns]^T, zeros beyond `count`
 template <typename T> static void transpose(int64_t count, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
-    for (int64_t j = 0; j < columns; j++) {
-        for (int64_t i = 0; i < count; i++) to[j * row_to + i] = from[i * row_from + j];
-        for (int64_t i = count; i < row_to; i++) to[j * row_to + i] = 0;
-    }
+    constexpr int W = WIDTH<T>;
+    for (int64_t i = 0; i < row_to; i += W)  // row_to: whole vectors
+        for (int64_t j = 0; j < columns; j += W) {
+            Vec<T> v[W];
+            if (i + W <= count && j + W <= columns) {
+                for (int k = 0; k < W; k++) v[k] = load<T>(from + (i + k) * row_from + j);
+                transpose_square<T>(v);
+                for (int k = 0; k < W; k++) store(to + (j + k) * row_to + i, v[k]);
+            } else {
+                for (int64_t c = j; c < j + W && c < columns; c++)
+                    for (int64_t r = i; r < i + W; r++) to[c * row_to + r] = r < count ? from[r * row_from + c] : 0;
+            }
+        }
 }
 
 template <typename T> struct Head {
@@ -247,18 +256,18 @@ template <typename T> static void backward(const Scan& s) {
                 // inside the chunk: products = dy x^T
                 k.score(steps, t0, r);
                 multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
-                Vec<T> fallen[STEPS / W] = {};  // what each s takes from dF, over t
+                Wide<T> fallen[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
                 for (int t = 0; t < steps; t++) {
-                    Vec<T> gained{};
+                    Wide<T> gained{};
                     for (int i = 0; i < STEPS; i += W) {  // the decays are 0 above the diagonal
                         T *c = k.scores + t * STEPS + i, *p = k.products + t * STEPS + i;
                         Vec<T> m = load<T>(k.decay + t * STEPS + i), of_c = i > t ? m : load<T>(p) * m, e = i > t ? m : of_c * load<T>(c);
                         store(p, of_c);
                         store(c, i > t ? m : load<T>(c) * m);
                         if (i <= t && t < i + W) e[t - i] = 0;  // F_t - F_t
-                        gained += e, fallen[i / W] += e;
+                        gained += widened<T>(e), fallen[i / W] += widened<T>(e);
                     }
-                    dF[t] += sum_of_lanes<T>(widened<T>(gained));
+                    dF[t] += sum_of_lanes<T>(gained);
                 }
                 for (int t = 0; t < steps; t++) dF[t] -= fallen[t / W][t % W];
                 multiply<T>(steps, Pp, steps, k.scores, 1, STEPS, k.dy, Pp, dx, Pp, true, UPPER_A);

@@ -68,10 +68,10 @@ template <typename T> struct Block {
             for (int c = 0; c < lanes; c++)
                 for (int64_t n = 0; n < N; n++) outside(scan.state, i, c)[n] = state[(i * N + n) * W + c];
     }
-    int load_inputs(int64_t t0) {
+    int load_inputs(int64_t t0, int ahead) {
         int steps = L - t0 < STEPS ? L - t0 : STEPS;
-        load_tile(delta, at<T>(scan.delta, b, channel) + t0 * scan.delta.time, scan.delta.channel, scan.delta.time, lanes, steps);
-        load_tile(u, at<T>(scan.u, b, channel) + t0 * scan.u.time, scan.u.channel, scan.u.time, lanes, steps);
+        load_tile(delta, at<T>(scan.delta, b, channel) + t0 * scan.delta.time, scan.delta.channel, scan.delta.time, lanes, steps, ahead);
+        load_tile(u, at<T>(scan.u, b, channel) + t0 * scan.u.time, scan.u.channel, scan.u.time, lanes, steps, ahead);
         for (int t = 0; t < steps; t++) store(x + t * W, load<T>(delta + t * W) * load<T>(u + t * W));
         return steps;
     }
@@ -153,14 +153,14 @@ template <typename T> static void forward(const Scan& s) {
         k.load_state();
         for (int64_t t0 = 0; t0 < k.L; t0 += STEPS) {
             if (s.begins) memcpy(k.begins(t0 / STEPS), k.state, sizeof(T) * W * K * k.N);
-            int steps = k.load_inputs(t0);
+            int steps = k.load_inputs(t0, STEPS);
             memset(k.y, 0, sizeof(T) * W * STEPS * k.R * K);
             if (K == 2) forward_chunk<T, true>(k, t0, steps);
             else forward_chunk<T, false>(k, t0, steps);
             for (int64_t r = 0; r < k.R; r++)
                 for (int64_t i = 0; i < K; i++) {
                     const Strided& y = k.of_input(i);
-                    store_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps);
+                    store_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps, STEPS);
                 }
         }
         k.store_state();
@@ -274,11 +274,11 @@ template <typename T> static void backward(const Scan& s) {
             k.begin(block * W);
             k.load_state();
             for (int64_t t0 = (L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
-                int steps = k.load_inputs(t0);
+                int steps = k.load_inputs(t0, -STEPS);
                 for (int64_t r = 0; r < k.R; r++)
                     for (int64_t i = 0; i < K; i++) {
                         const Strided& y = k.of_input(i);
-                        load_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps);
+                        load_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps, -STEPS);
                     }
                 memset(to->du, 0, sizeof to->du);
                 memset(to->ddelta, 0, sizeof to->ddelta);
@@ -289,8 +289,8 @@ template <typename T> static void backward(const Scan& s) {
                     store(to->ddelta + t * W, load<T>(to->ddelta + t * W) + dx * load<T>(k.u + t * W));
                     store(to->du + t * W, dx * load<T>(k.delta + t * W));
                 }
-                store_tile(to->du, at<T>(s.du, k.b, k.channel) + t0 * s.du.time, s.du.channel, s.du.time, k.lanes, steps);
-                store_tile(to->ddelta, at<T>(s.ddelta, k.b, k.channel) + t0 * s.ddelta.time, s.ddelta.channel, s.ddelta.time, k.lanes, steps);
+                store_tile(to->du, at<T>(s.du, k.b, k.channel) + t0 * s.du.time, s.du.channel, s.du.time, k.lanes, steps, -STEPS);
+                store_tile(to->ddelta, at<T>(s.ddelta, k.b, k.channel) + t0 * s.ddelta.time, s.ddelta.channel, s.ddelta.time, k.lanes, steps, -STEPS);
             }
             k.store_state();
         }
