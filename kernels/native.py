@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PAGE, LARGE, MADV_HUGEPAGE = 4096, 1 << 23, 14  # bytes, bytes, Linux's number
-LOCK = threading.RLock()  # around the first use: compiling and registering
+LOCK = threading.RLock()  # around the first use, which compiles
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
 
@@ -55,28 +56,39 @@ def library(source: Path) -> ctypes.CDLL | str:
     return problem
 
 
-def why_not_compiled(device: str, dtype: torch.dtype, native: Callable[[], ctypes.CDLL | str], registers: Callable[[], None]) -> str | None:
-    """Why a compiled operator cannot run on this device in this dtype; None if it can. Then `registers` was called: an exported copy,
-    which has no source beside it, leaves our operators alone."""
+def why_not_compiled(device: str, dtype: torch.dtype, native: Callable[[], ctypes.CDLL | str]) -> str | None:
+    """Why a compiled operator cannot run on this device in this dtype; None if it can. The first call compiles it."""
     if device != "cpu":
         return f"the tensors are on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"it takes states of float32 or float64, not {dtype}"
     with LOCK:
-        if isinstance(found := native(), str):
-            return found
-        registers()
-    return None
+        return found if isinstance(found := native(), str) else None
+
+
+def loaded(found: ctypes.CDLL | str) -> ctypes.CDLL:
+    """The library, or a RuntimeError: a loaded torch.export program asks for its operator without `why_not_compiled`."""
+    if isinstance(found, str):
+        raise RuntimeError(f"The compiled operators cannot run here: {found}.")
+    return found
 
 
 def register(name: str, forward, backward, fakes, gradients, setup) -> None:
-    """Two operators of torch for the CPU, `forward` and `backward` (with their fakes), tied together for autograd by `gradients`."""
+    """Two operators of torch for the CPU, `forward` and `backward` (with their fakes), tied together for autograd by `gradients`. At
+    import, so that a saved torch.export program finds them; nothing is compiled before one runs."""
     operators = []
     for suffix, function, fake in zip(("", "_backward"), (forward, backward), fakes, strict=True):
         operator = torch.library.custom_op(f"workbench::{name}{suffix}", function, mutates_args=(), device_types="cpu")
         operator.register_fake(fake)
         operators.append(operator)
     operators[0].register_autograd(gradients, setup_context=setup)
+
+
+def needs_gradients(operator: str, *tensors: Tensor) -> bool:
+    """Whether a backward pass will follow. Raises RuntimeError where forward-mode gradients would come out as zeros."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"The compiled {operator} has no forward-mode gradients; impl='reference' has.")
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def lanes(found: ctypes.CDLL, t: Tensor) -> int:

@@ -8,6 +8,7 @@ CASES = {
     "readings": dict(G=2, R=3),
     "initial-state": dict(state=True),
     "documents": dict(documents=True, state=True),
+    "strong-decay": dict(decay=100.0),
     "normalized": dict(normalize=True),
     "normalized-readings-state": dict(normalize=True, R=2, state=True),
     "D": dict(G=2, R=2, D="channel"),
@@ -16,13 +17,13 @@ CASES = {
 HEADS, CHANNELS = 4, 3
 
 
-def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False, *, dtype=torch.float64):
+def make(L, N=5, G=1, R=1, D=None, normalize=False, documents=False, state=False, decay=0.0, *, dtype=torch.float64):
     """Arguments of chunk_scan. B and C are positive where they make a denominator; C has B's groups where R is 1."""
     g = torch.Generator().manual_seed(L)
     normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
     mapped = torch.exp if normalize else lambda t: t
     a = dict(
-        x=normal(2, L, HEADS, CHANNELS), dt=normal(2, L, HEADS).abs() + 0.1, A=-normal(HEADS).abs(),
+        x=normal(2, L, HEADS, CHANNELS), dt=normal(2, L, HEADS).abs() + 0.1, A=-decay - normal(HEADS).abs(),
         B=mapped(normal(2, L, G, N)), C=mapped(normal(2, L, G if R == 1 else R * HEADS, N)),
     )  # fmt: skip
     if D:

@@ -35,7 +35,8 @@ def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor
         reads_state = (documents == before)[:, :, None]  # [b, c, 1, Q]
         writes_state = (documents == documents[..., -1:])[:, :, None]
         keeps_state = (documents[..., -1:] == before)[:, :, None]  # [b, c, 1, 1]
-    since = torch.exp(since.masked_fill(~visible, -torch.inf))
+    now = torch.eye(Q, dtype=torch.bool, device=x.device)  # exp(0), which has no gradient: sums of the others are far smaller
+    since = torch.exp(since.masked_fill(~visible, -torch.inf).masked_fill(now, 0.0))
 
     scores = (C @ B.mT).unflatten(3, (readings, Q)) * since[:, :, :, None]
     y = scores.flatten(3, 4) @ x

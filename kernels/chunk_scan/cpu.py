@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, large_pages, library, register, why_not_compiled
+from kernels.native import lanes, large_pages, library, loaded, needs_gradients, register, why_not_compiled
 
 
 class _Scan(ctypes.Structure):
@@ -17,21 +17,24 @@ class _Scan(ctypes.Structure):
     ]
 
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
+
+
 @functools.cache
 def native():
-    return library(Path(__file__).with_name("cpu.cpp"))
+    return library(SOURCE)
 
 
 def _call(name: str, x: Tensor, C: Tensor, tensors: dict[str, Tensor | None]) -> None:
     batch, length, heads, channels = x.shape
     sizes = batch, length, heads, C.shape[3], C.shape[4], channels, torch.get_num_threads()
     scan = _Scan(*sizes, **{name: None if t is None else t.data_ptr() for name, t in tensors.items()})
-    getattr(native(), f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
+    getattr(loaded(native()), f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
 
 
 def _begins(x: Tensor, N: int) -> tuple[int, ...]:
-    width = lanes(native(), x)
-    return x.shape[0], x.shape[2], -(-x.shape[1] // native().chunk_steps()), N, -(-x.shape[3] // width) * width
+    width = lanes(loaded(native()), x)
+    return x.shape[0], x.shape[2], -(-x.shape[1] // loaded(native()).chunk_steps()), N, -(-x.shape[3] // width) * width
 
 
 def scan_forward(
@@ -89,16 +92,15 @@ def _backward(ctx, dy, dS, _):
 
 def chunk_scan_cpu(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
     """As chunk_scan_reference."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_decay, B, C, S))
+    keep = needs_gradients("chunk_scan", x, log_decay, B, C, S)
     y, last, _ = torch.ops.workbench.chunk_scan(x, log_decay, B, C, S, document_ids, keep)
     return y, last
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles and registers it."""
-    return why_not_compiled(device, dtype, native, _register)
+    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles it."""
+    return why_not_compiled(device, dtype, native)
 
 
-@functools.cache
-def _register() -> None:
+if SOURCE.exists():  # an exported copy has none, and leaves our operators alone
     register("chunk_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)

@@ -124,11 +124,12 @@ def outputs_kernel(
 @tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def values_gradient_kernel(
-    x, B, C, dy, high, low, ids, out, keep, states, dstates, dx, dF, dend, L, H, N, P, chunks, lengths,
+    x, B, C, dy, high, low, ids, out, keep, states, dstates, dx, dlog, L, H, N, P, chunks, lengths,
     R: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this block's share of dF [blocks of P, batch, H, chunks Q] and of what the last F of a chunk gets besides,
-    dend [blocks of P, batch, H, chunks]; dstates: gradients of the states after each chunk."""
+    """dx, and this block's share of dlog, the gradient of log_decay [blocks of P, batch, H, chunks Q]; dstates: gradients of the
+    states after each chunk. A step's decay is in every exp(F_t - F_s) with s before it and t not: their sum, not a difference of
+    two over all t and all s, which would lose the digits of a strong decay."""
     head, c, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BLOCK_P
     b, h = head // H, head % H
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
@@ -143,26 +144,26 @@ def values_gradient_kernel(
         carried_P += tl.sum(dS_NP.to(tl.float32) * _tile(states + state, n, p, P, N, P).to(tl.float32), 0)
     dx_QP *= tl.load(out + step + q)[:, None]
     through_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
-    dF_Q = -through_Q
+    after = q[:, None] > q[None, :]
+    E_QQ = tl.zeros((Q, Q), tl.float32)
     decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, rows, N, Q, BLOCK_N) * decay_QQ
         dy_QP = _tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P)
         dx_QP += _dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
-        E_QQ = tl.where(q[:, None] == q[None, :], 0.0, G_QQ * _dot(dy_QP, tl.trans(x_QP)))
-        dF_Q += tl.sum(E_QQ, 1) - tl.sum(E_QQ, 0)
+        E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
     _store(dx + row * P, q, p, H * P, rows, P, dx_QP)
-    tl.store(dF + slice_P * Q + step + q, dF_Q)
-    tl.store(dend + slice_P + head * chunks + c, tl.sum(through_Q, 0) + tl.load(keep + head * chunks + c) * tl.sum(carried_P, 0))
+    dlog_Q = tl.sum(tl.where(after, tl.cumsum(E_QQ, 0, reverse=True) + through_Q[None, :], 0.0), 1)
+    tl.store(dlog + slice_P * Q + step + q, dlog_Q + tl.load(keep + head * chunks + c) * tl.sum(carried_P, 0))
 
 
 @tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def keys_gradient_kernel(
-    x, B, C, dy, high, low, ids, into, out, states, dstates, dB, dC, dF, L, H, N, P, chunks, lengths,
+    x, B, C, dy, high, low, ids, into, out, states, dstates, dB, dC, dlog, L, H, N, P, chunks, lengths,
     R: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dB, dC, and this block's share of dF [blocks of N, batch, H, chunks Q]."""
+    """dB, dC, and this block's share of dlog [blocks of N, batch, H, chunks Q]."""
     head, c, n0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BLOCK_N
     b, h = head // H, head % H
     q, n = tl.arange(0, Q), n0 + tl.arange(0, BLOCK_N)
@@ -175,7 +176,7 @@ def keys_gradient_kernel(
         dB_QN += _dot(_tile(x + row * P, q, p, H * P, rows, P), tl.trans(_tile(dstates + state, n, p, P, N, P)))
     dB_QN *= out_Q[:, None]
     decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
-    dF_Q = tl.zeros((Q,), tl.float32)
+    of_into_Q = tl.zeros((Q,), tl.float32)
     for r in tl.range(0, R, num_stages=1):
         dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
         for p0 in range(0, P, BLOCK_P):
@@ -183,13 +184,14 @@ def keys_gradient_kernel(
             dC_QN += _dot(_tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P), tl.trans(_tile(states + state, n, p, P, N, P)))
         dC_QN *= into_Q[:, None]
         C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
-        dF_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
+        of_into_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
         H_QQ = (_scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, rows, P, Q, BLOCK_P) * decay_QQ).to(B_QN.dtype)
         dC_QN += _dot(H_QQ, B_QN)
         dB_QN += _dot(tl.trans(H_QQ), C_QN)
         _store(dC + (row * R + r) * N, q, n, H * R * N, rows, N, dC_QN)
     _store(dB + row * N, q, n, H * N, rows, N, dB_QN)
-    tl.store(dF + tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks * Q + step + q, dF_Q)
+    slice_N = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks
+    tl.store(dlog + slice_N * Q + step + q, tl.cumsum(of_into_Q, 0, reverse=True))
 
 
 class _Chunks(NamedTuple):
@@ -258,18 +260,15 @@ class FusedScan(torch.autograd.Function):
         chunks, blocks_n, blocks_p = of.keep.shape[2], triton.cdiv(N, ctx.blocks["BLOCK_N"]), triton.cdiv(P, ctx.blocks["BLOCK_P"])
         dstates, dS_first = torch.empty_like(states), torch.empty_like(dS)
         dx, dB, dC = (torch.empty_like(t) for t in (x, B, C))
-        dF_values, dF_keys = (dS.new_empty(n, batch, H, chunks, Q) for n in (blocks_p, blocks_n))
-        dend = dS.new_empty(blocks_p, batch, H, chunks)
+        dlog_values, dlog_keys = (dS.new_empty(n, batch, H, chunks * Q) for n in (blocks_p, blocks_n))
         sizes, options = (L, H, N, P, chunks, bucket(L)), dict(R=R, **ctx.blocks)
         carry_kernel[(batch * H, blocks_n, blocks_p)](C, dy, of.into, of.keep, dS, dstates, dS_first, *sizes, REVERSE=True, **options)
         options["DOCUMENTS"] = document_ids is not None
         within = x, B, C, dy, of.high, of.low, of.ids
-        values = *within, of.out, of.keep, states, dstates, dx, dF_values, dend
+        values = *within, of.out, of.keep, states, dstates, dx, dlog_values
         values_gradient_kernel[(batch * H, chunks, blocks_p)](*values, *sizes, **options)
-        keys_gradient_kernel[(batch * H, chunks, blocks_n)](*within, of.into, of.out, states, dstates, dB, dC, dF_keys, *sizes, **options)
-        dF = dF_values.double().sum(0) + dF_keys.double().sum(0)
-        dF[..., -1] += dend.double().sum(0)
-        dlog_decay = dF.flip(3).cumsum(3).flip(3).flatten(2)[..., :L].mT  # F is a cumulative sum
+        keys_gradient_kernel[(batch * H, chunks, blocks_n)](*within, of.into, of.out, states, dstates, dB, dC, dlog_keys, *sizes, **options)
+        dlog_decay = (dlog_values.sum(0) + dlog_keys.sum(0))[..., :L].mT
         return dx, dlog_decay.to(log_decay.dtype), dB, dC, dS_first, None
 
 

@@ -8,6 +8,7 @@ CASES = {
     "readings": dict(G=2, R=3),
     "initial-state": dict(state=True),
     "documents": dict(documents=True, state=True),
+    "strong-decay": dict(decay=100.0),
     "normalized": dict(normalize=True),
     "normalized-readings-state": dict(normalize=True, R=2, state=True),
     "D-z-softplus": dict(G=2, R=2, D=True, z=True, bias=True),
@@ -15,14 +16,29 @@ CASES = {
 }
 
 
-def make(L, N=5, G=1, R=1, D=False, z=False, bias=False, normalize=False, documents=False, state=False, *, channels=6, dtype=torch.float64):
+def make(
+    L,
+    N=5,
+    G=1,
+    R=1,
+    D=False,
+    z=False,
+    bias=False,
+    normalize=False,
+    documents=False,
+    state=False,
+    decay=0.0,
+    *,
+    channels=6,
+    dtype=torch.float64,
+):
     """Arguments of selective_scan. B and C are positive where they make a denominator."""
     g = torch.Generator().manual_seed(L)
     normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
     mapped = torch.exp if normalize else lambda t: t
     a = dict(
         u=normal(2, channels, L), delta=normal(2, channels, L) if bias else normal(2, channels, L).abs() + 0.1,
-        A=-normal(channels, N).abs(), B=mapped(normal(2, G, N, L)), C=mapped(normal(2, G * R, N, L)),
+        A=-decay - normal(channels, N).abs(), B=mapped(normal(2, G, N, L)), C=mapped(normal(2, G * R, N, L)),
         delta_softplus=bias, normalize=normalize,
     )  # fmt: skip
     if D:

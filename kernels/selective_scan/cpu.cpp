@@ -298,76 +298,108 @@ template <typename T> static void backward(const Scan& s) {
 }
 
 struct Update {  // one step of every channel: x, dt, z, out [batch, heads, dim]; B, C [batch, groups, N]; state [batch, heads, dim, N]
-    int64_t batch, heads, dim, groups, states, softplus, threads;
+    int64_t batch, heads, dim, groups, states, softplus, threads;  // update.py packs them in this order
     void* state;
     const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;  // A [heads, dim, N]; D, dt_bias [heads, dim]; the last three may be null
     void* out;
 };
 
-// One channel: its state, and y in the sum of the lanes of what it returns.
-template <typename T> static inline Vec<T> update_channel(int64_t N, T* state, T dt, T x, const T* A, const T* B, const T* C) {
-    constexpr int W = WIDTH<T>;
-    Vec<T> sum{};
-    T scale = dt * (T)1.4426950408889634, drive = dt * x;
-    int64_t n = 0;
-    for (; n + W <= N; n += W) {
-        Vec<T> h = exp2_of(scale * load<T>(A + n)) * load<T>(state + n) + drive * load<T>(B + n);
-        store(state + n, h);
-        sum += h * load<T>(C + n);
-    }
-    if (n < N) {  // the rest, in vectors that are filled up with zeros
-        T rest[4][W] = {};
-        const T* from[4] = {A + n, state + n, B + n, C + n};
-        for (int i = 0; i < 4; i++) memcpy(rest[i], from[i], sizeof(T) * (N - n));
-        Vec<T> h = exp2_of(scale * load<T>(rest[0])) * load<T>(rest[1]) + drive * load<T>(rest[2]);
-        sum += h * load<T>(rest[3]);
-        store(rest[1], h);
-        memcpy(state + n, rest[1], sizeof(T) * (N - n));
-    }
-    return sum;
+constexpr int CHANNELS = 16, TOGETHER = 8;  // of a block, at any width of vectors; of those whose states advance side by side
+
+// One vector of states of one channel: what they add to y, lane by lane. `odd` becomes NaN where A is not finite.
+template <typename T> static inline Vec<T> update_vector(T* state, const T* A, Vec<T> b, Vec<T> c, T scale, T drive, Vec<T>& odd) {
+    Vec<T> a = load<T>(A), h = exp2_of(a * scale) * load<T>(state) + b * drive;
+    odd += a * (T)0;
+    store(state, h);
+    return h * c;
 }
 
-constexpr int CHANNELS = 16;  // of a block, at any width of vectors
+// The states n .. N of COUNT channels, in vectors that are filled up with zeros.
+template <typename T, int COUNT>
+[[gnu::noinline]] static void update_rest(int64_t n, int64_t N, T* state, const T* A, const T* B, const T* C, const T* scale, const T* drive, Vec<T>* sums, Vec<T>& odd) {
+    constexpr int W = WIDTH<T>;
+    T rest[4][W] = {};
+    memcpy(rest[0], B + n, sizeof(T) * (N - n));
+    memcpy(rest[1], C + n, sizeof(T) * (N - n));
+    for (int j = 0; j < COUNT; j++) {
+        memcpy(rest[2], A + j * N + n, sizeof(T) * (N - n));
+        memcpy(rest[3], state + j * N + n, sizeof(T) * (N - n));
+        sums[j] += update_vector(rest[3], rest[2], load<T>(rest[0]), load<T>(rest[1]), scale[j], drive[j], odd);
+        memcpy(state + j * N + n, rest[3], sizeof(T) * (N - n));
+    }
+}
 
-// Up to CHANNELS channels of one batch entry; `first` is among all its channels.
-template <typename T> static void update_block(const Update& u, int64_t b, int64_t first) {
-    constexpr int W = WIDTH<T>, AT_ONCE = 8;
-    int64_t channels = u.heads * u.dim, per_group = channels / u.groups, N = u.states, rest = channels - first;
-    size_t size = sizeof(T) * (rest < CHANNELS ? rest : CHANNELS);
+// COUNT channels that share B and C; y[j] += the reading of channel j.
+template <typename T, int COUNT>
+static inline void update_channels(int64_t N, T* state, const T* A, const T* B, const T* C, const T* scale, const T* drive, T* y, Vec<T>& odd) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> sums[COUNT] = {};
+    int64_t n = 0;
+    for (; n + W <= N; n += W) {
+        Vec<T> b = load<T>(B + n), c = load<T>(C + n);
+#pragma GCC unroll 8
+        for (int j = 0; j < COUNT; j++) sums[j] += update_vector(state + j * N + n, A + j * N + n, b, c, scale[j], drive[j], odd);
+    }
+    if (n < N) update_rest<T, COUNT>(n, N, state, A, B, C, scale, drive, sums, odd);
+    add_lane_sums<T, COUNT>(sums, y);
+}
+
+// Up to CHANNELS channels of one batch entry; `first` is among all its channels. Whether their A is finite.
+template <typename T> static bool update_block(const Update& u, int64_t b, int64_t first) {
+    constexpr int W = WIDTH<T>;
+    int64_t channels = u.heads * u.dim, per_group = channels / u.groups, N = u.states, count = channels - first < CHANNELS ? channels - first : CHANNELS;
+    auto copy = [&](T* to, const void* from) {  // a constant size needs no call
+        if (count == CHANNELS) memcpy(to, from, sizeof(T) * CHANNELS);
+        else memcpy(to, from, sizeof(T) * count);
+    };
     alignas(64) T x[CHANNELS] = {}, dt[CHANNELS] = {}, y[CHANNELS] = {}, bias[CHANNELS] = {}, D[CHANNELS] = {}, z[CHANNELS] = {};
-    memcpy(x, (const T*)u.x + b * channels + first, size);
-    memcpy(dt, (const T*)u.dt + b * channels + first, size);
-    if (u.dt_bias) memcpy(bias, (const T*)u.dt_bias + first, size);
-    if (u.D) memcpy(D, (const T*)u.D + first, size);
-    if (u.z) memcpy(z, (const T*)u.z + b * channels + first, size);
+    alignas(64) T scale[CHANNELS], drive[CHANNELS];
+    int64_t here = b * channels + first;
+    copy(x, (const T*)u.x + here);
+    copy(dt, (const T*)u.dt + here);
+    if (u.dt_bias) copy(bias, (const T*)u.dt_bias + first);
+    if (u.D) copy(D, (const T*)u.D + first);
+    if (u.z) copy(z, (const T*)u.z + here);
     for (int i = 0; i < CHANNELS; i += W) {
         Vec<T> d = load<T>(dt + i) + load<T>(bias + i);
-        store(dt + i, u.softplus ? softplus_of<T>(d) : d);
+        if (u.softplus) d = softplus_of<T>(d);
+        store(scale + i, d * (T)1.4426950408889634);
+        store(drive + i, d * load<T>(x + i));
     }
-    for (int i = 0; i < CHANNELS && i < rest; i += AT_ONCE) {
-        Vec<T> sums[AT_ONCE] = {};
-        for (int j = 0; j < AT_ONCE && i + j < rest; j++) {
-            int64_t c = first + i + j, group = (b * u.groups + (u.groups == 1 ? 0 : c / per_group)) * N;
-            sums[j] = update_channel(N, (T*)u.state + (b * channels + c) * N, dt[i + j], x[i + j], (const T*)u.A + c * N, (const T*)u.B + group, (const T*)u.C + group);
+    Vec<T> odd{};
+    for (int64_t i = 0; i < count;) {
+        int64_t group = (first + i) / per_group, shared = (b * u.groups + group) * N;
+        const T *A = (const T*)u.A + (first + i) * N, *B = (const T*)u.B + shared, *C = (const T*)u.C + shared;
+        T* state = (T*)u.state + (here + i) * N;
+        if (i + TOGETHER <= count && first + i + TOGETHER <= (group + 1) * per_group) {
+            update_channels<T, TOGETHER>(N, state, A, B, C, scale + i, drive + i, y + i, odd);
+            i += TOGETHER;
+        } else {
+            update_channels<T, 1>(N, state, A, B, C, scale + i, drive + i, y + i, odd);
+            i += 1;
         }
-        add_lane_sums<T, AT_ONCE>(sums, y + i);
     }
     for (int i = 0; i < CHANNELS; i += W) {
         Vec<T> gate = load<T>(z + i), out = load<T>(y + i) + load<T>(D + i) * load<T>(x + i);
         store(y + i, u.z ? out * gate / (exp_of<T>(-gate) + (T)1) : out);
     }
-    memcpy((T*)u.out + b * channels + first, y, size);
+    memcpy((T*)u.out + here, y, sizeof(T) * count);
+    bool finite = true;
+    for (int i = 0; i < W; i++) finite &= odd[i] == 0;
+    return finite;
 }
 
-template <typename T> static void update(const Update& u) {
+template <typename T> static int update(const Update& u) {
     int64_t blocks = (u.heads * u.dim + CHANNELS - 1) / CHANNELS;
-#pragma omp parallel for num_threads(u.threads) if (u.threads > 1)
-    for (int64_t i = 0; i < u.batch * blocks; i++) update_block<T>(u, i / blocks, i % blocks * CHANNELS);
+    int finite = 1;
+#pragma omp parallel for num_threads(u.threads) if (u.threads > 1) reduction(& : finite)
+    for (int64_t i = 0; i < u.batch * blocks; i++) finite &= update_block<T>(u, i / blocks, i % blocks * CHANNELS);
+    return finite;
 }
 
 extern "C" {
-void update_float(const Update* u) { update<float>(*u); }
-void update_double(const Update* u) { update<double>(*u); }
+int update_float(const Update* u) { return update<float>(*u); }  // 0 if A is not finite
+int update_double(const Update* u) { return update<double>(*u); }
 void forward_float(const Scan* s) { forward<float>(*s); }
 void forward_double(const Scan* s) { forward<double>(*s); }
 void backward_float(const Scan* s) { backward<float>(*s); }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, large_pages, library, register, why_not_compiled
+from kernels.native import lanes, large_pages, library, loaded, needs_gradients, register, why_not_compiled
 
 SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634
@@ -28,9 +28,12 @@ class _Scan(ctypes.Structure):
     ]  # fmt: skip
 
 
+SOURCE = Path(__file__).with_name("cpu.cpp")
+
+
 @functools.cache
 def native():
-    return library(Path(__file__).with_name("cpu.cpp"))
+    return library(SOURCE)
 
 
 def _strided(t: Tensor) -> _Strided:
@@ -57,14 +60,14 @@ def _scan(u, A, B, C, inputs: int, slices: int) -> _Scan:
 
 
 def _call(name: str, scan: _Scan, dtype: torch.dtype) -> None:
-    getattr(native(), f"{name}_{'double' if dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
+    getattr(loaded(native()), f"{name}_{'double' if dtype == torch.float64 else 'float'}")(ctypes.byref(scan))
 
 
 def _begins(u, A, B, inputs: int) -> tuple[int, ...]:
-    width = lanes(native(), u)
+    width = lanes(loaded(native()), u)
     batch, channels, length = u.shape
     blocks = B.shape[1] * -(-channels // B.shape[1] // width)
-    return batch, blocks, -(-length // native().chunk_steps()), inputs, A.shape[1], width
+    return batch, blocks, -(-length // loaded(native()).chunk_steps()), inputs, A.shape[1], width
 
 
 def scan_forward(
@@ -153,16 +156,15 @@ def _backward(ctx, dy, dy_ones, dh, _):
 
 def selective_scan_cpu(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, h))
+    keep = needs_gradients("selective_scan", u, delta, A, B, C, h)
     y, y_ones, last, _ = torch.ops.workbench.selective_scan(u, delta, A, B, C, h, starts, keep)
     return ((y, y_ones) if len(h) == 2 else (y,)), last
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles and registers it."""
-    return why_not_compiled(device, dtype, native, _register)
+    """Why the compiled scan cannot run on this device in this dtype; None if it can. The first call compiles it."""
+    return why_not_compiled(device, dtype, native)
 
 
-@functools.cache
-def _register() -> None:
+if SOURCE.exists():  # an exported copy has none, and leaves our operators alone
     register("selective_scan", scan_forward, scan_backward, (_fake_forward, _fake_backward), _backward, _setup)

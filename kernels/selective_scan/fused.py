@@ -45,6 +45,20 @@ def _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES: tl.constexpr):
 
 
 @triton.jit
+def _kept(a_TN, delta_T, u_T, B_TN, h_N, ones_N, first, ONES: tl.constexpr):
+    """What each step of a chunk keeps of the state before it, a_t h_{t-1} = a_t (kept_{t-1} + x_{t-1} B_{t-1}); delta, u and B are of
+    the step before, and the `first` one starts from h. A state minus what its step added would lose the digits of a strong decay."""
+    x = a_TN * tl.where(first, h_N[None, :], (delta_T * u_T)[:, None] * B_TN)
+    if ONES:
+        v = a_TN * tl.where(first, ones_N[None, :], delta_T[:, None] * B_TN)
+        _, kept, ones = tl.associative_scan((a_TN, x, v), 0, _two)
+    else:
+        _, kept = tl.associative_scan((a_TN, x), 0, _one)
+        ones = kept
+    return kept, ones
+
+
+@triton.jit
 def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
     """delta [T] and exp(delta A) [T, N], which is 0 where a document starts, and 1 beyond the end."""
     delta = tl.load(delta_ptr + t, mask=t < L, other=0.0)
@@ -62,7 +76,7 @@ def forward_kernel(
 ):  # fmt: skip
     """u, delta [batch, D, L]; A [D, N]; B [batch, G, L, N]; C [batch, G, R, L, N]; h, last [K, batch, D, N];
     y [blocks of N, K, batch, G, R, per_group, L]; begins [K, batch, D, chunks, N]. All contiguous."""
-    b, d, block = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    b, d, block = (tl.program_id(0) // D).to(tl.int64), (tl.program_id(0) % D).to(tl.int64), tl.program_id(1).to(tl.int64)
     G, g, within = D // per_group, d // per_group, d % per_group
     K = 1 + ONES
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -108,9 +122,13 @@ def backward_kernel(
     """As forward_kernel; dy [K, batch, G, R, per_group, L]; du, ddelta [blocks of N, batch, D, L]; dA [batch, D, N];
     dB [blocks_d, batch, G, L, N], dC [blocks_d, batch, G, R, L, N]. dh [K, batch, D, N]: of the last state, then of the first.
     dA and dh are this program's own, read and written chunk after chunk."""
-    b, block = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    g, slice_d = (tl.program_id(0) // blocks_d).to(tl.int64), (tl.program_id(0) % blocks_d).to(tl.int64)
     G, chunks = D // per_group, tl.cdiv(L, BLOCK_T)
+    slice_d, pair, block = (
+        (tl.program_id(0) % blocks_d).to(tl.int64),
+        (tl.program_id(0) // blocks_d).to(tl.int64),
+        tl.program_id(1).to(tl.int64),
+    )
+    b, g = pair // G, pair % G
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     real = n < N
     size = tl.cast(batch, tl.int64) * D * N
@@ -119,7 +137,10 @@ def backward_kernel(
         steps = tl.arange(0, BLOCK_T)
         t = chunk * BLOCK_T + steps
         tile, inside = t[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
+        first, end = (steps == 0)[:, None], (steps == BLOCK_T - 1)[:, None]
         B_TN = tl.load(B + (b * G + g) * L * N + tile, mask=inside, other=0.0)
+        before = (steps > 0) & (t <= L)  # of the step before
+        before_TN = tl.load(B + (b * G + g) * L * N + tile - N, mask=before[:, None] & real[None, :], other=0.0)
         dB_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for within in range(slice_d * BLOCK_D, tl.minimum((slice_d + 1) * BLOCK_D, per_group)):
             d = g * per_group + within
@@ -130,7 +151,11 @@ def backward_kernel(
             ones_N = tl.load(begins + size * chunks + kept, mask=real, other=0.0) if ONES else h_N
             delta_T, a_TN = _decays(delta + row, starts + b * L, A_N, t, L, DOCUMENTS)
             u_T = tl.load(u + row + t, mask=t < L, other=0.0)
-            h_TN, ones_TN = _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES)
+            before_delta_T = tl.load(delta + row + t - 1, mask=before, other=0.0)
+            before_u_T = tl.load(u + row + t - 1, mask=before, other=0.0)
+            kept_TN, kept_ones_TN = _kept(a_TN, before_delta_T, before_u_T, before_TN, h_N, ones_N, first, ONES)
+            x_T = delta_T * u_T
+            h_TN = kept_TN + x_T[:, None] * B_TN
             g_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             go_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             for r in tl.static_range(R):
@@ -142,14 +167,13 @@ def backward_kernel(
                 if ONES:
                     do_T = tl.load(of + tl.cast(batch, tl.int64) * D * R * L, mask=t < L, other=0.0)
                     go_TN += do_T[:, None] * C_TN
-                    dC_TN += do_T[:, None] * ones_TN
+                    dC_TN += do_T[:, None] * (kept_ones_TN + delta_T[:, None] * B_TN)
                 to = dC + (((slice_d * batch + b) * G + g) * R + r) * L * N + tile
                 if within > slice_d * BLOCK_D:
                     dC_TN += tl.load(to, mask=inside, other=0.0)
                 tl.store(to, dC_TN, mask=inside)
             # what later steps add to a state's gradient comes back through the decay of the step after it
             _, after_TN = _decays(delta + row, starts + b * L, A_N, t + 1, L, DOCUMENTS)
-            end = (steps == BLOCK_T - 1)[:, None]
             g_N = tl.load(dh + state, mask=real, other=0.0)
             g_TN += tl.where(end, g_N[None, :], 0.0)  # carried over, or of the last state: its decay is in it
             after_TN = tl.where(end, 0.0, after_TN)
@@ -160,15 +184,13 @@ def backward_kernel(
             else:
                 _, g_TN = tl.associative_scan((after_TN, g_TN), 0, _one, reverse=True)
             through_T = tl.sum(g_TN * B_TN, 1)  # gradient of delta u
-            x_T = delta_T * u_T
             dB_TN += g_TN * x_T[:, None]
-            e_TN = g_TN * (h_TN - x_T[:, None] * B_TN)  # what the step kept of the state before it
-            first = (steps == 0)[:, None]
+            e_TN = g_TN * kept_TN
             tl.store(dh + state, tl.sum(tl.where(first, g_TN * a_TN, 0.0), 0), mask=real)
             dd_T = through_T * u_T
             if ONES:
                 dB_TN += go_TN * delta_T[:, None]
-                e_TN += go_TN * (ones_TN - delta_T[:, None] * B_TN)
+                e_TN += go_TN * kept_ones_TN
                 dd_T += tl.sum(go_TN * B_TN, 1)
                 tl.store(dh + size + state, tl.sum(tl.where(first, go_TN * a_TN, 0.0), 0), mask=real)
             dd_T += tl.sum(e_TN * A_N[None, :], 1)
@@ -200,7 +222,7 @@ class FusedScan(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         y, last = u.new_empty(blocks, K, batch, D * R, L), torch.empty_like(h)
         begins = u.new_empty(K, batch, D, triton.cdiv(L, block_t), N) if keep else h
-        forward_kernel[(D, batch, blocks)](
+        forward_kernel[(batch * D, blocks)](
             u, delta, A, B, C, u if starts is None else starts, h, y, begins, last, batch, D, L, N, D // G, bucket(L),
             R=R, ONES=K == 2, DOCUMENTS=starts is not None, KEEP=keep, BLOCK_T=block_t, BLOCK_N=block_n,
         )  # fmt: skip
@@ -220,7 +242,7 @@ class FusedScan(torch.autograd.Function):
         du, ddelta = (u.new_empty(blocks_n, batch, D, L) for _ in range(2))
         dA = u.new_zeros(batch, D, N)
         dB, dC = (u.new_empty(blocks_d, *t.shape) for t in (B, C))
-        backward_kernel[(G * blocks_d, batch, blocks_n)](
+        backward_kernel[(batch * G * blocks_d, blocks_n)](
             u, delta, A, B, C, u if starts is None else starts, begins, dy, dh, du, ddelta, dA, dB, dC, batch, D, L, N, D // G, blocks_d, bucket(L),
             R=C.shape[1] // G, ONES=len(dh) == 2, DOCUMENTS=starts is not None, BLOCK_D=block_d, BLOCK_T=block_t, BLOCK_N=block_n,
         )  # fmt: skip

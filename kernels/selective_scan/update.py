@@ -1,15 +1,16 @@
 """One step of the selective scan, for decoding: the state is changed in place."""
 
-import ctypes
-import functools
+import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_tensors
+from kernels.check import check_decay, check_tensors, check_types
+from kernels.native import loaded
 from kernels.pick import anywhere, pick, why_not_triton
-from kernels.selective_scan.cpu import native, why_not
+from kernels.selective_scan.cpu import SOURCE, native, why_not
 
 THREADED = 1 << 17  # state elements from which more than one thread pays (ours)
 
@@ -24,18 +25,60 @@ def selective_state_update(
     batch; B, C [batch, N] or [batch, G, N]; D, dt_bias as x without the batch. dt and A may be expanded views.
     Gradients are not defined: a decoding step. `impl`: "auto", "triton", "cpu" (compiled) or "reference".
     """
-    arguments = _per_head(state, x, dt, A, B, C, D, z, dt_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+    tensors = state, x, dt, A, B, C, D, z, dt_bias
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise ValueError("selective_state_update has no gradients; call it under torch.no_grad(), or selective_scan to train.")
-    step = STEPS[_pick(impl, state.device.type, state.dtype)]
-    out = step(*arguments, dt_softplus).view(x.shape).to(x.dtype)
+    plain = type(state) is Tensor and not torch.compiler.is_compiling()  # not a fake tensor, which has no memory
+    layout = _layout(impl, tensors) if plain else None
+    if layout in DIRECT:
+        out = _direct(tensors, *DIRECT[layout], dt_softplus)
+    else:
+        arguments = _per_head(*tensors)
+        way = _pick(impl, state.device.type, state.dtype)
+        if way != "cpu":  # which looks at A as it goes
+            check_decay(A)
+        out = STEPS[way](*arguments, dt_softplus).view(x.shape).to(x.dtype)
+        if plain and way == "cpu":
+            _remember(layout, tensors, groups=arguments[4].shape[1])
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(state)  # a backward pass that saved it must not use what it became
     return out
 
 
+# A step lasts as long as some thirty attributes of a tensor, so what was checked of one is remembered: the layout of all arguments
+# -> function, sizes and whether more than one thread pays, of those that the compiled step reads where they are.
+DIRECT: dict[tuple, tuple[Callable, tuple[int, ...], bool]] = {}
+KNOWN = 256  # layouts at most
+
+
+def _layout(impl: str, tensors: tuple[Tensor | None, ...]) -> tuple:
+    """All that is checked of the arguments, besides values."""
+    return impl, *[(t.shape, t.dtype, t.device, t.is_contiguous()) if isinstance(t, Tensor) else type(t) for t in tensors]
+
+
+def _remember(layout: tuple, tensors: tuple[Tensor | None, ...], groups: int) -> None:
+    state = tensors[0]
+    if all(t is None or (t.dtype == state.dtype and t.is_contiguous()) for t in tensors):
+        batch, *heads, dim, N = state.shape
+        if len(DIRECT) >= KNOWN:
+            DIRECT.clear()
+        DIRECT[layout] = _function(state.dtype), (batch, *(heads or [1]), dim, groups, N), state.numel() >= THREADED
+
+
+def _direct(tensors: tuple[Tensor | None, ...], update: Callable, sizes: tuple[int, ...], threaded: bool, softplus: bool) -> Tensor:
+    """The compiled step of contiguous tensors of one dtype."""
+    out = torch.empty_like(tensors[1])
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    if not update(ARGUMENTS.pack(*sizes, softplus, torch.get_num_threads() if threaded else 1, *pointers, out.data_ptr())):
+        raise ValueError(
+            f"A must be finite; got {int((~tensors[3].isfinite()).sum())} values that are not, and the state has taken them in."
+        )
+    return out
+
+
 def _per_head(state, x, dt, A, B, C, D, z, dt_bias) -> list[Tensor | None]:
     """The same with heads, checked."""
+    check_types(dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias))
     if state.ndim not in (3, 4):
         raise ValueError(f"state must be [batch, D, N] or [batch, heads, P, N]; got {tuple(state.shape)}.")
     heads = state.ndim == 4
@@ -80,9 +123,7 @@ def update_reference(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Te
     return y if z is None else y * F.silu(z.to(state.dtype))
 
 
-class _Update(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int64) for n in ("batch", "heads", "dim", "groups", "states", "softplus", "threads")]
-    _fields_ += [(n, ctypes.c_void_p) for n in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out")]
+ARGUMENTS = struct.Struct("=17q")  # cpu.cpp's Update: sizes, then addresses
 
 
 def update_cpu(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tensor:
@@ -100,24 +141,14 @@ def update_once(
     tensors = [
         t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in (x, dt, A, B, C, D, z, dt_bias)
     ]
-    out = torch.empty_like(tensors[0])
-    batch, heads, dim, N = state.shape
-    threads = torch.get_num_threads() if state.numel() >= THREADED else 1
-    pointers = [None if t is None else t.data_ptr() for t in (state, *tensors, out)]
-    u = _Update(batch, heads, dim, B.shape[1], N, softplus, threads, *pointers)
-    (native().update_double if dtype == torch.float64 else native().update_float)(ctypes.byref(u))
-    return out
+    return _direct((state, *tensors), _function(dtype), (*state.shape[:3], B.shape[1], state.shape[3]), state.numel() >= THREADED, softplus)
 
 
-def why_not_here(device: str, dtype: torch.dtype) -> str | None:
-    """As the scan's; registers the step."""
-    if (reason := why_not(device, dtype)) is None:
-        _register()
-    return reason
+def _function(dtype: torch.dtype) -> Callable:
+    return getattr(loaded(native()), "update_double" if dtype == torch.float64 else "update_float")
 
 
-@functools.cache
-def _register() -> None:
+if SOURCE.exists():  # as the scan
     update = torch.library.custom_op("workbench::selective_state_update", update_once, mutates_args=("state",), device_types="cpu")
     update.register_fake(lambda state, x, *rest: torch.empty_like(x, dtype=state.dtype, memory_format=torch.contiguous_format))
 
@@ -128,7 +159,7 @@ def _triton(*arguments):
     return update_triton(*arguments)
 
 
-WAYS = {"triton": why_not_triton, "cpu": why_not_here, "reference": anywhere}
+WAYS = {"triton": why_not_triton, "cpu": why_not, "reference": anywhere}
 STEPS = {"triton": _triton, "cpu": update_cpu, "reference": update_reference}
 
 

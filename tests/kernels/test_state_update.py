@@ -67,7 +67,35 @@ def test_expanded_views_and_bfloat16_inputs():
     assert_close(found.float(), wanted, 1e-2)
 
 
+@needs_compiler
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_a_remembered_layout_computes_the_same(options):
+    """The second call of a layout skips what the first one checked."""
+    a = make(**options)
+    for _ in range(2):
+        wanted_state = a["state"].clone()
+        wanted = selective_state_update(**a | dict(state=wanted_state), impl="reference")
+        assert_close(selective_state_update(**a, impl="cpu"), wanted, 1e-12)
+        assert_close(a["state"], wanted_state, 1e-12)
+    for name, wrong in dict(x=a["x"][..., :-1], A=a["A"][..., :-1], B=a["B"][..., :-1]).items():
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            selective_state_update(**a | {name: wrong}, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", [CPU, "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_decay_that_is_not_finite_is_refused(impl, value):
+    a = make(dtype=torch.float32)
+    wrong = a["A"].clone()
+    wrong[3, 5] = value
+    for _ in range(2):
+        with pytest.raises(ValueError, match="A must be finite"):
+            selective_state_update(**a | dict(A=wrong, state=a["state"].clone()), impl=impl)
+        selective_state_update(**a, impl=impl)  # from here on the layout is known
+
+
 WRONG = {
+    "list": (dict(x=[1.0]), "x must be a tensor; got list"),
     "groups of C": (dict(B=torch.ones(2, 1, 16)), r"C must be .* as the other"),
     "no groups": (dict(B=torch.ones(2, 0, 16), C=torch.ones(2, 0, 16)), r"with G dividing the heads; got \(2, 0, 16\)"),
     "integers": (dict(A=torch.ones(6, 16, dtype=torch.int64)), "A must be floating-point; got torch.int64"),

@@ -1,0 +1,62 @@
+"""What torch's own machinery finds of the compiled operators: a saved program in a new process, forward-mode gradients."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from kernels.chunk_scan import cases as chunk_cases
+from kernels.chunk_scan import chunk_scan
+from kernels.selective_scan import cases as selective_cases
+from kernels.selective_scan import selective_scan, selective_state_update
+from tests.conftest import assert_close
+from tests.kernels.conftest import needs_compiler
+from tests.kernels.test_state_update import make as make_step
+
+OPERATORS = {
+    "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
+    "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
+    "selective_state_update": (selective_state_update, lambda: make_step(dtype=torch.float32)),
+}
+LOAD = """
+import sys, torch
+import kernels.chunk_scan, kernels.selective_scan
+arguments, y = torch.load(sys.argv[2])
+found = torch.export.load(sys.argv[1]).module()(*arguments)
+assert torch.equal(found, y), (found - y).abs().max()
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("operator, make", OPERATORS.values(), ids=OPERATORS)
+def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
+    """Before any operator was used there, which is when they compile."""
+    a = make()
+    tensors, options = ({k: v for k, v in a.items() if isinstance(v, torch.Tensor) is is_tensor} for is_tensor in (True, False))
+
+    class Model(torch.nn.Module):
+        def forward(self, *arguments):
+            return operator(**dict(zip(tensors, arguments, strict=True)), **options, impl="cpu")
+
+    arguments = tuple(t.clone() for t in tensors.values())
+    with torch.no_grad():
+        torch.export.save(torch.export.export(Model(), arguments), tmp_path / "model.pt2")
+        torch.save((arguments, Model()(*(t.clone() for t in arguments))), tmp_path / "expected.pt")
+    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model.pt2", tmp_path / "expected.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, value", [("selective_scan", "u"), ("chunk_scan", "x")])
+def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
+    scan, make = OPERATORS[name]
+    a = make()
+    direction = torch.randn_like(a[value])
+    with forward_ad.dual_level():
+        moved = a | {value: forward_ad.make_dual(a[value], direction)}
+        with pytest.raises(RuntimeError, match=f"The compiled {name} has no forward-mode gradients; impl='reference' has."):
+            scan(**moved, impl="cpu")
+        tangent = forward_ad.unpack_dual(scan(**moved, impl="reference")).tangent
+    assert_close(tangent, scan(**a | {value: direction}, impl="reference"), 1e-5)  # it is linear in its values
