@@ -5,9 +5,10 @@
     python -m kernels.audit --verbose --json audit.json                  # a line per configuration
 
 The operators are called on tensors without data, and what they would launch is compiled instead, in every autotune
-configuration (of a peer's kernels, where one is installed, in the first four). It fails on a spill, on use of the stack, on more shared memory than a block may have, and on products of 16 bits
-(or tf32) without matrix instructions. MB: every tensor that a launch is given, once. Gop: those of its program, see
-`targets.operations`. Time: the longest that memory, float32 units, exponentials or matrix units at their published peak take.
+configuration (of a peer's kernels, where one is installed, in the first four). It fails on a spill, on use of the stack, on more
+shared memory than a block may have, and on products of 16 bits (or tf32) without matrix instructions. MB: every tensor that a
+launch is given, once. Gop: those of its program, see `targets.operations`. Time: the longest that memory, float32 units,
+exponentials or matrix units at their published peak take.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -208,17 +209,25 @@ def _task(case: Case, target: str) -> list[Row]:
     if not case.peer:
         return audit(call, str(case), target)
     try:
-        importlib.import_module(case.peer)  # before Triton's driver is replaced: it asks which GPU there is
+        importlib.import_module(case.peer)
         return audit(call, str(case), target, most=4)
     except Exception as e:  # a peer may want a GPU
         print(f"Without {case} for {target}: {type(e).__name__}: {e}", file=sys.stderr)
         return []
 
 
+def _import(peers: set[str]) -> None:
+    """At a worker's start: a peer asks Triton's driver which GPU there is, before `audit` replaces it. What fails is said by `_task`."""
+    for peer in peers:
+        with suppress(Exception):
+            importlib.import_module(peer)
+
+
 def audit_all(cases: list[Case], targets: list[str], console: Console) -> list[Row]:
     """In a process per core; rows in the order of cases and targets."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(mp_context=spawn) as pool, Progress(console=console, transient=True) as progress:
+    peers = {case.peer for case in cases if case.peer}
+    with ProcessPoolExecutor(mp_context=spawn, initializer=_import, initargs=(peers,)) as pool, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("compiling", total=len(cases) * len(targets))
         futures = {pool.submit(_task, case, target): f"{case} {target}" for case in cases for target in targets}
         for future in as_completed(futures):
