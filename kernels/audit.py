@@ -227,7 +227,10 @@ def audit_all(cases: list[Case], targets: list[str], console: Console) -> list[R
     """In a process per core; rows in the order of cases and targets."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     peers = {case.peer for case in cases if case.peer}
-    with ProcessPoolExecutor(mp_context=spawn, initializer=_import, initargs=(peers,)) as pool, Progress(console=console, transient=True) as progress:
+    with (
+        ProcessPoolExecutor(mp_context=spawn, initializer=_import, initargs=(peers,)) as pool,
+        Progress(console=console, transient=True) as progress,
+    ):
         bar = progress.add_task("compiling", total=len(cases) * len(targets))
         futures = {pool.submit(_task, case, target): f"{case} {target}" for case in cases for target in targets}
         for future in as_completed(futures):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-PAGE, LARGE, MADV_HUGEPAGE = 4096, 1 << 23, 14  # bytes, bytes, Linux's number
 LOCK = threading.RLock()  # around the first use, which compiles
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -94,20 +93,6 @@ def needs_gradients(operator: str, *tensors: Tensor) -> bool:
 def lanes(found: ctypes.CDLL, t: Tensor) -> int:
     """Of a vector of t's dtype, as the library was compiled."""
     return found.lanes_of_float() // (2 if t.dtype == torch.float64 else 1)
-
-
-def large_pages(*fresh: Tensor) -> None:
-    """Ask Linux for pages of 2 MB under tensors that nobody wrote yet: from some ten MB on, glibc takes new memory from the system
-    each time, and the first write to each of its small pages costs more than the arithmetic."""
-    for t in fresh:
-        if sys.platform == "linux" and t.nbytes >= LARGE:
-            begin, end = -(-t.data_ptr() // PAGE) * PAGE, (t.data_ptr() + t.nbytes) // PAGE * PAGE
-            _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)  # a wish: what it returns is no matter
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _compile(compiler: str, source: Path, target: Path) -> str | None:

@@ -41,10 +41,11 @@ template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, s
 // 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double), exactly 1 at 0, at most 2^-126 (2^-1022) for less.
 // x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1, double: Taylor's.
 static inline Vec<float> exp2_of(Vec<float> x) {
-    x = x < -126.0f ? Vec<float>{} - 126.0f : x;
 #if defined(__AVX512F__)
+    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);  // NaN stays
     Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - whole;
 #else
+    x = x < -126.0f ? Vec<float>{} - 126.0f : x;
     x = x > 127.0f ? Vec<float>{} + 127.0f : x;
     Vec<float> shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which its low bits then are
     Vec<float> r = x - (shifted - 12582912.0f);
@@ -113,13 +114,19 @@ template <typename T, int D> static inline Vec<T> fold_all(Vec<T> v) {
     else return fold_all<T, D / 2>(fold<T, D>(v, std::make_index_sequence<WIDTH<T>>{}));
 }
 
+template <typename T, int EVERY, size_t... I> static inline Vec<T> gather(Vec<T> v, std::index_sequence<I...>) {
+    return shuffle<T, I * EVERY % sizeof...(I)...>(v, v);
+}
+
 // sums[i] += the lanes of v[i], i < COUNT, a power of two; v is overwritten.
 template <typename T, int COUNT> static inline void add_lane_sums(Vec<T>* v, T* sums) {
     constexpr int W = WIDTH<T>, GROUP = W < COUNT ? W : COUNT;
     for (int g = 0; g < COUNT; g += GROUP) {
         merge_all<T, GROUP, W / 2>(v + g);
         Vec<T> all = fold_all<T, W / GROUP / 2>(v[g]);  // each value fills W / GROUP lanes
-        for (int i = 0; i < GROUP; i++) sums[g + i] += all[i * (W / GROUP)];
+        T totals[W];
+        store(totals, gather<T, W / GROUP>(all, std::make_index_sequence<W>{}));
+        for (int i = 0; i < GROUP; i++) sums[g + i] += totals[i];
     }
 }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, large_pages, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.native import lanes, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.room import room
 
 
 class _Scan(ctypes.Structure):
@@ -43,9 +44,8 @@ def scan_forward(
     """y, the last S, the states at the chunks' starts (empty unless `keep`)."""
     x, B, C, decay = x.contiguous(), B.contiguous(), C.contiguous(), log_decay.double().contiguous()
     last = S.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty(*C.shape[:4], x.shape[3])
-    begins = x.new_empty(_begins(x, B.shape[3]) if keep else 0)
-    large_pages(y, begins)
+    y = room((*C.shape[:4], x.shape[3]), x)
+    begins = room(_begins(x, B.shape[3]) if keep else (0,), x)
     ids = None if document_ids is None else document_ids.long().contiguous()
     tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=last, begins=begins if keep else None, y=y)
     _call("forward", x, C, tensors)
@@ -66,8 +66,7 @@ def scan_backward(
     """The gradients of x, log_decay, B, C and S."""
     x, B, C, dy, decay = x.contiguous(), B.contiguous(), C.contiguous(), dy.contiguous(), log_decay.double().contiguous()
     dS = dS.clone(memory_format=torch.contiguous_format)
-    dx, dB, dC, ddecay = (torch.empty_like(t) for t in (x, B, C, decay))
-    large_pages(dx, dB, dC)
+    dx, dB, dC, ddecay = (room(t.shape, t) for t in (x, B, C, decay))
     ids = None if document_ids is None else document_ids.long().contiguous()
     tensors = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, state=dS, begins=begins, y=dy, dx=dx, dB=dB, dC=dC, dlog_decay=ddecay)
     _call("backward", x, C, tensors)

@@ -390,10 +390,15 @@ template <typename T> static bool update_block(const Update& u, int64_t b, int64
 }
 
 template <typename T> static int update(const Update& u) {
-    int64_t blocks = (u.heads * u.dim + CHANNELS - 1) / CHANNELS;
+    int64_t blocks = (u.heads * u.dim + CHANNELS - 1) / CHANNELS, tasks = u.batch * blocks;
     int finite = 1;
-#pragma omp parallel for num_threads(u.threads) if (u.threads > 1) reduction(& : finite)
-    for (int64_t i = 0; i < u.batch * blocks; i++) finite &= update_block<T>(u, i / blocks, i % blocks * CHANNELS);
+    auto task = [&](int64_t i) { return update_block<T>(u, i / blocks, i % blocks * CHANNELS); };
+    if (u.threads == 1) {  // a parallel region of one thread would still put torch's others to sleep: as long as the step
+        for (int64_t i = 0; i < tasks; i++) finite &= task(i);
+    } else {
+#pragma omp parallel for num_threads(u.threads) reduction(& : finite)
+        for (int64_t i = 0; i < tasks; i++) finite &= task(i);
+    }
     return finite;
 }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, large_pages, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.native import lanes, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.room import room
 
 SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634
@@ -49,8 +50,8 @@ def _friendly(t: Tensor) -> Tensor:
 def _like(t: Tensor, channels: int) -> Tensor:
     """An empty [batch, channels, L] in the layout of t [batch, some, L]."""
     if t.stride(1) == 1 and t.shape[1] > 1:
-        return t.new_empty(t.shape[0], t.shape[2], channels).mT
-    return t.new_empty(t.shape[0], channels, t.shape[2])
+        return room((t.shape[0], t.shape[2], channels), t).mT
+    return room((t.shape[0], channels, t.shape[2]), t)
 
 
 def _scan(u, A, B, C, inputs: int, slices: int) -> _Scan:
@@ -78,8 +79,7 @@ def scan_forward(
     last = h.clone(memory_format=torch.contiguous_format)
     scan = _scan(u, A, B, C, len(h), 1)
     outputs = [_like(u, u.shape[1] // B.shape[1] * C.shape[1]) for _ in range(len(h))]
-    begins = u.new_empty(_begins(u, A, B, len(h)) if keep else 0)
-    large_pages(*outputs, begins)
+    begins = room(_begins(u, A, B, len(h)) if keep else (0,), u)
     scan.u, scan.delta, scan.y = _strided(u), _strided(delta), _strided(outputs[0])
     if len(h) == 2:
         scan.y_ones = _strided(outputs[1])
@@ -119,7 +119,6 @@ def scan_backward(
     slices = max(1, min(begins.shape[1] // groups, SLICES // (batch * groups)))
     scan = _scan(u, A, B, C, inputs, slices)
     du, ddelta = _like(u, channels), _like(delta, channels)
-    large_pages(du, ddelta)
     dA = u.new_zeros(batch, *A.shape)
     dB, dC = (u.new_zeros(slices, batch, heads, length, A.shape[1]) for heads in (groups, groups * readings))
     scan.u, scan.delta, scan.y, scan.du, scan.ddelta = (_strided(t) for t in (u, delta, dy, du, ddelta))
