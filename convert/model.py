@@ -315,7 +315,7 @@ def swap(model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...
         read = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
         with torch.device(read.q.device):
             mixer = kind.from_projections(read, options).to(read.q.dtype)
-        specs[layer] = {"name": name, "shape": dataclasses.asdict(read.shape), "options": dataclasses.asdict(options)}
+        specs[layer] = {"name": name, "shape": dataclasses.asdict(read.shape), "options": dataclasses.asdict(mixer.options)}
         setattr(blocks[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:
         config = ConvertedConfig(host=host.config.to_diff_dict() | {"model_type": host.config.model_type}, mixers=specs)

@@ -76,10 +76,6 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
             )
         if s.tokens < 1:
             found.append(f"Step {step.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
-        if s.schedule not in ("wsd", "cosine"):
-            found.append(f"Step {step.name}: the schedule is 'wsd' or 'cosine'; got {s.schedule!r}.")
-        if s.precision not in ("auto", "float32", "bfloat16"):
-            found.append(f"Step {step.name}: the precision is 'auto', 'float32' or 'bfloat16'; got {s.precision!r}.")
         if isinstance(s.objective, Distill) != (step.stage is not align):
             found.append(
                 f"Step {step.name}: {step.stage.__name__} compares {'layers' if step.stage is align else 'distributions'}; its objective cannot be {_objective(step)}."
@@ -94,7 +90,9 @@ BOUNDS = {  # field -> lowest, highest; of settings, objectives, mixer options a
     "beta2": (0, 0.999999), "weight_decay": (0, 1), "noise": (0, 1), "loss_chunk": (1, 1e9), "evaluate_every": (0, 1e18), "save_every": (0, 1e12),
     "micro_tokens": (1, 1e9), "temperature": (0.01, 100), "cross_entropy": (0, 1e6), "forward_kl": (0, 1e6), "reverse_kl": (0, 1e6),
     "rate": (0, 10), "conv": (1, 64), "dt_rank": (1, 65_536),
+    "window": (1, 1e7), "sinks": (0, 65_536), "gate_bias": (-10, 10),
 }  # fmt: skip
+CHOICES = {"schedule": ("wsd", "cosine"), "precision": ("auto", "float32", "bfloat16"), "gate": ("element", "head", "none")}
 
 
 def _out_of_bounds(step) -> list[str]:
@@ -105,10 +103,12 @@ def _out_of_bounds(step) -> list[str]:
         homes.append(step.options)
     found = []
     for home in filter(dataclasses.is_dataclass, homes):
-        for field in (f.name for f in dataclasses.fields(home) if f.name in BOUNDS):
-            value, (low, high) = getattr(home, field), BOUNDS[field]
-            if isinstance(value, int | float) and not low <= value <= high:
+        for field in (f.name for f in dataclasses.fields(home)):
+            value, (low, high), choices = getattr(home, field), BOUNDS.get(field, (0, 0)), CHOICES.get(field, ())
+            if field in BOUNDS and isinstance(value, int | float) and not low <= value <= high:
                 found.append(f"Step {step.name}: {field} must be within {low:g} .. {high:g}; got {value:g}.")
+            if choices and value not in choices:
+                found.append(f"Step {step.name}: {field} must be one of {', '.join(choices)}; got {value!r}.")
     if isinstance(homes[-1], Distill) and not (homes[-1].cross_entropy or homes[-1].forward_kl or homes[-1].reverse_kl):
         found.append(f"Step {step.name}: a loss needs a term; all three weights are 0.")
     return found

@@ -66,6 +66,8 @@ class Budget:
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
     schedule: str = "wsd"  # of the last stage
     noise: float = 0.0  # in the last stage
+    window: int = 512  # of sliding-window attention (ours)
+    num_layers: int = 1
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -77,7 +79,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_300_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine", noise=0.1)
+        default = Budget(1_300_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine", noise=0.1, window=64)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -93,6 +95,7 @@ def budget(
     micro = min(batch_tokens, max(seq_len, default.micro_tokens))
     return dataclasses.replace(
         default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed,
+        num_layers=host.num_hidden_layers,
         starts_linear=config.model_type == "converted" and all(mixer and mixer["name"] == "linear" for mixer in config.mixers),
     )  # fmt: skip
 
@@ -141,7 +144,24 @@ def to_mamba2(budget: Budget) -> Recipe:
     return to_mamba(budget, "mamba2")
 
 
-RECIPES: dict[str, Callable[[Budget], Recipe]] = {"linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2}
+FULL_EVERY = 5  # one layer in so many keeps full attention (a fifth of the cache: Attention Editing's 80 % less, its windows not counted)
+
+
+def to_gate_swa(budget: Budget) -> Recipe:
+    """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv 2604.05688): first each
+    edited layer learns the attention output of its own, then the whole model the teacher's distribution."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    edited = tuple(i for i in range(budget.num_layers) if (i + 1) % FULL_EVERY) if budget.num_layers >= FULL_EVERY else None
+    edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=budget.window), edited)
+    return Recipe("gate-swa", (edit, _imitate(budget, first), _distill(budget, budget.tokens - first)))
+
+
+def _imitate(budget: Budget, tokens: int) -> Train:
+    """Attention Editing's stage 1: the error of each edited layer's attention output over its energy, all of the new mixers trained."""
+    return Train("align", stages.align, _settings(budget, tokens, budget.distill_lr, objectives.energy_mse, stages.mixers, "wsd"))
+
+
+RECIPES: dict[str, Callable[[Budget], Recipe]] = {"linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2, "gate-swa": to_gate_swa}
 
 
 def tiny(recipe: Recipe) -> Recipe:

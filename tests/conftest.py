@@ -12,10 +12,12 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from convert.mixers import MIXERS
 from kernels import native
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
+SOFTMAX = ("gate-swa",)  # mixers whose state is keys and values, in the dtype of the model; the others' are sums
 
 os.environ.setdefault("CONVERT_KERNELS", str(native.cache()))  # tests have caches of their own, but compile nothing twice
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
@@ -83,6 +85,12 @@ def tiny_teacher(family: str, **changes):
 def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> Tensor:
     """[batch, length], none of them special."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def options_of(mixer: str, **changes):
+    """A mixer's options for short texts: a window that 70 tokens do not fit in."""
+    short = {"gate-swa": dict(window=16, sinks=3)}
+    return MIXERS[mixer].Options(**short.get(mixer, {}) | changes)
 
 
 @torch.no_grad()

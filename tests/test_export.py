@@ -16,7 +16,7 @@ from convert import export as export_module
 from convert.errors import UserError
 from convert.export import check_in_clean_process, export, flatten, model_code, run_without_us
 from convert.model import ConvertedForCausalLM, swap
-from tests.conftest import VOCAB, perturb, tiny_teacher, token_ids
+from tests.conftest import VOCAB, options_of, perturb, tiny_teacher, token_ids
 
 # teacher, mixer, layers: gpt_neox without tied embeddings, llama with them and with grouped-query attention
 CASES = {
@@ -24,12 +24,13 @@ CASES = {
     "neox-mamba": ("gpt_neox", "mamba", None),
     "llama-mamba2": ("llama", "mamba2", None),
     "llama-partial": ("llama", "mamba", (0, 2)),
+    "qwen3-gate-swa": ("qwen3", "gate-swa", (0, 2)),
 }
 IDS = token_ids(2, 20)
 
 
 def make_student(family: str, mixer: str, layers: tuple[int, ...] | None) -> ConvertedForCausalLM:
-    student = swap(tiny_teacher(family, tie_word_embeddings=family == "llama"), mixer, layers=layers)
+    student = swap(tiny_teacher(family, tie_word_embeddings=family == "llama"), mixer, options_of(mixer), layers)
     for slot in student.slots().values():
         perturb(slot.mixer)
     return student

@@ -1,10 +1,11 @@
 """Token mixers that replace attention. A new one is a file and a line here; the invariants of tests/test_mixers.py come with it."""
 
 from convert.mixers.base import Context, Mixer
+from convert.mixers.gate_swa import GateSWA
 from convert.mixers.linear import LinearAttention
 from convert.mixers.mamba import Mamba
 from convert.mixers.mamba2 import Mamba2
 
-MIXERS: dict[str, type[Mixer]] = {"linear": LinearAttention, "mamba": Mamba, "mamba2": Mamba2}
+MIXERS: dict[str, type[Mixer]] = {"linear": LinearAttention, "mamba": Mamba, "mamba2": Mamba2, "gate-swa": GateSWA}
 
-__all__ = ["MIXERS", "Context", "LinearAttention", "Mamba", "Mamba2", "Mixer"]
+__all__ = ["MIXERS", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]

@@ -36,6 +36,24 @@ class QKV(nn.Module):
         q, k = (t if isinstance(norm, nn.Identity) else norm(t.to(norm.weight.dtype)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
+    @torch.no_grad()
+    def copy_(self, p: Projections) -> None:
+        for linear, weight, bias in ((self.q, p.q, p.q_bias), (self.k, p.k, p.k_bias), (self.v, p.v, p.v_bias)):
+            linear.weight.copy_(weight.flatten(0, 1))
+            if bias is not None:
+                linear.bias.copy_(bias.flatten())
+        if p.q_norm is not None:
+            self.q_norm.weight.copy_(p.q_norm)
+            self.k_norm.weight.copy_(p.k_norm)
+
+    def projections(self, o: Tensor, o_bias: Tensor | None, feature_maps=None) -> Projections:
+        """The inverse of copy_, with an output projection o [D, H, K]."""
+        linears, heads = (self.q, self.k, self.v), (-1, self.shape.head_dim)
+        biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
+        norms = (None, None) if self.shape.norm_eps is None else (self.q_norm.weight, self.k_norm.weight)
+        weights = (linear.weight.unflatten(0, heads) for linear in linears)
+        return Projections(self.shape, *weights, o, *biases, o_bias, *norms, scale=self.shape.head_dim**-0.5, feature_maps=feature_maps)
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on the first R dimensions of x [B, T, heads, K]; cos, sin [B, T, R], two-halves layout."""
@@ -79,16 +97,10 @@ class HedgehogHeads(nn.Module):
 
     @torch.no_grad()
     def copy_(self, p: Projections) -> None:
-        for linear, weight, bias in ((self.qkv.q, p.q, p.q_bias), (self.qkv.k, p.k, p.k_bias), (self.qkv.v, p.v, p.v_bias)):
-            linear.weight.copy_(weight.flatten(0, 1))
-            if bias is not None:
-                linear.bias.copy_(bias.flatten())
+        self.qkv.copy_(p)
         self.out.weight.copy_(p.o.flatten(1))
         if p.o_bias is not None:
             self.out.bias.copy_(p.o_bias)
-        if p.q_norm is not None:
-            self.qkv.q_norm.weight.copy_(p.q_norm)
-            self.qkv.k_norm.weight.copy_(p.k_norm)
         if p.feature_maps is not None:
             for feature, (weight, bias) in zip((self.feature_q, self.feature_k), p.feature_maps, strict=True):
                 feature.weight.copy_(weight)
@@ -96,14 +108,8 @@ class HedgehogHeads(nn.Module):
 
     def projections(self) -> Projections:
         """The inverse of copy_."""
-        shape, heads = self.qkv.shape, (-1, self.qkv.shape.head_dim)
-        linears = self.qkv.q, self.qkv.k, self.qkv.v
-        biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
-        norms = (None, None) if shape.norm_eps is None else (self.qkv.q_norm.weight, self.qkv.k_norm.weight)
-        return Projections(
-            shape, *(linear.weight.unflatten(0, heads) for linear in linears), self.out.weight.unflatten(1, heads), *biases, self.out.bias,
-            *norms, feature_maps=tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k)),
-        )  # fmt: skip
+        o = self.out.weight.unflatten(1, (-1, self.qkv.shape.head_dim))
+        return self.qkv.projections(o, self.out.bias, tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k)))
 
 
 class ShortConv(nn.Module):

@@ -1,0 +1,144 @@
+"""Gated sliding-window attention: Attention Editing's GateSWA (arXiv 2604.05688), with the gate of Qwen's gated attention
+(arXiv 2505.06708) and the attention sinks of StreamingLLM (arXiv 2309.17453).
+
+y = (softmax attention to the last `window` tokens and the first `sinks` of the document) * sigmoid(W x + b), then the output projection.
+
+B batch · T tokens of this call · S slots of the window · H query heads · G key/value heads · K head size
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convert.mixers.base import Context, Mixer, State
+from convert.mixers.parts import QKV, wide
+from convert.projections import Projections, Shape
+
+EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing fills yet
+
+
+class GateSWA(Mixer):
+    """State: keys and values [B, S, G, K] and the place of each in its document [B, S], with S = window - 1 + sinks."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """`gate_bias`: b at the start, where W is 0. The output projection is divided by sigmoid(b), so that the function does not
+        change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper does not say)."""
+
+        window: int = 512  # tokens, the one that looks included (ours)
+        sinks: int = 4  # StreamingLLM's
+        gate: str = "element"  # or "head": one number per head, or "none"
+        gate_bias: float = 0.0
+
+    def __init__(self, shape: Shape, options: Options):
+        super().__init__()
+        self.shape, self.options = shape, options
+        self.slots = options.window - 1 + options.sinks
+        self.qkv = QKV(shape)
+        inner = shape.num_heads * shape.head_dim
+        size = {"element": inner, "head": shape.num_heads, "none": 0}[options.gate]
+        self.gate = nn.Linear(shape.width, size) if size else None
+        self.out = nn.Linear(inner, shape.width, bias=shape.out_bias)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, options.gate_bias)
+
+    @classmethod
+    def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":
+        if not math.isclose(projections.scale, projections.shape.head_dim**-0.5, rel_tol=1e-6):
+            raise ValueError(f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}.")
+        if projections.window is not None and projections.window < options.window:
+            options = replace(options, window=projections.window)
+        mixer = cls(projections.shape, options)
+        mixer.qkv.copy_(projections)
+        with torch.no_grad():
+            mixer.out.weight.copy_((projections.o / mixer._opening()).flatten(1))
+            if projections.o_bias is not None:
+                mixer.out.bias.copy_(projections.o_bias)
+        return mixer
+
+    def projections(self) -> Projections:
+        """With the gate as it is on average, by its bias."""
+        o = self.out.weight.unflatten(1, (-1, self.shape.head_dim)) * self._opening()
+        return self.qkv.projections(o, self.out.bias)
+
+    def _opening(self) -> Tensor:
+        """sigmoid(b) [H, K], or [H, 1]."""
+        if self.gate is None:
+            return torch.ones(())
+        return torch.sigmoid(self.gate.bias).unflatten(0, (self.shape.num_heads, -1))
+
+    def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
+        q, k, v = self.qkv(x_BTD, context.cos, context.sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # their norms leave them in float32
+        if state is None:
+            empty = k.new_zeros(k.shape[0], self.slots, *k.shape[2:])
+            state = empty, empty, wide(k.new_full(empty.shape[:2], EMPTY))
+        keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(state[:2], (k, v), strict=True))
+        places, documents = _locate(state[2], x_BTD, context)
+        y = self._attend(q, keys, values, places, documents).flatten(2)
+        if self.gate is not None:
+            gate = torch.sigmoid(self.gate(x_BTD))
+            y = (y.unflatten(2, (gate.shape[2], -1)) * gate[..., None]).flatten(2)
+        return self.out(y), self._keep(keys, values, places, documents)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> Tensor:
+        """[B, T, H, K]: blocks of queries as long as the window, each to the keys that any of them may see: nothing is T x T."""
+        length, slots = q.shape[1], keys.shape[1] - q.shape[1]
+        block, before = max(self.options.window, 64), torch.arange(slots + length, device=q.device)
+        if length <= 2 * block:
+            return self._attend_to(q, keys, values, places, documents, before, slots)
+        first = (before < slots) | ((places >= 0) & (places < self.options.sinks)).any(0)
+        back = self.options.window - 1 + _holes(places[:, slots:])
+        done = []
+        for start in range(0, length, block):
+            nearest = (before >= slots + start - back) & (before < slots + start + block)
+            seen = (nearest | (first & (before < slots + start))).nonzero()[:, 0]
+            done.append(self._attend_to(q[:, start : start + block], keys, values, places, documents, seen, slots + start))
+        return torch.cat(done, 1)
+
+    def _attend_to(self, q, keys, values, places, documents, seen: Tensor, start: int) -> Tensor:
+        """Queries that begin at `start` among the keys, to the keys `seen`."""
+        mine = torch.arange(start, start + q.shape[1], device=q.device)
+        at, of = places[:, mine, None], places[:, None, seen]
+        visible = (of >= 0) & (of <= at) & ((at - of < self.options.window) | (of < self.options.sinks))
+        visible &= documents[:, mine, None] == documents[:, None, seen]
+        visible |= mine[:, None] == seen  # padding sees itself, or its softmax would be of nothing
+        k, v = (t[:, seen].transpose(1, 2) for t in (keys, values))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=visible[:, None], enable_gqa=True)
+        return y.transpose(1, 2)
+
+    def _keep(self, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> State:
+        """Of the last document: its sinks, and the latest window - 1 others, in the order of the text behind the empty slots."""
+        places = torch.where(documents == documents[:, -1:], places, EMPTY)
+        sink = (places >= 0) & (places < self.options.sinks)
+        chosen = torch.where(sink, math.inf, places).topk(self.slots, 1).indices
+        kept, order = places.gather(1, chosen).sort(1)
+        chosen = chosen.gather(1, order)[..., None, None].expand(-1, -1, *keys.shape[2:])
+        there = (kept >= 0)[..., None, None]
+        return keys.gather(1, chosen) * there, values.gather(1, chosen) * there, kept
+
+
+def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Of the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the document."""
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.real is None else context.real
+    seen = real.float().cumsum(1)
+    documents = torch.zeros_like(seen)
+    before = -(F.pad(old, (1, 0), value=EMPTY).amax(1, keepdim=True) + 1).expand_as(
+        seen
+    )  # of the tokens seen, how many belong to earlier documents
+    if context.document_ids is not None:
+        starts = F.pad(context.document_ids.diff(dim=1) != 0, (1, 0))
+        documents = starts.float().cumsum(1)
+        before = torch.where(starts, seen - real.float(), before).cummax(1).values
+    places = torch.where(real, seen - 1 - before, EMPTY)
+    return torch.cat([old, places], 1), torch.cat([torch.zeros_like(old), documents], 1)
+
+
+def _holes(places: Tensor) -> int:
+    """How many padded tokens a row has after its first real one, at most: they come between a token and its window."""
+    real = places >= 0
+    return int((~real & (real.cumsum(1) > 0)).sum(1).max())
