@@ -62,6 +62,7 @@ class Budget:
     distill_lr: float
     objective: Distill
     micro_tokens: int
+    align_batch_tokens: int | None = None  # of the first stage; None: as in the last
     checkpointing: bool = False
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
     schedule: str = "wsd"  # of the last stage
@@ -79,7 +80,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_300_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, schedule="cosine", noise=0.1, window=64)
+        default = Budget(1_300_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, 512, schedule="cosine", noise=0.1, window=64)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -106,13 +107,22 @@ ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 
 def _align(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 1: cosine distance of each layer's attention output, the feature maps alone."""
-    return Train("align", stages.align, _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps, "wsd"))
+    settings = _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps, "wsd")
+    return Train("align", stages.align, _smaller_batches(budget, settings))
 
 
 def _distill(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 2: by cross-entropy there, by forward KL here (ours: LOG.md)."""
     settings = _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule)
     return Train("distill", stages.distill, dataclasses.replace(settings, noise=budget.noise))
+
+
+def _smaller_batches(budget: Budget, settings: Settings) -> Settings:
+    """Few tokens are worth more as many small steps: each layer has a problem of its own, and an easy one (ours: LOG.md)."""
+    if budget.align_batch_tokens is None:
+        return settings
+    size = budget.seq_len * max(1, min(budget.align_batch_tokens, budget.batch_tokens) // budget.seq_len)
+    return dataclasses.replace(settings, batch_tokens=size, micro_tokens=min(size, settings.micro_tokens))
 
 
 def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable, schedule: str) -> Settings:
@@ -158,7 +168,8 @@ def to_gate_swa(budget: Budget) -> Recipe:
 
 def _imitate(budget: Budget, tokens: int) -> Train:
     """Attention Editing's stage 1: the error of each edited layer's attention output over its energy, all of the new mixers trained."""
-    return Train("align", stages.align, _settings(budget, tokens, budget.distill_lr, objectives.energy_mse, stages.mixers, "wsd"))
+    settings = _settings(budget, tokens, budget.distill_lr, objectives.energy_mse, stages.mixers, "wsd")
+    return Train("align", stages.align, _smaller_batches(budget, settings))
 
 
 RECIPES: dict[str, Callable[[Budget], Recipe]] = {"linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2, "gate-swa": to_gate_swa}

@@ -62,9 +62,12 @@ def train(teacher, text, budget, variant: Variant):
         for s, part in zip(plan, (variant.share, 1 - variant.share), strict=True)
     )
     distill = dataclasses.replace(distill, objective=variant.objective)
-    batches = Batches(text.train, budget.seq_len, budget.batch_tokens // budget.seq_len, budget.seed)
+
+    def batches(s):
+        return Batches(text.train, s.seq_len, s.num_sequences, s.seed)
+
     if align.tokens:
-        student = stages.align(student, teacher.model, batches, align)
+        student = stages.align(student, teacher.model, batches(align), align)
     if variant.mixer != "linear":
         student = swap(student, variant.mixer)
     if variant.naive:
@@ -73,7 +76,7 @@ def train(teacher, text, budget, variant: Variant):
                 if isinstance(module, torch.nn.Linear):
                     module.reset_parameters()
     if distill.tokens:
-        student = stages.distill(student, teacher.model, batches, distill)
+        student = stages.distill(student, teacher.model, batches(distill), distill)
     return student.eval()
 
 

@@ -47,21 +47,21 @@ class Clock(stages.Silent):
 
 
 def prepare(name: str, target: str, stage: str):
-    """The teacher, the student that the recipe has in this stage (linear attention in align), batches, and the settings of both stages."""
+    """The teacher, the student that the recipe has in this stage (linear attention in align), batches and settings of the stage."""
     teacher = load_teacher(name)
     budget = recipes.budget(name, read_config(resolve(name)))
-    settings = {s.stage.__name__: s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train)}
+    settings = next(s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train) and s.stage.__name__ == stage)
     student = swap(copy.deepcopy(teacher.model), "linear")
     if target != "linear" and stage == "distill":
         student = swap(student, target)
     text = tokenize(corpus("stdlib"), teacher.tokenizer)
-    return teacher.model, student, Batches(text.train, budget.seq_len, budget.batch_tokens // budget.seq_len), settings
+    return teacher.model, student, Batches(text.train, settings.seq_len, settings.num_sequences, settings.seed), settings
 
 
 def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> list[float]:
     """Seconds of each step but the first."""
     clock = Clock()
-    one = dataclasses.replace(settings[stage], tokens=steps * settings[stage].batch_tokens, evaluate_every=0, save_every=1e9)
+    one = dataclasses.replace(settings, tokens=steps * settings.batch_tokens, evaluate_every=0, save_every=1e9)
     stages.STAGES[stage](student, teacher, batches, one, track=clock)
     return [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
 
@@ -79,7 +79,7 @@ def speeds(name: str, steps: int) -> Table:
                     module.WAYS["cpu"] = way if use else (lambda device, dtype: "it is left out of this measurement")
                 teacher, student, batches, settings = prepare(name, target, stage)
                 seconds = sorted(steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3))
-                found.append(settings[stage].batch_tokens / seconds[len(seconds) // 2])
+                found.append(settings.batch_tokens / seconds[len(seconds) // 2])
             table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
     for module, way in compiled.items():
         module.WAYS["cpu"] = way
