@@ -1,6 +1,7 @@
 """What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -123,7 +124,7 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     num_teacher = _count(model)
     precisions = {step.settings.precision for step in recipe.steps if isinstance(step, Train)}
     dtype = torch.bfloat16 if all(uses_bfloat16(torch.device(device), p) for p in precisions) else torch.float32
-    flops, scan_elements = _matmul_rate(device, dtype), _scan_rate(device)
+    flops = _matmul_rate(device, dtype)
     student, rows, biggest = model, [], 0
     for step in recipe.steps:
         if isinstance(step, Swap):
@@ -134,16 +135,19 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
-            rows.append(_train_plan(step, student, num_teacher, flops, scan_elements))
+            rows.append(_train_plan(step, student, num_teacher, flops, device))
             biggest = max(biggest, rows[-1].trainable)
     num_student = _count(student)
     disk = 3 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
     assumptions = (
         f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
-        f"scans with a decay per state at {scan_elements / 1e6:,.0f} M state updates/s, forward and backward (measured now)",
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
         "disk: three checkpoints of the largest step (the third while it is written), two students, the export; held-out measurements and data come on top of the time",
     )
+    if _state_updates(student):
+        assumptions += (
+            f"scans with a decay per state at {_scan_rate(device) / 1e6:,.0f} M state updates/s, forward and backward (measured now)",
+        )
     names = {mixer["name"] for mixer in config.mixers if mixer} - {"linear"} if config.model_type == "converted" else ()
     if names:
         assumptions += (
@@ -156,7 +160,7 @@ def _count(model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, flops: float, scan_elements: float) -> StepPlan:
+def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, flops: float, device: str) -> StepPlan:
     s = step.settings
     trainable, total = sum(p.numel() for p in s.trains(student)), _count(student)
     mixers = sum(p.numel() for slot in student.slots().values() for p in slot.parameters())
@@ -168,9 +172,8 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
     forward = 2 * num_teacher
     per_token = forward + 6 * mixers if step.stage is align else forward + (8 if s.checkpointing else 6) * total
-    rates = [module.s for module in student.modules() if isinstance(module, DecayRate)]
-    updates = sum(2 * rate.numel() for rate in rates if rate.ndim == 2)  # of numerators and denominators, per token
-    seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + updates / scan_elements)
+    scan = _state_updates(student) / _scan_rate(device) if _state_updates(student) else 0.0
+    seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + scan)
     what = f"{step.stage.__name__}: {_objective(step)}, trains {s.trains.__name__}"
     return StepPlan(
         step.name, what, s.tokens, trainable, total - trainable, 4 * (num_teacher + total + 3 * trainable) + activations + logits, seconds
@@ -192,6 +195,13 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     return _best(lambda: (a @ a)[0, 0].item(), 2 * n**3)
 
 
+def _state_updates(student: ConvertedForCausalLM) -> int:
+    """Of numerators and denominators with a decay of their own, per token."""
+    rates = [module.s for module in student.modules() if isinstance(module, DecayRate)]
+    return sum(2 * rate.numel() for rate in rates if rate.ndim == 2)
+
+
+@functools.cache
 def _scan_rate(device: str) -> float:
     """State updates per second, forward and backward, of the selective scan."""
     shape = {"device": device, "requires_grad": True}

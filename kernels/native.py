@@ -84,7 +84,8 @@ def register(name: str, forward, backward, fakes, gradients, setup) -> None:
 
 
 def needs_gradients(operator: str, *tensors: Tensor) -> bool:
-    """Whether a backward pass will follow. Raises RuntimeError where forward-mode gradients would come out as zeros."""
+    """Whether a backward pass will follow. Raises RuntimeError where forward-mode gradients would come out as zeros (not inside
+    torch.compile, which does not say)."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"The compiled {operator} has no forward-mode gradients; impl='reference' has.")
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

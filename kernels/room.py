@@ -16,17 +16,18 @@ from torch import Tensor
 LARGE = 1 << 23  # bytes from which a result has room of its own (ours)
 MOST = 1 << 29  # bytes kept for later (ours)
 
-_free: dict[int, list[mmap.mmap]] = {}  # by size
+_free: list[mmap.mmap] = []  # the oldest first
 
 
 def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """As like.new_empty(shape), contiguous; a fake tensor's has no memory."""
-    size = math.prod(shape) * like.element_size()
-    if size < LARGE or sys.platform != "linux" or type(like) is not Tensor:
+    """As like.new_empty(shape), contiguous, but for a storage that cannot be resized. A fake tensor's has no memory."""
+    if type(like) is not Tensor or sys.platform != "linux":  # before its size is looked at: that would bind an export to it
         return like.new_empty(shape)
-    try:
-        memory = _free[size].pop()
-    except (KeyError, IndexError):
+    size = math.prod(shape) * like.element_size()
+    if size < LARGE:
+        return like.new_empty(shape)
+    memory = _kept(size)
+    if memory is None:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _advise(memory, mmap.MADV_HUGEPAGE)
     view = memoryview(memory)  # lives as long as the tensor
@@ -34,12 +35,22 @@ def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.frombuffer(view, dtype=like.dtype).view(shape)
 
 
+def _kept(size: int) -> mmap.mmap | None:
+    for memory in list(_free):
+        if len(memory) == size:
+            with contextlib.suppress(ValueError):  # another thread took it
+                _free.remove(memory)
+                return memory
+    return None
+
+
 def _keep(memory: mmap.mmap) -> None:
-    if sum(size * len(some) for size, some in _free.items()) + len(memory) > MOST:
-        _free.clear()
-    if len(memory) <= MOST:
-        _advise(memory, mmap.MADV_FREE)
-        _free.setdefault(len(memory), []).append(memory)
+    """Runs wherever a tensor happens to be freed, so each line is one step for all threads."""
+    _advise(memory, mmap.MADV_FREE)
+    _free.append(memory)
+    while sum(map(len, list(_free))) > MOST:
+        with contextlib.suppress(IndexError):
+            _free.pop(0)
 
 
 def _advise(memory: mmap.mmap, wish: int) -> None:

@@ -54,11 +54,12 @@ def _holders(step):
 def _another(name, old):
     choices = {
         "trains": "everything",
-        "objective": "energy_mse",
+        "objective": "cosine_distance" if old is objectives.energy_mse else "energy_mse",
         "schedule": "cosine",
         "precision": "float32",
         "layers": "0,2",
         "dt_rank": "7",
+        "gate": "head",
     }
     if name in choices:
         return choices[name]

@@ -30,9 +30,9 @@ def selective_state_update(
         raise ValueError("selective_state_update has no gradients; call it under torch.no_grad(), or selective_scan to train.")
     plain = type(state) is Tensor and not torch.compiler.is_compiling()  # not a fake tensor, which has no memory
     layout = _layout(impl, tensors) if plain else None
-    if layout in DIRECT:
-        out = _direct(tensors, *DIRECT[layout], dt_softplus)
-    else:
+    known = DIRECT.get(layout) if plain else None
+    out = _direct(tensors, *known, dt_softplus) if known else None
+    if out is None:
         arguments = _per_head(*tensors)
         way = _pick(impl, state.device.type, state.dtype)
         if way != "cpu":  # which looks at A as it goes
@@ -49,25 +49,28 @@ def selective_state_update(
 # -> function, sizes and whether more than one thread pays, of those that the compiled step reads where they are.
 DIRECT: dict[tuple, tuple[Callable, tuple[int, ...], bool]] = {}
 KNOWN = 256  # layouts at most
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _layout(impl: str, tensors: tuple[Tensor | None, ...]) -> tuple:
-    """All that is checked of the arguments, besides values."""
-    return impl, *[(t.shape, t.dtype, t.device, t.is_contiguous()) if isinstance(t, Tensor) else type(t) for t in tensors]
+    """What decides how the arguments are read. Anything but a plain tensor is its type."""
+    return impl, *[(t.shape, t.dtype, t.device, t.is_contiguous()) if type(t) in PLAIN else type(t) for t in tensors]
 
 
 def _remember(layout: tuple, tensors: tuple[Tensor | None, ...], groups: int) -> None:
     state = tensors[0]
-    if all(t is None or (t.dtype == state.dtype and t.is_contiguous()) for t in tensors):
+    if all(t is None or (type(t) in PLAIN and t.dtype == state.dtype and t.is_contiguous()) for t in tensors):
         batch, *heads, dim, N = state.shape
         if len(DIRECT) >= KNOWN:
             DIRECT.clear()
         DIRECT[layout] = _function(state.dtype), (batch, *(heads or [1]), dim, groups, N), state.numel() >= THREADED
 
 
-def _direct(tensors: tuple[Tensor | None, ...], update: Callable, sizes: tuple[int, ...], threaded: bool, softplus: bool) -> Tensor:
-    """The compiled step of contiguous tensors of one dtype."""
+def _direct(tensors: tuple[Tensor | None, ...], update: Callable, sizes: tuple[int, ...], threaded: bool, softplus: bool) -> Tensor | None:
+    """The compiled step of contiguous tensors of one dtype; None where a mode makes every new tensor a fake one."""
     out = torch.empty_like(tensors[1])
+    if type(out) is not Tensor:
+        return None
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     if not update(ARGUMENTS.pack(*sizes, softplus, torch.get_num_threads() if threaded else 1, *pointers, out.data_ptr())):
         raise ValueError(

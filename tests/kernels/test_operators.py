@@ -49,6 +49,23 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))])
+def test_an_export_takes_any_length(name, lengths):
+    """Not only those whose results are small: kernels/room.py."""
+    scan, make = OPERATORS[name]
+    tensors = {k: v for k, v in make().items() if isinstance(v, torch.Tensor)}
+
+    class Model(torch.nn.Module):
+        def forward(self, *arguments):
+            return scan(**dict(zip(tensors, arguments, strict=True)), impl="cpu")
+
+    shapes = tuple({lengths[k]: torch.export.Dim("L", min=2, max=1 << 24)} if k in lengths else None for k in tensors)
+    program = torch.export.export(Model(), tuple(tensors.values()), dynamic_shapes=(shapes,)).module()
+    longer = {k: v.repeat_interleave(5, lengths[k]) if k in lengths else v for k, v in tensors.items()}
+    assert_close(program(*longer.values()), scan(**longer, impl="cpu"), 1e-6)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name, value", [("selective_scan", "u"), ("chunk_scan", "x")])
 def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
     scan, make = OPERATORS[name]

@@ -1,6 +1,7 @@
 """Memory of large results is used again, and never while something looks at it."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -49,7 +50,27 @@ def test_what_is_kept_is_bounded(monkeypatch):
     some = [room((n * LARGE // 4,), LIKE) for n in (1, 1, 1, 3)]
     while some:
         some.pop()
-    assert 0 < sum(size * len(kept) for size, kept in module._free.items()) <= 2 * LARGE
+    assert 0 < sum(map(len, module._free)) <= 2 * LARGE
+
+
+def test_many_threads_free_and_take():
+    errors = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(200):
+                t = room((LARGE // 4 * (1 + (seed + i) % 3),), LIKE)
+                t[0], t[-1] = seed, i
+                assert (t[0].item(), t[-1].item()) == (seed, i)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 def test_small_and_fake_tensors_are_torchs_own():

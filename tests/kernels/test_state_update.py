@@ -123,6 +123,22 @@ def test_torch_compile_sees_one_operator():
     compiled = torch.compile(lambda **k: selective_state_update(**k), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(**a), wanted, 1e-6)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for N in (2, 3, 4):  # what is remembered of other layouts is no reason to compile again
+            selective_state_update(**make(N=N, dtype=torch.float32))
+            compiled(**a)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_a_known_layout_under_a_fake_mode():
+    """Its new tensors have no memory to write to, whether or not the arguments have."""
+    a = make(dtype=torch.float32)
+    for _ in range(2):
+        selective_state_update(**a)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for x in (a["x"], mode.from_tensor(a["x"])):
+            assert selective_state_update(**a | dict(x=x)).shape == (2, 6)
 
 
 @needs_compiler
