@@ -89,10 +89,12 @@ def belongs_together(row: dict, base: dict, rates: dict) -> None:
     assert row["of_copy"] * rates["copy_GB_s"] == same(row["GB_s"])
     assert row["of_product"] * rates["product_GFLOP_s"] == same(row["GFLOP_s"])
     assert row["bound_ratio"] * row["bound_s"] == same(row["time_s"])
-    assert (
-        row["bound_s"]
-        >= max(sum(c.bytes for c in cost) / rates["copy_GB_s"], sum(c.exponentials for c in cost) / rates["exponentials_G_s"]) / 1e9
+    bytes_s, exponentials_s = (
+        sum(c.bytes for c in cost) / rates["copy_GB_s"] / 1e9,
+        sum(c.exponentials for c in cost) / rates["exponentials_G_s"] / 1e9,
     )
+    least = max(bytes_s, exponentials_s)  # each pass has its own limit, so their sum is this or more
+    assert row["bound_s"] > least or row["bound_s"] == same(least)
 
 
 def test_a_peer_that_takes_less_is_compared_at_its_size(monkeypatch):
