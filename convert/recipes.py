@@ -80,7 +80,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_300_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, 512, schedule="cosine", noise=0.1, window=64)
+        default = Budget(1_800_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, 512, schedule="cosine", noise=0.1, window=64)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours

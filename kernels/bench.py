@@ -237,6 +237,10 @@ def plot(rows: list[dict], file: Path) -> None:
         peers, lengths = ([row for row in some if row["table"] == table] for table in ("peers", "growing"))
         above.barh([row["label"] for row in peers], [row.get("time_ratio", 0) for row in peers])
         above.set(title=case, xlabel="time, ours = 1", xscale="log", xlim=(0.5, None))
+        highest = max([row.get("time_ratio", 0) for row in peers], default=1)
+        ticks = [n * 10**e for e in range(6) for n in (1, 3) if n * 10**e <= max(highest, 3)]
+        above.minorticks_off()
+        above.set_xticks(ticks, ticks)
         above.invert_yaxis()
         for what in ("time_s", "bound_s"):
             below.plot([row["length"] for row in lengths], [row[what] * 1e3 for row in lengths], marker="o", label=what[:-2])
