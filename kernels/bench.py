@@ -242,6 +242,9 @@ def plot(rows: list[dict], file: Path) -> None:
         above.minorticks_off()
         above.set_xticks(ticks, ticks)
         above.invert_yaxis()
+        if not lengths:  # --no-scaling
+            below.set_visible(False)
+            continue
         for what in ("time_s", "bound_s"):
             below.plot([row["length"] for row in lengths], [row[what] * 1e3 for row in lengths], marker="o", label=what[:-2])
         below.set(xlabel=CASES[case]({}).grows[0], ylabel="ms", xscale="log", yscale="log")
