@@ -68,7 +68,7 @@ class Budget:
     schedule: str = "wsd"  # of the last stage
     noise: float = 0.0  # in the last stage
     window: int = 512  # of sliding-window attention (ours)
-    num_layers: int = 1
+    num_layers: int = 0  # of the teacher; 0: not known, and then no layer keeps its attention
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 

@@ -20,8 +20,9 @@ _free: list[mmap.mmap] = []  # the oldest first
 
 
 def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """As like.new_empty(shape), contiguous, but for a storage that cannot be resized. A fake tensor's has no memory."""
-    if type(like) is not Tensor or sys.platform != "linux":  # before its size is looked at: that would bind an export to it
+    """As like.new_empty(shape), contiguous, but for a storage that cannot be resized. A fake or meta tensor's has no memory."""
+    real = type(like) is Tensor and like.device.type == "cpu"
+    if not real or sys.platform != "linux":  # before its size is looked at: that would bind an export to it
         return like.new_empty(shape)
     size = math.prod(shape) * like.element_size()
     if size < LARGE:

@@ -131,9 +131,10 @@ ARGUMENTS = struct.Struct("=17q")  # cpu.cpp's Update: sizes, then addresses
 
 def update_cpu(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tensor:
     """As update_reference. A plain call outside torch.compile: a step lasts as long as a few dispatches."""
-    if torch.compiler.is_compiling() or type(state) is not Tensor:  # fake tensors have no memory
-        return torch.ops.workbench.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus)
-    return update_once(state, x, dt, A, B, C, D, z, dt_bias, softplus)
+    arguments = state, x, dt, A, B, C, D, z, dt_bias, softplus
+    fake = torch.compiler.is_compiling() or type(state) is not Tensor  # without memory
+    out = None if fake else update_once(*arguments)
+    return torch.ops.workbench.selective_state_update(*arguments) if out is None else out
 
 
 def update_once(

@@ -62,7 +62,7 @@ def test_many_threads_free_and_take():
                 t = room((LARGE // 4 * (1 + (seed + i) % 3),), LIKE)
                 t[0], t[-1] = seed, i
                 assert (t[0].item(), t[-1].item()) == (seed, i)
-        except BaseException as e:
+        except Exception as e:
             errors.append(e)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -77,4 +77,5 @@ def test_small_and_fake_tensors_are_torchs_own():
     room((10,), LIKE)
     with FakeTensorMode() as mode:
         assert room(SHAPE, mode.from_tensor(LIKE)).shape == SHAPE
+    assert room(SHAPE, LIKE.to("meta")).is_meta
     assert not module._free

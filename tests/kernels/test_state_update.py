@@ -131,14 +131,16 @@ def test_torch_compile_sees_one_operator():
 
 
 @needs_compiler
-def test_a_known_layout_under_a_fake_mode():
+def test_layouts_under_a_fake_mode(monkeypatch):
     """Its new tensors have no memory to write to, whether or not the arguments have."""
-    a = make(dtype=torch.float32)
-    for _ in range(2):
-        selective_state_update(**a)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for x in (a["x"], mode.from_tensor(a["x"])):
-            assert selective_state_update(**a | dict(x=x)).shape == (2, 6)
+    monkeypatch.setattr("kernels.selective_scan.update.DIRECT", {})
+    for a in (make(dtype=torch.float32), make(heads=4, G=2, dtype=torch.float32)):
+        for known in (False, True):
+            if known:
+                selective_state_update(**a)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                for x in (a["x"], mode.from_tensor(a["x"])):
+                    assert selective_state_update(**a | dict(x=x)).shape == x.shape
 
 
 @needs_compiler
