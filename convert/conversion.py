@@ -17,16 +17,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from convert import measure, recipes, report
+from convert import measure, native, recipes, report, selection
 from convert import plan as planning
+from convert.calibration import inputs_of
 from convert.checkpoint import StepFolder, StopRequest, check_out, locked, open_run, write_json
 from convert.data import Batch, Batches, TokenData, corpus, held_out_batches, tokenize
 from convert.errors import Interrupted, UserError
-from convert.export import check_in_clean_process, export
+from convert.export import check_in_clean_process, export, export_native
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
-from convert.recipes import Forget, Recipe, Swap, Train
-from convert.stages import hidden_states
+from convert.recipes import Forget, OneIn, Recipe, Swap, Train
+from convert.stages import hidden_states, layers_of
 from convert.teachers import Source, Teacher, check_device, fingerprint, load_teacher, read_config, resolve
 from convert.tracking import Track
 
@@ -92,6 +93,7 @@ def _locked_run(recipe: Recipe, taught: Teacher, text: TokenData, out: Path, set
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["export"] = _export(student, taught, out / "model", numbers, text)
         numbers["seconds"]["this_call"] = time.monotonic() - started
+        write_json(out / "layers.json", numbers["layers"])
         write_json(out / "report.json", numbers)
         (out / "report.md").write_text(report.markdown(numbers))
         track.summary(
@@ -121,7 +123,7 @@ def _steps(
             start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
             student = start() if student is None else student
             console.print(f"[bold]{step.name}[/]")
-            student, result = _do(step, student, start, taught, text, folder, track, batches, tokens_before, steps_before, seed)
+            student, result = _do(step, student, start, taught, text, recipe, folder, track, batches, tokens_before, steps_before, seed)
             folder.finish(student, result)
             if i:
                 folders[i - 1].drop_weights()
@@ -136,15 +138,16 @@ def _steps(
 
 
 def _do(
-    step, student, start, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches, tokens_before, steps_before, seed: int
+    step, student, start, taught: Teacher, text: TokenData, recipe: Recipe, folder: StepFolder, track: Track, batches, tokens_before,
+    steps_before, seed: int,
 ):  # fmt: skip
     """`start()` makes the student from before the step once more."""
     started = time.monotonic()
     result, earlier = {"name": step.name, "kind": type(step).__name__, "tokens": 0}, 0.0
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     if isinstance(step, Swap):
-        student, checked = _swap(step, student, start, text)
-        result["handover"] = checked
+        student, found = _swap(step, student, start, text, recipe)
+        result |= found
     elif isinstance(step, Forget):
         with torch.no_grad():
             for module in student.modules():
@@ -172,17 +175,46 @@ HANDOVER_TOKENS = 2048
 
 
 @torch.no_grad()
-def _swap(step: Swap, student, start: Callable, text: TokenData):
-    """Swap in place; where the function must stay the same, compare the logits over 2,048 tokens and stop if they do not agree.
+def _swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe) -> tuple[ConvertedForCausalLM, dict]:
+    """Swap in place; the result has what was measured on the way: the layers ranked, the hand-over checked."""
+    num_layers = len(layers_of(student))
+    inputs = inputs_of(student, _some_batches(text, recipe, step.calibration)) if step.calibration else None
+    if isinstance(step.keep, OneIn) and step.keep.measured:
+        before = selection.parts_of(student)
+        student = swap(student, step.mixer, step.options, inputs=inputs).eval()
+        rises = selection.rises(student, before, _some_batches(text, recipe, min(RANKING_TOKENS, recipe.tokens)))
+        ranked = sorted(before, key=lambda layer: -rises[layer])
+        kept = sorted(ranked[: step.keep.count(num_layers)])
+        selection.put(student, {layer: before[layer] for layer in kept})
+        console.print(f"[dim]kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}[/]")
+        return student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}}
+    edited = step.edited(num_layers)
+    found = {} if len(edited) == num_layers else {"layers": {"kept": [i for i in range(num_layers) if i not in edited]}}
+    if step.exact:
+        student, checked = _exact_swap(step, student, start, text, edited, inputs)
+        return student, found | {"handover": checked}
+    return swap(student, step.mixer, step.options, edited, inputs).eval(), found
+
+
+RANKING_TOKENS = 4096  # of training text, for each layer (ours)
+
+
+def _some_batches(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:
+    """Of training text, as the last stage has them."""
+    s = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
+    batches = Batches(text.train, s.seq_len, max(1, s.micro_tokens // s.seq_len), s.seed)
+    return [batches(i) for i in range(max(1, tokens // s.micro_tokens))]
+
+
+def _exact_swap(step: Swap, student, start: Callable, text: TokenData, edited: tuple[int, ...], inputs):
+    """Compare the logits over 2,048 tokens before and after, and stop if they do not agree.
 
     Many layers can amplify the rounding of float32 beyond what is allowed: then the same comparison in float64, which leaves
     a real difference as it is, decides. For that `start()` makes the student from before the swap once more."""
-    if not step.exact:
-        return swap(student, step.mixer, step.options, step.layers).eval(), None
     length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
     batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
     before, perplexity = hidden_states(student, batch), measure.perplexity(student, [batch])
-    student = swap(student, step.mixer, step.options, step.layers).eval()
+    student = swap(student, step.mixer, step.options, edited, inputs).eval()
     worst, largest = _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))
     change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
     checked = {"tokens": length, "max_abs_logit": worst, "allowed": max(1e-4, 1e-5 * largest), "perplexity_change": change}
@@ -191,7 +223,7 @@ def _swap(step: Swap, student, start: Callable, text: TokenData):
     )
     fine = worst <= checked["allowed"]
     if not fine and student.device.type != "mps":  # which has no float64
-        checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch)
+        checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch, edited, inputs)
         fine = checked["max_abs_logit_float64"] <= checked["allowed"]
         console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
     if not (fine and change < 1e-4):
@@ -208,12 +240,12 @@ def _largest_change(head: nn.Module, before: Tensor, after: Tensor) -> tuple[flo
     return worst, largest
 
 
-def _largest_change_in_float64(step: Swap, student, batch: Batch) -> float:
+def _largest_change_in_float64(step: Swap, student, batch: Batch, edited: tuple[int, ...], inputs) -> float:
     """Of the logits, by this swap of a student that is then of no more use. (Norms of some hosts still round to float32 there.)"""
     before = hidden_states(student.double(), batch)
     torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
     try:
-        student = swap(student, step.mixer, step.options, step.layers).eval()
+        student = swap(student, step.mixer, step.options, edited, inputs).eval()
     finally:
         torch.set_default_dtype(torch.float32)
     return _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))[0]
@@ -241,15 +273,28 @@ def _held_out(text: TokenData, budget: int, seq_len: int, micro_tokens: int) -> 
 def _numbers(student, taught: Teacher, text: TokenData, batches: list[Batch]) -> dict:
     """What is measured on the finished student, beside its teacher."""
     both = measure.compare(student, taught.model, batches)
-    sizes = {who: measure.cache_size(model, taught.dtype) for who, model in (("teacher", taught.model), ("student", student))}
-    cache = {who: {str(length): size.at(length) for length in measure.CONTEXT_LENGTHS} for who, size in sizes.items()}
     return {
         "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
         "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "measured_tokens": both.tokens,
-        "cache_bytes": cache | {"break_even_tokens": measure.break_even(**sizes)},
+        "cache_bytes": _cache_bytes(student, taught),
         "half_lives": measure.half_lives(student, batches[:4]),
         "continuations": _continuations(student, taught, text),
     }  # fmt: skip
+
+
+def _cache_bytes(student, taught: Teacher) -> dict:
+    """Measured where that is quick; by formula at every length beside it."""
+    models = {"teacher": taught.model, "student": student}
+    measured = {who: measure.cache_bytes(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()}
+    lengths = [length for length in measured["teacher"] if length in measured["student"]]
+    formulas = {who: measure.cache_formula(model) for who, model in models.items()}
+    return {who: {str(length): measured[who][length] for length in lengths} for who in models} | {
+        "formula": {
+            who: {str(length): measure.formula_bytes(layers, length, taught.dtype) for length in measure.CONTEXT_LENGTHS}
+            for who, layers in formulas.items()
+        },
+        "break_even_tokens": measure.break_even(*formulas.values(), taught.dtype),
+    }
 
 
 def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
@@ -261,7 +306,7 @@ def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings:
         "handover": handovers[-1] if handovers else {"max_abs_logit": None},
         "seconds": {"total": sum(r["seconds"] for r in results)},
         "tokens": {"total": sum(r["tokens"] for r in stages)},
-        "stages": stages, "steps": results,
+        "stages": stages, "steps": results, "layers": next((r["layers"] for r in results if "layers" in r), {"kept": []}),
         "versions": versions(), "commit": _commit(), "seed": seed_of(recipe), "device": str(student.device),
     }  # fmt: skip
 
@@ -281,12 +326,25 @@ def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenDa
     """Write model/, and read it back in a process that does not know this project."""
     console.print("[bold]export[/]")
     export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
+    found = _checked(student, folder, text, trust_remote_code=True) | {"dtype": str(taught.dtype).removeprefix("torch.")}
+    if reason := native.obstacle(student):
+        console.print(f"[dim]transformers has no architecture for this student ({reason}): model/ brings its code along.[/]")
+        return found | {"native": {"obstacle": reason}}
+    beside = folder.with_name("native")
+    export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
+    kind = native.native_config(student).model_type
+    console.print(f"[dim]native/ is the same student as a {kind}, without code of ours.[/]")
+    return found | {"native": {"model_type": kind} | _checked(student, beside, text, trust_remote_code=False)}
+
+
+def _checked(student, folder: Path, text: TokenData, *, trust_remote_code: bool) -> dict:
+    """How far the logits of the export are from the student's, in a clean process; more than rounding is an error."""
     ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
     with torch.no_grad():
         reference = student(ids.to(student.device), use_cache=False).logits.float().cpu()
     allowed = max(1e-4, 1e-5 * reference.abs().max().item())
     try:
-        difference = (check_in_clean_process(folder, ids) - reference).abs().max().item()
+        difference = (check_in_clean_process(folder, ids, trust_remote_code=trust_remote_code) - reference).abs().max().item()
         if not difference <= allowed:
             raise RuntimeError(
                 f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed {allowed:.2g})."
@@ -294,7 +352,7 @@ def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenDa
     except (RuntimeError, OSError):
         _set_aside(folder)
         raise
-    return {"max_abs_logit": difference, "allowed": allowed, "dtype": str(taught.dtype).removeprefix("torch.")}
+    return {"max_abs_logit": difference, "allowed": allowed}
 
 
 @torch.no_grad()

@@ -12,26 +12,44 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
+from convert.native import to_native
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("convert", "kernels")  # packages; their own __init__ stays at home
 MAIN = "convert.model"
+NATIVE_MARK = ".converted"  # an empty file that says who wrote the folder
 AUTO_MAP = {"AutoConfig": "convert_model.ConvertedConfig", "AutoModelForCausalLM": "convert_model.ConvertedForCausalLM"}
 
 
 def export(
     student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `folder`, with the weights in `dtype` (None: as they are); the student stays as it is.
+    """Write `folder`, with the weights in `dtype` (None: as they are) and our code beside them; the student stays as it is."""
+    config = copy.deepcopy(student.config)
+    config.auto_map = dict(AUTO_MAP)
+    _replace(folder, f"{_flat(MAIN)}.py", lambda side: _write(student, config, tokenizer, side, card, dtype, model_code()))
+
+
+def export_native(
+    student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, dtype: torch.dtype | None = None
+) -> None:
+    """The same as an architecture of transformers, without code; `native.obstacle` says whether there is one."""
+    model = to_native(student)
+    _replace(folder, NATIVE_MARK, lambda side: _write(model, model.config, tokenizer, side, card, dtype, {NATIVE_MARK: ""}))
+
+
+def _replace(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
+    """Have `write` fill the folder, in which a file `mark` shows an earlier export.
 
     All is written beside it first. An earlier export in its place goes only when the new one is complete, by two renames:
     killed exactly between them, the old one is `NAME.replaced` and the next export starts by putting it back.
@@ -40,13 +58,13 @@ def export(
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not is_free and not (folder / f"{_flat(MAIN)}.py").exists():
+    if not is_free and not (folder / mark).exists():
         raise UserError(f"An export replaces its folder, and {folder} is not an earlier export. Name another, or move it away.")
     shutil.rmtree(side, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     side.mkdir(parents=True)
     try:
-        _write(student, tokenizer, side, card, dtype)
+        write(side)
         if folder.exists():
             folder.rename(replaced)
         side.rename(folder)
@@ -58,24 +76,25 @@ def export(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write(student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, dtype: torch.dtype | None) -> None:
-    for name, source in model_code().items():
+def _write(
+    model: PreTrainedModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
+    dtype: torch.dtype | None, code: dict[str, str],
+) -> None:  # fmt: skip
+    for name, source in code.items():
         (folder / name).write_text(source, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    config = copy.deepcopy(student.config)
-    config.architectures = [type(student).__name__]
-    config.auto_map = dict(AUTO_MAP)
-    config.dtype = dtype or student.dtype
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype or model.dtype
     config.save_pretrained(folder)
     # not save_pretrained, which refuses settings of a published teacher that transformers itself only warns about
-    student.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    save_torch_state_dict(_weights(student, dtype), folder, metadata={"format": "pt"})
+    model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    save_torch_state_dict(_weights(model, dtype), folder, metadata={"format": "pt"})
 
 
-def _weights(student: ConvertedForCausalLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state, cast, in the computer's memory, without the tensors that loading ties to others again."""
-    state, tied = student.state_dict(), student.get_expanded_tied_weights_keys(all_submodels=True)
+    state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)
     return {
         name: tensor.to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.items()
@@ -167,20 +186,20 @@ LOGITS = """
 import torch
 from transformers import AutoModelForCausalLM
 
-folder, inputs, outputs = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+folder, inputs, outputs, trust = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "True", dtype=torch.float32).eval()
 with torch.no_grad():
     logits = model(input_ids=torch.load(inputs), use_cache=False).logits
 torch.save(logits, outputs)
 """
 
 
-def check_in_clean_process(folder: Path, input_ids: Tensor) -> Tensor:
+def check_in_clean_process(folder: Path, input_ids: Tensor, *, trust_remote_code: bool = True) -> Tensor:
     """The logits [B, T, W] of these tokens [B, T], in float32 on the CPU, by a process that has only the folder."""
     with tempfile.TemporaryDirectory() as place:
         inputs, outputs = Path(place, "inputs.pt"), Path(place, "outputs.pt")
         torch.save(input_ids.cpu(), inputs)
-        run_without_us(LOGITS, str(folder.resolve()), str(inputs), str(outputs))
+        run_without_us(LOGITS, str(folder.resolve()), str(inputs), str(outputs), str(trust_remote_code))
         return torch.load(outputs)
 
 

@@ -5,21 +5,27 @@ python -m convert.evaluate runs/neox-nano-mamba2
 
 import bisect
 import math
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from convert.data import Batch
+from convert.mixers.base import StateSize
 from convert.mixers.parts import TimeStep
-from convert.model import ConvertedForCausalLM, layer_bytes
+from convert.model import ConvertedForCausalLM, attention_of, layer_bytes
 from convert.objectives import cross_entropy, forward_kl
-from convert.projections import layer_window
-from convert.stages import hidden_states
+from convert.projections import Projections, layer_window
+from convert.stages import hidden_states, layers_of
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
 CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)
+ALWAYS_MEASURED = 1024  # tokens
+PREFILL_SECONDS = 15.0  # that measuring a cache at one length may take, by the one before
+PREFILL_CHUNK = 2048  # tokens
 
 
 @torch.no_grad()
@@ -70,37 +76,60 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Ba
     return Comparison(_exp(teacher_nats), _exp(student_nats), top1, kl, tokens)
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """Of one sequence. For each layer: bytes after 16 tokens, growth per token from there, and the window that ends it."""
-
-    layers: tuple[tuple[int, int, int | None], ...]
-
-    def at(self, length: int) -> int:
-        """Bytes at this context length."""
-        return sum(first + growth * (min(length, window or length) - 16) for first, growth, window in self.layers)
+@torch.no_grad()
+def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """The logits after the last of these tokens [1, T], and the cache; in pieces, so that a long text needs no more memory than its cache."""
+    for piece in ids.split(PREFILL_CHUNK, 1):
+        out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    return out.logits, cache
 
 
 @torch.no_grad()
-def cache_size(model: PreTrainedModel, dtype: torch.dtype | None = None) -> CacheSize:
-    """Read off the live cache, layer by layer, after 16 and after 32 tokens. Keys and values count as `dtype`: a model that
-    is measured in float32 is served as it is shipped."""
-    config = model.config.host_config() if isinstance(model, ConvertedForCausalLM) else model.config
+def cache_bytes(model: PreTrainedModel, dtype: torch.dtype, lengths: tuple[int, ...], seconds: float = math.inf) -> dict[int, int]:
+    """Length -> bytes of the live cache of one sequence after a real prefill, all of its tensors summed; keys, values and latents
+    count as `dtype`: a model that is measured in float32 is served as it is shipped. Lengths above 1,024 that would take longer
+    than `seconds`, going by the one before, are left out."""
+    sizes, before, took = {}, 1, 0.0
+    for length in sorted(lengths):
+        if length > ALWAYS_MEASURED and took * (length / before) ** 2 > seconds:
+            break
+        started = time.monotonic()
+        _, cache = prefill(model, torch.ones(1, length, dtype=torch.long, device=model.device))
+        sizes[length] = sum(layer_bytes(layer, dtype) for layer in cache.layers)
+        before, took = length, time.monotonic() - started
+    return sizes
 
-    def live(tokens: int) -> list[int]:
-        ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
-        return [layer_bytes(layer, dtype) for layer in model(ids, use_cache=True).past_key_values.layers]
 
-    windows = [layer_window(config, layer) for layer in range(config.num_hidden_layers)]
-    return CacheSize(tuple((a, (b - a) // 16, window) for a, b, window in zip(live(16), live(32), windows, strict=True)))
+def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:
+    """Layer by layer, from the configuration."""
+    is_student = isinstance(model, ConvertedForCausalLM)
+    config = model.config.host_config() if is_student else model.config
+    slots, sizes = model.slots() if is_student else {}, []
+    for layer, block in enumerate(layers_of(model)):
+        if layer in slots:
+            sizes.append(slots[layer].mixer.state_size())
+            continue
+        shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
+        # transformers keeps one less than the window: the token that looks is the last of it
+        sizes.append(StateSize(narrow=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1))
+    return tuple(sizes)
 
 
-def break_even(teacher: CacheSize, student: CacheSize) -> int | None:
-    """The context length from which the student's cache is the smaller one, or None if it is not by 16 M tokens."""
+def formula_bytes(layers: tuple[StateSize, ...], length: int, dtype: torch.dtype) -> int:
+    return sum(layer.at(length, dtype) for layer in layers)
+
+
+def break_even(teacher: tuple[StateSize, ...], student: tuple[StateSize, ...], dtype: torch.dtype) -> int | None:
+    """The context length from which the student's cache is the smaller one, by formula, or None if it is not by 16 M tokens."""
     longest = 1 << 24
-    if student.at(longest) >= teacher.at(longest):
+
+    def is_smaller(length: int) -> bool:
+        return formula_bytes(student, length, dtype) < formula_bytes(teacher, length, dtype)
+
+    if not is_smaller(longest):
         return None
-    return bisect.bisect_left(range(longest), True, key=lambda length: student.at(length) < teacher.at(length))
+    return bisect.bisect_left(range(longest), True, key=is_smaller)
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from convert.mixers import MIXERS
 from convert.mixers.base import Context, Mixer, State
-from convert.projections import Projections, Shape, attention_name, layer_window
+from convert.projections import Inputs, Projections, Shape, attention_name, layer_window
 
 
 class ConvertedConfig(PreTrainedConfig):
@@ -53,13 +53,15 @@ class ConvertedConfig(PreTrainedConfig):
 
 
 class StateLayer(CacheLayerMixin):
-    """What one mixer carries from call to call: a tuple of tensors with the batch first. Its size does not grow."""
+    """What one mixer carries from call to call: a tuple of tensors with the batch first, of which the first `narrow` are in the
+    dtype of the model."""
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self):
+    def __init__(self, narrow: int):
         super().__init__()
+        self.narrow = narrow
         self.state: State | None = None
 
     def lazy_initialization(self, key_states, value_states):
@@ -104,7 +106,7 @@ class StudentCache(Cache):
         host = config.host_config()
         windows = [layer_window(host, i) for i in range(len(config.mixers))]
         super().__init__(layers=[
-            StateLayer() if mixer is not None else DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+            StateLayer(MIXERS[mixer["name"]].narrow) if mixer is not None else DynamicSlidingWindowLayer(window) if window else DynamicLayer()
             for mixer, window in zip(config.mixers, windows, strict=True)
         ])  # fmt: skip
         self.seen = 0
@@ -155,12 +157,13 @@ class StudentCache(Cache):
 
 
 def layer_bytes(layer: CacheLayerMixin, dtype: torch.dtype | None = None) -> int:
-    """Of one layer of a cache, ours or transformers': states and convolution inputs, which are always float32, or keys and
-    values, counted as `dtype` (None: as they are)."""
+    """Of one layer of a cache, ours or transformers'. Keys, values and latents count as `dtype` (None: as they are), sums and convolution
+    inputs are always float32."""
     if isinstance(layer, StateLayer):
-        return sum(t.numel() * t.element_size() for t in layer.state or ())
-    tensors = (layer.keys, layer.values) if layer.is_initialized else ()
-    return sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors)
+        narrow, wide = (layer.state or ())[: layer.narrow], (layer.state or ())[layer.narrow :]
+    else:
+        narrow, wide = (layer.keys, layer.values) if layer.is_initialized else (), ()
+    return sum(t.numel() * (dtype or t.dtype).itemsize for t in narrow) + sum(t.numel() * t.element_size() for t in wide)
 
 
 class Slot(nn.Module):
@@ -299,8 +302,12 @@ def documents_of(position_ids: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def swap(model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...] | None = None) -> ConvertedForCausalLM:
-    """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is consumed."""
+def swap(
+    model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...] | None = None, inputs: list[Inputs] | None = None
+) -> ConvertedForCausalLM:
+    """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is consumed.
+
+    `inputs`: what a calibration saw, layer by layer."""
     kind = MIXERS[name]
     options = kind.Options() if options is None else options
     if isinstance(model, ConvertedForCausalLM):
@@ -310,12 +317,18 @@ def swap(model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...
         host, config = model, None
         specs = [None] * model.config.num_hidden_layers
     blocks = host.base_model.layers
-    for layer in range(len(blocks)) if layers is None else layers:
+    layers = tuple(range(len(blocks))) if layers is None else layers
+
+    def read(layer: int) -> Projections:
         old = attention_of(blocks[layer])
-        read = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
-        with torch.device(read.q.device):
-            mixer = kind.from_projections(read, options).to(read.q.dtype)
-        specs[layer] = {"name": name, "shape": dataclasses.asdict(read.shape), "options": dataclasses.asdict(mixer.options)}
+        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
+        return projections if inputs is None else dataclasses.replace(projections, inputs=inputs[layer])
+
+    for layer, fitted in zip(layers, kind.fit(map(read, layers), options), strict=True):
+        projections = read(layer)
+        with torch.device(projections.q.device):
+            mixer = kind.from_projections(projections, fitted).to(projections.q.dtype)
+        specs[layer] = {"name": name, "shape": dataclasses.asdict(projections.shape), "options": dataclasses.asdict(mixer.options)}
         setattr(blocks[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:
         config = ConvertedConfig(host=host.config.to_diff_dict() | {"model_type": host.config.model_type}, mixers=specs)

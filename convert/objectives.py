@@ -49,13 +49,14 @@ class Distill:
     forward_kl: float = 1.0
     reverse_kl: float = 0.0
     temperature: float = 1.0
+    feature_matching: float = 0.0  # of the cosine distance of the layers' outputs, on average (Attention Editing; weak: 0.01 to 0.1)
 
     @property
     def needs_teacher(self) -> bool:
-        return self.forward_kl != 0 or self.reverse_kl != 0
+        return self.forward_kl != 0 or self.reverse_kl != 0 or self.feature_matching != 0
 
     def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor) -> Tensor:
-        """Summed over the tokens."""
+        """Summed over the tokens; the features are the stage's to match."""
         loss = student_NV.new_zeros(())
         if self.cross_entropy:
             loss = loss + self.cross_entropy * cross_entropy(student_NV, targets_N).sum()
@@ -66,11 +67,11 @@ class Distill:
         return loss
 
 
-def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int) -> Tensor:
+def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int, also: Tensor | None = None) -> Tensor:
     """Backpropagate sum(loss_of_logits(head(hidden), rows)) without ever holding the logits of more than `chunk` tokens.
 
     `loss_of_logits(logits, rows)` gets a chunk's logits and the slice of its rows. Gradients of the head and of what made
-    `hidden_ND` accumulate as a plain backward's would. Returns the loss."""
+    `hidden_ND` accumulate as a plain backward's would. `also`: another loss from the same graph. Returns the loss."""
     leaf = hidden_ND.detach().requires_grad_(hidden_ND.requires_grad)
     total = torch.zeros((), device=hidden_ND.device)
     for start in range(0, len(leaf), chunk):
@@ -78,6 +79,9 @@ def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int) -
         loss = loss_of_logits(head(leaf[rows]).float(), rows)
         loss.backward()
         total += loss.detach()
+    if also is not None:
+        torch.autograd.backward((hidden_ND, also), (leaf.grad, None))
+        return total + also.detach()
     if hidden_ND.requires_grad:
         hidden_ND.backward(leaf.grad)
     return total

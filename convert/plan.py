@@ -15,11 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from convert.errors import UserError
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
 from convert.objectives import Distill
 from convert.projections import refusal
-from convert.recipes import Forget, Recipe, Swap, Train, describe
+from convert.recipes import Forget, OneIn, Recipe, Swap, Train, describe
 from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
@@ -57,13 +58,14 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
     host = config.host_config() if config.model_type == "converted" else config
     if reason := refusal(host):
         return (reason,)
+    latent = config.model_type == "converted" and any(mixer and mixer["name"] == "mla" for mixer in config.mixers)
+    if latent:
+        found.append("Latent attention is where a conversion ends: no other mixer can start from it. Take the run's own teacher.")
     if config.model_type == "converted" and config.keeps_attention and len({m["name"] for m in config.mixers if m}) > 1:
         found.append("A teacher's converted layers must share one mixer; this one has several.")
     for step in recipe.steps:
-        if isinstance(step, Swap) and step.layers and not all(0 <= i < host.num_hidden_layers for i in step.layers):
-            found.append(
-                f"Step {step.name}: layers must be within 0 .. {host.num_hidden_layers - 1}; got {', '.join(map(str, step.layers))}."
-            )
+        if isinstance(step, Swap):
+            found += _bad_keep(step, host.num_hidden_layers)
         if not isinstance(step, Train):
             continue
         s = step.settings
@@ -86,14 +88,29 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _bad_keep(step: Swap, num_layers: int) -> list[str]:
+    keep = step.keep
+    if isinstance(keep, OneIn):
+        if not 2 <= keep.every <= num_layers:
+            return [f"Step {step.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in {keep.every}. Set keep."]
+    elif not all(0 <= i < num_layers for i in keep) or len(set(keep)) == num_layers:
+        got = ", ".join(map(str, keep))
+        return [f"Step {step.name}: kept layers must be within 0 .. {num_layers - 1}, and not be all of them; got {got}. Set keep."]
+    return []
+
+
 BOUNDS = {  # field -> lowest, highest; of settings, objectives, mixer options and steps alike
     "lr": (0, 10), "warmup": (0, 1), "decay": (0, 1), "floor": (0, 1), "clip": (0, 1e9), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999),
     "beta2": (0, 0.999999), "weight_decay": (0, 1), "noise": (0, 1), "loss_chunk": (1, 1e9), "evaluate_every": (0, 1e18), "save_every": (0, 1e12),
     "micro_tokens": (1, 1e9), "temperature": (0.01, 100), "cross_entropy": (0, 1e6), "forward_kl": (0, 1e6), "reverse_kl": (0, 1e6),
     "rate": (0, 10), "conv": (1, 64), "dt_rank": (1, 65_536),
-    "window": (1, 1e7), "sinks": (0, 65_536), "gate_bias": (-10, 10),
+    "window": (1, 1e7), "sinks": (0, 65_536), "gate_bias": (-10, 10), "calibration": (0, 1e9),
+    "kv_rank": (1, 1e6), "q_rank": (1, 1e6), "rope_dim": (2, 1e4), "cache_budget": (0.001, 1), "feature_matching": (0, 1e3),
 }  # fmt: skip
-CHOICES = {"schedule": ("wsd", "cosine"), "precision": ("auto", "float32", "bfloat16"), "gate": ("element", "head", "none")}
+CHOICES = {
+    "schedule": ("wsd", "cosine"), "precision": ("auto", "float32", "bfloat16"), "gate": ("element", "head", "none"),
+    "shape": ("exact", "native"), "start": ("calibrated", "svd", "random"),
+}  # fmt: skip
 
 
 def _out_of_bounds(step) -> list[str]:
@@ -128,10 +145,11 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     student, rows, biggest = model, [], 0
     for step in recipe.steps:
         if isinstance(step, Swap):
-            student = swap(student, step.mixer, step.options, step.layers)
-            rows.append(
-                StepPlan(step.name, f"swap in {step.mixer}" + (", must be exact" if step.exact else ""), 0, 0, _count(student), 0, 0.0)
-            )
+            try:
+                student = swap(student, step.mixer, step.options, step.edited(config.num_hidden_layers))
+            except UserError as error:
+                return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
+            rows.append(StepPlan(step.name, _what(step, config.num_hidden_layers), 0, 0, _count(student), 0, 0.0))
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
@@ -154,6 +172,12 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
             f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution, Delta, decay and gate start anew",
         )
     return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
+
+
+def _what(step: Swap, num_layers: int) -> str:
+    kept = num_layers - len(step.edited(num_layers))
+    by = ", by measurement" if isinstance(step.keep, OneIn) and step.keep.measured else ""
+    return f"swap in {step.mixer}" + (f", keep {kept} of {num_layers} layers{by}" if kept else "") + (", must be exact" if step.exact else "")
 
 
 def _count(model) -> int:

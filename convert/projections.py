@@ -25,11 +25,25 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Statistics of what goes into an attention layer, over the tokens of a calibration.
+
+    moment [D, D]: the mean of x x^T; attended [D, D]: the mean with tokens weighted by the squared attention they get, which is how much an
+    error in their keys and values matters if errors are independent (ours). drift [R / 2]: for each rotary frequency the mean of cos(angle) over all pairs of positions
+    of a text: what is left of a product of two rotated pairs, on average, if neither is rotated."""
+
+    moment: Tensor
+    attended: Tensor
+    drift: Tensor
+
+
+@dataclass(frozen=True)
 class Projections:
     """Weights in [heads, K, D], so that nothing downstream knows how a family packs them.
 
     q [H, K, D], k, v [G, K, D], o [D, H, K]; biases q [H, K], k, v [G, K], o [D]; norms [K].
     `feature_maps`: (weight [H, K, K], bias [H, K]) for q and the same [G, ...] for k, where the layer is linear attention.
+    `inputs`: what a calibration saw of the layer's inputs, where there was one.
     """
 
     shape: Shape
@@ -46,6 +60,7 @@ class Projections:
     scale: float = 1.0  # of the softmax
     window: int | None = None
     feature_maps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    inputs: Inputs | None = None
 
     @classmethod
     def of(cls, attention: nn.Module) -> "Projections":

@@ -12,15 +12,37 @@ from convert.stages import Settings
 
 
 @dataclass(frozen=True)
+class OneIn:
+    """One layer in `every`: the last of each so many, or as many of those whose replacement alone costs most, by measurement."""
+
+    every: int
+    measured: bool = False
+
+    def count(self, num_layers: int) -> int:
+        return num_layers // self.every
+
+    def pattern(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(range(self.every - 1, num_layers, self.every))
+
+
+@dataclass(frozen=True)
 class Swap:
-    """Replace the token mixers of these layers (None: all). `exact`: theory says that the function stays the same, so the
-    run measures it and stops if it does not."""
+    """Replace the token mixers of all layers but those that `keep` names.
+
+    `exact`: theory says that the function stays the same, so the run measures it and stops if it does not. `calibration`: tokens of training
+    text over which the inputs of the layers are looked at first, for mixers that start from them."""
 
     name: str
     mixer: str
     options: object
-    layers: tuple[int, ...] | None = None
+    keep: tuple[int, ...] | OneIn = ()
     exact: bool = False
+    calibration: int = 0
+
+    def edited(self, num_layers: int) -> tuple[int, ...]:
+        """The layers replaced, as far as no measurement decides."""
+        kept = self.keep.pattern(num_layers) if isinstance(self.keep, OneIn) else self.keep
+        return tuple(i for i in range(num_layers) if i not in kept)
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,6 @@ class Budget:
     schedule: str = "wsd"  # of the last stage
     noise: float = 0.0  # in the last stage
     window: int = 512  # of sliding-window attention (ours)
-    num_layers: int = 0  # of the teacher; 0: not known, and then no layer keeps its attention
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -96,7 +117,6 @@ def budget(
     micro = min(batch_tokens, max(seq_len, default.micro_tokens))
     return dataclasses.replace(
         default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed,
-        num_layers=host.num_hidden_layers,
         starts_linear=config.model_type == "converted" and all(mixer and mixer["name"] == "linear" for mixer in config.mixers),
     )  # fmt: skip
 
@@ -154,16 +174,23 @@ def to_mamba2(budget: Budget) -> Recipe:
     return to_mamba(budget, "mamba2")
 
 
-FULL_EVERY = 5  # one layer in so many keeps full attention (a fifth of the cache: Attention Editing's 80 % less, its windows not counted)
+FULL = OneIn(5)  # layers that keep full attention (a fifth of the cache: Attention Editing's 80 % less, its windows not counted)
+CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 
 
 def to_gate_swa(budget: Budget) -> Recipe:
     """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv 2604.05688): first each
     edited layer learns the attention output of its own, then the whole model the teacher's distribution."""
     first = int(budget.tokens * ALIGN_SHARE)
-    edited = tuple(i for i in range(budget.num_layers) if (i + 1) % FULL_EVERY) if budget.num_layers >= FULL_EVERY else None
-    edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=budget.window), edited)
+    edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=budget.window), FULL)
     return Recipe("gate-swa", (edit, _imitate(budget, first), _distill(budget, budget.tokens - first)))
+
+
+def to_mla(budget: Budget) -> Recipe:
+    """Attention -> multi-head latent attention with half of the cache (Attention Editing, arXiv 2604.05688, from a calibrated start)."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    edit = Swap("edit", "mla", MIXERS["mla"].Options(cache_budget=0.5, start="calibrated"), calibration=min(CALIBRATION, budget.tokens))
+    return Recipe("mla", (edit, _imitate(budget, first), _distill(budget, budget.tokens - first)))
 
 
 def _imitate(budget: Budget, tokens: int) -> Train:
@@ -172,13 +199,17 @@ def _imitate(budget: Budget, tokens: int) -> Train:
     return Train("align", stages.align, _smaller_batches(budget, settings))
 
 
-RECIPES: dict[str, Callable[[Budget], Recipe]] = {"linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2, "gate-swa": to_gate_swa}
+RECIPES: dict[str, Callable[[Budget], Recipe]] = {
+    "linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2, "gate-swa": to_gate_swa, "mla": to_mla
+}  # fmt: skip
 
 
 def tiny(recipe: Recipe) -> Recipe:
     """The same path in seconds: three small steps of each stage."""
 
     def shrink(step: Step) -> Step:
+        if isinstance(step, Swap):
+            return dataclasses.replace(step, calibration=min(step.calibration, 3 * 128))
         if not isinstance(step, Train):
             return step
         small = dataclasses.replace(step.settings, tokens=3 * 128, seq_len=64, batch_tokens=128, micro_tokens=128, evaluate_every=0)
@@ -214,6 +245,9 @@ def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     return dataclasses.replace(recipe, steps=tuple(changed if s is step else s for s in recipe.steps))
 
 
+FIXED = ("name", "mixer", "options", "stage", "settings")  # what makes a step the step it is
+
+
 def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
     homes = {"": step}  # where a field may live, nearest first
     if isinstance(step, Train):
@@ -223,22 +257,16 @@ def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
     if isinstance(step, Swap):
         homes["options"] = step.options
     for home, holder in homes.items():
-        kinds = {
-            f.name: f.type for f in dataclasses.fields(holder) if f.name not in ("name", "mixer", "options", "stage", "settings", "exact")
-        }
+        kinds = {f.name: f.type for f in dataclasses.fields(holder) if f.name not in FIXED}
         if field in kinds:
-            new = dataclasses.replace(holder, **{field: _parse(kinds[field], field, value, assignment)})
+            parsed = _keep(step.keep, value, assignment) if field == "keep" else _parse(kinds[field], field, value, assignment)
+            new = dataclasses.replace(holder, **{field: parsed})
             if home == "":
                 return new
             if home == "objective":
                 return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
             return dataclasses.replace(step, **{home: new})
-    fields = [
-        f.name
-        for h in homes.values()
-        for f in dataclasses.fields(h)
-        if f.name not in ("name", "mixer", "options", "stage", "settings", "exact")
-    ]
+    fields = [f.name for h in homes.values() for f in dataclasses.fields(h) if f.name not in FIXED]
     raise UserError(f"--set {assignment}: step {step.name!r} has no field {field!r}; it has {', '.join(fields)}.")
 
 
@@ -247,15 +275,25 @@ def _parse(kind, field: str, value: str, assignment: str):
         return _named(stages.SELECTORS, value, assignment)
     if field == "objective":
         return _named({f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)}, value, assignment)
-    if field == "layers":
-        return None if value == "all" else tuple(_number(int, part, assignment) for part in value.split(","))
     if kind is bool:
         return _named({"true": True, "false": False}, value.lower(), assignment)
     if kind is str:
         return value
     if value.lower() == "none" and type(None) in getattr(kind, "__args__", ()):
         return None
-    return _number(float if kind is float else int, value, assignment)
+    is_float = kind is float or float in getattr(kind, "__args__", ())
+    return _number(float if is_float else int, value, assignment)
+
+
+def _keep(now: tuple[int, ...] | OneIn, value: str, assignment: str) -> tuple[int, ...] | OneIn:
+    """none, layers, or one in so many: every:6 by pattern, auto:6 by measurement, auto as many as by default."""
+    kind, _, number = value.partition(":")
+    if value == "none":
+        return ()
+    if kind in ("auto", "every"):
+        every = _number(int, number, assignment) if number else now.every if isinstance(now, OneIn) else FULL.every
+        return OneIn(every, measured=kind == "auto")
+    return tuple(_number(int, part, assignment) for part in value.split(","))
 
 
 def _named(table: dict, value: str, assignment: str):

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import Console
@@ -22,9 +22,8 @@ def show(report: dict, console: Console) -> None:
     table.add_row("perplexity", f"{ppl['teacher']:.3f}", f"{ppl['student']:.3f}", f"ratio {ppl['ratio']:.4f}")
     table.add_row("same first token", "", "", f"{report['agreement']['top1']:.2%}")
     table.add_row("KL(teacher || student)", "", "", f"{report['kl']['mean_nats']:.4f} nats")
-    for length, teacher in report["cache_bytes"]["teacher"].items():
-        student = report["cache_bytes"]["student"][length]
-        table.add_row(f"cache at {int(length):,} tokens", size(teacher), size(student), f"{student / teacher:.3g} x")
+    for length, teacher, student, how in _caches(report):
+        table.add_row(f"cache at {length:,} tokens{how}", size(teacher), size(student), f"{student / teacher:.3g} x")
     console.print(table, soft_wrap=False)
     console.print(_break_even(report))
     stages = Table(box=box.SIMPLE_HEAD)
@@ -40,6 +39,16 @@ def show(report: dict, console: Console) -> None:
     console.print(stages, soft_wrap=False)
     for line in _facts(report):
         console.print(line)
+
+
+def _caches(report: dict) -> Iterator[tuple[int, int, int, str]]:
+    """Length, the teacher's and the student's cache, and whether that is measured (which agrees with the formula to the byte)."""
+    cache = report["cache_bytes"]
+    for length, teacher in cache["formula"]["teacher"].items():
+        if length in cache["teacher"]:
+            yield int(length), cache["teacher"][length], cache["student"][length], ""
+        else:
+            yield int(length), teacher, cache["formula"]["student"][length], ", by formula"
 
 
 def _break_even(report: dict) -> str:
@@ -61,6 +70,7 @@ def _facts(report: dict) -> list[str]:
                 else ""
             )
         )
+    lines += _kept(report["layers"])
     lines += _half_lives(report["half_lives"])
     for row in report["stages"]:
         if row["skipped"]:
@@ -69,6 +79,17 @@ def _facts(report: dict) -> list[str]:
         f"{count(report['tokens']['total'])} tokens in {duration(report['seconds']['total'])}; seed {report['seed']}; export checked in a clean process."
     )
     return lines
+
+
+def _kept(layers: dict) -> list[str]:
+    if not layers["kept"]:
+        return []
+    kept = ", ".join(map(str, layers["kept"]))
+    if "kl_when_edited_alone" not in layers:
+        return [f"Layers that keep their attention: {kept}."]
+    ranking = sorted(enumerate(layers["kl_when_edited_alone"]), key=lambda row: -row[1])
+    costs = ", ".join(f"{layer} ({kl:.2g})" for layer, kl in ranking)
+    return [f"Layers that keep their attention, because they cost most when edited alone: {kept}. KL of each in nats: {costs}."]
 
 
 def _half_lives(layers: dict) -> list[str]:
@@ -110,9 +131,12 @@ def markdown(report: dict) -> str:
         )
         rows.append(f"| {row['name']} | {trained} | {row['perplexity_after']:.3f} |")
     parts.append("\n".join(rows) + "\n")
-    rows = ["| context | teacher's cache | student's cache |", "|---|---|---|"]
-    for length, teacher in report["cache_bytes"]["teacher"].items():
-        rows.append(f"| {int(length):,} | {size(teacher)} | {size(report['cache_bytes']['student'][length])} |")
+    rows = ["| context | teacher's cache, bytes | student's cache, bytes | | by formula, teacher | student |", "|---|---|---|---|---|---|"]
+    formula = report["cache_bytes"]["formula"]
+    for length, teacher, student, how in _caches(report):
+        measured = "not measured | not measured" if how else f"{teacher:,} | {student:,}"
+        exact = f"{formula['teacher'][str(length)]:,} | {formula['student'][str(length)]:,}"
+        rows.append(f"| {length:,} | {measured} | {student / teacher:.3g} x | {exact} |")
     parts.append("\n".join(rows) + "\n")
     parts.append("\n".join(f"* {line}" for line in _facts(report)) + "\n")
     if report["continuations"]:
@@ -129,12 +153,13 @@ def markdown(report: dict) -> str:
     return "\n".join(parts)
 
 
-def card(report: dict) -> str:
-    """The model card of the export: how to load it, then the report."""
+def card(report: dict, native: bool = False) -> str:
+    """The model card of the export: how to load it, then the report. A native one brings no code."""
+    trust = "" if native else ", trust_remote_code=True"
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
     usage = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n```\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})\ntokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})\n```\n\n"
     )
     title, _, rest = markdown(report).partition("\n")
     return f"{head}{title}\n\n{usage}{rest}"

@@ -19,7 +19,7 @@ from convert.errors import Interrupted, UserError
 from convert.mixers.base import Context
 from convert.mixers.parts import FeatureMap
 from convert.model import ConvertedForCausalLM, attention_of, documents_of
-from convert.objectives import Distill, backward_through_head
+from convert.objectives import Distill, backward_through_head, cosine_distance
 
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
 
@@ -157,12 +157,18 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
         real = targets != -100
         teacher_hidden = None
         with autocast(batch.input_ids.device, settings.precision):
+            features = objective.feature_matching
             if objective.needs_teacher:
-                with torch.no_grad():
+                with torch.no_grad(), layer_outputs(teacher, bool(features)) as wanted_outputs:
                     teacher_hidden = hidden_states(teacher, batch).flatten(0, 1)[real]
-            hidden = hidden_states(student, batch).flatten(0, 1)[real]
+            with layer_outputs(student, bool(features)) as outputs:
+                hidden = hidden_states(student, batch).flatten(0, 1)[real]
             targets = targets[real]
             scale = 1 / whole.num_targets
+            also = None
+            if features:
+                distances = [cosine_distance(y.float(), wanted.float()) for y, wanted in zip(outputs, wanted_outputs, strict=True)]
+                also = features * torch.stack(distances).mean() * (batch.input_ids.numel() / whole.input_ids.numel())
 
             def loss(logits: Tensor, rows: slice) -> Tensor:
                 if teacher_hidden is None:
@@ -171,9 +177,25 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
                     wanted = teacher.get_output_embeddings()(teacher_hidden[rows]).float()
                 return objective(logits, wanted, targets[rows]) * scale
 
-            return backward_through_head(hidden, student.get_output_embeddings(), loss, settings.loss_chunk)
+            return backward_through_head(hidden, student.get_output_embeddings(), loss, settings.loss_chunk, also)
 
     return _train(student, backward, batches, settings, track, keep, measure)
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """What each decoder layer returns [B, T, D], as the model runs. (transformers' own list of these ends behind the final norm.)"""
+    seen: list[Tensor] = []
+
+    def hook(module, args, output) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(hook) for block in layers_of(model)] if wanted else []
+    try:
+        yield seen
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 STAGES = {f.__name__: f for f in (align, distill)}

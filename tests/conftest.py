@@ -17,7 +17,7 @@ from kernels import native
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
-SOFTMAX = ("gate-swa",)  # mixers whose state is keys and values, in the dtype of the model; the others' are sums
+SOFTMAX = ("gate-swa", "mla")  # mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
 
 os.environ.setdefault("CONVERT_KERNELS", str(native.cache()))  # tests have caches of their own, but compile nothing twice
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
@@ -88,8 +88,8 @@ def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> Tensor:
 
 
 def options_of(mixer: str, **changes):
-    """A mixer's options for short texts: a window that 70 tokens do not fit in."""
-    short = {"gate-swa": dict(window=16, sinks=3)}
+    """A mixer's options for short texts and small layers: a window that 70 tokens do not fit in, a latent that leaves something out."""
+    short = {"gate-swa": dict(window=16, sinks=3), "mla": dict(kv_rank=9, rope_dim=2)}
     return MIXERS[mixer].Options(**short.get(mixer, {}) | changes)
 
 

@@ -1,39 +1,66 @@
-"""Cache sizes at lengths that were not measured, and where the student's pays."""
+"""Cache sizes: what lives is what the formula says, and where the student's pays."""
 
+import pytest
 import torch
 
-from convert.measure import CacheSize, break_even, cache_size
+from convert import measure
+from convert.mixers import MIXERS
+from convert.mixers.base import StateSize
 from convert.model import swap
-from tests.conftest import tiny_teacher, token_ids
+from tests.conftest import FAMILIES, options_of, tiny_teacher
 
 KV_BYTES = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 in float32, per layer and token
+LENGTHS = (1, 20, 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [None, (0, 2)], ids=["all", "some"])
+@pytest.mark.parametrize("mixer", [None, *MIXERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_live_cache_is_what_the_formula_says(family, mixer, layers, dtype):
+    model = tiny_teacher(family)
+    if mixer is not None:
+        model = swap(model, mixer, options_of(mixer), layers)
+    formula = measure.cache_formula(model)
+    assert measure.cache_bytes(model, dtype, LENGTHS) == {n: measure.formula_bytes(formula, n, dtype) for n in LENGTHS}
 
 
 def test_keys_and_values_grow_and_states_do_not():
-    teacher, student = cache_size(tiny_teacher("llama")), cache_size(swap(tiny_teacher("llama"), "mamba2"))
-    assert [teacher.at(n) for n in (1, 100, 1000)] == [3 * KV_BYTES * n for n in (1, 100, 1000)]
-    assert student.at(1) == student.at(10**6) > 0
-    hybrid = cache_size(swap(tiny_teacher("llama"), "mamba2", layers=(0, 2)))
-    assert hybrid.at(1000) - hybrid.at(999) == KV_BYTES
+    teacher, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "mamba2")
+    assert measure.cache_bytes(teacher, torch.float32, LENGTHS) == {n: 3 * KV_BYTES * n for n in LENGTHS}
+    assert len(set(measure.cache_bytes(student, torch.float32, LENGTHS).values())) == 1
 
 
 def test_a_sliding_window_ends_the_growth():
     model = tiny_teacher("mistral", sliding_window=64)
-    size = cache_size(model)
-    assert size.at(64) == size.at(10_000) == 3 * KV_BYTES * 64
-    live = model(token_ids(1, 100), use_cache=True).past_key_values.layers
-    assert abs(sum(layer.keys.nbytes + layer.values.nbytes for layer in live) - size.at(100)) <= 3 * KV_BYTES  # transformers keeps one less
+    assert measure.cache_bytes(model, torch.float32, (63, 300)) == {63: 3 * KV_BYTES * 63, 300: 3 * KV_BYTES * 63}
+    assert measure.formula_bytes(measure.cache_formula(model), 300, torch.float32) == 3 * KV_BYTES * 63
+
+
+def test_a_prefill_in_pieces_is_a_prefill(monkeypatch):
+    monkeypatch.setattr(measure, "PREFILL_CHUNK", 32)
+    for mixer in (None, *MIXERS):
+        model = tiny_teacher("llama") if mixer is None else swap(tiny_teacher("llama"), mixer, options_of(mixer))
+        ids = torch.arange(3, 90)[None]
+        logits, cache = measure.prefill(model, ids)
+        assert cache.get_seq_length() == ids.shape[1]
+        with torch.no_grad():
+            assert (logits - model(ids, use_cache=False).logits[:, -1:]).abs().max() < 1e-4
+
+
+def test_lengths_that_would_take_too_long_are_left_out():
+    assert list(measure.cache_bytes(tiny_teacher("llama"), torch.float32, (8, 1 << 20), seconds=1.0)) == [8]
 
 
 def test_break_even_is_the_first_length_where_the_student_is_smaller():
-    teacher, student = CacheSize(((160, 10, None),)), CacheSize(((1000, 0, None),))
-    length = break_even(teacher, student)
-    assert teacher.at(length) > student.at(length) and teacher.at(length - 1) <= student.at(length - 1)
-    assert break_even(student, teacher) is None
-    assert break_even(CacheSize(((160, 10, 50),)), student) is None
+    teacher, student = (StateSize(narrow=10),), (StateSize(fixed=1000),)
+    length = measure.break_even(teacher, student, torch.float32)
+    assert teacher[0].at(length, torch.float32) > 1000 >= teacher[0].at(length - 1, torch.float32)
+    assert measure.break_even(student, teacher, torch.float32) is None
+    assert measure.break_even((StateSize(narrow=10, window=20),), student, torch.float32) is None
 
 
 def test_keys_and_values_count_as_they_are_shipped():
     teacher, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "mamba2")
-    assert 2 * cache_size(teacher, torch.bfloat16).at(64) == cache_size(teacher).at(64)
-    assert cache_size(student, torch.bfloat16).at(64) == cache_size(student).at(64)  # states are float32 always
+    assert 2 * measure.cache_bytes(teacher, torch.bfloat16, (64,))[64] == measure.cache_bytes(teacher, torch.float32, (64,))[64]
+    assert measure.cache_bytes(student, torch.bfloat16, (64,)) == measure.cache_bytes(student, torch.float32, (64,))  # states are float32 always

@@ -128,7 +128,7 @@ def test_left_padding_changes_nothing(name, shape, sizes):
     assert_close([s[1:] for s in state], [s[1:] for s in expected_state], FLOAT32)
     alone, alone_state = mixer(x[:, pad:], context(shape, steps[:-pad]))
     assert_close(y[:1, pad:], alone[:1], FLOAT32)
-    assert_close([s[:1] for s in state], [s[:1] for s in alone_state], FLOAT32)
+    assert_close(latest([s[:1] for s in state], alone_state), [s[:1] for s in alone_state], FLOAT32)
 
 
 @every_mixer
@@ -148,6 +148,12 @@ def test_packed_documents_are_separate_runs(name, shape, sizes):
     assert_close(state, last, FLOAT32)
 
 
+def latest(state, other) -> list[torch.Tensor]:
+    """Of a state that has a place for each token, as many places as the other has; what comes before is empty."""
+    assert all(not s[:, : -o.shape[1]].clamp(min=0).any() for s, o in zip(state, other, strict=True) if s.shape[1] > o.shape[1])
+    return [s[:, -o.shape[1] :] if s.shape[1] > o.shape[1] else s for s, o in zip(state, other, strict=True)]
+
+
 @every_mixer
 @torch.no_grad()
 def test_short_documents(name):
@@ -161,7 +167,7 @@ def test_short_documents(name):
     for row, sizes in enumerate(lengths):
         parts = [mixer(part, context(shape, torch.arange(part.shape[1]))) for part in x.split(sizes, 1)]
         assert_close(y[row], torch.cat([p[0][row] for p in parts]), FLOAT32)
-        assert_close([s[row] for s in state], [s[row] for s in parts[-1][1]], FLOAT32)
+        assert_close([s[row] for s in latest(state, parts[-1][1])], [s[row] for s in parts[-1][1]], FLOAT32)
 
 
 def gradients(mixer: Mixer, x, c: Context) -> dict[str, torch.Tensor]:
@@ -169,7 +175,7 @@ def gradients(mixer: Mixer, x, c: Context) -> dict[str, torch.Tensor]:
     x = x.clone().requires_grad_()
     y, state = mixer(x, c)
     g = torch.Generator().manual_seed(3)
-    loss = sum((t * torch.randn(t.shape, generator=g, dtype=t.dtype)).mean() for t in (y, *state))
+    loss = sum((t * torch.randn(t.shape, generator=g, dtype=t.dtype)).mean() for t in (y, *state) if t.dtype != torch.bool)
     names = ["x", *(n for n, _ in mixer.named_parameters())]
     return dict(zip(names, torch.autograd.grad(loss, [x, *mixer.parameters()]), strict=True))
 
@@ -228,15 +234,24 @@ def test_gradients_by_finite_differences(name, shape, float64):
 @every_mixer
 @every_shape
 @torch.no_grad()
-def test_state_size_does_not_depend_on_length(name, shape):
-    """Nor do the storages behind it: a view of the whole text would keep all of it."""
-    mixer = mixer_of(name, shape)
-    sizes = set()
-    for length in (1, 8, LENGTH):
+def test_state_size(name, shape):
+    """It does not grow with the text; or stops at the window; or grows by one row of latents a token. The storages behind it do as it
+    does: a view of the whole text would keep all of it."""
+    mixer, sizes = mixer_of(name, shape), {}
+    for length in (1, 8, 40, LENGTH):
         _, state = mixer(inputs(shape, length), context(shape, torch.arange(length)))
-        sizes.add(sum({s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in state}.values()))
-        assert all(s.dtype == torch.float32 and s.shape[0] == BATCH for s in state)
-    assert len(sizes) == 1
+        sizes[length] = sum({s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in state}.values())
+        assert all(s.dtype in (torch.float32, torch.bool) and s.shape[0] == BATCH for s in state)
+    if name == "mla":
+        keys = shape.num_kv_heads * mixer.options.rope_dim
+        norms = shape.num_kv_heads if shape.norm_eps is not None else 0
+        row = 4 * (mixer.options.kv_rank + keys + norms) + 1
+        assert sizes == {length: BATCH * length * row for length in sizes}
+    elif name == "gate-swa":
+        row = 4 * (2 * shape.num_kv_heads * shape.head_dim + 1)
+        assert sizes == {length: BATCH * min(length, 16 - 1 + 3) * row for length in sizes}
+    else:
+        assert len(set(sizes.values())) == 1
 
 
 EXACT_SUCCESSORS = ("mamba", "mamba2")  # of linear attention
@@ -307,7 +322,7 @@ def test_decay_rate_is_never_negative_and_never_stuck():
     assert torch.equal(raises, -spread.expand(3, 4))
 
 
-@every_mixer
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "mla"])
 @every_shape
 @torch.no_grad()
 def test_projections_round_trip(name, shape):
@@ -351,5 +366,6 @@ def test_bfloat16_keeps_float32_states(name, shape, how):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, state = in_pieces(mixer, x, c, (64, 5, 1))
     assert y.dtype == torch.bfloat16
-    assert all(s.dtype == (torch.bfloat16 if name in SOFTMAX and s.ndim > 2 else torch.float32) for s in state)
+    narrow = [torch.bfloat16] * mixer.narrow + [torch.float32] * (len(state) - mixer.narrow)
+    assert [torch.float32 if s.dtype == torch.bool else s.dtype for s in state] == narrow
     assert_close(y, expected, 0.05)  # measured: 0.009

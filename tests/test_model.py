@@ -260,14 +260,13 @@ def test_embeddings_stay_tied(family, tied, tmp_path):
 @every_mixer
 @every_choice
 def test_cache_bytes(mixer, layers):
-    """Constant where every layer is converted; keys and values of what is kept, to the byte, where not."""
+    """Of a live cache: what the mixers' formulas say, and keys and values of what is kept, to the byte."""
     student = student_of("llama", mixer, layers)
-    sizes = {length: decode(student, token_ids(2, length), sizes=(length,))[1].num_bytes() for length in (5, 10, 70)}
     kept = 0 if layers is None else 3 - len(layers)
-    per_token = kept * 2 * (2 * 2 * 8) * 4  # keys and values of 2 rows, 2 heads of 8, float32
-    assert sizes[10] - sizes[5] == 5 * per_token
-    assert sizes[70] - sizes[10] == 60 * per_token
-    assert sizes[5] - 5 * per_token > 0
+    for length in (5, 10, 70):
+        live = decode(student, token_ids(2, length), sizes=(length,))[1].num_bytes()
+        states = sum(slot.mixer.state_size().at(length, torch.float32) for slot in student.slots().values())
+        assert live == 2 * (states + kept * length * (2 * 2 * 8) * 4)  # 2 rows; keys and values of 2 heads of 8, float32
 
 
 @every_choice
@@ -321,11 +320,11 @@ def test_bfloat16_model_keeps_float32_states(mixer):
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     logits, cache = decode(student, ids)
     assert logits.dtype == torch.bfloat16
-    states = [t for layer in cache.layers if isinstance(layer, StateLayer) for t in layer.state]
-    if mixer in SOFTMAX:  # keys and values are in the dtype of the model, their places are not
-        assert {t.dtype for t in states if t.ndim > 2} == {torch.bfloat16}
-        states = [t for t in states if t.ndim == 2]
-    assert {t.dtype for t in states} == {torch.float32}
+    narrow = [layer.state[: layer.narrow] for layer in cache.layers if isinstance(layer, StateLayer)]
+    assert (mixer in SOFTMAX) == bool(narrow[0])  # keys, values and latents are in the dtype of the model, sums are not
+    assert all(t.dtype == torch.bfloat16 for parts in narrow for t in parts)
+    wide = [t for layer in cache.layers if isinstance(layer, StateLayer) for t in layer.state[layer.narrow :]]
+    assert all(t.dtype in (torch.float32, torch.bool) for t in wide) and wide
     assert_close(logits, logits_of(student, ids), 0.05)  # measured: 0.0025
 
 

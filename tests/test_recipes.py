@@ -34,7 +34,7 @@ def test_set_reaches_every_field(target):
         for holder in _holders(step):
             for field in dataclasses.fields(holder):
                 old = getattr(holder, field.name)
-                if field.name in ("name", "mixer", "exact") or (callable(old) and field.name == "stage") or dataclasses.is_dataclass(old):
+                if field.name in ("name", "mixer") or (callable(old) and field.name == "stage") or dataclasses.is_dataclass(old):
                     continue
                 value = _another(field.name, old)
                 changed = with_setting(recipe, f"{step.name}.{field.name}={value}")
@@ -57,13 +57,17 @@ def _another(name, old):
         "objective": "cosine_distance" if old is objectives.energy_mse else "energy_mse",
         "schedule": "cosine",
         "precision": "float32",
-        "layers": "0,2",
+        "keep": "0,2",
         "dt_rank": "7",
         "gate": "head",
+        "shape": "native",
+        "start": "random",
     }
     if name in choices:
         return choices[name]
-    return "true" if old is False else old + 1
+    if isinstance(old, bool):
+        return "false" if old else "true"
+    return 7 if old is None else old + 1
 
 
 def test_set_parses_by_the_type_of_the_field():
@@ -73,7 +77,7 @@ def test_set_parses_by_the_type_of_the_field():
     assert recipe.steps[1].settings.objective is objectives.energy_mse
     recipe = with_setting(recipe, "distill.temperature=2")
     assert recipe.steps[-1].settings.objective.temperature == 2.0
-    assert with_setting(recipe, "handover.layers=all").steps[2].layers is None
+    assert with_setting(recipe, "handover.keep=0,2").steps[2].keep == (0, 2)
     with pytest.raises(UserError, match="whole number; got '2.5'"):
         with_setting(recipe, "handover.conv=2.5")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert import checkpoint, conversion
+from convert import checkpoint, conversion, measure
 from convert.data import corpus
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
@@ -47,7 +47,8 @@ def quiet(monkeypatch, tmp_path):
     """No W&B, a cache of our own, and the clean process only where a test asks for it (it takes seconds)."""
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids: _load(folder)(ids, use_cache=False).logits.float())
+    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids, **_: _load(folder)(ids, use_cache=False).logits.float())
+    monkeypatch.setattr(measure, "PREFILL_SECONDS", 0.2)
 
 
 def _load(folder):
@@ -71,8 +72,8 @@ def test_a_run_leaves_a_model_and_a_report(teacher, text, tmp_path, target):
     assert report["tokens"]["total"] == 2 * 384 and report["seconds"]["total"] > 0 and report["seed"] == 0
     assert [s["name"] for s in report["stages"]] == ["align", "distill"]
     assert {"tokens", "seconds", "loss_first", "loss_last", "perplexity_after"} <= report["stages"][0].keys()
-    student = report["cache_bytes"]["student"]
-    assert student["1024"] == student["32768"] and report["cache_bytes"]["teacher"]["32768"] > 20 * report["cache_bytes"]["teacher"]["1024"]
+    _check_cache_bytes(report["cache_bytes"])
+    assert len(set(report["cache_bytes"]["student"].values())) == 1  # a state does not grow
     assert report["versions"]["torch"] == torch.__version__
     if target == "linear":
         assert report["handover"] == {"max_abs_logit": None}
@@ -83,6 +84,43 @@ def test_a_run_leaves_a_model_and_a_report(teacher, text, tmp_path, target):
         (s, i, 128 * i + t) for s, t in (("align", 0), ("distill", 384)) for i in (1, 2, 3)
     ]
     assert "perplexity" in (out / "report.md").read_text() and "from_pretrained" in (out / "model" / "README.md").read_text()
+
+
+def _check_cache_bytes(cache):
+    """What was measured is what the formula says, which goes on where measuring stopped."""
+    assert {"128", "1024"} <= cache["teacher"].keys() == cache["student"].keys()
+    assert cache["formula"]["teacher"].keys() == {"128", "1024", "8192", "32768"}
+    for who in ("teacher", "student"):
+        assert all(cache["formula"][who][length] == measured for length, measured in cache[who].items())
+
+
+@pytest.mark.parametrize("to", ["mla", "gate-swa"])
+def test_softmax_targets(teacher, text, tmp_path, to, capsys):
+    """Calibrated, or one layer kept by measurement; the same report."""
+    more = [] if to == "mla" else ["--set", "edit.keep=auto:3", "--set", "edit.window=16"]
+    assert main(command(teacher, text, tmp_path / "run", *more, to=to)) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    _check_cache_bytes(report["cache_bytes"])
+    assert report["cache_bytes"]["student"]["1024"] < 0.52 * report["cache_bytes"]["teacher"]["1024"]
+    assert "obstacle" in report["export"]["native"]
+    if to == "gate-swa":
+        ranking = report["layers"]["kl_when_edited_alone"]
+        assert len(ranking) == 3 and report["layers"]["kept"] == [max(range(3), key=ranking.__getitem__)]
+        assert json.loads((tmp_path / "run" / "layers.json").read_text()) == report["layers"]
+        assert "cost most when edited alone" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("to, settings", [("mla", ["edit.cache_budget=none"]), ("gate-swa", ["edit.window=5000", "edit.keep=none"])])
+def test_an_exact_start_is_checked(teacher, text, tmp_path, to, settings):
+    more = [part for setting in [*settings, "edit.exact=true"] for part in ("--set", setting)]
+    assert main(command(teacher, text, tmp_path / "run", *more, to=to)) == 0
+    handover = json.loads((tmp_path / "run" / "report.json").read_text())["handover"]
+    assert 0 <= handover["max_abs_logit"] <= handover["allowed"]
+
+
+def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys):
+    assert main(command(teacher, text, tmp_path / "run", "--set", "edit.exact=true", to="mla")) == 1  # half of the cache is not all
+    assert "must not change the function" in capsys.readouterr().err
 
 
 def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
@@ -388,11 +426,11 @@ def test_functions_of_the_package_survive_its_commands():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 
 
-def wrong_logits(folder, ids):
+def wrong_logits(folder, ids, **_):
     return _load(folder)(ids, use_cache=False).logits.float() * 1.01
 
 
-def no_process(folder, ids):
+def no_process(folder, ids, **_):
     raise OSError("no more processes")
 
 

@@ -5,7 +5,8 @@ from convert.mixers.gate_swa import GateSWA
 from convert.mixers.linear import LinearAttention
 from convert.mixers.mamba import Mamba
 from convert.mixers.mamba2 import Mamba2
+from convert.mixers.mla import MLA
 
-MIXERS: dict[str, type[Mixer]] = {"linear": LinearAttention, "mamba": Mamba, "mamba2": Mamba2, "gate-swa": GateSWA}
+MIXERS: dict[str, type[Mixer]] = {"linear": LinearAttention, "mamba": Mamba, "mamba2": Mamba2, "gate-swa": GateSWA, "mla": MLA}
 
-__all__ = ["MIXERS", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]
+__all__ = ["MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]

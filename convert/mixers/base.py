@@ -4,13 +4,31 @@ B batch · T time · D width · R rotary dimensions
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from convert.projections import Projections, Shape
 
-State = tuple[Tensor, ...]  # each with the batch first, in float32; their sizes do not depend on T
+State = tuple[Tensor, ...]  # each with the batch first; sums are in float32
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Of one sequence, by formula: `fixed` bytes, and for each token so far, at most `window` of them, `narrow` numbers in the dtype of
+    the model and `wide` bytes more."""
+
+    fixed: int = 0
+    narrow: int = 0
+    wide: int = 0
+    window: int | None = None
+
+    def at(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes after so many tokens."""
+        held = tokens if self.window is None else min(tokens, self.window)
+        return self.fixed + held * (self.narrow * dtype.itemsize + self.wide)
 
 
 @dataclass(frozen=True)
@@ -34,8 +52,14 @@ class Mixer(nn.Module, ABC):
     """
 
     Options: type
+    narrow = 0  # so many of the state's first parts are keys, values or latents, in the dtype of the model
 
     shape: Shape
+
+    @classmethod
+    def fit(cls, layers: Iterable[Projections], options) -> list:
+        """The options of each layer, where they depend on what all of these layers hold."""
+        return [options for _ in layers]
 
     @classmethod
     @abstractmethod
@@ -45,6 +69,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def projections(self) -> Projections:
         """What the next mixer may start from."""
+
+    @abstractmethod
+    def state_size(self) -> StateSize:
+        """The formula; a test holds it against the state itself."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]: ...

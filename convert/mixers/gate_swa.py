@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.mixers.base import Context, Mixer, State
+from convert.errors import UserError
+from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import QKV, wide
 from convert.projections import Projections, Shape
 
@@ -21,7 +22,7 @@ EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing 
 
 
 class GateSWA(Mixer):
-    """State: keys and values [B, S, G, K] and the place of each in its document [B, S], with S = window - 1 + sinks."""
+    """State: keys and values [B, S, G, K] and the place of each in its document [B, S], S up to window - 1 + sinks."""
 
     @dataclass(frozen=True)
     class Options:
@@ -32,6 +33,8 @@ class GateSWA(Mixer):
         sinks: int = 4  # StreamingLLM's
         gate: str = "element"  # or "head": one number per head, or "none"
         gate_bias: float = 0.0
+
+    narrow = 2
 
     def __init__(self, shape: Shape, options: Options):
         super().__init__()
@@ -49,7 +52,7 @@ class GateSWA(Mixer):
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":
         if not math.isclose(projections.scale, projections.shape.head_dim**-0.5, rel_tol=1e-6):
-            raise ValueError(f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}.")
+            raise UserError(f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it (edit.keep).")
         if projections.window is not None and projections.window < options.window:
             options = replace(options, window=projections.window)
         mixer = cls(projections.shape, options)
@@ -71,11 +74,15 @@ class GateSWA(Mixer):
             return torch.ones(())
         return torch.sigmoid(self.gate.bias).unflatten(0, (self.shape.num_heads, -1))
 
+    def state_size(self) -> StateSize:
+        s = self.shape
+        return StateSize(narrow=2 * s.num_kv_heads * s.head_dim, wide=4, window=self.slots)
+
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v = self.qkv(x_BTD, context.cos, context.sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # their norms leave them in float32
         if state is None:
-            empty = k.new_zeros(k.shape[0], self.slots, *k.shape[2:])
+            empty = k[:, :0]
             state = empty, empty, wide(k.new_full(empty.shape[:2], EMPTY))
         keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(state[:2], (k, v), strict=True))
         places, documents = _locate(state[2], x_BTD, context)
@@ -115,7 +122,7 @@ class GateSWA(Mixer):
         """Of the last document: its sinks, and the latest window - 1 others, in the order of the text behind the empty slots."""
         places = torch.where(documents == documents[:, -1:], places, EMPTY)
         sink = (places >= 0) & (places < self.options.sinks)
-        chosen = torch.where(sink, math.inf, places).topk(self.slots, 1).indices
+        chosen = torch.where(sink, math.inf, places).topk(min(self.slots, places.shape[1]), 1).indices
         kept, order = places.gather(1, chosen).sort(1)
         chosen = chosen.gather(1, order)[..., None, None].expand(-1, -1, *keys.shape[2:])
         there = (kept >= 0)[..., None, None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convert.mixers.base import Context, Mixer, State
+from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import HedgehogHeads
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
@@ -34,6 +34,10 @@ class LinearAttention(Mixer):
 
     def projections(self) -> Projections:
         return self.heads.projections()
+
+    def state_size(self) -> StateSize:
+        s = self.shape
+        return StateSize(fixed=4 * s.num_kv_heads * 2 * s.head_dim * (s.head_dim + 1))
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v = self.heads(x_BTD, context.cos, context.sin)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from convert.mixers.base import Context, Mixer, State
+from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import DecayRate, MambaBlock
 from convert.projections import Projections, Shape
 from kernels.selective_scan import selective_scan
@@ -38,6 +38,10 @@ class Mamba(Mixer):
 
     def projections(self) -> Projections:
         return self.block.heads.projections()
+
+    def state_size(self) -> StateSize:
+        s = self.shape
+        return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + 2 * s.num_kv_heads * s.head_dim * 2 * s.head_dim))
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v, dt, conv_state = self.block(x_BTD, context, None if state is None else state[0])

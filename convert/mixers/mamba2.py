@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.mixers.base import Context, Mixer, State
+from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import DecayRate, MambaBlock, wide
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
@@ -36,6 +36,10 @@ class Mamba2(Mixer):
 
     def projections(self) -> Projections:
         return self.block.heads.projections()
+
+    def state_size(self) -> StateSize:
+        s = self.shape
+        return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + s.num_kv_heads * 2 * s.head_dim * (s.head_dim + 1)))
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v, dt, conv_state = self.block(x_BTD, context, None if state is None else state[0])

@@ -1,0 +1,208 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as Attention Editing's target (arXiv 2604.05688).
+
+A token leaves behind one latent c = W x, from which keys and values of all heads are made, and a rotary key. Two shapes:
+
+* exact: a rotary key per key/value head, latents as they are; equals the teacher at full rank, its q/k norm and biases included.
+* native: one rotary key for all heads, RMSNorm on the latents, no biases: transformers' `deepseek_v3`.
+
+B batch · T tokens of this call · S tokens so far · H query heads · G key/value heads · K head size · P rotary dimensions of a key
+J rotary keys: G, or 1 · N = K - P (exact) or K (native) dimensions that are not rotated · C latent
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convert.mixers.base import Context, Mixer, State, StateSize
+from convert.mixers.low_rank import Start, choose_ranks, start
+from convert.mixers.parts import rotate, wide
+from convert.projections import Projections, Shape
+
+NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
+
+
+class MLA(Mixer):
+    """State: latents [B, S, C], rotary keys [B, S, J, P], which tokens are real [B, S], and with q/k norm 1 / rms of the keys [B, S, G].
+
+    One token more is one row more. A few queries are taken to the latents (absorbed: keys and values are never made), many
+    to the keys and values made of them (expanded)."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """`None`: as much as there is. `cache_budget`: the share of the teacher's keys and values to keep, from which the ranks that are
+        not given follow. `start`: "calibrated" (by the layer's inputs; ours, after TransMLA, arXiv 2502.07864), "svd" (joint, of the
+        weights; X-EcoMLA, arXiv 2503.11132) or "random" but for the output projection (Attention Editing)."""
+
+        shape: str = "exact"  # or "native"
+        kv_rank: int | None = None  # C
+        rope_dim: int | None = None  # P
+        q_rank: int | None = None  # of the queries; None: full
+        cache_budget: float | None = None
+        start: str = "svd"
+
+    narrow = 2
+
+    def __init__(self, shape: Shape, options: Options):
+        super().__init__()
+        self.shape, self.options = shape, options
+        heads, groups, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        native = options.shape == "native"
+        self.rope_dim = options.rope_dim
+        self.nope_dim = head_dim if native else head_dim - options.rope_dim
+        self.rope_heads = 1 if native else groups
+        self.scale = (self.rope_dim + self.nope_dim) ** -0.5
+        norm = nn.RMSNorm if native else nn.Identity
+        inner = heads * (self.rope_dim + self.nope_dim)
+        if options.q_rank is None:
+            self.q = nn.Linear(shape.width, inner, bias=shape.qkv_bias)
+        else:
+            self.q_down = nn.Linear(shape.width, options.q_rank, bias=False)
+            self.q_latent_norm = norm(options.q_rank, eps=NATIVE_EPS)
+            self.q = nn.Linear(options.q_rank, inner, bias=shape.qkv_bias)
+        self.latent = nn.Linear(shape.width, options.kv_rank, bias=False)
+        self.latent_norm = norm(options.kv_rank, eps=NATIVE_EPS)
+        self.k_rope = nn.Linear(shape.width, self.rope_heads * self.rope_dim, bias=shape.qkv_bias)
+        self.k_up = nn.Linear(options.kv_rank, groups * self.nope_dim, bias=shape.qkv_bias) if self.nope_dim else None
+        self.v_up = nn.Linear(options.kv_rank, groups * head_dim, bias=shape.qkv_bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
+        self.out = nn.Linear(heads * head_dim, shape.width, bias=shape.out_bias)
+        self.register_buffer("frequencies", torch.arange(self.rope_dim // 2))  # of the teacher's rotary table
+
+    @classmethod
+    def fit(cls, layers: Iterable[Projections], options: Options) -> list["MLA.Options"]:
+        return choose_ranks(list(layers), options)
+
+    @classmethod
+    def from_projections(cls, projections: Projections, options: Options) -> "MLA":
+        (options,) = choose_ranks([projections], options)
+        mixer = cls(projections.shape, options)
+        mixer._copy(start(projections, options), projections)
+        return mixer
+
+    @torch.no_grad()
+    def _copy(self, s: Start, p: Projections) -> None:
+        for linear, weight, bias in (
+            (self.q, s.q, s.q_bias), (self.latent, s.latent, None), (self.k_rope, s.k_rope, s.k_rope_bias),
+            (self.k_up, s.k_up, s.k_up_bias), (self.v_up, s.v_up, p.v_bias), (self.out, p.o, p.o_bias),
+        ):  # fmt: skip
+            if linear is not None:
+                linear.weight.copy_(weight.reshape(linear.weight.shape))
+                if bias is not None:
+                    linear.bias.copy_(bias.flatten())
+        if self.options.q_rank is not None:
+            self.q_down.weight.copy_(s.q_down)
+        if self.q_norm is not None:
+            self.q_norm.weight.copy_(s.q_norm)
+            self.k_norm.weight.copy_(s.k_norm)
+        self.frequencies.copy_(s.frequencies)
+
+    def projections(self) -> Projections:
+        raise TypeError("Latent attention is where a conversion ends: no other mixer can start from it.")
+
+    def state_size(self) -> StateSize:
+        norms = 4 * self.shape.num_kv_heads if self.k_norm is not None else 0
+        return StateSize(narrow=self.options.kv_rank + self.rope_heads * self.rope_dim, wide=1 + norms)
+
+    def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
+        rotary = torch.cat([self.frequencies, self.frequencies])
+        cos, sin = context.cos[..., rotary], context.sin[..., rotary]
+        q = self.q(x_BTD if self.options.q_rank is None else self.q_latent_norm(self.q_down(x_BTD)))
+        q = _by_heads(q, self.shape.num_heads)
+        rope, latent = _by_heads(self.k_rope(x_BTD), self.rope_heads), self.latent_norm(self.latent(x_BTD))
+        real = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if context.real is None else context.real
+        if context.real is not None:
+            latent, rope = latent * real[..., None], rope * real[..., None, None]  # padding leaves nothing behind
+        new = [latent, rope, real]
+        if self.k_norm is not None:
+            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            keys = rope if self.k_up is None else torch.cat([rope, _by_heads(self.k_up(latent), self.shape.num_kv_heads)], -1)
+            scale = torch.rsqrt(wide(keys).square().mean(-1) + self.shape.norm_eps)  # [B, T, G]
+            new[1] = wide(rope) * scale[..., None] * self.k_norm.weight[: self.rope_dim]
+            new.append(scale * real[..., None])
+        q = torch.cat([rotate(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1).to(latent.dtype)
+        new[1] = rotate(new[1], cos, sin).to(latent.dtype)
+        tokens = new if state is None else [torch.cat([old.to(t.dtype), t], 1) for old, t in zip(state, new, strict=True)]
+        visible = None if state is None and context.real is None and context.document_ids is None else _visible(tokens[2], context)
+        attend = self._absorbed if self._is_absorbed_cheaper(x_BTD.shape[1], tokens[0].shape[1]) else self._expanded
+        y = attend(q, tokens[0], tokens[1], None if self.k_norm is None else tokens[3], visible)
+        return self.out(y.flatten(2)), _last_document(tokens, context)
+
+    def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
+        """By multiplications of all heads."""
+        s, rank = self.shape, self.options.kv_rank
+        absorbed = queries * s.num_heads * (rank * (self.nope_dim + s.head_dim) + tokens * (2 * rank + self.rope_dim))
+        made = tokens * rank * s.num_kv_heads * (self.nope_dim + s.head_dim)
+        return absorbed < made + queries * s.num_heads * tokens * (self.nope_dim + self.rope_dim + s.head_dim)
+
+    def _expanded(self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None) -> Tensor:
+        """[B, T, H, K]; q [B, T, H, P + N]. `visible` None: every token sees those before it."""
+        groups, head_dim = self.shape.num_kv_heads, self.shape.head_dim
+        keys, values = rope.expand(-1, -1, groups, -1), _by_heads(self.v_up(latent), groups)
+        if self.k_up is not None:
+            nope = _by_heads(self.k_up(latent), groups)
+            if scale is not None:
+                nope = (nope * scale[..., None] * self.k_norm.weight[self.rope_dim :]).to(keys.dtype)
+            keys = torch.cat([keys, nope], -1)
+        values = F.pad(values, (0, keys.shape[-1] - head_dim))  # torch's fast attention wants one head size
+        q, k, v = (t.transpose(1, 2) for t in (q, keys, values))
+        mask = None if visible is None else visible[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+        return y.transpose(1, 2)[..., :head_dim]
+
+    def _absorbed(self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None) -> Tensor:
+        """The same, with the latents as keys and values of all heads: W_k goes into the queries, W_v behind the sum."""
+        groups = self.shape.num_kv_heads
+        rotated = q[..., : self.rope_dim].unflatten(2, (self.rope_heads, -1))
+        scores = torch.einsum("btghp,bsgp->bghts", rotated, rope).flatten(1, 2)  # [B, H, T, S]
+        if self.k_up is not None:
+            nope = q[..., self.rope_dim :].unflatten(2, (groups, -1))
+            if scale is not None:
+                nope = nope * self.k_norm.weight[self.rope_dim :].to(nope.dtype)
+            taken = torch.einsum("btghn,gnc->bghtc", nope, self.k_up.weight.to(q.dtype).unflatten(0, (groups, -1)))
+            more = torch.einsum("bghtc,bsc->bghts", taken, latent)
+            if self.k_up.bias is not None:
+                bias = self.k_up.bias.to(q.dtype).unflatten(0, (groups, -1))
+                more = more + torch.einsum("btghn,gn->bght", nope, bias)[..., None]
+            if scale is not None:
+                more = more * scale.transpose(1, 2)[:, :, None, None].to(more.dtype)
+            scores = scores + more.flatten(1, 2)
+        if visible is None:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None]
+        weights = torch.softmax((wide(scores) * self.scale).masked_fill(~visible[:, None], -torch.inf), -1).to(latent.dtype)
+        seen = torch.einsum("bhts,bsc->bthc", weights, latent).unflatten(2, (groups, -1))
+        y = torch.einsum("btghc,gkc->btghk", seen, self.v_up.weight.to(seen.dtype).unflatten(0, (groups, -1)))
+        if self.v_up.bias is not None:
+            y = y + self.v_up.bias.to(y.dtype).unflatten(0, (groups, 1, -1))
+        return y.flatten(2, 3)
+
+
+def _by_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _visible(real: Tensor, context: Context) -> Tensor:
+    """[B, T, S]: which of the tokens so far, `real` [B, S], each of this call's T sees."""
+    (B, S), T = real.shape, context.cos.shape[1]
+    at, of = torch.arange(S - T, S, device=real.device)[:, None], torch.arange(S, device=real.device)
+    visible = (of <= at) & real[:, None]
+    if context.document_ids is not None:
+        documents = torch.cat([context.document_ids[:, :1].expand(-1, S - T), context.document_ids], 1)
+        visible = visible & (documents[:, S - T :, None] == documents[:, None])
+    return visible | (of == at)  # padding sees itself, or its softmax would be of nothing
+
+
+def _last_document(tokens: list[Tensor], context: Context) -> State:
+    """What later tokens may still see."""
+    if context.document_ids is None:
+        return tuple(tokens)
+    ids = context.document_ids
+    earlier = tokens[2].shape[1] - ids.shape[1]
+    last = F.pad(ids == ids[:, -1:], (earlier, 0), value=False)
+    last[:, :earlier] = (ids == ids[:, -1:]).all(1, keepdim=True)
+    first = int(last.any(0).nonzero()[0, 0])
+    kept = [torch.where(last.view(*last.shape, *[1] * (t.ndim - 2)), t, torch.zeros_like(t))[:, first:] for t in tokens]
+    return tuple(t.clone() for t in kept)
