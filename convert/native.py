@@ -57,6 +57,7 @@ def to_native(student: ConvertedForCausalLM) -> PreTrainedModel:
     for layer, part in student.slots().items():
         weights |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in _attention(part.mixer).items()}
     model.load_state_dict(weights, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(student.device)  # its table is in no state
     model.generation_config = student.generation_config
     return model.eval()
 

@@ -25,6 +25,7 @@ CASES = {
     "llama-mamba2": ("llama", "mamba2", None),
     "llama-partial": ("llama", "mamba", (0, 2)),
     "qwen3-gate-swa": ("qwen3", "gate-swa", (0, 2)),
+    "qwen3-mla": ("qwen3", "mla", None),
 }
 IDS = token_ids(2, 20)
 
@@ -36,12 +37,16 @@ def make_student(family: str, mixer: str, layers: tuple[int, ...] | None) -> Con
     return student
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
