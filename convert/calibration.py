@@ -17,21 +17,25 @@ from convert.stages import hidden_states, layers_of
 
 @torch.no_grad()
 def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
-    """Of every attention layer, over these batches; in float32. In the place of a mixer all tokens weigh the same."""
+    """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the same."""
     blocks = layers_of(model)
-    moments, attended, weights, drifts = ([0.0] * len(blocks) for _ in range(4))
+    moments, attended, drifts, weights = ([0.0] * len(blocks) for _ in range(4))
     tokens, documents = sum(batch.input_ids.numel() for batch in batches), None
 
     def see(layer: int):
         def hook(module, args, kwargs):
             x = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).float()
             cos, sin = (t.float() for t in kwargs["position_embeddings"])
-            got = torch.ones_like(x[..., 0]) if isinstance(module, Slot) else _attention_got(Projections.of(module), x, cos, sin, documents)
+            if isinstance(module, Slot):
+                pairs = x.new_ones(len(x), x.shape[1], x.shape[1]).tril()
+            else:
+                pairs = _squared_attention(Projections.of(module), x, cos, sin, documents)
             moments[layer] = moments[layer] + x.flatten(0, 1).T @ x.flatten(0, 1) / tokens
-            attended[layer] = attended[layer] + (x * got[..., None]).flatten(0, 1).T @ x.flatten(0, 1)
-            weights[layer] = weights[layer] + got.sum()
-            half = cos.shape[-1] // 2  # |mean of e^(i angle)|^2 is the mean over all pairs
-            drifts[layer] = drifts[layer] + sum(t[..., :half].mean(1).square() for t in (cos, sin)).mean(0) / len(batches)
+            attended[layer] = attended[layer] + (x * pairs.sum(1)[..., None]).flatten(0, 1).T @ x.flatten(0, 1)
+            for t in (cos, sin):  # cos(a - b) = cos a cos b + sin a sin b
+                half = t[..., : t.shape[-1] // 2]
+                drifts[layer] = drifts[layer] + (half * (pairs @ half)).sum((0, 1))
+            weights[layer] = weights[layer] + pairs.sum()
 
         return hook
 
@@ -44,11 +48,11 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [Inputs(m, a / w, d) for m, a, w, d in zip(moments, attended, weights, drifts, strict=True)]
+    return [Inputs(m, a / w, d / w) for m, a, d, w in zip(moments, attended, drifts, weights, strict=True)]
 
 
-def _attention_got(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
-    """[B, T]: of each token, the sum over later tokens and all heads of the squared share of attention it gets."""
+def _squared_attention(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
+    """[B, T, T]: of query t and key s the squared share of attention, summed over the heads."""
     with torch.device(x.device):
         qkv = QKV(p.shape)
     qkv.copy_(p)
@@ -56,8 +60,8 @@ def _attention_got(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, document
     hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)[None]
     if documents is not None:
         hidden = hidden | (documents[:, :, None] != documents[:, None])
-    got = torch.zeros_like(x[..., 0])
-    for head in range(q.shape[2]):  # one at a time: T x T
+    total = x.new_zeros(len(x), x.shape[1], x.shape[1])
+    for head in range(q.shape[2]):
         scores = p.scale * q[:, :, head] @ k[:, :, head * k.shape[2] // q.shape[2]].mT
-        got += scores.masked_fill(hidden, -torch.inf).softmax(-1).square().sum(1)
-    return got
+        total += scores.masked_fill(hidden, -torch.inf).softmax(-1).square()
+    return total

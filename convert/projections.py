@@ -29,8 +29,8 @@ class Inputs:
     """Statistics of what goes into an attention layer, over the tokens of a calibration.
 
     moment [D, D]: the mean of x x^T; attended [D, D]: the mean with tokens weighted by the squared attention they get, which is how much an
-    error in their keys and values matters if errors are independent (ours). drift [R / 2]: for each rotary frequency the mean of cos(angle) over all pairs of positions
-    of a text: what is left of a product of two rotated pairs, on average, if neither is rotated."""
+    error in their keys and values matters if errors are independent (ours). drift [R / 2]: for each rotary frequency the mean of cos(angle)
+    between query and key, weighted by squared attention: what is left of a product of two rotated pairs if neither is rotated."""
 
     moment: Tensor
     attended: Tensor

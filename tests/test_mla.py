@@ -229,8 +229,8 @@ def test_calibration_sees_what_the_layers_see(documents):
     hook.remove()
     (x, weights), found = seen[0], inputs_of(teacher, [batch])[1]
     assert_close(found.moment, torch.einsum("btd,bte->de", x, x) / 40, 1e-6)
-    got = weights.square().sum((1, 2))
-    assert_close(found.attended, torch.einsum("bt,btd,bte->de", got, x, x) / got.sum(), 1e-5)
-    angles = torch.arange(20)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
-    if not documents:
-        assert_close(found.drift, (angles[:, None] - angles).cos().mean((0, 1)), 1e-5)
+    got = weights.square().sum(1)
+    assert_close(found.attended, torch.einsum("bqt,btd,bte->de", got, x, x) / got.sum(), 1e-5)
+    angles = batch.position_ids[0][:, None] * 10000.0 ** (-torch.arange(4) / 4)
+    between = (angles[:, None] - angles).cos()  # [query, key, frequency]
+    assert_close(found.drift, torch.einsum("bqt,qtf->f", got, between) / got.sum(), 1e-5)

@@ -17,7 +17,7 @@ from convert.errors import UserError
 from convert.projections import Projections, Shape
 
 RIDGE = 1e-4  # of the mean energy of an input, added to all: a calibration has not seen everything (ours)
-KEYS = 8.0  # what the relative error of the scores counts, beside that of the outputs (ours, measured on smollm2-135m)
+KEYS = 16.0  # what the relative error of the scores counts, beside that of the outputs (ours, measured on smollm2-135m)
 WHITEN_FLOOR = 1e-6  # of the largest standard deviation of a latent (ours)
 
 
@@ -169,12 +169,17 @@ def _too_small(options, shape: Shape) -> UserError:
 
 
 class _Metric:
-    """What errors are measured in: the second moment of the inputs, the queries that meet each key, the output projection."""
+    """What errors are measured in: the second moment of the inputs, half of it weighted by attention (ours); the queries that meet each key;
+    the output projection."""
 
     def __init__(self, p: Projections, calibrated: bool):
         self.shape, groups = p.shape, p.shape.num_kv_heads
         eye = torch.eye(p.shape.width, dtype=torch.float64, device=p.q.device)
-        self.moment, self.of_queries = (self._steady(t.to(eye)) for t in (p.inputs.attended, p.inputs.moment)) if calibrated else (eye, eye)
+        self.moment = self.of_queries = eye
+        if calibrated:
+            moment, attended = p.inputs.moment.to(eye), p.inputs.attended.to(eye)
+            self.of_queries = moment + RIDGE * moment.trace() / len(eye) * eye
+            self.moment = (self.of_queries + attended) / 2
         self.q, self.k, self.v = (t.to(eye) for t in (p.q, p.k, p.v))
         drift = p.inputs.drift.to(eye) if p.inputs is not None else eye.new_ones(p.shape.rotary_dim // 2)
         self.changed = 1 - drift.square() if p.inputs is not None else drift
@@ -184,10 +189,6 @@ class _Metric:
         self.of_values = torch.einsum("dhk,dhl->hkl", p.o.to(eye), p.o.to(eye)).unflatten(0, (groups, -1)).sum(1) if calibrated else plain
         self.of_keys = self.of_keys * (KEYS / self._energy(self.k, self.of_keys))
         self.of_values = self.of_values / self._energy(self.v, self.of_values)
-
-    @staticmethod
-    def _steady(moment: Tensor) -> Tensor:
-        return moment + RIDGE * moment.trace() / len(moment) * torch.eye(len(moment)).to(moment)
 
     def _of_keys(self, p: Projections) -> Tensor:
         """[G, K, K]: the second moment of the queries of each group. A norm divides by the length that is usual."""

@@ -1,0 +1,122 @@
+"""Which start, and which stages, for attention editing?
+
+    python -m experiments.attention_editing                                         # neox-nano, 400 k tokens, three seeds
+    python -m experiments.attention_editing smollm2-135m --tokens 30k --seq-len 1024 --seeds 1
+
+Every variant is a run of its own under runs/attention-editing, with the same number of tokens; what is done is not done again.
+GateSWA here keeps one layer in six and windows of a 32nd of 8,192 tokens where the teacher is not tiny: a fifth of the cache at 8 k, windows counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from convert import recipes, run
+from convert.recipes import Recipe, Train, with_setting
+from convert.run import number_of_tokens
+from convert.teachers import read_config, resolve
+
+
+@dataclass(frozen=True)
+class Variant:
+    target: str
+    settings: tuple[str, ...] = ()
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
+
+
+def only(name: str) -> Callable[[Recipe], Recipe]:
+    """All tokens for one of the stages."""
+
+    def change(recipe: Recipe) -> Recipe:
+        kept = [step for step in recipe.steps if not isinstance(step, Train) or step.name == name]
+        kept[-1] = dataclasses.replace(kept[-1], settings=dataclasses.replace(kept[-1].settings, tokens=recipe.tokens))
+        return dataclasses.replace(recipe, steps=tuple(kept))
+
+    return change
+
+
+MLA, SWA = "mla", "gate-swa"
+VARIANTS = {
+    "mla": Variant(MLA),
+    "mla, by the weights alone (svd)": Variant(MLA, ("edit.start=svd",)),
+    "mla, random (the paper's)": Variant(MLA, ("edit.start=random",)),
+    "mla, native shape": Variant(MLA, ("edit.shape=native",)),
+    "mla, without stage 1": Variant(MLA, change=only("distill")),
+    "mla, stage 1 alone": Variant(MLA, change=only("align")),
+    "mla, features matched": Variant(MLA, ("distill.feature_matching=0.05",)),
+    "gate-swa": Variant(SWA),
+    "gate-swa, layers by measurement": Variant(SWA, ("edit.keep=auto:{every}",)),
+    "gate-swa, gate nearly open": Variant(SWA, ("edit.gate_bias=4",)),
+    "gate-swa, a gate per head": Variant(SWA, ("edit.gate=head",)),
+    "gate-swa, no gate": Variant(SWA, ("edit.gate=none",)),
+    "gate-swa, no sinks": Variant(SWA, ("edit.sinks=0",)),
+    "gate-swa, without stage 1": Variant(SWA, change=only("distill")),
+    "gate-swa, stage 1 alone": Variant(SWA, change=only("align")),
+    "gate-swa, features matched": Variant(SWA, ("distill.feature_matching=0.05",)),
+}
+
+
+def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, seed: int) -> Recipe:
+    source = resolve(teacher)
+    budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
+    recipe = recipes.RECIPES[variant.target](budget)
+    every, settings = 5, variant.settings
+    if variant.target == SWA and budget.window > 64:
+        every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)
+    for setting in settings:
+        recipe = with_setting(recipe, setting.format(every=every))
+    return variant.change(recipe)
+
+
+def show(console: Console, reports: dict[str, list[dict]]) -> None:
+    table = Table("variant", title="perplexity on held-out text: the teacher's, after the swap, after each stage", title_justify="left")
+    for column in ("teacher", "swap", "align", "distill", "ratio", "spread", "KL", "cache at 8,192"):
+        table.add_column(column, justify="right")
+    for name, rows in reports.items():
+        after = [{step["name"]: step["perplexity_after"] for step in row["steps"]} for row in rows]
+        cells = [_mean(a.get(step) for a in after) for step in ("edit", "align", "distill")]
+        ratios = [row["perplexity"]["ratio"] for row in rows]
+        cache = rows[0]["cache_bytes"]["formula"]
+        table.add_row(
+            name, f"{rows[0]['perplexity']['teacher']:.3f}", *cells, f"{statistics.mean(ratios):.4f}",
+            f"{max(ratios) - min(ratios):.4f}", _mean(row["kl"]["mean_nats"] for row in rows),
+            f"{cache['student']['8192'] / cache['teacher']['8192']:.1%}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _mean(values) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", nargs="?", default="neox-nano")
+    parser.add_argument("--tokens", default="400k")
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="stdlib")
+    parser.add_argument("--only", help="variants whose names begin so", default="")
+    parser.add_argument("--out", default="runs/attention-editing", type=Path)
+    args = parser.parse_args()
+    console, reports = Console(), {}
+    for name in (name for name in VARIANTS if name.startswith(args.only)):
+        for seed in range(args.seeds):
+            place = args.out / f"{args.teacher}-{args.tokens}" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+            if not (place / "report.json").exists():
+                recipe = recipe_of(args.teacher, VARIANTS[name], number_of_tokens(args.tokens), args.seq_len, seed)
+                run(args.teacher, recipe, place, data=args.data, wandb="disabled")
+            reports.setdefault(name, []).append(json.loads((place / "report.json").read_text()))
+    show(console, reports)
+
+
+if __name__ == "__main__":
+    main()
