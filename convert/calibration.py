@@ -19,8 +19,8 @@ from convert.stages import hidden_states, layers_of
 def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
     """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the same."""
     blocks = layers_of(model)
-    moments, attended, drifts, weights = ([0.0] * len(blocks) for _ in range(4))
-    tokens, documents = sum(batch.input_ids.numel() for batch in batches), None
+    means, moments, uniform, drifts = ([0.0] * len(blocks) for _ in range(4))
+    documents, share = None, 1 / len(batches)
 
     def see(layer: int):
         def hook(module, args, kwargs):
@@ -30,12 +30,15 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
                 pairs = x.new_ones(len(x), x.shape[1], x.shape[1]).tril()
             else:
                 pairs = _squared_attention(Projections.of(module), x, cos, sin, documents)
-            moments[layer] = moments[layer] + x.flatten(0, 1).T @ x.flatten(0, 1) / tokens
-            attended[layer] = attended[layer] + (x * pairs.sum(1)[..., None]).flatten(0, 1).T @ x.flatten(0, 1)
+            pairs = pairs / pairs.sum()
+            x, weight = x.flatten(0, 1), pairs.sum(1).flatten()
+            weighted = x * ((weight + 1 / len(x)) / 2)[:, None]
+            means[layer] = means[layer] + share * weighted.sum(0)
+            moments[layer] = moments[layer] + share * weighted.T @ x
+            uniform[layer] = uniform[layer] + share / len(x) * x.T @ x
             for t in (cos, sin):  # cos(a - b) = cos a cos b + sin a sin b
                 half = t[..., : t.shape[-1] // 2]
-                drifts[layer] = drifts[layer] + (half * (pairs @ half)).sum((0, 1))
-            weights[layer] = weights[layer] + pairs.sum()
+                drifts[layer] = drifts[layer] + share * (half * (pairs @ half)).sum((0, 1))
 
         return hook
 
@@ -48,7 +51,7 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [Inputs(m, a / w, d / w) for m, a, d, w in zip(moments, attended, drifts, weights, strict=True)]
+    return [Inputs(*parts) for parts in zip(means, moments, uniform, drifts, strict=True)]
 
 
 def _squared_attention(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:

@@ -196,7 +196,7 @@ def _swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe)
     return swap(student, step.mixer, step.options, edited, inputs).eval(), found
 
 
-RANKING_TOKENS = 4096  # of training text, for each layer (ours)
+RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 
 
 def _some_batches(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:

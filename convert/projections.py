@@ -28,12 +28,13 @@ class Shape:
 class Inputs:
     """Statistics of what goes into an attention layer, over the tokens of a calibration.
 
-    moment [D, D]: the mean of x x^T; attended [D, D]: the mean with tokens weighted by the squared attention they get, which is how much an
-    error in their keys and values matters if errors are independent (ours). drift [R / 2]: for each rotary frequency the mean of cos(angle)
+    mean [D], moment [D, D]: the means of x and x x^T, half over all tokens alike and half weighted by the squared attention they get, which
+    is how much an error in their keys and values matters if errors are independent (ours). uniform [D, D]: over all tokens alike. drift [R / 2]: for each rotary frequency the mean of cos(angle)
     between query and key, weighted by squared attention: what is left of a product of two rotated pairs if neither is rotated."""
 
+    mean: Tensor
     moment: Tensor
-    attended: Tensor
+    uniform: Tensor
     drift: Tensor
 
 

@@ -13,8 +13,8 @@ from convert.mixers import MLA
 from convert.mixers.low_rank import choose_ranks
 from convert.mixers.parts import rotate
 from convert.model import swap
-from convert.projections import Projections
-from tests.conftest import FAMILIES, assert_close, perturb, tiny_teacher, token_ids
+from convert.projections import Inputs, Projections
+from tests.conftest import FAMILIES, assert_close, perturb, rms, tiny_teacher, token_ids
 from tests.test_mixers import SHAPES, attention, context, in_pieces, inputs
 
 EXACT = 1e-5
@@ -184,6 +184,23 @@ def test_the_shared_rotary_key_is_exact_where_the_heads_agree():
 
 
 @torch.no_grad()
+def test_a_calibrated_native_start_steadies_the_norm():
+    """Inputs of which some direction is nearly constant, as real models have: the norm of the latents then does nearly nothing."""
+    shape, g = SHAPES["mha"], torch.Generator().manual_seed(0)
+    x = torch.randn(2, 400, shape.width, generator=g) * torch.logspace(0, -2, shape.width)
+    x[..., -1] = 1 + 0.01 * x[..., -1]
+    x[:, ::7] *= 1 + torch.rand(2, 58, 1, generator=g) * (torch.arange(shape.width) < 12)  # and lengths that differ
+    moment = torch.einsum("btd,bte->de", x, x) / 800
+    p = replace(attention(shape), inputs=Inputs(x.mean((0, 1)), moment, moment, torch.zeros(4)))
+    m = MLA.from_projections(p, MLA.Options(shape="native", kv_rank=20, q_rank=20, start="calibrated"))
+    for norm, latent in ((m.latent_norm, m.latent(x)), (m.q_latent_norm, m.q_down(x))):
+        assert rms(norm(latent) - latent) < 0.03 * rms(latent)
+    by_weights = MLA.from_projections(p, MLA.Options(shape="native", kv_rank=20, start="svd"))
+    latent = by_weights.latent(x)
+    assert rms(by_weights.latent_norm(latent) - latent) > 0.3 * rms(latent)
+
+
+@torch.no_grad()
 def test_random_start_inherits_the_output_projection_alone():
     p = attention(SHAPES["gqa-norms"])
     m = MLA.from_projections(p, MLA.Options(start="random", kv_rank=8, rope_dim=4))
@@ -228,9 +245,11 @@ def test_calibration_sees_what_the_layers_see(documents):
     teacher.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     hook.remove()
     (x, weights), found = seen[0], inputs_of(teacher, [batch])[1]
-    assert_close(found.moment, torch.einsum("btd,bte->de", x, x) / 40, 1e-6)
+    assert_close(found.uniform, torch.einsum("btd,bte->de", x, x) / 40, 1e-6)
     got = weights.square().sum(1)
-    assert_close(found.attended, torch.einsum("bqt,btd,bte->de", got, x, x) / got.sum(), 1e-5)
+    weight = (got.sum(1) / got.sum() + 1 / 40) / 2
+    assert_close(found.moment, torch.einsum("bt,btd,bte->de", weight, x, x), 1e-5)
+    assert_close(found.mean, torch.einsum("bt,btd->d", weight, x), 1e-5)
     angles = batch.position_ids[0][:, None] * 10000.0 ** (-torch.arange(4) / 4)
     between = (angles[:, None] - angles).cos()  # [query, key, frequency]
     assert_close(found.drift, torch.einsum("bqt,qtf->f", got, between) / got.sum(), 1e-5)

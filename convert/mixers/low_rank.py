@@ -18,13 +18,14 @@ from convert.projections import Projections, Shape
 
 RIDGE = 1e-4  # of the mean energy of an input, added to all: a calibration has not seen everything (ours)
 KEYS = 16.0  # what the relative error of the scores counts, beside that of the outputs (ours, measured on smollm2-135m)
+STEADY = 30.0  # how much larger than all others together the latent is that steadies their RMS (ours)
 WHITEN_FLOOR = 1e-6  # of the largest standard deviation of a latent (ours)
 
 
 @dataclass(frozen=True)
 class Start:
-    """q [H, P + N, D or q_rank], latent [C, D], k_rope [J, P, D], k_up [G, N, C], v_up [G, K, C]; norms [P + N];
-    frequencies [P / 2]: their places in the teacher's rotary table."""
+    """q [H, P + N, D or q_rank], latent [C, D], k_rope [J, P, D], k_up [G, N, C], v_up [G, K, C]; norms [P + N]; frequencies [P / 2]: their
+    places in the teacher's rotary table; latent_norm, q_latent_norm: the weight of the RMSNorm of the latents, one number."""
 
     q: Tensor
     q_bias: Tensor | None
@@ -38,6 +39,8 @@ class Start:
     q_norm: Tensor | None
     k_norm: Tensor | None
     frequencies: Tensor
+    latent_norm: float = 1.0
+    q_latent_norm: float = 1.0
 
 
 @torch.no_grad()
@@ -169,17 +172,16 @@ def _too_small(options, shape: Shape) -> UserError:
 
 
 class _Metric:
-    """What errors are measured in: the second moment of the inputs, half of it weighted by attention (ours); the queries that meet each key;
-    the output projection."""
+    """What errors are measured in: the second moment of the inputs, the queries that meet each key, the output projection."""
 
     def __init__(self, p: Projections, calibrated: bool):
         self.shape, groups = p.shape, p.shape.num_kv_heads
         eye = torch.eye(p.shape.width, dtype=torch.float64, device=p.q.device)
         self.moment = self.of_queries = eye
+        self.steady = None  # [D], whose product with an input is nearly 1 whatever the token (least squares)
         if calibrated:
-            moment, attended = p.inputs.moment.to(eye), p.inputs.attended.to(eye)
-            self.of_queries = moment + RIDGE * moment.trace() / len(eye) * eye
-            self.moment = (self.of_queries + attended) / 2
+            self.moment, self.of_queries = (m.to(eye) + RIDGE * m.trace().to(eye) / len(eye) * eye for m in (p.inputs.moment, p.inputs.uniform))
+            self.steady = torch.linalg.solve(self.moment, p.inputs.mean.to(eye))
         self.q, self.k, self.v = (t.to(eye) for t in (p.q, p.k, p.v))
         drift = p.inputs.drift.to(eye) if p.inputs is not None else eye.new_ones(p.shape.rotary_dim // 2)
         self.changed = 1 - drift.square() if p.inputs is not None else drift
@@ -316,12 +318,27 @@ def _native(p: Projections, options) -> Start:
     rest, remaining = k - part[..., None] * shared, m.k.clone()
     remaining[:, kept], remaining[:, kept + pairs] = rest.real, rest.imag
     of_keys = m.of_keys * m.left[:, None] * m.left
-    latent, k_up, v_up = _latent(m, options.kv_rank, remaining, of_keys, m.v, m.of_values)
+    latent, k_up, v_up = _latent(m, options.kv_rank - (m.steady is not None), remaining, of_keys, m.v, m.of_values)
+    latent, (k_up, v_up), latent_norm = _steadied(m, latent, (k_up, v_up))
     turned = q * part.conj().repeat_interleave(len(q) // groups, 0)[..., None]
     q = torch.cat([turned.real, turned.imag, m.q * m.left[:, None]], 1)
     q = q * (p.scale / q.shape[1] ** -0.5)
-    k_rope = torch.cat([shared.real, shared.imag])[None]
-    return Start(*_low_rank_queries(m, q, None, options.q_rank), latent, k_rope, None, k_up, None, v_up, None, None, kept)
+    k_rope, q_down, q_latent_norm = torch.cat([shared.real, shared.imag])[None], None, 1.0
+    if options.q_rank is not None:
+        q, _, q_down = _low_rank_queries(m, q, None, options.q_rank - (m.steady is not None))
+        q_down, (q,), q_latent_norm = _steadied(m, q_down, (q,))
+    return Start(q, None, q_down, latent, k_rope, None, k_up, None, v_up, None, None, kept, latent_norm, q_latent_norm)
+
+
+def _steadied(m: _Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], float]:
+    """Latents whose RMSNorm does nearly nothing, and its weight: one more latent, which nothing reads, is nearly the same number for all
+    tokens and larger than all others together, so that it alone decides the RMS (ours)."""
+    if m.steady is None:
+        return down, ups, 1.0
+    rank = len(down) + 1
+    large = STEADY * rank**0.5  # the others have unit variance
+    down = torch.cat([down, large * m.steady[None]])
+    return down, tuple(torch.cat([up, up.new_zeros(*up.shape[:-1], 1)], -1) for up in ups), large / rank**0.5
 
 
 def _low_rank_queries(m: _Metric, q: Tensor, q_bias: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
