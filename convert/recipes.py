@@ -90,6 +90,7 @@ class Budget:
     schedule: str = "wsd"  # of the last stage
     noise: float = 0.0  # in the last stage
     window: int = 512  # of sliding-window attention (ours)
+    edit_lr: float = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
@@ -101,7 +102,7 @@ def budget(
     host = config.host_config() if config.model_type == "converted" else config
     size = host.num_hidden_layers * host.hidden_size**2 * 12
     if size < 2e7:  # ours, measured on neox-nano: experiments/LOG.md
-        default = Budget(1_800_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, 512, schedule="cosine", noise=0.1, window=64)
+        default = Budget(1_800_000, 256, 2048, 1e-2, 2e-3, Distill(), 2048, 512, schedule="cosine", noise=0.1, window=64, edit_lr=5e-4)
     elif teacher.startswith("pythia-"):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
@@ -181,22 +182,23 @@ CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 def to_gate_swa(budget: Budget) -> Recipe:
     """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv 2604.05688): first each
     edited layer learns the attention output of its own, then the whole model the teacher's distribution."""
-    first = int(budget.tokens * ALIGN_SHARE)
     edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=budget.window), FULL)
-    return Recipe("gate-swa", (edit, _imitate(budget, first), _distill(budget, budget.tokens - first)))
+    return _edited("gate-swa", edit, budget)
 
 
 def to_mla(budget: Budget) -> Recipe:
     """Attention -> multi-head latent attention with half of the cache (Attention Editing, arXiv 2604.05688, from a calibrated start)."""
-    first = int(budget.tokens * ALIGN_SHARE)
     edit = Swap("edit", "mla", MIXERS["mla"].Options(cache_budget=0.5, start="calibrated"), calibration=min(CALIBRATION, budget.tokens))
-    return Recipe("mla", (edit, _imitate(budget, first), _distill(budget, budget.tokens - first)))
+    return _edited("mla", edit, budget)
 
 
-def _imitate(budget: Budget, tokens: int) -> Train:
-    """Attention Editing's stage 1: the error of each edited layer's attention output over its energy, all of the new mixers trained."""
-    settings = _settings(budget, tokens, budget.distill_lr, objectives.energy_mse, stages.mixers, "wsd")
-    return Train("align", stages.align, _smaller_batches(budget, settings))
+def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
+    """Attention Editing's two stages: the error of each edited layer's attention output over its energy, all of the new mixers trained; then
+    the whole model."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    align = _settings(budget, first, budget.edit_lr, objectives.energy_mse, stages.mixers, "wsd")
+    distill = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
+    return Recipe(target, (edit, Train("align", stages.align, _smaller_batches(budget, align)), distill))
 
 
 RECIPES: dict[str, Callable[[Budget], Recipe]] = {
