@@ -57,84 +57,79 @@ def start(p: Projections, options) -> Start:
 def choose_ranks(layers: list[Projections], options) -> list:
     """The options of each layer, with kv_rank and rope_dim as numbers.
 
-    Under a cache budget the exact shape shares it out among the layers so that the sum of their errors is the least; the native shape
-    has one rank for all."""
+    Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the least; the native
+    shape has one rank for all."""
     _check(layers, options)
-    if options.kv_rank is not None and options.rope_dim is not None:
+    shape = layers[0].shape
+    if options.rope_dim is None:
+        options = replace(options, rope_dim=shape.rotary_dim if options.cache_budget is None else _rope_dim(shape, options))
+    if options.kv_rank is not None:
         return [options] * len(layers)
     if options.cache_budget is None:
-        return [replace(options, kv_rank=_full_rank(p.shape, options), rope_dim=options.rope_dim or p.shape.rotary_dim) for p in layers]
-    if options.shape == "native" or layers[0].q.is_meta or options.start == "random":
-        return [_by_share(p.shape, options) for p in layers]
-    return _by_energy(layers, options)
+        return [replace(options, kv_rank=_full_rank(shape, options))] * len(layers)
+    if options.shape == "native" or options.start == "random" or layers[0].q.is_meta:
+        return [replace(options, kv_rank=_rank_in_the_room(shape, options))] * len(layers)
+    return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
 
 
 def _full_rank(shape: Shape, options) -> int:
     """Where nothing is left out: more latents than inputs would be of no use."""
-    if options.kv_rank is not None:
-        return options.kv_rank
     kept = options.rope_dim or shape.rotary_dim
     nope = shape.head_dim if options.shape == "native" else shape.head_dim - kept
     return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
 
 
-def _rope_dims(shape: Shape, options) -> list[int]:
-    """The numbers of rotary dimensions that a budget chooses from: eighths; in the native shape every n-th frequency."""
+def _rope_dim(shape: Shape, options) -> int:
+    """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which shares its rotary key
+    among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m: experiments/LOG.md)."""
     if options.rope_dim is not None:
-        return [options.rope_dim]
-    pairs = shape.rotary_dim // 2
+        return options.rope_dim
+    room, pairs = _room(shape, options), shape.rotary_dim // 2
     if options.shape == "native":
-        return [2 * n for n in range(1, pairs + 1) if pairs % n == 0]
-    return sorted({2 * max(1, pairs * eighth // 8) for eighth in range(1, 9)})
-
-
-def _by_share(shape: Shape, options):
-    """The same for every layer: a third of the room for rotary keys (DeepSeek has 64 of 576), the rest for the latent."""
-    room = int(options.cache_budget * 2 * shape.num_kv_heads * shape.head_dim)
-    keys = 1 if options.shape == "native" else shape.num_kv_heads
-    fitting = [n for n in _rope_dims(shape, options) if keys * n < room]
+        fitting = [2 * n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= room * 3 / 4]
+    else:
+        fitting = [2 * n for n in range(1, pairs + 1) if 2 * n * shape.num_kv_heads <= room / 2]
     if not fitting:
-        raise _too_small(options, shape)
-    rope_dim = max([n for n in fitting if 3 * keys * n <= room] or fitting[:1])
-    return replace(options, kv_rank=options.kv_rank or min(room - keys * rope_dim, _full_rank(shape, options)), rope_dim=rope_dim)
+        raise _too_small(shape, options)
+    return fitting[-1]
 
 
-def _by_energy(layers: list[Projections], options) -> list:
-    """Lagrange: every layer takes the sizes that minimise error + price x cache; the price is the lowest that fits the budget."""
-    tables = [_errors(p, options) for p in layers]
-    room = sum(options.cache_budget * 2 * p.shape.num_kv_heads * p.shape.head_dim for p in layers)
+def _room(shape: Shape, options) -> int:
+    """Numbers per token and layer."""
+    return int(options.cache_budget * 2 * shape.num_kv_heads * shape.head_dim)
 
-    def pick(price: float) -> list[tuple[int, int, int]]:
-        return [sizes[int((errors + price * costs).argmin())] for sizes, costs, errors in tables]
 
-    def used(price: float) -> int:
-        return sum(cost for cost, _, _ in pick(price))
+def _rank_in_the_room(shape: Shape, options) -> int:
+    rank = _room(shape, options) - options.rope_dim * (1 if options.shape == "native" else shape.num_kv_heads)
+    if rank < 1:
+        raise _too_small(shape, options)
+    return min(rank, _full_rank(shape, options))
 
-    low, high = 0.0, 1e9
-    if used(high) > room:
-        raise _too_small(options, layers[0].shape)
-    if used(low) <= room:
-        high = low
+
+def _by_energy(layers: list[Projections], options) -> list[int]:
+    """The rank of each layer. Lagrange: each takes the one that minimises error + price x rank; the price is the lowest that fits the room."""
+    errors = [_errors(p, options) for p in layers]
+    room = sum(_rank_in_the_room(p.shape, options) for p in layers)
+
+    def ranks(price: float) -> list[int]:
+        return [min(e, key=lambda rank, e=e: e[rank] + price * rank) for e in errors]
+
+    low, high = 0.0, 1.0
+    if sum(ranks(low)) <= room:
+        return ranks(low)
     for _ in range(100):
         middle = (low * high) ** 0.5 if low else high / 10
-        low, high = (middle, high) if used(middle) > room else (low, middle)
-    return [replace(options, kv_rank=rank, rope_dim=rope_dim) for _, rank, rope_dim in pick(high)]
+        low, high = (middle, high) if sum(ranks(middle)) > room else (low, middle)
+    return ranks(high)
 
 
-def _errors(p: Projections, options) -> tuple[list[tuple[int, int, int]], Tensor, Tensor]:
-    """(cache, rank, rope_dim) of every choice, the caches, and the relative errors."""
-    sizes, errors = [], []
-    for rope_dim in _rope_dims(p.shape, options):
-        m = _Metric(p, options.start == "calibrated")
-        kept, lost = m.keep(rope_dim)
-        energies = torch.linalg.eigvalsh(_gram(m, *_stacked(m, kept))).flip(0).clamp(min=0)
-        beyond = energies.sum() - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
-        full = min(len(energies), p.shape.width)
-        step = 8 if full >= 64 else 1  # X-EcoMLA's
-        ranks = [options.kv_rank] if options.kv_rank is not None else sorted({*range(step, full + 1, step), full})
-        sizes += [(rank + p.shape.num_kv_heads * rope_dim, rank, rope_dim) for rank in ranks]
-        errors += [float(beyond[rank] + lost) for rank in ranks]
-    return sizes, torch.tensor([float(cost) for cost, _, _ in sizes]), torch.tensor(errors)
+def _errors(p: Projections, options) -> dict[int, float]:
+    """Rank -> relative error, in steps of 8 where there are many (X-EcoMLA's)."""
+    m = _Metric(p, options.start == "calibrated")
+    rows, _ = _weighted(*_stacked(m, m.keep(options.rope_dim)))
+    energies = torch.linalg.eigvalsh(rows @ m.moment @ rows.mT).flip(0).clamp(min=0)
+    full = _full_rank(p.shape, options)
+    return {rank: float(energies[rank:].sum()) for rank in sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})}
 
 
 def _check(layers: list[Projections], options) -> None:
@@ -152,7 +147,7 @@ def _check(layers: list[Projections], options) -> None:
         if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
             rule = "an even divisor of" if options.shape == "native" else "even and at most"
             raise UserError(f"rope_dim must be {rule} the {shape.rotary_dim} rotary dimensions of a head; got {options.rope_dim}.")
-    largest = _full_rank(shape, replace(options, kv_rank=None))
+    largest = _full_rank(shape, options)
     if options.kv_rank is not None and options.kv_rank > largest:
         raise UserError(f"kv_rank must be at most {largest}, the rank of the keys and values together; got {options.kv_rank}.")
     if options.q_rank is not None and options.q_rank > min(shape.width, shape.num_heads * shape.head_dim):
@@ -160,7 +155,7 @@ def _check(layers: list[Projections], options) -> None:
         raise UserError(f"q_rank must be at most {most}, the rank of the queries; got {options.q_rank}.")
 
 
-def _too_small(options, shape: Shape) -> UserError:
+def _too_small(shape: Shape, options) -> UserError:
     whole = 2 * shape.num_kv_heads * shape.head_dim
     return UserError(
         f"A cache must hold rotary keys and a latent; cache_budget={options.cache_budget:g} leaves {options.cache_budget * whole:.0f} of "
@@ -207,14 +202,13 @@ class _Metric:
     def _energy(self, weight: Tensor, metric: Tensor) -> Tensor:
         return torch.einsum("gkl,gkd,de,gle->", metric, weight, self.moment, weight)
 
-    def keep(self, rope_dim: int) -> tuple[Tensor, Tensor]:
-        """The places [P / 2] of the frequencies that lose most by not being rotated, and the error of not rotating the others."""
+    def keep(self, rope_dim: int) -> Tensor:
+        """The places [P / 2] of the frequencies that lose most by not being rotated."""
         pairs = self.shape.rotary_dim // 2
         energy = torch.einsum("gkd,de,gke->gk", self.k, self.moment, self.k)
         met = (energy * _diagonal(self.of_keys)).sum(0)  # the 2-norm of MHA2MLA (arXiv 2502.14837), times what rotation changes (ours)
         loss = met[: 2 * pairs].unflatten(0, (2, pairs)).sum(0) * self.changed
-        kept = loss.topk(rope_dim // 2).indices.sort().values
-        return kept, loss.sum() - loss[kept].sum()
+        return loss.topk(rope_dim // 2).indices.sort().values
 
 
 def _diagonal(t: Tensor) -> Tensor:
@@ -257,11 +251,6 @@ def _weighted(k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple
     return torch.cat(parts), back
 
 
-def _gram(m: _Metric, k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> Tensor:
-    rows, _ = _weighted(k, of_keys, v, of_values)
-    return rows @ m.moment @ rows.mT
-
-
 def _factor(rows: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """rows [M, D] ~ up [M, C] @ down [C, D], the best for inputs of this second moment; the latents have unit variance and no
     correlation, so that their RMS hardly varies from token to token."""
@@ -285,7 +274,7 @@ def _latent(m: _Metric, rank: int, k: Tensor, of_keys: Tensor, v: Tensor, of_val
 def _exact(p: Projections, options) -> Start:
     """The teacher's own keys where they are rotated; at full rank its function."""
     m = _Metric(p, options.start == "calibrated")
-    kept, _ = m.keep(options.rope_dim)
+    kept = m.keep(options.rope_dim)
     order, rope = _order(p.shape, kept), options.rope_dim
     latent, k_up, v_up = _latent(m, options.kv_rank, *_stacked(m, kept))
     left = torch.cat([m.left.new_ones(rope), m.left[order[rope:]]])  # of the queries: what is not rotated counts for less
