@@ -25,7 +25,7 @@ WHITEN_FLOOR = 1e-6  # of the largest standard deviation of a latent (ours)
 @dataclass(frozen=True)
 class Start:
     """q [H, P + N, D or q_rank], latent [C, D], k_rope [J, P, D], k_up [G, N, C], v_up [G, K, C]; norms [P + N]; frequencies [P / 2]: their
-    places in the teacher's rotary table; latent_norm, q_latent_norm: the weight of the RMSNorm of the latents, one number."""
+    places in the teacher's rotary table; latent_norm [C], q_latent_norm [q_rank]: the weights of the latents' RMSNorms."""
 
     q: Tensor
     q_bias: Tensor | None
@@ -39,8 +39,8 @@ class Start:
     q_norm: Tensor | None
     k_norm: Tensor | None
     frequencies: Tensor
-    latent_norm: float = 1.0
-    q_latent_norm: float = 1.0
+    latent_norm: Tensor | None = None
+    q_latent_norm: Tensor | None = None
 
 
 @torch.no_grad()
@@ -312,22 +312,23 @@ def _native(p: Projections, options) -> Start:
     turned = q * part.conj().repeat_interleave(len(q) // groups, 0)[..., None]
     q = torch.cat([turned.real, turned.imag, m.q * m.left[:, None]], 1)
     q = q * (p.scale / q.shape[1] ** -0.5)
-    k_rope, q_down, q_latent_norm = torch.cat([shared.real, shared.imag])[None], None, 1.0
+    k_rope, q_down, q_latent_norm = torch.cat([shared.real, shared.imag])[None], None, None
     if options.q_rank is not None:
         q, _, q_down = _low_rank_queries(m, q, None, options.q_rank - (m.steady is not None))
         q_down, (q,), q_latent_norm = _steadied(m, q_down, (q,))
     return Start(q, None, q_down, latent, k_rope, None, k_up, None, v_up, None, None, kept, latent_norm, q_latent_norm)
 
 
-def _steadied(m: _Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], float]:
-    """Latents whose RMSNorm does nearly nothing, and its weight: one more latent, which nothing reads, is nearly the same number for all
-    tokens and larger than all others together, so that it alone decides the RMS (ours)."""
+def _steadied(m: _Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Latents whose RMSNorm does nearly nothing, and its weight [C]: one more latent, which nothing reads, is nearly the same number for
+    all tokens and larger than all others together, so that it alone decides the RMS (ours). Behind the norm it is 1, as the others are on
+    average: a larger one would learn faster than they do."""
     if m.steady is None:
-        return down, ups, 1.0
+        return down, ups, down.new_ones(len(down))
     rank = len(down) + 1
-    large = STEADY * rank**0.5  # the others have unit variance
-    down = torch.cat([down, large * m.steady[None]])
-    return down, tuple(torch.cat([up, up.new_zeros(*up.shape[:-1], 1)], -1) for up in ups), large / rank**0.5
+    down = torch.cat([down, STEADY * rank**0.5 * m.steady[None]])  # the others have unit variance
+    weight = torch.cat([down.new_full((rank - 1,), STEADY), down.new_full((1,), rank**-0.5)])
+    return down, tuple(torch.cat([up, up.new_zeros(*up.shape[:-1], 1)], -1) for up in ups), weight
 
 
 def _low_rank_queries(m: _Metric, q: Tensor, q_bias: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -95,10 +95,10 @@ class MLA(Mixer):
                     linear.bias.copy_(bias.flatten())
         if self.options.q_rank is not None:
             self.q_down.weight.copy_(s.q_down)
-        if self.options.shape == "native":
-            self.latent_norm.weight.fill_(s.latent_norm)
-            if self.options.q_rank is not None:
-                self.q_latent_norm.weight.fill_(s.q_latent_norm)
+        if s.latent_norm is not None:
+            self.latent_norm.weight.copy_(s.latent_norm)
+        if s.q_latent_norm is not None:
+            self.q_latent_norm.weight.copy_(s.q_latent_norm)
         if self.q_norm is not None:
             self.q_norm.weight.copy_(s.q_norm)
             self.k_norm.weight.copy_(s.k_norm)
