@@ -182,7 +182,7 @@ def _swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe)
     if isinstance(step.keep, OneIn) and step.keep.measured:
         before = selection.parts_of(student)
         student = swap(student, step.mixer, step.options, inputs=inputs).eval()
-        rises = selection.rises(student, before, _some_batches(text, recipe, min(RANKING_TOKENS, recipe.tokens)))
+        rises = selection.rises(student, before, _some_batches(text, recipe, min(recipes.RANKING_TOKENS, recipe.tokens)))
         ranked = sorted(before, key=lambda layer: -rises[layer])
         kept = sorted(ranked[: step.keep.count(num_layers)])
         selection.put(student, {layer: before[layer] for layer in kept})
@@ -194,9 +194,6 @@ def _swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe)
         student, checked = _exact_swap(step, student, start, text, edited, inputs)
         return student, found | {"handover": checked}
     return swap(student, step.mixer, step.options, edited, inputs).eval(), found
-
-
-RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 
 
 def _some_batches(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:
@@ -285,7 +282,9 @@ def _numbers(student, taught: Teacher, text: TokenData, batches: list[Batch]) ->
 def _cache_bytes(student, taught: Teacher) -> dict:
     """Measured where that is quick; by formula at every length beside it."""
     models = {"teacher": taught.model, "student": student}
-    measured = {who: measure.cache_bytes(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()}
+    measured = {
+        who: measure.cache_bytes(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()
+    }
     lengths = [length for length in measured["teacher"] if length in measured["student"]]
     formulas = {who: measure.cache_formula(model) for who, model in models.items()}
     return {who: {str(length): measured[who][length] for length in lengths} for who in models} | {

@@ -20,7 +20,7 @@ from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
 from convert.objectives import Distill
 from convert.projections import refusal
-from convert.recipes import Forget, OneIn, Recipe, Swap, Train, describe
+from convert.recipes import RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, describe
 from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
@@ -138,7 +138,7 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), found)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    num_teacher = _count(model)
+    num_teacher, num_layers = _count(model), config.num_hidden_layers
     precisions = {step.settings.precision for step in recipe.steps if isinstance(step, Train)}
     dtype = torch.bfloat16 if all(uses_bfloat16(torch.device(device), p) for p in precisions) else torch.float32
     flops = _matmul_rate(device, dtype)
@@ -146,10 +146,12 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     for step in recipe.steps:
         if isinstance(step, Swap):
             try:
-                student = swap(student, step.mixer, step.options, step.edited(config.num_hidden_layers))
+                student = swap(student, step.mixer, step.options, step.edited(num_layers))
             except UserError as error:
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
-            rows.append(StepPlan(step.name, _what(step, config.num_hidden_layers), 0, 0, _count(student), 0, 0.0))
+            looks = step.calibration + (RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0)
+            seconds = looks * 2 * num_teacher / (flops * MATMUL_SHARE)
+            rows.append(StepPlan(step.name, _what(step, num_layers), 0, 0, _count(student), 0, seconds))
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
@@ -177,7 +179,9 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
 def _what(step: Swap, num_layers: int) -> str:
     kept = num_layers - len(step.edited(num_layers))
     by = ", by measurement" if isinstance(step.keep, OneIn) and step.keep.measured else ""
-    return f"swap in {step.mixer}" + (f", keep {kept} of {num_layers} layers{by}" if kept else "") + (", must be exact" if step.exact else "")
+    return (
+        f"swap in {step.mixer}" + (f", keep {kept} of {num_layers} layers{by}" if kept else "") + (", must be exact" if step.exact else "")
+    )
 
 
 def _count(model) -> int:
@@ -289,7 +293,9 @@ def show(plan: Plan, console: Console) -> None:
         table.add_column(column, justify="left" if column in ("step", "what") else "right")
     for row in plan.steps:
         trains = [count(row.tokens), count(row.trainable), count(row.frozen), size(row.peak_bytes), duration(row.seconds)]
-        table.add_row(row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), "", ""]))
+        table.add_row(
+            row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), "", duration(row.seconds) if row.seconds else ""])
+        )
     console.print(table, soft_wrap=False)
     total = sum(row.seconds for row in plan.steps)
     console.print(

@@ -42,9 +42,7 @@ def plain(m: MLA, x, c) -> torch.Tensor:
         keys = torch.cat([keys, m.k_up(latent).unflatten(-1, (s.num_kv_heads, -1))], -1)
     if m.q_norm is not None:
         queries, keys = m.q_norm(queries), m.k_norm(keys)
-    queries, keys = (
-        torch.cat([rotate(t[..., :rope], c.cos[..., rotary], c.sin[..., rotary]), t[..., rope:]], -1) for t in (queries, keys)
-    )
+    queries, keys = (torch.cat([rotate(t[..., :rope], c.cos[..., rotary], c.sin[..., rotary]), t[..., rope:]], -1) for t in (queries, keys))
     values = m.v_up(latent).unflatten(-1, (s.num_kv_heads, -1))
     keys, values = (t.repeat_interleave(s.num_heads // s.num_kv_heads, 2) for t in (keys, values))
     scores = torch.einsum("bthk,bshk->bhts", queries, keys) / keys.shape[-1] ** 0.5

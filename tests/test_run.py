@@ -480,3 +480,27 @@ def test_ctrl_c_while_a_command_imports_is_a_line(arguments, tmp_path):
 @pytest.mark.parametrize("text, expected", [("20000", 20_000), ("500k", 500_000), ("12M", 12_000_000), ("1.5B", 1_500_000_000)])
 def test_numbers_of_tokens(text, expected):
     assert number_of_tokens(text) == expected
+
+
+def test_latent_attention_is_where_a_conversion_ends(teacher, text, tmp_path, capsys):
+    assert main(command(teacher, text, tmp_path / "first", to="mla")) == 0
+    capsys.readouterr()
+    assert main(command(tmp_path / "first", text, tmp_path / "second")) == 2
+    assert "Latent attention is where a conversion ends" in capsys.readouterr().err
+
+
+BAD_EDITS = [
+    ("gate-swa", "edit.keep=0,7", "kept layers must be within 0 .. 2"), ("gate-swa", "edit.keep=0,1,2", "not be all of them"),
+    ("gate-swa", "edit.keep=auto:9", "one in 2 .. 3 can be kept; got one in 9"), ("gate-swa", "edit.keep=some", "got 'some'"),
+    ("gate-swa", "edit.window=0", "window must be within 1"), ("mla", "edit.kv_rank=100000", "kv_rank must be at most 32"),
+    ("mla", "edit.rope_dim=6", "rope_dim must be even and at most the 2"), ("mla", "edit.cache_budget=0.01", "Raise it"),
+    ("mla", "edit.cache_budget=2", "within 0.001 .. 1"), ("mla", "edit.shape=native", "this teacher has biases. Take edit.shape=exact"),
+    ("mla", "edit.shape=round", "one of exact, native"), ("mla", "edit.calibration=0", "needs the layers' inputs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("to, setting, words", BAD_EDITS, ids=[setting for _, setting, _ in BAD_EDITS])
+def test_edits_that_cannot_be_are_refused_before_anything_is_loaded(to, setting, words, teacher, text, tmp_path, capsys):
+    assert main(command(teacher, text, tmp_path / "run", "--set", setting, to=to)) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -254,3 +254,39 @@ def test_perplexity_by_hand():
     assert not real.all()
     nats = -logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][real].mean()
     assert perplexity(teacher, [batch]) == pytest.approx(nats.exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_tokens", [128, 32])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_features_are_matched(family, micro_tokens):
+    """Loss and gradient norm of a step are those of the plain formula: KL, and the mean cosine distance of all layers' outputs."""
+    weight, log = 0.5, Logged()
+    teacher, student = tiny_teacher(family), student_of(family)
+    settings = dataclasses.replace(
+        SETTINGS, tokens=128, micro_tokens=micro_tokens, objective=Distill(feature_matching=weight), trains=stages.everything, clip=1e9
+    )
+    batch, found = batches()(0), []
+    for model in (teacher, student):
+        model.requires_grad_(model is student)
+        with stages.layer_outputs(model) as outputs:
+            hidden = stages.hidden_states(model, batch)
+        found.append((outputs, model.get_output_embeddings()(hidden).log_softmax(-1)))
+    (wanted, p), (outputs, q) = found
+    assert len(outputs) == len(wanted) == 3
+    real = batch.labels != -100
+    kl = (p.exp() * (p - q)).sum(-1)[real].mean()
+    distance = torch.stack([(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).mean() for a, b in zip(outputs, wanted, strict=True)])
+    loss = kl + weight * distance.mean()
+    assert weight * distance.mean().item() > 0.01 * loss.item()
+    gradients = torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
+    distill(student, teacher, batches(), settings, track=log)
+    assert log.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert log.norms[0] == pytest.approx(norm, rel=1e-4)
+
+
+def test_features_alone_are_a_loss():
+    teacher, student, log = tiny_teacher("llama"), student_of("llama"), Logged()
+    objective = Distill(forward_kl=0.0, feature_matching=1.0)
+    distill(student, teacher, batches(), dataclasses.replace(SETTINGS, objective=objective), track=log)
+    assert sum(log.losses[-4:]) < 0.8 * sum(log.losses[:4])

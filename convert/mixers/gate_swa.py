@@ -52,7 +52,9 @@ class GateSWA(Mixer):
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":
         if not math.isclose(projections.scale, projections.shape.head_dim**-0.5, rel_tol=1e-6):
-            raise UserError(f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it (edit.keep).")
+            raise UserError(
+                f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it (edit.keep)."
+            )
         if projections.window is not None and projections.window < options.window:
             options = replace(options, window=projections.window)
         mixer = cls(projections.shape, options)

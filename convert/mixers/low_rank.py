@@ -141,7 +141,9 @@ def _check(layers: list[Projections], options) -> None:
         has = "q/k norm" if shape.norm_eps is not None else "biases"
         raise UserError(f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact.")
     if options.start == "calibrated" and layers[0].inputs is None and not layers[0].q.is_meta:
-        raise UserError("A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate (Swap.calibration).")
+        raise UserError(
+            "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate (Swap.calibration)."
+        )
     if options.rope_dim is not None:
         step = shape.rotary_dim / options.rope_dim
         if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
@@ -175,7 +177,9 @@ class _Metric:
         self.moment = self.of_queries = eye
         self.steady = None  # [D], whose product with an input is nearly 1 whatever the token (least squares)
         if calibrated:
-            self.moment, self.of_queries = (m.to(eye) + RIDGE * m.trace().to(eye) / len(eye) * eye for m in (p.inputs.moment, p.inputs.uniform))
+            self.moment, self.of_queries = (
+                m.to(eye) + RIDGE * m.trace().to(eye) / len(eye) * eye for m in (p.inputs.moment, p.inputs.uniform)
+            )
             self.steady = torch.linalg.solve(self.moment, p.inputs.mean.to(eye))
         self.q, self.k, self.v = (t.to(eye) for t in (p.q, p.k, p.v))
         drift = p.inputs.drift.to(eye) if p.inputs is not None else eye.new_ones(p.shape.rotary_dim // 2)
