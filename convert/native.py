@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
-
-LLAMA_SHAPED = ("llama", "mistral")
+from convert.recipes import LLAMA_SHAPED
 
 
 def obstacle(student: ConvertedForCausalLM) -> str | None:

@@ -19,11 +19,12 @@ from convert.errors import UserError
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, swap
 from convert.objectives import Distill
-from convert.projections import refusal
+from convert.projections import Inputs, refusal
 from convert.recipes import RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, describe
 from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
+SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # of a calibration that is yet to come
 MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
 
 
@@ -91,7 +92,7 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
 def _bad_keep(step: Swap, num_layers: int) -> list[str]:
     keep = step.keep
     if isinstance(keep, OneIn):
-        if not 2 <= keep.every <= num_layers:
+        if keep.every < 2 or (keep.measured and keep.every > num_layers):
             return [f"Step {step.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in {keep.every}. Set keep."]
     elif not all(0 <= i < num_layers for i in keep) or len(set(keep)) == num_layers:
         got = ", ".join(map(str, keep))
@@ -146,7 +147,9 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     for step in recipe.steps:
         if isinstance(step, Swap):
             try:
-                student = swap(student, step.mixer, step.options, step.edited(num_layers))
+                student = swap(
+                    student, step.mixer, step.options, step.edited(num_layers), [SEEN] * num_layers if step.calibration else None
+                )
             except UserError as error:
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
             looks = step.calibration + (RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0)

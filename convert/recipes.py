@@ -90,6 +90,7 @@ class Budget:
     schedule: str = "wsd"  # of the last stage
     noise: float = 0.0  # in the last stage
     window: int = 512  # of sliding-window attention (ours)
+    latent_shape: str = "exact"  # of latent attention; "native" where the teacher's attention has neither biases nor q/k norm
     edit_lr: float = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
     seed: int = 0
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
@@ -118,10 +119,12 @@ def budget(
     micro = min(batch_tokens, max(seq_len, default.micro_tokens))
     return dataclasses.replace(
         default, tokens=tokens, seq_len=seq_len, batch_tokens=batch_tokens, micro_tokens=micro, checkpointing=size > 3e8, seed=seed,
+        latent_shape="native" if host.model_type in LLAMA_SHAPED and not getattr(host, "attention_bias", False) else "exact",
         starts_linear=config.model_type == "converted" and all(mixer and mixer["name"] == "linear" for mixer in config.mixers),
     )  # fmt: skip
 
 
+LLAMA_SHAPED = ("llama", "mistral")  # attention that deepseek_v3 can be made from
 FORGET = {"mamba": 1e-3, "mamba2": 3e-3}  # ours, measured on neox-nano: experiments/LOG.md
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 
@@ -189,7 +192,12 @@ def to_gate_swa(budget: Budget) -> Recipe:
 
 def to_mla(budget: Budget) -> Recipe:
     """Attention -> multi-head latent attention with half of the cache (Attention Editing, arXiv 2604.05688, from a calibrated start)."""
-    edit = Swap("edit", "mla", MIXERS["mla"].Options(cache_budget=0.5, start="calibrated"), calibration=min(CALIBRATION, budget.tokens))
+    edit = Swap(
+        "edit",
+        "mla",
+        MIXERS["mla"].Options(budget.latent_shape, cache_budget=0.5, start="calibrated"),
+        calibration=min(CALIBRATION, budget.tokens),
+    )
     return _edited("mla", edit, budget)
 
 

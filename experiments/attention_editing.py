@@ -13,6 +13,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +48,7 @@ VARIANTS = {
     "mla": Variant(MLA),
     "mla, by the weights alone (svd)": Variant(MLA, ("edit.start=svd",)),
     "mla, random (the paper's)": Variant(MLA, ("edit.start=random",)),
-    "mla, native shape": Variant(MLA, ("edit.shape=native",)),
+    "mla, exact shape": Variant(MLA, ("edit.shape=exact",)),
     "mla, without stage 1": Variant(MLA, change=only("distill")),
     "mla, stage 1 alone": Variant(MLA, change=only("align")),
     "mla, features matched": Variant(MLA, ("distill.feature_matching=0.05",)),
@@ -104,15 +105,19 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--only", help="variants whose names begin so", default="")
+    parser.add_argument("--only", help="this variant, or those whose names begin so", default="")
     parser.add_argument("--out", default="runs/attention-editing", type=Path)
     args = parser.parse_args()
     console, reports = Console(), {}
-    for name in (name for name in VARIANTS if name.startswith(args.only)):
+    chosen = [args.only] if args.only in VARIANTS else [name for name in VARIANTS if name.startswith(args.only)]
+    for name in chosen:
         for seed in range(args.seeds):
             place = args.out / f"{args.teacher}-{args.tokens}" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+            make = partial(recipe_of, args.teacher, tokens=number_of_tokens(args.tokens), seq_len=args.seq_len, seed=seed)
+            recipe = make(VARIANTS[name])
+            if name not in (MLA, SWA) and recipe == make(VARIANTS[recipe.target]):
+                break  # this teacher's default already
             if not (place / "report.json").exists():
-                recipe = recipe_of(args.teacher, VARIANTS[name], number_of_tokens(args.tokens), args.seq_len, seed)
                 run(args.teacher, recipe, place, data=args.data, wandb="disabled")
             reports.setdefault(name, []).append(json.loads((place / "report.json").read_text()))
     show(console, reports)

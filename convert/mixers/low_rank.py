@@ -140,7 +140,7 @@ def _check(layers: list[Projections], options) -> None:
     if options.shape == "native" and (shape.norm_eps is not None or shape.qkv_bias or shape.out_bias):
         has = "q/k norm" if shape.norm_eps is not None else "biases"
         raise UserError(f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact.")
-    if options.start == "calibrated" and layers[0].inputs is None and not layers[0].q.is_meta:
+    if options.start == "calibrated" and layers[0].inputs is None:
         raise UserError(
             "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate (Swap.calibration)."
         )
@@ -258,10 +258,9 @@ def _weighted(k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple
 def _factor(rows: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """rows [M, D] ~ up [M, C] @ down [C, D], the best for inputs of this second moment; the latents have unit variance and no
     correlation, so that their RMS hardly varies from token to token."""
-    root, inverse = _root(moment)
-    if rank >= rows.shape[1]:  # nothing is left out: the latents are the whitened inputs
-        return rows @ root, inverse
-    vectors, spread, _ = torch.linalg.svd(rows @ root, full_matrices=False)
+    if rank >= rows.shape[1]:  # nothing is left out: the latents are the inputs
+        return rows, torch.eye(rows.shape[1]).to(rows)
+    vectors, spread, _ = torch.linalg.svd(rows @ _root(moment)[0], full_matrices=False)
     top, spread = vectors[:, :rank], spread[:rank].clamp(min=WHITEN_FLOOR * spread[0])
     return top * spread, (top / spread).mT @ rows
 

@@ -190,7 +190,7 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
 
 def _visible(real: Tensor, context: Context) -> Tensor:
     """[B, T, S]: which of the tokens so far, `real` [B, S], each of this call's T sees."""
-    (B, S), T = real.shape, context.cos.shape[1]
+    S, T = real.shape[1], context.cos.shape[1]
     at, of = torch.arange(S - T, S, device=real.device)[:, None], torch.arange(S, device=real.device)
     visible = (of <= at) & real[:, None]
     if context.document_ids is not None:
