@@ -9,25 +9,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from convert import measure, native, recipes, report, selection
+from convert import measure, native, recipes, report
 from convert import plan as planning
-from convert.calibration import inputs_of
 from convert.checkpoint import StepFolder, StopRequest, check_out, locked, open_run, write_json
 from convert.data import Batch, Batches, TokenData, corpus, held_out_batches, tokenize
 from convert.errors import Interrupted, UserError
 from convert.export import check_in_clean_process, export, export_native
 from convert.mixers.parts import DecayRate
-from convert.model import ConvertedForCausalLM, swap
-from convert.recipes import Forget, OneIn, Recipe, Swap, Train
-from convert.stages import hidden_states, layers_of
+from convert.model import ConvertedForCausalLM
+from convert.recipes import Forget, Recipe, Swap, Train
+from convert.swaps import do_swap
 from convert.teachers import Source, Teacher, check_device, fingerprint, load_teacher, read_config, resolve
 from convert.tracking import Track
 
@@ -146,8 +143,8 @@ def _do(
     result, earlier = {"name": step.name, "kind": type(step).__name__, "tokens": 0}, 0.0
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     if isinstance(step, Swap):
-        student, found = _swap(step, student, start, text, recipe)
-        result |= found
+        result |= (done := do_swap(step, student, start, text, recipe, console)).found
+        student = done.student
     elif isinstance(step, Forget):
         with torch.no_grad():
             for module in student.modules():
@@ -169,83 +166,6 @@ def _do(
         earlier = rows[-1]["train/seconds"] - (time.monotonic() - started)  # before a crash
     result["perplexity_after"] = measure.perplexity(student, batches)
     return student, result | {"seconds": max(0.0, earlier) + time.monotonic() - started}
-
-
-HANDOVER_TOKENS = 2048
-
-
-@torch.no_grad()
-def _swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe) -> tuple[ConvertedForCausalLM, dict]:
-    """Swap in place; the result has what was measured on the way: the layers ranked, the hand-over checked."""
-    num_layers = len(layers_of(student))
-    inputs = inputs_of(student, _some_batches(text, recipe, step.calibration)) if step.calibration else None
-    if isinstance(step.keep, OneIn) and step.keep.measured:
-        before = selection.parts_of(student)
-        student = swap(student, step.mixer, step.options, inputs=inputs).eval()
-        rises = selection.rises(student, before, _some_batches(text, recipe, min(recipes.RANKING_TOKENS, recipe.tokens)))
-        ranked = sorted(before, key=lambda layer: -rises[layer])
-        kept = sorted(ranked[: step.keep.count(num_layers)])
-        selection.put(student, {layer: before[layer] for layer in kept})
-        console.print(f"[dim]kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}[/]")
-        return student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}}
-    edited = step.edited(num_layers)
-    found = {} if len(edited) == num_layers else {"layers": {"kept": [i for i in range(num_layers) if i not in edited]}}
-    if step.exact:
-        student, checked = _exact_swap(step, student, start, text, edited, inputs)
-        return student, found | {"handover": checked}
-    return swap(student, step.mixer, step.options, edited, inputs).eval(), found
-
-
-def _some_batches(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:
-    """Of training text, as the last stage has them."""
-    s = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
-    batches = Batches(text.train, s.seq_len, max(1, s.micro_tokens // s.seq_len), s.seed)
-    return [batches(i) for i in range(max(1, tokens // s.micro_tokens))]
-
-
-def _exact_swap(step: Swap, student, start: Callable, text: TokenData, edited: tuple[int, ...], inputs):
-    """Compare the logits over 2,048 tokens before and after, and stop if they do not agree.
-
-    Many layers can amplify the rounding of float32 beyond what is allowed: then the same comparison in float64, which leaves
-    a real difference as it is, decides. For that `start()` makes the student from before the swap once more."""
-    length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
-    batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
-    before, perplexity = hidden_states(student, batch), measure.perplexity(student, [batch])
-    student = swap(student, step.mixer, step.options, edited, inputs).eval()
-    worst, largest = _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))
-    change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
-    checked = {"tokens": length, "max_abs_logit": worst, "allowed": max(1e-4, 1e-5 * largest), "perplexity_change": change}
-    console.print(
-        f"[dim]hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity by {change:.1e}[/]"
-    )
-    fine = worst <= checked["allowed"]
-    if not fine and student.device.type != "mps":  # which has no float64
-        checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch, edited, inputs)
-        fine = checked["max_abs_logit_float64"] <= checked["allowed"]
-        console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
-    if not (fine and change < 1e-4):
-        raise RuntimeError(f"The hand-over to {step.mixer} must not change the function, and it did: {checked}.")
-    return student, checked
-
-
-def _largest_change(head: nn.Module, before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Of the logits of two hidden states [1, T, D]; and the largest logit. A swap leaves the head alone."""
-    worst = largest = 0.0
-    for a, b in zip(before[0].split(256), after[0].split(256), strict=True):
-        a, b = head(a), head(b)
-        worst, largest = max(worst, (a - b).abs().max().item()), max(largest, a.abs().max().item())
-    return worst, largest
-
-
-def _largest_change_in_float64(step: Swap, student, batch: Batch, edited: tuple[int, ...], inputs) -> float:
-    """Of the logits, by this swap of a student that is then of no more use. (Norms of some hosts still round to float32 there.)"""
-    before = hidden_states(student.double(), batch)
-    torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
-    try:
-        student = swap(student, step.mixer, step.options, edited, inputs).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))[0]
 
 
 def seed_of(recipe: Recipe) -> int:

@@ -92,6 +92,10 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
 def _bad_keep(step: Swap, num_layers: int) -> list[str]:
     keep = step.keep
     if isinstance(keep, OneIn):
+        if keep.measured and step.exact:
+            return [
+                f"Step {step.name}: an exact edit costs nothing in any layer, so there is nothing to rank. Set keep to layers or to none."
+            ]
         if keep.every < 2 or (keep.measured and keep.every > num_layers):
             return [f"Step {step.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in {keep.every}. Set keep."]
     elif not all(0 <= i < num_layers for i in keep) or len(set(keep)) == num_layers:

@@ -20,6 +20,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.recipes", "convert.calibration", "convert.selection"),
     ("convert.tracking", "convert.checkpoint", "convert.report", "convert.plan", "convert.measure", "convert.native"),
     ("convert.export",),
+    ("convert.swaps",),
     ("convert.conversion",),
     ("convert.run",),
     ("convert.evaluate", "convert.generate", "convert.__init__"),

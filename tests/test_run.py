@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert import checkpoint, conversion, measure
+from convert import checkpoint, conversion, measure, swaps
 from convert.data import corpus
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
@@ -386,13 +386,13 @@ def test_space_counts_what_the_run_has_written(teacher, text, tmp_path, monkeypa
 
 def test_float64_decides_where_float32_is_too_coarse(teacher, text, tmp_path, monkeypatch):
     """A student whose rounding alone moves the logits too far passes; the planted error of the test above does not."""
-    exactly = conversion._largest_change
+    exactly = swaps._largest_change
 
     def rounded(head, before, after):
         worst, largest = exactly(head, before, after)
         return (worst, largest) if before.dtype == torch.float64 else (1.0, largest)
 
-    monkeypatch.setattr(conversion, "_largest_change", rounded)
+    monkeypatch.setattr(swaps, "_largest_change", rounded)
     assert main(command(teacher, text, tmp_path / "run")) == 0
     handover = json.loads((tmp_path / "run" / "report.json").read_text())["handover"]
     assert handover["max_abs_logit"] == 1.0 and handover["max_abs_logit_float64"] < 1e-9
