@@ -10,7 +10,7 @@ from convert.calibration import inputs_of
 from convert.data import Batch
 from convert.errors import UserError
 from convert.mixers import MLA
-from convert.mixers.low_rank import choose_ranks
+from convert.mixers.mla_sizes import choose_ranks
 from convert.mixers.parts import rotate
 from convert.model import swap
 from convert.projections import Inputs, Projections

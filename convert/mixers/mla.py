@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.low_rank import Start, choose_ranks, start
+from convert.mixers.mla_sizes import choose_ranks
+from convert.mixers.mla_start import Start, start
 from convert.mixers.parts import rotate, wide
 from convert.projections import Projections, Shape
 

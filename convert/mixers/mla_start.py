@@ -1,4 +1,4 @@
-"""How latent attention starts: which rotary frequencies it keeps, what its latent is made of, and how large that is.
+"""How latent attention starts: which rotary frequencies it keeps, and what its latent is made of. In float64.
 
 The part of keys that is not rotated, and the values, come from one low-rank map of the layer's input x. "calibrated" minimises, over the
 inputs seen, the error of the scores (keys weighted by the queries that meet them) and of the layer's output (values weighted by the
@@ -8,12 +8,11 @@ D width · H query heads · G key/value heads · K head size · R rotary dimensi
 N dimensions of a key that are not rotated · C latent
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from convert.errors import UserError
 from convert.projections import Projections, Shape
 
 RIDGE = 1e-4  # of the mean energy of an input, added to all: a calibration has not seen everything (ours)
@@ -45,130 +44,13 @@ class Start:
 
 @torch.no_grad()
 def start(p: Projections, options) -> Start:
-    """In float64; `options` as `choose_ranks` returns them."""
+    """`options` as mla_sizes.choose_ranks returns them."""
     if options.start == "random" or p.q.is_meta:
         return _random(p, options)
     return _native(p, options) if options.shape == "native" else _exact(p, options)
 
 
-# --- sizes
-
-
-def choose_ranks(layers: list[Projections], options) -> list:
-    """The options of each layer, with kv_rank and rope_dim as numbers.
-
-    Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the least; the native
-    shape has one rank for all."""
-    _check(layers, options)
-    shape = layers[0].shape
-    if options.rope_dim is None:
-        options = replace(options, rope_dim=shape.rotary_dim if options.cache_budget is None else _rope_dim(shape, options))
-    if options.kv_rank is not None:
-        return [options] * len(layers)
-    if options.cache_budget is None:
-        return [replace(options, kv_rank=_full_rank(shape, options))] * len(layers)
-    if options.shape == "native" or options.start == "random" or layers[0].q.is_meta:
-        return [replace(options, kv_rank=_rank_in_the_room(shape, options))] * len(layers)
-    return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
-
-
-def _full_rank(shape: Shape, options) -> int:
-    """Where nothing is left out: more latents than inputs would be of no use."""
-    kept = options.rope_dim or shape.rotary_dim
-    nope = shape.head_dim if options.shape == "native" else shape.head_dim - kept
-    return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
-
-
-def _rope_dim(shape: Shape, options) -> int:
-    """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which shares its rotary key
-    among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m: experiments/LOG.md)."""
-    if options.rope_dim is not None:
-        return options.rope_dim
-    room, pairs = _room(shape, options), shape.rotary_dim // 2
-    if options.shape == "native":
-        fitting = [2 * n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= room * 3 / 4]
-    else:
-        fitting = [2 * n for n in range(1, pairs + 1) if 2 * n * shape.num_kv_heads <= room / 2]
-    if not fitting:
-        raise _too_small(shape, options)
-    return fitting[-1]
-
-
-def _room(shape: Shape, options) -> int:
-    """Numbers per token and layer."""
-    return int(options.cache_budget * 2 * shape.num_kv_heads * shape.head_dim)
-
-
-def _rank_in_the_room(shape: Shape, options) -> int:
-    rank = _room(shape, options) - options.rope_dim * (1 if options.shape == "native" else shape.num_kv_heads)
-    if rank < 1:
-        raise _too_small(shape, options)
-    return min(rank, _full_rank(shape, options))
-
-
-def _by_energy(layers: list[Projections], options) -> list[int]:
-    """The rank of each layer. Lagrange: each takes the one that minimises error + price x rank; the price is the lowest that fits the room."""
-    errors = [_errors(p, options) for p in layers]
-    room = sum(_rank_in_the_room(p.shape, options) for p in layers)
-
-    def ranks(price: float) -> list[int]:
-        return [min(e, key=lambda rank, e=e: e[rank] + price * rank) for e in errors]
-
-    low, high = 0.0, 1.0
-    if sum(ranks(low)) <= room:
-        return ranks(low)
-    for _ in range(100):
-        middle = (low * high) ** 0.5 if low else high / 10
-        low, high = (middle, high) if sum(ranks(middle)) > room else (low, middle)
-    return ranks(high)
-
-
-def _errors(p: Projections, options) -> dict[int, float]:
-    """Rank -> relative error, in steps of 8 where there are many (X-EcoMLA's)."""
-    m = _Metric(p, options.start == "calibrated")
-    rows, _ = _weighted(*_stacked(m, m.keep(options.rope_dim)))
-    energies = torch.linalg.eigvalsh(rows @ m.moment @ rows.mT).flip(0).clamp(min=0)
-    full = _full_rank(p.shape, options)
-    return {rank: float(energies[rank:].sum()) for rank in sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})}
-
-
-def _check(layers: list[Projections], options) -> None:
-    shape = layers[0].shape
-    for p in layers:
-        if p.window is not None:
-            raise UserError(f"Latent attention has no window; this layer's is {p.window}. Edit it with gate-swa, or keep it (edit.keep).")
-    if options.shape == "native" and (shape.norm_eps is not None or shape.qkv_bias or shape.out_bias):
-        has = "q/k norm" if shape.norm_eps is not None else "biases"
-        raise UserError(f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact.")
-    if options.start == "calibrated" and layers[0].inputs is None:
-        raise UserError(
-            "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate (Swap.calibration)."
-        )
-    if options.rope_dim is not None:
-        step = shape.rotary_dim / options.rope_dim
-        if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
-            rule = "an even divisor of" if options.shape == "native" else "even and at most"
-            raise UserError(f"rope_dim must be {rule} the {shape.rotary_dim} rotary dimensions of a head; got {options.rope_dim}.")
-    largest = _full_rank(shape, options)
-    if options.kv_rank is not None and options.kv_rank > largest:
-        raise UserError(f"kv_rank must be at most {largest}, the rank of the keys and values together; got {options.kv_rank}.")
-    if options.q_rank is not None and options.q_rank > min(shape.width, shape.num_heads * shape.head_dim):
-        most = min(shape.width, shape.num_heads * shape.head_dim)
-        raise UserError(f"q_rank must be at most {most}, the rank of the queries; got {options.q_rank}.")
-
-
-def _too_small(shape: Shape, options) -> UserError:
-    whole = 2 * shape.num_kv_heads * shape.head_dim
-    return UserError(
-        f"A cache must hold rotary keys and a latent; cache_budget={options.cache_budget:g} leaves {options.cache_budget * whole:.0f} of "
-        f"{whole} numbers per token. Raise it, or set a smaller rope_dim."
-    )
-
-
-# --- weights, in float64
-
-
-class _Metric:
+class Metric:
     """What errors are measured in: the second moment of the inputs, the queries that meet each key, the output projection."""
 
     def __init__(self, p: Projections, calibrated: bool):
@@ -235,14 +117,14 @@ def _order(shape: Shape, kept: Tensor) -> Tensor:
     return torch.cat([first, others.nonzero()[:, 0]])
 
 
-def _stacked(m: _Metric, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def unrotated(m: Metric, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the exact shape: keys that are not rotated [G, N, D], their metric, values, theirs."""
     rest = _order(m.shape, kept)[2 * len(kept) :]
     left = m.left[rest]
     return m.k[:, rest], m.of_keys[:, rest[:, None], rest] * left[:, None] * left, m.v, m.of_values
 
 
-def _weighted(k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+def weighted_rows(k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Rows of all heads in units of error [G (N + K), D], and what turns each block back."""
     parts, back = [], []
     for weight, metric in ((k, of_keys), (v, of_values)):
@@ -265,9 +147,9 @@ def _factor(rows: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return top * spread, (top / spread).mT @ rows
 
 
-def _latent(m: _Metric, rank: int, k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _latent(m: Metric, rank: int, k: Tensor, of_keys: Tensor, v: Tensor, of_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """latent [C, D], k_up [G, N, C], v_up [G, K, C]."""
-    rows, (back_k, back_v) = _weighted(k, of_keys, v, of_values)
+    rows, (back_k, back_v) = weighted_rows(k, of_keys, v, of_values)
     up, down = _factor(rows, m.moment, rank)
     of_k, of_v = up.split([k.shape[0] * k.shape[1], v.shape[0] * v.shape[1]])
     k_up = back_k @ of_k.unflatten(0, k.shape[:2]) if k.shape[1] else of_k.unflatten(0, k.shape[:2])
@@ -276,10 +158,10 @@ def _latent(m: _Metric, rank: int, k: Tensor, of_keys: Tensor, v: Tensor, of_val
 
 def _exact(p: Projections, options) -> Start:
     """The teacher's own keys where they are rotated; at full rank its function."""
-    m = _Metric(p, options.start == "calibrated")
+    m = Metric(p, options.start == "calibrated")
     kept = m.keep(options.rope_dim)
     order, rope = _order(p.shape, kept), options.rope_dim
-    latent, k_up, v_up = _latent(m, options.kv_rank, *_stacked(m, kept))
+    latent, k_up, v_up = _latent(m, options.kv_rank, *unrotated(m, kept))
     left = torch.cat([m.left.new_ones(rope), m.left[order[rope:]]])  # of the queries: what is not rotated counts for less
     left = left * (p.scale / p.shape.head_dim**-0.5)
     normed = p.q_norm is not None
@@ -297,7 +179,7 @@ def _exact(p: Projections, options) -> Start:
 def _native(p: Projections, options) -> Start:
     """One rotary key for all heads: for each frequency the direction of most energy among the heads' keys as complex numbers, which
     turning all heads' pairs alike leaves what it is (TransMLA's RoRoPE, arXiv 2502.07864); what is left of them goes without rotation."""
-    m = _Metric(p, options.start == "calibrated")
+    m = Metric(p, options.start == "calibrated")
     pairs, groups = p.shape.rotary_dim // 2, p.shape.num_kv_heads
     kept = torch.arange(0, pairs, 2 * pairs // options.rope_dim, device=p.q.device)
     q, k = (torch.complex(t[:, kept], t[:, kept + pairs]) for t in (m.q, m.k))  # [heads, P / 2, D]
@@ -322,7 +204,7 @@ def _native(p: Projections, options) -> Start:
     return Start(q, None, q_down, latent, k_rope, None, k_up, None, v_up, None, None, kept, latent_norm, q_latent_norm)
 
 
-def _steadied(m: _Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+def _steadied(m: Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Latents whose RMSNorm does nearly nothing, and its weight [C]: one more latent, which nothing reads, is nearly the same number for
     all tokens and larger than all others together, so that it alone decides the RMS (ours). Behind the norm it is 1, as the others are on
     average: a larger one would learn faster than they do."""
@@ -334,7 +216,7 @@ def _steadied(m: _Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor
     return down, tuple(torch.cat([up, up.new_zeros(*up.shape[:-1], 1)], -1) for up in ups), weight
 
 
-def _low_rank_queries(m: _Metric, q: Tensor, q_bias: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _low_rank_queries(m: Metric, q: Tensor, q_bias: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if rank is None:
         return q, q_bias, None
     up, down = _factor(q.flatten(0, 1), m.of_queries, rank)
