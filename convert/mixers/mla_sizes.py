@@ -37,8 +37,6 @@ def _full_rank(shape: Shape, options) -> int:
 def _rope_dim(shape: Shape, options) -> int:
     """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which shares its rotary key
     among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m: experiments/LOG.md)."""
-    if options.rope_dim is not None:
-        return options.rope_dim
     room, pairs = _room(shape, options), shape.rotary_dim // 2
     if options.shape == "native":
         fitting = [2 * n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= room * 3 / 4]

@@ -55,7 +55,7 @@ class Metric:
 
     def __init__(self, p: Projections, calibrated: bool):
         self.shape, groups = p.shape, p.shape.num_kv_heads
-        eye = torch.eye(p.shape.width, dtype=torch.float64, device=p.q.device)
+        eye = torch.eye(p.shape.width, dtype=torch.float64, device="cpu" if p.q.device.type == "mps" else p.q.device)
         self.moment = self.of_queries = eye
         self.steady = None  # [D], whose product with an input is nearly 1 whatever the token (least squares)
         if calibrated:
