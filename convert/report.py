@@ -55,6 +55,8 @@ def _break_even(report: dict) -> str:
     where = report["cache_bytes"]["break_even_tokens"]
     if where is None:
         return "The student's cache is never the smaller one."
+    if where <= 1:
+        return "The student's cache is the smaller one at every length."
     return f"The student's cache is the smaller one beyond {where:,} tokens of context."
 
 
@@ -75,10 +77,23 @@ def _facts(report: dict) -> list[str]:
     for row in report["stages"]:
         if row["skipped"]:
             lines.append(f"Step {row['name']}: {row['skipped']} steps had no finite gradient and were skipped.")
+    lines += _native(report.get("export", {}).get("native"))
     lines.append(
         f"{count(report['tokens']['total'])} tokens in {duration(report['seconds']['total'])}; seed {report['seed']}; export checked in a clean process."
     )
     return lines
+
+
+def _native(native: dict | None) -> list[str]:
+    """Known when the export is done; the model card is written before."""
+    if native is None:
+        return []
+    if "obstacle" in native:
+        return [f"No architecture of transformers is this student ({native['obstacle']}): model/ brings its code along."]
+    return [
+        f"native/ is the same student as a {native['model_type']}, without code of ours: in a clean process its logits differ by at most "
+        f"{native['max_abs_logit']:.2g} (allowed {native['allowed']:.2g})."
+    ]
 
 
 def _kept(layers: dict) -> list[str]:

@@ -103,6 +103,7 @@ def test_softmax_targets(teacher, text, tmp_path, to, capsys):
     _check_cache_bytes(report["cache_bytes"])
     assert report["cache_bytes"]["student"]["1024"] < 0.52 * report["cache_bytes"]["teacher"]["1024"]
     assert "obstacle" in report["export"]["native"]
+    assert "No architecture of transformers is this student" in (tmp_path / "run" / "report.md").read_text()
     if to == "gate-swa":
         ranking = report["layers"]["kl_when_edited_alone"]
         assert len(ranking) == 3 and report["layers"]["kept"] == [max(range(3), key=ranking.__getitem__)]
