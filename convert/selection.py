@@ -15,7 +15,7 @@ from convert.data import Batch
 from convert.model import ConvertedForCausalLM, attention_of
 from convert.objectives import forward_kl
 from convert.projections import attention_name
-from convert.stages import autocast, hidden_states, layer_outputs
+from convert.stages import hidden_states, layer_outputs
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
 
@@ -37,24 +37,24 @@ def put(student: ConvertedForCausalLM, parts: Parts) -> None:
 
 
 @torch.no_grad()
-def rises(student: ConvertedForCausalLM, before: Parts, batches: list[Batch], precision: str = "auto") -> list[float]:
+def rises(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
     """For each layer the KL in nats per token between the model with all of `before` in place, and the same with the student's own
-    part in this layer. The student is left as it came. Layers below the edited one are recalled, not run again."""
+    part in this layer. The student is left as it came. Layers below the edited one are recalled, not run again. In float32: half precision
+    alone moves neox-nano by 1e-4 nats, and more in earlier layers."""
     edited, risen = parts_of(student), [0.0] * len(before)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     with tqdm(total=len(batches) * len(before), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:
         try:
             for batch in (batch.to(student.device) for batch in batches):
                 put(student, before)
-                with autocast(student.device, precision):
-                    with layer_outputs(student) as outputs:
-                        reference = hidden_states(student, batch)
-                    for layer in before:
-                        put(student, {layer: edited[layer]})
-                        with _recalled(student, outputs[:layer]):
-                            risen[layer] += _sum_of_kl(student, hidden_states(student, batch), reference) / tokens
-                        put(student, {layer: before[layer]})
-                        bar.update()
+                with layer_outputs(student) as outputs:
+                    reference = hidden_states(student, batch)
+                for layer in before:
+                    put(student, {layer: edited[layer]})
+                    with _recalled(student, outputs[:layer]):
+                        risen[layer] += _sum_of_kl(student, hidden_states(student, batch), reference) / tokens
+                    put(student, {layer: before[layer]})
+                    bar.update()
         finally:
             put(student, edited)
     return risen

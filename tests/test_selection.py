@@ -32,7 +32,7 @@ def only_one_matters(family: str, layer: int):
 def test_the_layer_that_matters_comes_first(mixer, family, layer):
     teacher = only_one_matters(family, layer)
     before = selection.parts_of(teacher)
-    rises = selection.rises(swap(teacher, mixer, options_of(mixer)), before, batches(), "float32")
+    rises = selection.rises(swap(teacher, mixer, options_of(mixer)), before, batches())
     assert rises[layer] > 1e-3
     assert all(abs(rise) < 1e-6 for i, rise in enumerate(rises) if i != layer)
 
@@ -44,7 +44,7 @@ def test_far_looking_layers_are_found():
         attention = attention_of(teacher.model.layers[i])
         torch.nn.init.zeros_(attention.v_proj.weight)
     before = selection.parts_of(teacher)
-    rises = selection.rises(swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches(), "float32")
+    rises = selection.rises(swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches())
     assert rises[1] > 1e-3 and abs(rises[0]) < 1e-6 and abs(rises[2]) < 1e-6
 
 
@@ -57,7 +57,7 @@ def test_recalling_layers_is_running_them(family):
     student = swap(teacher, "linear")
     edited, texts = selection.parts_of(student), batches()
     expected = student(texts[0].input_ids, use_cache=False).logits
-    found = selection.rises(student, before, texts, "float32")
+    found = selection.rises(student, before, texts)
     assert all(isinstance(attention_of(block), Slot) and "forward" not in vars(block) for block in student.blocks)
     assert torch.equal(student(texts[0].input_ids, use_cache=False).logits, expected)
     for layer in before:
