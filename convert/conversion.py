@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from convert import measure, native, recipes, report
 from convert import plan as planning
@@ -90,7 +91,6 @@ def _locked_run(recipe: Recipe, taught: Teacher, text: TokenData, out: Path, set
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["export"] = _export(student, taught, out / "model", numbers, text)
         numbers["seconds"]["this_call"] = time.monotonic() - started
-        write_json(out / "layers.json", numbers["layers"])
         write_json(out / "report.json", numbers)
         (out / "report.md").write_text(report.markdown(numbers))
         track.summary(
@@ -122,6 +122,8 @@ def _steps(
             console.print(f"[bold]{step.name}[/]")
             student, result = _do(step, student, start, taught, text, recipe, folder, track, batches, tokens_before, steps_before, seed)
             folder.finish(student, result)
+            if "layers" in result:
+                write_json(out / "layers.json", result["layers"])
             if i:
                 folders[i - 1].drop_weights()
             console.print(f"[dim]{step.name}: perplexity {result['perplexity_after']:.3f}[/]")
@@ -249,11 +251,15 @@ def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenDa
     if reason := native.obstacle(student):
         console.print(f"[dim]transformers has no architecture for this student ({reason}): model/ brings its code along.[/]")
         return found | {"native": {"obstacle": reason}}
-    beside = folder.with_name("native")
-    export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
-    kind = native.native_config(student).model_type
+    beside, kind = folder.with_name("native"), native.native_config(student).model_type
+    try:
+        export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
+        checked = _checked(student, beside, text, trust_remote_code=False)
+    except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
+        console.print(f"[yellow]native/ could not be made: {escape(str(error))}[/]")
+        return found | {"native": {"obstacle": f"the export as a {kind} failed: {error}"}}
     console.print(f"[dim]native/ is the same student as a {kind}, without code of ours.[/]")
-    return found | {"native": {"model_type": kind} | _checked(student, beside, text, trust_remote_code=False)}
+    return found | {"native": {"model_type": kind} | checked}
 
 
 def _checked(student, folder: Path, text: TokenData, *, trust_remote_code: bool) -> dict:

@@ -86,7 +86,26 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
             )
     for step in recipe.steps:
         found += _out_of_bounds(step)
-    return tuple(found)
+    return tuple(found + _bad_sequence(recipe))
+
+
+def _bad_sequence(recipe: Recipe) -> list[str]:
+    """What is wrong between steps."""
+    swaps, found = [step for step in recipe.steps if isinstance(step, Swap)], []
+    longest = max((step.settings.seq_len for step in recipe.steps if isinstance(step, Train)), default=0)
+    for before, after in zip(swaps, swaps[1:], strict=False):
+        if before.keep != after.keep or (isinstance(before.keep, OneIn) and before.keep.measured):
+            found.append(
+                f"Step {after.name}: it must replace the layers that step {before.name} did; give both the same keep, by name or by pattern."
+            )
+    for step in swaps:
+        window = getattr(step.options, "window", None)
+        if window is not None and window >= longest and not step.exact:
+            found.append(
+                f"Step {step.name}: a window must be shorter than the training sequences, or its end is never seen; it is {window:,}, they are "
+                f"{longest:,}. Lower window, or raise --seq-len."
+            )
+    return found
 
 
 def _bad_keep(step: Swap, num_layers: int) -> list[str]:
@@ -152,11 +171,13 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         if isinstance(step, Swap):
             try:
                 student = swap(
-                    student, step.mixer, step.options, step.edited(num_layers), [SEEN] * num_layers if step.calibration else None
+                    student, step.mixer, step.options, step.edited(num_layers), [SEEN] * num_layers if step.looks_first else None
                 )
             except UserError as error:
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
-            looks = step.calibration + (RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0)
+            looks = step.calibration * step.looks_first + (
+                RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0
+            )
             seconds = looks * 2 * num_teacher / (flops * MATMUL_SHARE)
             rows.append(StepPlan(step.name, _what(step, num_layers), 0, 0, _count(student), 0, seconds))
         elif isinstance(step, Forget):

@@ -39,6 +39,10 @@ class Swap:
     exact: bool = False
     calibration: int = 0
 
+    @property
+    def looks_first(self) -> bool:
+        return self.calibration > 0 and MIXERS[self.mixer].needs_inputs(self.options)
+
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers replaced, as far as no measurement decides."""
         kept = self.keep.pattern(num_layers) if isinstance(self.keep, OneIn) else self.keep
@@ -186,7 +190,8 @@ RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 def to_gate_swa(budget: Budget) -> Recipe:
     """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv 2604.05688): first each
     edited layer learns the attention output of its own, then the whole model the teacher's distribution."""
-    edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=budget.window), FULL)
+    window = min(budget.window, budget.seq_len // 2)  # or training would never see its end
+    edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=window), FULL)
     return _edited("gate-swa", edit, budget)
 
 
@@ -220,7 +225,10 @@ def tiny(recipe: Recipe) -> Recipe:
 
     def shrink(step: Step) -> Step:
         if isinstance(step, Swap):
-            return dataclasses.replace(step, calibration=min(step.calibration, 3 * 128))
+            options = step.options
+            if step.mixer == "gate-swa":
+                options = dataclasses.replace(options, window=min(options.window, 64 // 2))
+            return dataclasses.replace(step, options=options, calibration=min(step.calibration, 3 * 128))
         if not isinstance(step, Train):
             return step
         small = dataclasses.replace(step.settings, tokens=3 * 128, seq_len=64, batch_tokens=128, micro_tokens=128, evaluate_every=0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convert import measure, selection
 from convert.calibration import inputs_of
 from convert.data import Batch, Batches, TokenData, held_out_batches
+from convert.errors import UserError
 from convert.model import ConvertedForCausalLM, swap
 from convert.recipes import RANKING_TOKENS, OneIn, Recipe, Swap, Train
 from convert.stages import hidden_states, layers_of
@@ -29,7 +30,7 @@ class Done:
 def do_swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe, console: Console) -> Done:
     """Consumes the student; `start()` makes it once more."""
     num_layers = len(layers_of(student))
-    inputs = inputs_of(student, _sequences(text, recipe, step.calibration)) if step.calibration else None
+    inputs = inputs_of(student, _sequences(text, recipe, step.calibration)) if step.looks_first else None
     if isinstance(step.keep, OneIn) and step.keep.measured:
         return _keep_by_measurement(step, student, text, recipe, inputs, console)
     edited = step.edited(num_layers)
@@ -80,7 +81,10 @@ def _exact_swap(step: Swap, student, start: Callable, text: TokenData, edited: t
         fine = checked["max_abs_logit_float64"] <= checked["allowed"]
         console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
     if not (fine and change < 1e-4):
-        raise RuntimeError(f"The hand-over to {step.mixer} must not change the function, and it did: {checked}.")
+        raise UserError(
+            f"The hand-over to {step.mixer} must not change the function, and it did: {checked}. If you set {step.name}.exact, or options that "
+            "leave something out, take that back; otherwise this is a defect of ours."
+        )
     return student, checked
 
 

@@ -79,8 +79,18 @@ def test_native_shape_is_attention_with_what_it_stands_for(how, options, monkeyp
 
 
 def test_few_queries_are_absorbed_and_many_expanded():
-    m = mla(SHAPES["gqa-norms"], rope_dim=2, kv_rank=8)
-    assert m._is_absorbed_cheaper(1, 1000) and not m._is_absorbed_cheaper(1000, 1000)
+    for rank in (1, 4, 8):  # a small latent would make even a long text cheaper to absorb, by multiplications
+        m = mla(SHAPES["gqa-norms"], rope_dim=2, kv_rank=rank)
+        assert m._is_absorbed_cheaper(1, 1000) and not m._is_absorbed_cheaper(1000, 1000) and not m._is_absorbed_cheaper(64, 64)
+
+
+@torch.no_grad()
+def test_a_start_by_the_weights_alone_looks_at_nothing_else():
+    teacher = tiny_teacher("llama")
+    seen, ids = inputs_of(teacher, batches()), token_ids()
+    students = [swap(copy.deepcopy(teacher), "mla", MLA.Options(cache_budget=0.5), None, inputs) for inputs in (None, seen)]
+    assert torch.equal(*(student(ids, use_cache=False).logits for student in students))
+    assert not MLA.needs_inputs(MLA.Options()) and MLA.needs_inputs(MLA.Options(start="calibrated"))
 
 
 @pytest.mark.parametrize("how", ["expanded", "absorbed"])

@@ -120,7 +120,7 @@ def test_an_exact_start_is_checked(teacher, text, tmp_path, to, settings):
 
 
 def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys):
-    assert main(command(teacher, text, tmp_path / "run", "--set", "edit.exact=true", to="mla")) == 1  # half of the cache is not all
+    assert main(command(teacher, text, tmp_path / "run", "--set", "edit.exact=true", to="mla")) == 2  # half of the cache is not all
     assert "must not change the function" in capsys.readouterr().err
 
 
@@ -269,7 +269,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
         return mixer
 
     monkeypatch.setattr(Mamba2, "from_projections", classmethod(off))
-    assert main(command(teacher, text, tmp_path / "run")) == 1
+    assert main(command(teacher, text, tmp_path / "run")) == 2
     assert "must not change the function, and it did" in capsys.readouterr().err
 
 
@@ -496,6 +496,7 @@ BAD_EDITS = [
     ("gate-swa", "edit.window=0", "window must be within 1"), ("mla", "edit.kv_rank=100000", "kv_rank must be at most 32"),
     ("mla", "edit.rope_dim=6", "rope_dim must be even and at most the 2"), ("mla", "edit.cache_budget=0.01", "Raise it"),
     ("mla", "edit.cache_budget=2", "within 0.001 .. 1"), ("mla", "edit.shape=native", "this teacher has biases. Take edit.shape=exact"),
+    ("gate-swa", "edit.window=64", "must be shorter than the training sequences"), ("mamba2", "linear.keep=auto:3", "give both the same keep"),
     ("mla", "edit.shape=round", "one of exact, native"), ("mla", "edit.calibration=0", "needs the layers' inputs"),
 ]  # fmt: skip
 

@@ -56,6 +56,11 @@ class Mixer(nn.Module, ABC):
 
     shape: Shape
 
+    @staticmethod
+    def needs_inputs(options) -> bool:
+        """Whether `from_projections` asks for what a calibration saw."""
+        return False
+
     @classmethod
     def fit(cls, layers: Iterable[Projections], options) -> list:
         """The options of each layer, where they depend on what all of these layers hold."""

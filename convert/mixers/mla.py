@@ -22,6 +22,7 @@ from convert.mixers.mla_start import Start, start
 from convert.mixers.parts import rotate, wide
 from convert.projections import Projections, Shape
 
+ABSORBED_QUERIES = 16  # at most, in one call (ours)
 NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
 
 
@@ -72,6 +73,10 @@ class MLA(Mixer):
         self.k_norm = nn.RMSNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
         self.out = nn.Linear(heads * head_dim, shape.width, bias=shape.out_bias)
         self.register_buffer("frequencies", torch.arange(self.rope_dim // 2))  # of the teacher's rotary table
+
+    @staticmethod
+    def needs_inputs(options: Options) -> bool:
+        return options.start == "calibrated"
 
     @classmethod
     def fit(cls, layers: Iterable[Projections], options: Options) -> list["MLA.Options"]:
@@ -137,7 +142,9 @@ class MLA(Mixer):
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """By multiplications of all heads."""
+        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head."""
+        if queries > ABSORBED_QUERIES:
+            return False
         s, rank = self.shape, self.options.kv_rank
         absorbed = queries * s.num_heads * (rank * (self.nope_dim + s.head_dim) + tokens * (2 * rank + self.rope_dim))
         made = tokens * rank * s.num_kv_heads * (self.nope_dim + s.head_dim)

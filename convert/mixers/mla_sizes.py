@@ -14,12 +14,13 @@ def choose_ranks(layers: list[Projections], options) -> list:
 
     Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the least; the native
     shape has one rank for all."""
-    _check(layers, options)
     shape = layers[0].shape
+    _check_teacher(layers, options)
     if options.rope_dim is None:
         options = replace(options, rope_dim=shape.rotary_dim if options.cache_budget is None else _rope_dim(shape, options))
+    _check_sizes(shape, options)
     if options.kv_rank is not None:
-        return [options] * len(layers)
+        return [replace(options, cache_budget=None)] * len(layers)  # what is given needs no budget
     if options.cache_budget is None:
         return [replace(options, kv_rank=_full_rank(shape, options))] * len(layers)
     if options.shape == "native" or options.start == "random" or layers[0].q.is_meta:
@@ -29,8 +30,7 @@ def choose_ranks(layers: list[Projections], options) -> list:
 
 def _full_rank(shape: Shape, options) -> int:
     """Where nothing is left out: more latents than inputs would be of no use."""
-    kept = options.rope_dim or shape.rotary_dim
-    nope = shape.head_dim if options.shape == "native" else shape.head_dim - kept
+    nope = shape.head_dim if options.shape == "native" else shape.head_dim - options.rope_dim
     return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
 
 
@@ -85,7 +85,7 @@ def _errors(p: Projections, options) -> dict[int, float]:
     return {rank: float(energies[rank:].sum()) for rank in sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})}
 
 
-def _check(layers: list[Projections], options) -> None:
+def _check_teacher(layers: list[Projections], options) -> None:
     shape = layers[0].shape
     for p in layers:
         if p.window is not None:
@@ -97,11 +97,13 @@ def _check(layers: list[Projections], options) -> None:
         raise UserError(
             "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate (Swap.calibration)."
         )
-    if options.rope_dim is not None:
-        step = shape.rotary_dim / options.rope_dim
-        if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
-            rule = "an even divisor of" if options.shape == "native" else "even and at most"
-            raise UserError(f"rope_dim must be {rule} the {shape.rotary_dim} rotary dimensions of a head; got {options.rope_dim}.")
+
+
+def _check_sizes(shape: Shape, options) -> None:
+    step = shape.rotary_dim / options.rope_dim
+    if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
+        rule = "an even divisor of" if options.shape == "native" else "even and at most"
+        raise UserError(f"rope_dim must be {rule} the {shape.rotary_dim} rotary dimensions of a head; got {options.rope_dim}.")
     largest = _full_rank(shape, options)
     if options.kv_rank is not None and options.kv_rank > largest:
         raise UserError(f"kv_rank must be at most {largest}, the rank of the keys and values together; got {options.kv_rank}.")
