@@ -42,13 +42,15 @@ def do_swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recip
 
 
 def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, inputs, console: Console) -> Done:
-    """Edit all layers, then put those back that cost most when they alone are edited."""
+    """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes that depend on all
+    edited layers (a cache budget) are then shared out among these."""
     before = selection.parts_of(student)
     student = swap(student, step.mixer, step.options, inputs=inputs).eval()
     rises = selection.rises(student, before, _sequences(text, recipe, min(RANKING_TOKENS, recipe.tokens)))
     ranked = sorted(before, key=lambda layer: -rises[layer])
     kept = sorted(ranked[: step.keep.count(len(before))])
-    selection.put(student, {layer: before[layer] for layer in kept})
+    selection.put(student, before)
+    student = swap(student, step.mixer, step.options, tuple(layer for layer in before if layer not in kept), inputs).eval()
     console.print(f"[dim]kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}[/]")
     return Done(student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}})
 

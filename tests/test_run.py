@@ -483,6 +483,18 @@ def test_numbers_of_tokens(text, expected):
     assert number_of_tokens(text) == expected
 
 
+def test_a_budget_is_that_of_the_edited_layers(teacher, text, tmp_path):
+    """Whatever layer is kept by measurement."""
+    more = ["--set", "edit.keep=auto:3", "--set", "edit.cache_budget=0.5"]
+    assert main(command(teacher, text, tmp_path / "run", *more, to="mla")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    layers = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["mixers"]
+    (kept,) = report["layers"]["kept"]
+    assert [i for i, mixer in enumerate(layers) if mixer is None] == [kept]
+    used = sum(m["options"]["kv_rank"] + m["shape"]["num_kv_heads"] * m["options"]["rope_dim"] for m in layers if m)
+    assert used <= 0.5 * 2 * 64  # of two layers with 64 numbers per token
+
+
 def test_latent_attention_is_where_a_conversion_ends(teacher, text, tmp_path, capsys):
     assert main(command(teacher, text, tmp_path / "first", to="mla")) == 0
     capsys.readouterr()
