@@ -110,7 +110,7 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     results, student, tokens_before, steps_before = [], None, 0, 0
-    batches, seed = held_out(text, recipe), seed_of(recipe)
+    batches = held_out(text, recipe)
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -120,7 +120,9 @@ def _steps(
             start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
             student = start() if student is None else student
             console.print(f"[bold]{step.name}[/]")
-            student, result = _do(step, student, start, taught, text, recipe, folder, track, batches, tokens_before, steps_before, seed)
+            if isinstance(step, Train):
+                track.enter(step.name, tokens_before, steps_before)
+            student, result = _do(step, student, start, taught, text, recipe, folder, track, batches)
             folder.finish(student, result)
             if "layers" in result:
                 write_json(out / "layers.json", result["layers"])
@@ -136,38 +138,41 @@ def _steps(
     return student or folders[-1].student(taught.model), results
 
 
-def _do(
-    step, student, start, taught: Teacher, text: TokenData, recipe: Recipe, folder: StepFolder, track: Track, batches, tokens_before,
-    steps_before, seed: int,
-):  # fmt: skip
-    """`start()` makes the student from before the step once more."""
+def _do(step, student, start, taught: Teacher, text: TokenData, recipe: Recipe, folder: StepFolder, track: Track, batches: list[Batch]):
+    """The student after the step, and what the ledger says of it. `start()` makes the student from before the step once more."""
     started = time.monotonic()
-    result, earlier = {"name": step.name, "kind": type(step).__name__, "tokens": 0}, 0.0
-    torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
+    result = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
+    torch.manual_seed(seed_of(recipe))  # a swap draws too: what is new in a mixer and cannot start at zero
     if isinstance(step, Swap):
-        result |= (done := do_swap(step, student, start, text, recipe, console)).found
-        student = done.student
+        student, found = do_swap(step, student, start, text, recipe, console)
+        result |= found
     elif isinstance(step, Forget):
         with torch.no_grad():
             for module in student.modules():
                 if isinstance(module, DecayRate):
                     module.s.fill_(step.rate)
     else:
-        s = step.settings
-        track.enter(step.name, tokens_before, steps_before)
-        some = batches[: max(1, len(batches) // 4)]
-        student = step.stage(
-            student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
-            measure=lambda model: measure.perplexity(model.eval(), some),
-        )  # fmt: skip
-        rows = track.rows(step.name)
-        losses = [row["train/loss"] for row in rows]
-        few = max(1, len(losses) // 20)
-        result |= {"tokens": s.num_steps * s.batch_tokens, "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few}
-        result["skipped"] = rows[-1]["train/skipped"]
-        earlier = rows[-1]["train/seconds"] - (time.monotonic() - started)  # before a crash
+        student, found = _train(step, student, taught, text, folder, track, batches[: max(1, len(batches) // 4)])
+        result |= found
     result["perplexity_after"] = measure.perplexity(student, batches)
-    return student, result | {"seconds": max(0.0, earlier) + time.monotonic() - started}
+    result["seconds"] += time.monotonic() - started
+    return student, result
+
+
+def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches: list[Batch]):
+    """`seconds`: those before a crash."""
+    started, s = time.monotonic(), step.settings
+    student = step.stage(
+        student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
+        measure=lambda model: measure.perplexity(model.eval(), batches),
+    )  # fmt: skip
+    rows = track.rows(step.name)
+    losses = [row["train/loss"] for row in rows]
+    few = max(1, len(losses) // 20)
+    return student, {
+        "tokens": s.num_steps * s.batch_tokens, "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few,
+        "skipped": rows[-1]["train/skipped"], "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
+    }  # fmt: skip
 
 
 def seed_of(recipe: Recipe) -> int:

@@ -12,21 +12,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.data import Batch
+from convert.measure import HEAD_CHUNK
 from convert.model import ConvertedForCausalLM, attention_of
 from convert.objectives import forward_kl
 from convert.projections import attention_name
-from convert.stages import hidden_states, layer_outputs
-
-HEAD_CHUNK = 512  # tokens whose logits are held at once
+from convert.stages import hidden_states, layer_outputs, layers_of
 
 Parts = Mapping[int, tuple[nn.Module, dict | None]]  # layer -> what is in the place of attention, and its entry in the configuration
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
     """Of every layer, as it is now."""
-    is_student = isinstance(model, ConvertedForCausalLM)
-    blocks = model.blocks if is_student else model.base_model.layers
-    return {i: (attention_of(block), model.config.mixers[i] if is_student else None) for i, block in enumerate(blocks)}
+    specs = model.config.mixers if isinstance(model, ConvertedForCausalLM) else [None] * model.config.num_hidden_layers
+    return {i: (attention_of(block), spec) for i, (block, spec) in enumerate(zip(layers_of(model), specs, strict=True))}
 
 
 def put(student: ConvertedForCausalLM, parts: Parts) -> None:

@@ -1,7 +1,6 @@
 """A Swap step: what the layers see, which of them stay, the swap itself, and the check that an exact one is exact."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -18,17 +17,10 @@ from convert.stages import hidden_states, layers_of
 HANDOVER_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Done:
-    """`found`: what was measured on the way: `layers` (kept, and the KL of each when edited alone), `handover` (how far logits moved)."""
-
-    student: ConvertedForCausalLM
-    found: dict
-
-
 @torch.no_grad()
-def do_swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe, console: Console) -> Done:
-    """Consumes the student; `start()` makes it once more."""
+def do_swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recipe, console: Console) -> tuple[ConvertedForCausalLM, dict]:
+    """The new student, and what was measured on the way: `layers` (kept, and the KL of each when edited alone), `handover` (how far
+    logits moved). Consumes the old one; `start()` makes it once more."""
     num_layers = len(layers_of(student))
     inputs = inputs_of(student, _sequences(text, recipe, step.calibration)) if step.looks_first else None
     if isinstance(step.keep, OneIn) and step.keep.measured:
@@ -37,11 +29,11 @@ def do_swap(step: Swap, student, start: Callable, text: TokenData, recipe: Recip
     found = {} if len(edited) == num_layers else {"layers": {"kept": [i for i in range(num_layers) if i not in edited]}}
     if step.exact:
         student, checked = _exact_swap(step, student, start, text, edited, inputs, console)
-        return Done(student, found | {"handover": checked})
-    return Done(swap(student, step.mixer, step.options, edited, inputs).eval(), found)
+        return student, found | {"handover": checked}
+    return swap(student, step.mixer, step.options, edited, inputs).eval(), found
 
 
-def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, inputs, console: Console) -> Done:
+def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, inputs, console: Console):
     """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes that depend on all
     edited layers (a cache budget) are then shared out among these."""
     before = selection.parts_of(student)
@@ -52,7 +44,7 @@ def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, i
     selection.put(student, before)
     student = swap(student, step.mixer, step.options, tuple(layer for layer in before if layer not in kept), inputs).eval()
     console.print(f"[dim]kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}[/]")
-    return Done(student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}})
+    return student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}}
 
 
 def _sequences(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:

@@ -4,7 +4,7 @@
     python -m experiments.attention_editing smollm2-135m --tokens 30k --seq-len 1024 --seeds 1
 
 Every variant is a run of its own under runs/attention-editing, with the same number of tokens; what is done is not done again.
-GateSWA here keeps one layer in six and windows of a 32nd of 8,192 tokens where the teacher is not tiny: a fifth of the cache at 8 k, windows counted.
+GateSWA here keeps one layer in six and windows of 256 tokens where the teacher is not tiny: a fifth of the cache at 8 k, windows counted.
 """
 
 import argparse

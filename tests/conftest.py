@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 
 import pytest
@@ -54,7 +55,7 @@ def assert_close(actual, expected, tolerance: float, floor: float = 0.0) -> None
 
 
 @functools.cache
-def _teacher(family: str, changes: tuple):
+def _teacher(family: str, changes: str):
     sizes = dict(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.3,
@@ -66,7 +67,7 @@ def _teacher(family: str, changes: tuple):
     if family == "qwen3":
         sizes |= dict(head_dim=12)  # not the width over the number of heads
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | dict(changes))))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | json.loads(changes))))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms that are not 1 and biases that are not 0, so that leaving one out shows
@@ -79,7 +80,7 @@ def _teacher(family: str, changes: tuple):
 def tiny_teacher(family: str, **changes):
     """A fresh copy of a three-layer model of the family, with `changes` to its configuration. Its attention is far from
     uniform: the weights are 15 times a usual start's."""
-    return copy.deepcopy(_teacher(family, tuple(sorted(changes.items()))))
+    return copy.deepcopy(_teacher(family, json.dumps(changes, sort_keys=True)))
 
 
 def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> Tensor:

@@ -13,12 +13,17 @@ from convert.model import swap
 from tests.conftest import assert_close, options_of, perturb, tiny_teacher, token_ids
 from tests.test_export import tiny_tokenizer
 
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
 CASES = {
     "llama": ("llama", {}, {}),
     "tied": ("llama", dict(tie_word_embeddings=True), {}),
     "half of the frequencies": ("llama", {}, dict(rope_dim=4)),
     "low-rank queries": ("llama", {}, dict(q_rank=9)),
     "mistral": ("mistral", {}, {}),
+    "linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), {}),
+    "llama3 rope": ("llama", dict(rope_parameters=LLAMA3), dict(rope_dim=4)),
 }
 
 

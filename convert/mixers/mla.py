@@ -120,9 +120,9 @@ class MLA(Mixer):
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         rotary = torch.cat([self.frequencies, self.frequencies])
         cos, sin = context.cos[..., rotary], context.sin[..., rotary]
-        q = self.q(x_BTD if self.options.q_rank is None else self.q_latent_norm(self.q_down(x_BTD)))
+        q = self.q(x_BTD if self.options.q_rank is None else _normed(self.q_latent_norm, self.q_down(x_BTD)))
         q = _by_heads(q, self.shape.num_heads)
-        rope, latent = _by_heads(self.k_rope(x_BTD), self.rope_heads), self.latent_norm(self.latent(x_BTD))
+        rope, latent = _by_heads(self.k_rope(x_BTD), self.rope_heads), _normed(self.latent_norm, self.latent(x_BTD))
         real = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if context.real is None else context.real
         if context.real is not None:
             latent, rope = latent * real[..., None], rope * real[..., None, None]  # padding leaves nothing behind
@@ -190,6 +190,11 @@ class MLA(Mixer):
         if self.v_up.bias is not None:
             y = y + self.v_up.bias.to(y.dtype).unflatten(0, (groups, 1, -1))
         return y.flatten(2, 3)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """In float32, as deepseek_v3 does."""
+    return norm(wide(x)).to(x.dtype)
 
 
 def _by_heads(x: Tensor, heads: int) -> Tensor:
