@@ -175,22 +175,19 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
                 )
             except UserError as error:
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
-            looks = step.calibration * step.looks_first + (
-                RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0
-            )
-            seconds = looks * 2 * num_teacher / (flops * MATMUL_SHARE)
-            rows.append(StepPlan(step.name, _what(step, num_layers), 0, 0, _count(student), 0, seconds))
+            rows.append(_swap_plan(step, student, num_teacher, flops, num_layers, recipe))
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
             rows.append(_train_plan(step, student, num_teacher, flops, device))
             biggest = max(biggest, rows[-1].trainable)
     num_student = _count(student)
-    disk = 3 * 12 * biggest + 2 * 4 * num_student + 4 * num_student
+    exports = 2 if any(isinstance(step, Swap) and step.mixer == "mla" for step in recipe.steps) else 1  # model/, and native/
+    disk = 3 * 12 * biggest + 2 * 4 * num_student + exports * 4 * num_student
     assumptions = (
         f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this {device} now), {MATMUL_SHARE:.0%} of it in training",
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one micro-batch",
-        "disk: three checkpoints of the largest step (the third while it is written), two students, the export; held-out measurements and data come on top of the time",
+        "disk: three checkpoints of the largest step (the third while it is written), two students, the exports; held-out measurements and data come on top of the time",
     )
     if _state_updates(student):
         assumptions += (
@@ -202,6 +199,17 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
             f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution, Delta, decay and gate start anew",
         )
     return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
+
+
+def _swap_plan(step: Swap, student: ConvertedForCausalLM, num_teacher: int, flops: float, num_layers: int, recipe: Recipe) -> StepPlan:
+    """What a look at the layers' inputs, and a ranking, take: two moments of each layer's inputs are held, and attention over one text."""
+    config, total = student.host.config, _count(student)
+    looks = step.calibration if step.looks_first else 0
+    ranks = RANKING_TOKENS * num_layers / 2 if isinstance(step.keep, OneIn) and step.keep.measured else 0
+    longest = max(s.settings.seq_len for s in recipe.steps if isinstance(s, Train))
+    held = 4 * (2 * num_layers * config.hidden_size**2 + 4 * longest**2) if looks else 0
+    peak = 4 * (num_teacher + total) + held if looks or ranks else 0
+    return StepPlan(step.name, _what(step, num_layers), 0, 0, total, peak, (looks + ranks) * 2 * num_teacher / (flops * MATMUL_SHARE))
 
 
 def _what(step: Swap, num_layers: int) -> str:
@@ -320,10 +328,9 @@ def show(plan: Plan, console: Console) -> None:
     for column in ("step", "what", "tokens", "trained", "frozen", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("step", "what") else "right")
     for row in plan.steps:
+        looks = [size(row.peak_bytes), duration(row.seconds)] if row.seconds else ["", ""]
         trains = [count(row.tokens), count(row.trainable), count(row.frozen), size(row.peak_bytes), duration(row.seconds)]
-        table.add_row(
-            row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), "", duration(row.seconds) if row.seconds else ""])
-        )
+        table.add_row(row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), *looks]))
     console.print(table, soft_wrap=False)
     total = sum(row.seconds for row in plan.steps)
     console.print(

@@ -312,7 +312,9 @@ def _keep(now: tuple[int, ...] | OneIn, value: str, assignment: str) -> tuple[in
     if kind in ("auto", "every"):
         every = _number(int, number, assignment) if number else now.every if isinstance(now, OneIn) else FULL.every
         return OneIn(every, measured=kind == "auto")
-    return tuple(_number(int, part, assignment) for part in value.split(","))
+    if not all(part.strip().isdecimal() for part in value.split(",")):
+        raise UserError(f"--set {assignment}: keep takes none, layers as 4,9, every:6, auto or auto:6; got {value!r}.")
+    return tuple(int(part) for part in value.split(","))
 
 
 def _named(table: dict, value: str, assignment: str):

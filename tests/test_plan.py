@@ -55,6 +55,12 @@ def test_memory_grows_with_what_is_trained_and_held():
     assert distill.seconds > align.seconds > 0
 
 
+def test_a_look_at_the_layers_inputs_holds_two_moments_of_each():
+    edit = plan_of("smollm2-135m", "mla", 30_000).steps[0]
+    assert edit.peak_bytes > 2 * 30 * 576**2 * 4 and edit.seconds > 0
+    assert plan_of("smollm2-135m", "gate-swa", 30_000).steps[0].peak_bytes == 0  # it looks at nothing
+
+
 def test_an_unsupported_family_is_refused_in_a_sentence():
     from transformers import AutoConfig
 

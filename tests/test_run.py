@@ -504,7 +504,7 @@ def test_latent_attention_is_where_a_conversion_ends(teacher, text, tmp_path, ca
 
 BAD_EDITS = [
     ("gate-swa", "edit.keep=0,7", "kept layers must be within 0 .. 2"), ("gate-swa", "edit.keep=0,1,2", "not be all of them"),
-    ("gate-swa", "edit.keep=auto:9", "one in 2 .. 3 can be kept; got one in 9"), ("gate-swa", "edit.keep=some", "got 'some'"),
+    ("gate-swa", "edit.keep=auto:9", "one in 2 .. 3 can be kept; got one in 9"), ("gate-swa", "edit.keep=some", "auto or auto:6; got 'some'"),
     ("gate-swa", "edit.window=0", "window must be within 1"), ("mla", "edit.kv_rank=100000", "kv_rank must be at most 32"),
     ("mla", "edit.rope_dim=6", "rope_dim must be even and at most the 2"), ("mla", "edit.cache_budget=0.01", "Raise it"),
     ("mla", "edit.cache_budget=2", "within 0.001 .. 1"), ("mla", "edit.shape=native", "this teacher has biases. Take edit.shape=exact"),
