@@ -29,7 +29,7 @@ class _Package(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-_HOMES = {"evaluate": "conversion", "run": "conversion", "load_teacher": "teachers"}
+_HOMES = {"evaluate": "evaluation", "run": "conversion", "load_teacher": "teachers"}
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""run(): the one place where recipe, data, tracking, checkpoints and evaluation meet."""
+"""run(): the one place where recipe, data, tracking, checkpoints and measurements meet."""
 
 import copy
 import difflib
@@ -7,29 +7,26 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 
-from convert import measure, native, recipes, report
+from convert import evaluation, final, measure, native, recipes, report
 from convert import plan as planning
 from convert.checkpoint import StepFolder, StopRequest, check_out, locked, open_run, write_json
-from convert.data import Batch, Batches, TokenData, corpus, held_out_batches, tokenize
+from convert.console import console
+from convert.data import Batch, Batches, TokenData, corpus, tokenize
 from convert.errors import Interrupted, UserError
 from convert.export import check_in_clean_process, export, export_native
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
 from convert.recipes import Forget, Recipe, Swap, Train
 from convert.swaps import do_swap
-from convert.teachers import Source, Teacher, check_device, fingerprint, load_teacher, read_config, resolve
+from convert.teachers import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.tracking import Track
-
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def run(
@@ -60,7 +57,7 @@ def run(
     check_out(out, fresh)
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
     text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
-    held_out(text, recipe)  # and too little text before the folder is taken
+    final.held_out(text, recipe)  # and too little text before the folder is taken
     for step in recipe.steps:
         if isinstance(step, Train):
             Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
@@ -75,6 +72,7 @@ def run(
     with locked(out):
         numbers = _locked_run(recipe, taught, text, out, settings, wandb, started)
     report.show(numbers, console)
+    evaluation.show(numbers["evaluation"], console)
     console.print(
         f'The student is in {out / "model"}, the report in {out / "report.md"}. Try:  python -m convert.generate {out} "def add("',
         markup=False,
@@ -89,6 +87,7 @@ def _locked_run(recipe: Recipe, taught: Teacher, text: TokenData, out: Path, set
             student, results = _steps(recipe, taught, text, out, track, stop)
         _round(student, taught.dtype)
         numbers = _report(student, taught, text, recipe, settings, results)
+        numbers["evaluation"] = _ask(student, taught, recipe, out)
         numbers["export"] = _export(student, taught, out / "model", numbers, text)
         numbers["seconds"]["this_call"] = time.monotonic() - started
         write_json(out / "report.json", numbers)
@@ -110,7 +109,7 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     results, student, tokens_before, steps_before = [], None, 0, 0
-    batches = held_out(text, recipe)
+    batches = final.held_out(text, recipe)
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -179,55 +178,11 @@ def seed_of(recipe: Recipe) -> int:
     return next((step.settings.seed for step in recipe.steps if isinstance(step, Train)), 0)
 
 
-def held_out(text: TokenData, recipe: Recipe) -> list[Batch]:
-    """The batches every perplexity of a run is measured on."""
-    last = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
-    return _held_out(text, recipe.tokens, last.seq_len, last.micro_tokens)
-
-
-def _held_out(text: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
-    """A quarter of the training budget, within 8 k (or all of a smaller budget) and 256 k tokens."""
-    count = min(max(budget // 4, min(budget, 8192)), 1 << 18)
-    return held_out_batches(text.held_out, seq_len, max(1, micro_tokens // seq_len), count)
-
-
-# --- the final numbers
-
-
-def _numbers(student, taught: Teacher, text: TokenData, batches: list[Batch]) -> dict:
-    """What is measured on the finished student, beside its teacher."""
-    both = measure.compare(student, taught.model, batches)
-    return {
-        "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
-        "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "measured_tokens": both.tokens,
-        "cache_bytes": _cache_bytes(student, taught),
-        "half_lives": measure.half_lives(student, batches[:4]),
-        "continuations": _continuations(student, taught, text),
-    }  # fmt: skip
-
-
-def _cache_bytes(student, taught: Teacher) -> dict:
-    """Measured where that is quick; by formula at every length beside it."""
-    models = {"teacher": taught.model, "student": student}
-    measured = {
-        who: measure.cache_bytes(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()
-    }
-    lengths = [length for length in measured["teacher"] if length in measured["student"]]
-    formulas = {who: measure.cache_formula(model) for who, model in models.items()}
-    return {who: {str(length): measured[who][length] for length in lengths} for who in models} | {
-        "formula": {
-            who: {str(length): measure.formula_bytes(layers, length, taught.dtype) for length in measure.CONTEXT_LENGTHS}
-            for who, layers in formulas.items()
-        },
-        "break_even_tokens": measure.break_even(*formulas.values(), taught.dtype),
-    }
-
-
 def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
     console.print("[bold]measure[/]")
     handovers = [r["handover"] for r in results if r.get("handover")]
     stages = [r for r in results if r["tokens"]]
-    return _numbers(student, taught, text, held_out(text, recipe)) | {
+    return final.numbers(student, taught, text, final.held_out(text, recipe)) | {
         "teacher": taught.source.name, "target": recipe.target, "settings": settings,
         "handover": handovers[-1] if handovers else {"max_abs_logit": None},
         "seconds": {"total": sum(r["seconds"] for r in results)},
@@ -237,15 +192,15 @@ def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings:
     }  # fmt: skip
 
 
-PROMPT_TOKENS = 48
-
-
-def _continuations(student, taught: Teacher, text: TokenData) -> list[dict]:
-    """Greedy continuations of three held-out documents by both models."""
-    starts = [int(s) for s in text.held_out.starts if s + PROMPT_TOKENS < len(text.held_out)][:3] or [0]
-    prompts = [taught.tokenizer.decode(text.held_out.ids[s : s + PROMPT_TOKENS].tolist(), skip_special_tokens=True) for s in starts]
-    said = [measure.continuations(model, taught.tokenizer, prompts) for model in (taught.model, student)]
-    return [{"prompt": p, "teacher": t, "student": s} for p, t, s in zip(prompts, *said, strict=True)]
+def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
+    """A loss can be fine and the writing rotten: the tasks by both readings."""
+    console.print("[bold]evaluate[/]")
+    models = {"teacher": taught.model, "student": student}
+    found = evaluation.evaluate_tasks(
+        models, taught.tokenizer, evaluation.chosen(None, taught.tokenizer), limit=recipe.questions, file=out / "answers.jsonl"
+    )
+    write_json(out / "evaluation.json", found)
+    return found
 
 
 def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
@@ -318,42 +273,7 @@ def _commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def evaluate(folder: str | Path, *, device: str = "auto", trust_remote_code: bool = False) -> dict:
-    """Repeat the final measurements of a finished run; returns the report with the new numbers (the files stay as they are)."""
-    folder = Path(folder)
-    stored = folder / "report.json"
-    if not stored.exists():
-        raise UserError(
-            f"A finished run has a report.json; {folder} has none. Give a run folder, or finish it by repeating its convert.run command."
-        )
-    try:
-        old = json.loads(stored.read_text())
-        settings = old["settings"]
-    except (ValueError, KeyError):
-        raise UserError(f"The report {stored} is damaged. Repeat the run's convert.run command: it writes the report again.") from None
-    device = pick_device(device)
-    taught = load_teacher(settings["teacher"], device=device, trust_remote_code=trust_remote_code)
-    student = load_teacher(str(folder), device=device).model
-    trains = [step["settings"] for step in settings["steps"] if step["kind"] == "Train"]
-    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=sum(train["tokens"] for train in trains))
-    if text.fingerprint != settings["data_fingerprint"]:
-        console.print(
-            f"The data {settings['data']} changed since the run, so its held-out text is another one.", markup=False, style="yellow"
-        )
-    batches = _held_out(text, sum(train["tokens"] for train in trains), trains[-1]["seq_len"], trains[-1]["micro_tokens"])
-    new = old | _numbers(student, taught, text, batches)
-    report.show(new, console)
-    return new
-
-
 # --- defaults
-
-
-def pick_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    return device
 
 
 def default_recipe(source: Source, config, target: str, *, tokens=None, seq_len=None, batch_tokens=None, seed=0) -> Recipe:

@@ -1,4 +1,4 @@
-"""The final measurements of a run again.
+"""Teacher and student on the same questions, by what they write and by what they rank first; and a run's final measurements again.
 
 python -m convert.evaluate runs/neox-nano-mamba2
 """
@@ -8,18 +8,30 @@ import argparse
 from convert.errors import quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
-    from convert.conversion import evaluate
+    from convert.evaluation import LIMIT, evaluate
     from convert.run import fail_in_words
+    from convert.tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert.evaluate", description="Repeat the final measurements of a run.")
-    parser.add_argument("folder", help="a run folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.evaluate", description="Teacher and student on the same questions, by generation and by likelihood."
+    )
+    parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
+    parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
+    parser.add_argument("--limit", type=int, default=LIMIT, help=f"questions of each task; default {LIMIT}")
+    parser.add_argument("--out", help="where evaluation.json goes; default the run folder, or runs/evaluation-NAME")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="as for the run, if its teacher needed it")
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     args = parser.parse_args(argv)
-    return fail_in_words(lambda: evaluate(args.folder, device=args.device, trust_remote_code=args.trust_remote_code), args.debug)
+
+    def work() -> None:
+        evaluate(
+            args.folder, tasks=args.tasks, limit=args.limit, out=args.out, device=args.device, trust_remote_code=args.trust_remote_code
+        )
+
+    return fail_in_words(work, args.debug)
 
 
 if __name__ == "__main__":

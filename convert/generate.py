@@ -11,9 +11,8 @@ with quick_to_stop(__name__ == "__main__"):
     import torch
     from transformers import TextStreamer
 
-    from convert.conversion import pick_device
     from convert.run import fail_in_words
-    from convert.teachers import load_teacher
+    from convert.teachers import load_teacher, pick_device
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,8 +69,11 @@ Step = Swap | Forget | Train
 
 @dataclass(frozen=True)
 class Recipe:
+    """`questions`: of each task, that teacher and student answer at the end (ours: half a minute for neox-nano)."""
+
     target: str
     steps: tuple[Step, ...]
+    questions: int = 24
 
     @property
     def tokens(self) -> int:
@@ -234,7 +237,7 @@ def tiny(recipe: Recipe) -> Recipe:
         small = dataclasses.replace(step.settings, tokens=3 * 128, seq_len=64, batch_tokens=128, micro_tokens=128, evaluate_every=0)
         return dataclasses.replace(step, settings=small)
 
-    return dataclasses.replace(recipe, steps=tuple(shrink(step) for step in recipe.steps))
+    return dataclasses.replace(recipe, steps=tuple(shrink(step) for step in recipe.steps), questions=2)
 
 
 def describe(step: Step) -> dict:

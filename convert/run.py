@@ -13,9 +13,10 @@ from convert.errors import Interrupted, UserError, quick_to_stop
 with quick_to_stop(__name__ == "__main__"):
     from convert import plan as planning
     from convert import recipes
-    from convert.conversion import console, default_recipe, pick_device, run
+    from convert.console import console
+    from convert.conversion import default_recipe, run
     from convert.data import corpus
-    from convert.teachers import read_config, resolve
+    from convert.teachers import pick_device, read_config, resolve
 
 SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
 

@@ -234,6 +234,14 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def pick_device(device: str) -> str:
+    """ "auto" is the best one here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
 def _load_tokenizer(source: Source, vocab_size: int, trust: bool, local: bool) -> TokenizersBackend:
     if source.gguf:
         tokenizer = AutoTokenizer.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert import checkpoint, conversion, measure, swaps
+from convert import checkpoint, conversion, evaluation, measure, swaps
 from convert.data import corpus
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
@@ -142,7 +142,7 @@ def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
         "1-forget",
         "2-distill",
     ]  # nothing to align
-    again, report = conversion.evaluate(tmp_path / "second"), json.loads((tmp_path / "second" / "report.json").read_text())
+    again, report = evaluation.evaluate(tmp_path / "second"), json.loads((tmp_path / "second" / "report.json").read_text())
     assert again["perplexity"]["teacher"] == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
     assert again["perplexity"]["student"] == pytest.approx(report["perplexity"]["student"], rel=1e-6)
     assert again["cache_bytes"]["student"] == report["cache_bytes"]["student"]
@@ -423,7 +423,7 @@ def test_only_a_local_teacher_is_remembered_by_its_place(name, given, teacher, t
 
 
 def test_functions_of_the_package_survive_its_commands():
-    script = "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate, run\nassert run.__module__ == evaluate.__module__ == 'convert.conversion'"
+    script = "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate, run\nassert run.__module__ == 'convert.conversion' and evaluate.__module__ == 'convert.evaluation'"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 
 

@@ -1,0 +1,233 @@
+"""Teacher and student on the same questions, by what they write and by what they rank first.
+
+Answers go to disk as they come, so that an evaluation that was killed goes on where it was.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from convert import report, scores
+from convert.checkpoint import write_json
+from convert.console import console
+from convert.data import corpus, tokenize
+from convert.errors import UserError
+from convert.final import held_out_of, numbers
+from convert.readings import READINGS, Answer, fits
+from convert.tasks import TASKS, Item, Task
+from convert.teachers import Teacher, fingerprint, load_teacher, pick_device, resolve
+
+LIMIT = 48  # questions of each task (ours: three minutes for two small models on a laptop)
+
+
+def chosen(names: str | None, tokenizer) -> list[Task]:
+    """The tasks of these names; without names all that this model can be asked."""
+    if names is None:
+        return [task for task in TASKS.values() if not task.chat or tokenizer.chat_template is not None]
+    found = []
+    for name in names.split(","):
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, 3, 0.4) or list(TASKS)
+            raise UserError(f"There is no task {name!r}. Nearest: {', '.join(near)}. All: {', '.join(TASKS)}.")
+        if TASKS[name].chat and tokenizer.chat_template is None:
+            raise UserError(f"Task {name} is a conversation, and this model has no chat template. Leave it out.")
+        found.append(TASKS[name])
+    return found
+
+
+class Answers:
+    """All answers so far, a line each in `file`. A line that a kill cut short is dropped; None keeps them in memory alone."""
+
+    def __init__(self, file: Path | None):
+        self.file, self.known = file, {}
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+                self._put(row.pop("key"), Answer(**row | {"tokens": tuple(row["tokens"]), "nats": tuple(row["nats"])}))
+            except (ValueError, KeyError, TypeError):
+                continue
+        if lines and not file.read_text().endswith("\n"):
+            with file.open("a") as out:
+                out.write("\n")
+
+    def _put(self, key: str, answer: Answer) -> None:
+        self.known.setdefault(key, {})[answer.item] = answer
+
+    def add(self, key: str, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self._put(key, answer)
+        if self.file is not None:
+            lines = [json.dumps({"key": key} | dataclasses.asdict(answer)) + "\n" for answer in answers]
+            with self.file.open("a") as out:
+                out.write("".join(lines))
+
+    def of(self, key: str) -> dict[int, Answer]:
+        return self.known.get(key, {})
+
+
+def evaluate_tasks(
+    models: dict[str, PreTrainedModel], tokenizer, tasks: Sequence[Task], *, limit: int = LIMIT, seed: int = 0, file: Path | None = None
+) -> dict:  # fmt: skip
+    """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts in the same batches."""
+    answers, rows, gaps = Answers(file), [], []
+    asked = {task: _asked(models, tokenizer, task, limit, seed) for task in tasks}
+    total = len(models) * len(READINGS) * sum(map(len, asked.values()))
+    with tqdm(total=total, desc="ask", unit="answer", dynamic_ncols=True, delay=1) as bar:
+        for task, items in asked.items():
+            found = {}
+            for name, model in models.items():
+                for reading in READINGS:
+                    bar.set_description(f"{task.name}, {name}, {reading}")
+                    found[name, reading] = _read(model, tokenizer, task, items, reading, answers, bar)
+            rows += _rows(task, items, found)
+            if {"teacher", "student"} <= set(models) and items:
+                for reading in READINGS:
+                    pair = found["teacher", reading], found["student", reading]
+                    gaps.append({"task": task.name, "reading": reading} | scores.gap(items, *pair))
+    return {"rows": rows, "gaps": gaps, "limit": limit, "seed": seed}
+
+
+def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
+    items = task.items(limit, seed)
+    room = set.intersection(*(set(fits(model, tokenizer, task, items)) for model in models.values()))
+    if len(room) < len(items):
+        console.print(f"[yellow]{task.name}: {len(items) - len(room)} of {len(items)} prompts are too long for the model and left out.[/]")
+    return [items[i] for i in sorted(room)]
+
+
+def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, bar: tqdm) -> list[Answer]:
+    digest = hashlib.sha256(repr((items, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
+    key = f"{fingerprint(model)} {task.name} {reading} {digest}"
+    known = answers.of(key)
+    bar.update(len(known))
+    for batch in READINGS[reading](model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
+        bar.update(sum(answer.item not in known for answer in batch))
+        answers.add(key, batch)
+    return [answer for _, answer in sorted(answers.of(key).items())]
+
+
+def _rows(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[dict]:
+    rows = []
+    for (model, reading), answers in found.items():
+        if not answers:
+            continue
+        row = {"task": task.name, "model": model, "reading": reading} | scores.score(items, answers, lettered=task.lettered)
+        if model == "student" and reading == "generation" and ("teacher", reading) in found:
+            row |= scores.divergence(found["teacher", reading], answers)
+        rows.append(row)
+    return rows
+
+
+def show(found: dict, console: Console) -> None:
+    """The table, and what it says in a line."""
+    rows = {(row["task"], row["model"], row["reading"]): row for row in found["rows"]}
+    gaps = {(row["task"], row["reading"]): row for row in found["gaps"]}
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    table = Table(box=box.SIMPLE_HEAD, title="questions answered rightly, in %", title_justify="left")
+    table.add_column("task")
+    for reading in READINGS:
+        for number, column in enumerate([*models, *(["gap, 95 %"] if gaps else [])]):
+            table.add_column(f"{'by ' + reading if number == 0 else ''}\n{column}", justify="right", no_wrap=True)
+    table.add_column("\nunparsable", justify="right")
+    table.add_column("\nn", justify="right")
+    for task in dict.fromkeys(row["task"] for row in found["rows"]):
+        cells = [task]
+        for reading in READINGS:
+            cells += [_percent(rows[task, model, reading], "score", bare=bool(gaps)) for model in models]
+            cells += [_percent(gaps[task, reading], "gap")] if gaps else []
+        mute = [f"{rows[task, model, 'generation']['unparsable']:.0%}" for model in models]
+        table.add_row(*cells, " / ".join(mute), str(rows[task, models[0], "generation"]["n"]))
+    console.print(table, soft_wrap=False)
+    for line in findings(found):
+        console.print(line, highlight=False)
+
+
+def _percent(row: dict, key: str, bare: bool = False) -> str:
+    return f"{100 * row[key]:.1f}" + ("" if bare else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
+
+
+def findings(found: dict) -> list[str]:
+    """What the numbers say, in sentences."""
+    lines = []
+    if found["gaps"]:
+        mean = {r: [row["gap"] for row in found["gaps"] if row["reading"] == r] for r in READINGS}
+        by = {r: sum(values) / len(values) for r, values in mean.items()}
+        lines.append(
+            f"The student is {_behind(by['generation'])} when it writes, and {_behind(by['likelihood'])} when it ranks (mean of the tasks)."
+        )
+    for row in found["rows"]:
+        if row.get("stickiness", 0) > 0.5 and row["reading"] == "generation":
+            most = max(row["letters"], key=row["letters"].get)
+            lines.append(
+                f"The {row['model']} follows the label, not the content, in {row['task']}: it says {most} in {row['letters'][most]:.0%} of the items, and "
+                f"mostly the same letter whatever the order of the options (stickiness {row['stickiness']:.2f})."
+            )
+    return lines
+
+
+def _behind(gap: float) -> str:
+    return f"{abs(gap):.1%} {'behind' if gap >= 0 else 'ahead'}"
+
+
+def evaluate(
+    folder: str | Path, *, tasks: str | None = None, limit: int = LIMIT, device: str = "auto", out: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict:  # fmt: skip
+    """Of a finished run: the final measurements again, and the tasks by both readings; of any other model: the tasks. Writes
+    evaluation.json into `out` (the run's folder, or runs/evaluation-NAME) and returns it; of a run without `tasks`, in its report.
+
+    `tasks`: names with commas, and then nothing else is measured."""
+    if limit < 1:
+        raise UserError(f"--limit must be at least 1; got {limit}.")
+    device, run = pick_device(device), Path(folder)
+    if (run / "ledger.json").exists() or (run / "report.json").exists():
+        old = _stored(run)
+        taught = load_teacher(old["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
+        models, out = {"teacher": taught.model, "student": load_teacher(str(run), device=device).model}, Path(out or run)
+        asked = chosen(tasks, taught.tokenizer)
+        new = old if tasks else old | _measured_again(models["student"], taught, old["settings"])
+        if not tasks:
+            report.show(new, console)
+    else:
+        taught = load_teacher(str(folder), device=device, trust_remote_code=trust_remote_code)
+        models, out, new = {"teacher": taught.model}, Path(out or f"runs/evaluation-{resolve(str(folder)).name}"), {}
+        asked = chosen(tasks, taught.tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit, file=out / "answers.jsonl")
+    write_json(out / "evaluation.json", found)
+    show(found, console)
+    console.print(f"[dim]{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.[/]")
+    return new | {"evaluation": found}
+
+
+def _stored(run: Path) -> dict:
+    if not (run / "report.json").exists():
+        raise UserError(f"A finished run has a report.json; {run} has none. Finish it by repeating its convert.run command.")
+    try:
+        stored = json.loads((run / "report.json").read_text())
+        return stored if stored["settings"] else stored
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"The report {run / 'report.json'} is damaged. Repeat the run's convert.run command: it writes the report again."
+        ) from None
+
+
+def _measured_again(student, taught: Teacher, settings: dict) -> dict:
+    trains = [step["settings"] for step in settings["steps"] if step["kind"] == "Train"]
+    tokens = sum(train["tokens"] for train in trains)
+    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=tokens)
+    if text.fingerprint != settings["data_fingerprint"]:
+        console.print(
+            f"The data {settings['data']} changed since the run, so its held-out text is another one.", markup=False, style="yellow"
+        )
+    return numbers(student, taught, text, held_out_of(text, tokens, trains[-1]["seq_len"], trains[-1]["micro_tokens"]))

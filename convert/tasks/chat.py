@@ -1,0 +1,144 @@
+"""Questions for models that follow instructions: facts that every Python knows, by the letter; sums; and answers in a given form."""
+
+import calendar
+import html.entities
+import random
+import re
+import unicodedata
+import zoneinfo
+
+from convert.errors import UserError
+from convert.tasks.base import LETTERS, Item, Task, ranked
+from convert.tasks.recall import words
+
+AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
+LETTER = re.compile(r"\W*(?:(?:the )?(?:correct )?answer (?:is|:)\W*)?([A-D])(?![A-Za-z])", re.IGNORECASE)
+NUMBER = re.compile(r"-?\d+")
+
+
+def _time_zone(rng: random.Random) -> tuple[str, str, list[str]]:
+    zones = sorted(z for z in zoneinfo.available_timezones() if z.split("/")[0] in AREAS and z.count("/") == 1)
+    if not zones:
+        raise UserError("The task facts asks about time zones, and this machine has no list of them; pip install tzdata.")
+    area, city = rng.choice(zones).split("/")
+    city = city.replace("_", " ")
+    return f"In which part of the world is the time zone of {city}?", area, [other for other in AREAS if other != area]
+
+
+def _character(rng: random.Random) -> tuple[str, str, list[str]]:
+    right, *wrong = rng.sample("%&*+/<=>?@[]^{|}~£¥§©°±¶¿×÷€Ωπλ→∞√", 4)
+    return f"What is the name of the character {right} in Unicode?", unicodedata.name(right), [unicodedata.name(w) for w in wrong]
+
+
+def _calendar(rng: random.Random) -> tuple[str, str, list[str]]:
+    names = list(calendar.day_name) if rng.random() < 0.5 else list(calendar.month_name)[1:]
+    at = rng.randrange(len(names))
+    right, kind = names[(at + 1) % len(names)], "day" if len(names) == 7 else "month"
+    return f"Which {kind} comes right after {names[at]}?", right, [n for n in names if n not in (right, names[at])]
+
+
+def _entity(rng: random.Random) -> tuple[str, str, list[str]]:
+    known = (
+        "amp",
+        "lt",
+        "gt",
+        "copy",
+        "reg",
+        "euro",
+        "pound",
+        "yen",
+        "cent",
+        "sect",
+        "deg",
+        "para",
+        "times",
+        "divide",
+        "plusmn",
+        "micro",
+        "rarr",
+    )
+    right, *wrong = rng.sample(known, 4)
+    char = {name: chr(html.entities.name2codepoint[name]) for name in (right, *wrong)}
+    return f"Which character does the HTML entity &{right}; stand for?", char[right], [char[w] for w in wrong]
+
+
+def _facts(count: int, seed: int) -> list[Item]:
+    """Every question in four orders: each option stands once at each letter."""
+    rng, items, asked = random.Random(f"facts {seed}"), [], set()
+    kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
+    number = 0
+    for _ in range(20 * count):
+        if number == count:
+            break
+        group = list(kinds)[number % len(kinds)]
+        question, right, wrong = kinds[group](rng)
+        options = rng.sample([right, *rng.sample(wrong, 3)], 4)
+        if (question, *sorted(options)) in asked:
+            continue
+        asked.add((question, *sorted(options)))
+        for shift in range(4):
+            order = options[shift:] + options[:shift]
+            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, order, strict=True))
+            prompt = f"{question}\n{listed}\nAnswer with the letter of the right option only."
+            gold = order.index(right)
+            items.append(Item(number, prompt, LETTERS[gold], tuple(LETTERS), gold, group))
+        number += 1
+    return items
+
+
+def letter(text: str) -> str | None:
+    return match[1].upper() if (match := LETTER.match(text)) else None
+
+
+def _sums(count: int, seed: int) -> list[Item]:
+    rng, items = random.Random(f"sums {seed}"), []
+    for number in range(count):
+        a, b = rng.randint(2, 60), rng.randint(2, 39)
+        sign = rng.choice("+-*") if a < 13 and b < 13 else rng.choice("+-")
+        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        near = [str(result + d) for d in (-10, -2, -1, 1, 2, 10)]
+        wrong = [w for w in rng.sample(near, 6) if not w.startswith(str(result)) and not str(result).startswith(w)]
+        wrong = [w for i, w in enumerate(wrong) if not any(w.startswith(v) or v.startswith(w) for v in wrong[:i])]
+        spare = [
+            str(s) for s in range(abs(result) + 101, abs(result) + 999) if not any(str(s).startswith(w) for w in (*wrong, str(result)))
+        ]
+        choices, gold = ranked(rng, str(result), wrong + spare[:3])
+        items.append(Item(number, f"What is {a} {sign} {b}? Answer with the number only.", str(result), choices, gold, f"a {sign} b"))
+    return items
+
+
+def _last_number(text: str) -> str | None:
+    """The only number, or the one behind the equals sign: "17 + 25 = 42"."""
+    found = NUMBER.findall(text.split("=")[-1])
+    return found[0] if len(found) == 1 else None
+
+
+def _forms(count: int, seed: int) -> list[Item]:
+    """An exact form of words that mean nothing: capitals, repetition, order, a list, JSON."""
+    rng, items = random.Random(f"forms {seed}"), []
+    for number in range(count):
+        a, b, c, d = words(rng, 4)
+        kinds = {
+            "capitals": (f"Write the word {a} in capital letters.", a.upper(), [a, a.title(), b.upper()]),
+            "repetition": (f"Write the word {a} three times, with hyphens between.", f"{a}-{a}-{a}", [f"{a} {a} {a}", f"{a}-{a}\n", f"{b}-{b}-{b}"]),
+            "list": (f"Write {a}, {b} and {c} as a list with semicolons between.", f"{a}; {b}; {c}", [f"{a}, {b}, {c}", f"{b}; {a}; {c}", f"- {a}\n- {b}\n- {c}"]),
+            "JSON": (f'Write a JSON object with one key, "name", whose value is "{a}".', f'{{"name": "{a}"}}', [f'{{"{a}": "name"}}', f"name: {a}", f'{{"name": "{b}"}}']),
+            "order": (f"Write the words {a} {b} in the opposite order.", f"{b} {a}", [f"{a} {b}", f"{b} {c}", f"{d} {a}"]),
+        }  # fmt: skip
+        group = list(kinds)[number % len(kinds)]
+        question, right, wrong = kinds[group]
+        choices, gold = ranked(rng, right, wrong)
+        items.append(Item(number, f"{question} Write nothing else.", right, choices, gold, group))
+    return items
+
+
+def _form(text: str) -> str | None:
+    """Everything that was written; nothing is unparsable but silence."""
+    return text.strip() or None
+
+
+CHAT = (
+    Task("facts", "time zones, Unicode, the calendar, HTML entities, by the letter", _facts, letter, 16, chat=True, lettered=True),
+    Task("sums", "sums of small numbers", _sums, _last_number, 24, chat=True),
+    Task("forms", "an answer in exactly the form asked for", _forms, _form, 40, stop=(), chat=True),
+)
