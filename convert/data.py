@@ -128,7 +128,7 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
         raise UserError("Hub data sets need the `datasets` package: pip install -e '.[data]'.") from None
     unreachable = not is_hub_reachable()
     try:
-        with _offline(datasets.config, when=unreachable):
+        with hub_offline(datasets.config, when=unreachable):
             rows = datasets.load_dataset(name, config, split="train", streaming=True)
         for number, row in enumerate(rows):
             if "text" not in row:
@@ -145,7 +145,7 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _offline(settings, when: bool) -> Iterator[None]:
+def hub_offline(settings, when: bool) -> Iterator[None]:
     """`datasets` looks into its cache at once. By itself it would first try the hub for half a minute, and say so each time."""
     before = settings.HF_HUB_OFFLINE
     settings.HF_HUB_OFFLINE = before or when

@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=int, default=LIMIT, help=f"questions of each task; default {LIMIT}")
+    parser.add_argument("--limit", type=int, help=f"questions of each task; default {LIMIT}, and all of a task of lm-evaluation-harness")
+    parser.add_argument("--lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness, or folders of such, with commas")
     parser.add_argument("--out", help="where evaluation.json goes; default the run folder, or runs/evaluation-NAME")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="as for the run, if its teacher needed it")
@@ -28,8 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         evaluate(
-            args.folder, tasks=args.tasks, limit=args.limit, out=args.out, device=args.device, trust_remote_code=args.trust_remote_code
-        )
+            args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
 
     return fail_in_words(work, args.debug)
 

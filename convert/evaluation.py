@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert import report, scores
+from convert import harness, report, scores
 from convert.checkpoint import write_json
 from convert.console import console
 from convert.data import corpus, tokenize
@@ -94,7 +94,13 @@ def evaluate_tasks(
                 for reading in READINGS:
                     pair = found["teacher", reading], found["student", reading]
                     gaps.append({"task": task.name, "reading": reading} | scores.gap(items, *pair))
-    return {"rows": rows, "gaps": gaps, "limit": limit, "seed": seed}
+    return {
+        "rows": rows,
+        "gaps": gaps,
+        "models": {name: fingerprint(model) for name, model in models.items()},
+        "limit": limit,
+        "seed": seed,
+    }
 
 
 def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
@@ -180,34 +186,57 @@ def _behind(gap: float) -> str:
 
 
 def evaluate(
-    folder: str | Path, *, tasks: str | None = None, limit: int = LIMIT, device: str = "auto", out: str | Path | None = None,
-    trust_remote_code: bool = False,
+    folder: str | Path, *, tasks: str | None = None, limit: int | None = None, lm_eval: str | None = None, device: str = "auto",
+    out: str | Path | None = None, trust_remote_code: bool = False,
 ) -> dict:  # fmt: skip
     """Of a finished run: the final measurements again, and the tasks by both readings; of any other model: the tasks. Writes
     evaluation.json into `out` (the run's folder, or runs/evaluation-NAME) and returns it; of a run without `tasks`, in its report.
 
-    `tasks`: names with commas, and then nothing else is measured."""
-    if limit < 1:
+    `tasks`: names with commas, and then nothing else is measured. `lm_eval`: likewise, of lm-evaluation-harness; its rows are
+    found["lm_eval"]."""
+    if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1; got {limit}.")
     device, run = pick_device(device), Path(folder)
     if (run / "ledger.json").exists() or (run / "report.json").exists():
         old = _stored(run)
         taught = load_teacher(old["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
         models, out = {"teacher": taught.model, "student": load_teacher(str(run), device=device).model}, Path(out or run)
-        asked = chosen(tasks, taught.tokenizer)
-        new = old if tasks else old | _measured_again(models["student"], taught, old["settings"])
-        if not tasks:
+        asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
+        new = old if tasks or lm_eval else old | _measured_again(models["student"], taught, old["settings"])
+        if new is not old:
             report.show(new, console)
     else:
         taught = load_teacher(str(folder), device=device, trust_remote_code=trust_remote_code)
         models, out, new = {"teacher": taught.model}, Path(out or f"runs/evaluation-{resolve(str(folder)).name}"), {}
-        asked = chosen(tasks, taught.tokenizer)
+        asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
     out.mkdir(parents=True, exist_ok=True)
-    found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit, file=out / "answers.jsonl")
-    write_json(out / "evaluation.json", found)
-    show(found, console)
+    found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit or LIMIT, file=out / "answers.jsonl")
+    if lm_eval:
+        found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
+    write_json(out / "evaluation.json", _with_earlier(found, out / "evaluation.json"))
+    if asked:
+        show(found, console)
+    if lm_eval:
+        harness.show(found["lm_eval"], console)
     console.print(f"[dim]{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.[/]")
     return new | {"evaluation": found}
+
+
+def _with_earlier(found: dict, file: Path) -> dict:
+    """Together with what an earlier evaluation of the same models found for other tasks."""
+    try:
+        earlier = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return found
+    if earlier.get("models") != found["models"]:
+        return found
+    asked, theirs = {row["task"] for row in found["rows"]}, {row["task"] for row in found.get("lm_eval", ())}
+    merged = earlier | found
+    for key in ("rows", "gaps"):
+        merged[key] = [row for row in earlier[key] if row["task"] not in asked] + found[key]
+    if "lm_eval" in merged:
+        merged["lm_eval"] = [row for row in earlier.get("lm_eval", ()) if row["task"] not in theirs] + found.get("lm_eval", [])
+    return merged
 
 
 def _stored(run: Path) -> dict:

@@ -32,22 +32,24 @@ class Answer:
 
 def prompt_ids(tokenizer, task: Task, prompt: str) -> list[int]:
     """As the model is asked: in its chat template if the task is a chat, else as plain text."""
+    return _ids(tokenizer, task, prompt, "")
+
+
+def _ids(tokenizer, task: Task, prompt: str, answer: str) -> list[int]:
     if not task.chat:
-        return tokenizer(prompt)["input_ids"]
+        return tokenizer(prompt + answer)["input_ids"]
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
 
 
 def _continued(tokenizer, task: Task, item: Item) -> list[tuple[list[int], int]]:
-    """Per choice: the ids of prompt and choice, and where the choice begins (as in lm-evaluation-harness: what is behind the prompt's ids)."""
-    length, found = len(prompt_ids(tokenizer, task, item.prompt)), []
+    """Per choice: the ids of the prompt and then the choice, and where the choice begins. As in lm-evaluation-harness the choice is what
+    prompt and choice together have behind the prompt's own ids."""
+    prompt, found = prompt_ids(tokenizer, task, item.prompt), []
     for choice in item.choices:
-        if task.chat:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": item.prompt}], tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text + choice, add_special_tokens=False)["input_ids"]
-        else:
-            ids = tokenizer(item.prompt + choice)["input_ids"]
-        found.append((ids, min(length, len(ids) - 1)))
+        rest = _ids(tokenizer, task, item.prompt, choice)[len(prompt) :]
+        rest = rest or tokenizer(choice, add_special_tokens=False)["input_ids"]  # a tokenizer that joins the two
+        found.append((prompt + rest, len(prompt)))
     return found
 
 
@@ -112,10 +114,10 @@ class _Written(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([_cut(text, self.stop) != text for text in texts], device=input_ids.device)
+        return torch.tensor([cut(text, self.stop) != text for text in texts], device=input_ids.device)
 
 
-def _cut(text: str, stop: tuple[str, ...]) -> str:
+def cut(text: str, stop: tuple[str, ...]) -> str:
     """Up to the first stop behind white space."""
     start = len(text) - len(text.lstrip())
     return text[: min([at for s in stop if (at := text.find(s, start)) >= 0], default=len(text))]
@@ -136,7 +138,7 @@ def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[
 
 
 def _answer(tokenizer, task: Task, item: Item, index: int, ids: list[int]) -> Answer:
-    text = _cut(tokenizer.decode(ids, skip_special_tokens=True), task.stop)
+    text = cut(tokenizer.decode(ids, skip_special_tokens=True), task.stop)
     said = task.parse(text)
     return Answer(index, said == item.answer, said, text, tuple(ids))
 

@@ -20,7 +20,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.readings", "convert.stages"),
     ("convert.recipes", "convert.calibration", "convert.measure"),
     ("convert.tracking", "convert.checkpoint", "convert.report", "convert.plan", "convert.selection", "convert.native"),
-    ("convert.export", "convert.final", "convert.scores"),
+    ("convert.export", "convert.final", "convert.harness", "convert.scores"),
     ("convert.swaps", "convert.evaluation"),
     ("convert.conversion",),
     ("convert.run",),

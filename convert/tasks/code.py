@@ -1,4 +1,7 @@
-"""Tasks from files of Python's standard library that no training here has seen: a name, closing brackets, the next line's indentation."""
+"""Tasks from files of Python's standard library that no training here has seen: a name, closing brackets, the next line's indentation.
+
+Prompts end with a word and answers begin with a space, a bracket or a line break: no tokenizer joins the two.
+"""
 
 import functools
 import io
@@ -48,20 +51,19 @@ def _names(count: int, seed: int) -> list[Item]:
     for _, text in unseen():
         tokens = _tokens(text)
         for kind, name, at, _ in tokens:
-            if at < CONTEXT or not _is_name(kind, name) or text[at - 1] not in "(. " or text[at - 2] in " \n":
+            if at < CONTEXT or not _is_name(kind, name) or text[at - 1] != " " or text[at - 2] in " \n":
                 continue
-            prompt = _before(text, at)
+            prompt = _before(text, at - 1)
             near = {t for k, t, start, _ in tokens if at - len(prompt) <= start < at and _is_name(k, t)}
             others = sorted(other for other in near if not other.startswith(name) and not name.startswith(other))
             if name in near and len(others) >= 3:
                 found.append((prompt, name, others))
     items = []
     for number, (prompt, name, others) in enumerate(rng.sample(found, min(count, len(found)))):
-        space = " " if prompt.endswith(" ") else ""
         wrong = _apart(rng.sample(others, len(others)))
         if len(wrong) >= 3:
-            choices, gold = ranked(rng, space + name, [space + other for other in wrong])
-            items.append(Item(number, prompt.removesuffix(" "), name, choices, gold))
+            choices, gold = ranked(rng, " " + name, [" " + other for other in wrong])
+            items.append(Item(number, prompt, name, choices, gold))
     return items
 
 
@@ -79,7 +81,7 @@ def _brackets(count: int, seed: int) -> list[Item]:
     rng, found = random.Random(f"brackets {seed}"), []
     for _, text in unseen():
         ends = {start for kind, _, start, _ in _tokens(text) if kind == tokenize.OP}
-        for match in re.finditer(r"(?<=[\w'\"])[)\]}]{2,}(?=\n)", text):
+        for match in re.finditer(r"(?<=\w)[)\]}]{2,}(?=\n)", text):
             if match.start() > CONTEXT and all(i in ends for i in range(*match.span())):
                 found.append((_before(text, match.start()), match[0]))
     items = []
@@ -100,7 +102,7 @@ def _indentation(count: int, seed: int) -> list[Item]:
     rng, found = random.Random(f"indentation {seed}"), []
     for _, text in unseen():
         kinds = {start: kind for kind, _, start, _ in _tokens(text)}
-        for match in re.finditer(r"(?<=[:)\w])\n( *)(\w+)", text):
+        for match in re.finditer(r"(?<=\w)\n( *)(\w+)", text):
             if match.start() > CONTEXT and len(match[1]) in (4, 8, 12) and kinds.get(match.start(2)) == tokenize.NAME:
                 found.append((_before(text, match.start()), len(match[1]), match[2]))
     items = []

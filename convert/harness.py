@@ -1,0 +1,133 @@
+"""Public tasks by EleutherAI's lm-evaluation-harness, on our model objects: its own evaluator, nothing of it written again.
+
+Reading: tasks that the harness scores by log p are "likelihood", those for which a model writes are "generation".
+"""
+
+import difflib
+import json
+import logging
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from convert.data import hub_offline
+from convert.errors import UserError
+from convert.teachers import is_hub_reachable
+
+BATCH = 16
+
+
+def _lm_eval():
+    try:
+        import lm_eval
+        import yaml
+    except ImportError:
+        raise UserError("Tasks of lm-evaluation-harness need its package: pip install -e '.[eval]'.") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval, yaml
+
+
+def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True) -> list[dict]:
+    """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or folders of local tasks (YAML and JSONL),
+    with commas. `chat`: an instruct model is asked in its chat template."""
+    lm_eval, yaml = _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folders = [Path(name) for name in names.split(",") if Path(name).is_dir()]
+    asked = [task for folder in folders for task in local_tasks(folder, yaml)]
+    manager = TaskManager(include_path=[str(folder.resolve()) for folder in folders] or None)
+    for name in (name for name in names.split(",") if Path(name) not in folders):
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
+            offer = f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
+            raise UserError(f"lm-evaluation-harness has no task {name!r}, and there is no folder of that name. {offer}")
+        asked.append(name)
+    rows, templated = [], chat and tokenizer.chat_template is not None
+    for model_name, model in models.items():
+        done = _evaluate(lm_eval, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), asked, manager, limit, templated)
+        rows += _rows(model_name, done)
+    return sorted(rows, key=lambda row: (row["task"], row["metric"]))
+
+
+def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, templated: bool) -> dict:
+    import datasets
+
+    unreachable = not is_hub_reachable()
+    try:
+        with hub_offline(datasets.config, when=unreachable):
+            return lm_eval.simple_evaluate(
+                model=model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000,
+                apply_chat_template=templated,
+            )  # fmt: skip
+    except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
+        raise UserError(
+            f"The data of {', '.join(tasks)} could not be read ({reason}). Without network give a folder of local tasks."
+        ) from None
+
+
+def _rows(model: str, done: dict) -> list[dict]:
+    rows = []
+    for task, metrics in done["results"].items():
+        config = done["configs"].get(task)
+        if config is None:  # a group: its tasks have rows of their own
+            continue
+        reading = "generation" if config["output_type"].startswith("generate") else "likelihood"
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            rows.append({
+                "task": task, "model": model, "reading": reading, "metric": metric if kind == "none" else f"{metric}, {kind}", "score": value,
+                "error": error if isinstance(error, int | float) else None, "n": done["n-samples"][task]["effective"],
+            })  # fmt: skip
+    return rows
+
+
+def local_tasks(folder: Path, yaml) -> list[str]:
+    """The names that the YAML files of a folder define. What does not parse is said with file and line."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    found = []
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            config = yaml.load(file.read_text(), Loader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}, line {mark.line + 1}" if mark else str(file)
+            raise UserError(f"A task's file must be YAML; {where} is not: {getattr(error, 'problem', error)}.") from None
+        if isinstance(config, dict) and isinstance(config.get("task"), str):
+            found.append(config["task"])
+    for file in sorted(folder.rglob("*.jsonl")):
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise UserError(f"Every line of a task's data must be JSON; {file}, line {number} is not: {error}.") from None
+    if not found:
+        raise UserError(f"A folder of local tasks has YAML files with `task: NAME`; {folder} has none.")
+    return found
+
+
+def show(rows: list[dict], console: Console) -> None:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    table = Table(box=box.SIMPLE_HEAD, title="lm-evaluation-harness", title_justify="left")
+    for column in ("task", "reading", "metric", *models, *(["gap"] if len(models) == 2 else []), "n"):
+        table.add_column(column, justify="left" if column in ("task", "reading", "metric") else "right")
+    by_key: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        by_key.setdefault((row["task"], row["reading"], row["metric"]), {})[row["model"]] = row
+    for key, found in by_key.items():
+        cells = [f"{row['score']:.4f}" + (f" ± {row['error']:.4f}" if row["error"] is not None else "") for row in found.values()]
+        gap = [f"{found['teacher']['score'] - found['student']['score']:+.4f}"] if len(models) == 2 else []
+        table.add_row(*key, *cells, *gap, str(next(iter(found.values()))["n"]))
+    console.print(table, soft_wrap=False)
