@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -27,16 +28,18 @@ from convert.recipes import Forget, Recipe, Swap, Train
 from convert.swaps import do_swap
 from convert.teachers import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.tracking import Track
+from convert.watch import Rule, Watch
 
 
 def run(
     teacher: str, recipe: str | Recipe, out: str | Path | None = None, *, data: str | None = None, device: str = "auto", fresh: bool = False,
-    wandb: str | None = None, trust_remote_code: bool = False,
+    wandb: str | None = None, stop_when: Sequence[str] = (), trust_remote_code: bool = False,
 ) -> dict:  # fmt: skip
     """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; returns the report.
 
-    Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured."""
-    started = time.monotonic()
+    Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured. `stop_when`: rules
+    like "generation<0.2", looked at whenever a stage measures."""
+    started, rules = time.monotonic(), [Rule.of(rule) for rule in stop_when]
     source = resolve(teacher)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if isinstance(recipe, str):
@@ -70,7 +73,7 @@ def run(
     settings = json.loads(json.dumps(settings))
     open_run(out, settings, fresh)
     with locked(out):
-        numbers = _locked_run(recipe, taught, text, out, settings, wandb, started)
+        numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started)
     report.show(numbers, console)
     evaluation.show(numbers["evaluation"], console)
     console.print(
@@ -80,11 +83,13 @@ def run(
     return numbers
 
 
-def _locked_run(recipe: Recipe, taught: Teacher, text: TokenData, out: Path, settings: dict, wandb: str | None, started: float) -> dict:
+def _locked_run(
+    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, settings: dict, wandb: str | None, rules: Sequence[Rule], started: float
+) -> dict:
     track = Track(out, mode=wandb, config=settings, name=out.name)
     try:
         with StopRequest() as stop:
-            student, results = _steps(recipe, taught, text, out, track, stop)
+            student, results = _steps(recipe, taught, text, out, track, stop, rules)
         _round(student, taught.dtype)
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["evaluation"] = _ask(student, taught, recipe, out)
@@ -104,12 +109,13 @@ def _locked_run(recipe: Recipe, taught: Teacher, text: TokenData, out: Path, set
 
 
 def _steps(
-    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, track: Track, stop: StopRequest
+    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, track: Track, stop: StopRequest, rules: Sequence[Rule]
 ) -> tuple[ConvertedForCausalLM, list[dict]]:
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     results, student, tokens_before, steps_before = [], None, 0, 0
     batches = final.held_out(text, recipe)
+    watch = Watch(taught, batches[: max(1, len(batches) // 4)], rules)
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -121,7 +127,7 @@ def _steps(
             console.print(f"[bold]{step.name}[/]")
             if isinstance(step, Train):
                 track.enter(step.name, tokens_before, steps_before)
-            student, result = _do(step, student, start, taught, text, recipe, folder, track, batches)
+            student, result = _do(step, student, start, taught, text, recipe, folder, track, watch, batches)
             folder.finish(student, result)
             if "layers" in result:
                 write_json(out / "layers.json", result["layers"])
@@ -137,7 +143,18 @@ def _steps(
     return student or folders[-1].student(taught.model), results
 
 
-def _do(step, student, start, taught: Teacher, text: TokenData, recipe: Recipe, folder: StepFolder, track: Track, batches: list[Batch]):
+def _do(
+    step,
+    student,
+    start,
+    taught: Teacher,
+    text: TokenData,
+    recipe: Recipe,
+    folder: StepFolder,
+    track: Track,
+    watch: Watch,
+    batches: list[Batch],
+):
     """The student after the step, and what the ledger says of it. `start()` makes the student from before the step once more."""
     started = time.monotonic()
     result = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
@@ -151,19 +168,26 @@ def _do(step, student, start, taught: Teacher, text: TokenData, recipe: Recipe, 
                 if isinstance(module, DecayRate):
                     module.s.fill_(step.rate)
     else:
-        student, found = _train(step, student, taught, text, folder, track, batches[: max(1, len(batches) // 4)])
+        student, found = _train(step, student, taught, text, folder, track, watch)
         result |= found
     result["perplexity_after"] = measure.perplexity(student, batches)
     result["seconds"] += time.monotonic() - started
     return student, result
 
 
-def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, batches: list[Batch]):
+def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, watch: Watch):
     """`seconds`: those before a crash."""
     started, s = time.monotonic(), step.settings
+
+    def look(student) -> dict[str, float]:
+        numbers = watch(student)
+        track.generations(watch.generations)
+        folder.stop.requested |= watch.stopped_by is not None
+        return numbers
+
     student = step.stage(
         student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
-        measure=lambda model: measure.perplexity(model.eval(), batches),
+        measure=look,
     )  # fmt: skip
     rows = track.rows(step.name)
     losses = [row["train/loss"] for row in rows]

@@ -69,11 +69,11 @@ Step = Swap | Forget | Train
 
 @dataclass(frozen=True)
 class Recipe:
-    """`questions`: of each task, that teacher and student answer at the end (ours: half a minute for neox-nano)."""
+    """`questions`: of each task, that teacher and student answer at the end."""
 
     target: str
     steps: tuple[Step, ...]
-    questions: int = 24
+    questions: int
 
     @property
     def tokens(self) -> int:
@@ -100,6 +100,7 @@ class Budget:
     latent_shape: str = "exact"  # of latent attention; "native" where the teacher's attention has neither biases nor q/k norm
     edit_lr: float = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
     seed: int = 0
+    questions: int = 16  # of each task at the end (ours)
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
 
@@ -167,7 +168,9 @@ def to_linear(budget: Budget) -> Recipe:
     """Attention -> Hedgehog linear attention."""
     first = int(budget.tokens * ALIGN_SHARE)
     return Recipe(
-        "linear", (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first), _distill(budget, budget.tokens - first))
+        "linear",
+        (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first), _distill(budget, budget.tokens - first)),
+        budget.questions,
     )
 
 
@@ -177,7 +180,7 @@ def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     aligned = () if budget.starts_linear else (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
     handover = Swap("handover", mixer, MIXERS[mixer].Options(), exact=True)
     forget = Forget("forget", FORGET[mixer])
-    return Recipe(mixer, (*aligned, handover, forget, _distill(budget, budget.tokens - first)))
+    return Recipe(mixer, (*aligned, handover, forget, _distill(budget, budget.tokens - first)), budget.questions)
 
 
 def to_mamba2(budget: Budget) -> Recipe:
@@ -215,7 +218,7 @@ def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
     first = int(budget.tokens * ALIGN_SHARE)
     align = _settings(budget, first, budget.edit_lr, objectives.energy_mse, stages.mixers, "wsd")
     distill = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
-    return Recipe(target, (edit, Train("align", stages.align, _smaller_batches(budget, align)), distill))
+    return Recipe(target, (edit, Train("align", stages.align, _smaller_batches(budget, align)), distill), budget.questions)
 
 
 RECIPES: dict[str, Callable[[Budget], Recipe]] = {

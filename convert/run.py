@@ -79,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         dest="settings",
         help="any option of any step; --plan shows the steps",
     )
+    parser.add_argument(
+        "--stop-when",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="as generation<0.2: of perplexity, generation, generation_gap, whenever a stage measures; may be repeated",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the teacher")
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     args = parser.parse_args(argv)
@@ -105,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "")
         run(
             args.teacher, recipe, out, data=args.data, device=args.device, fresh=args.fresh, wandb=args.wandb,
-            trust_remote_code=args.trust_remote_code,
+            stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
 
     return fail_in_words(work, args.debug)

@@ -280,7 +280,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
             }  # fmt: skip
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
-                numbers["held_out/perplexity"] = measure(student)
+                numbers |= measure(student)
                 student.train()
             track.log(at.step, at.step * settings.batch_tokens, numbers)
             _refuse_hopeless(at, rate)

@@ -10,10 +10,13 @@ from convert.errors import UserError
 
 
 class Track:
-    """`metrics.jsonl` in the run folder is the source of truth. `log` takes the step and tokens of the current stage."""
+    """`metrics.jsonl` and `generations.jsonl` in the run folder are the source of truth. `log` takes the step and tokens of the current
+    stage."""
 
     def __init__(self, folder: Path, *, mode: str | None, config: dict, name: str):
         self.file = folder / "metrics.jsonl"
+        self.texts = folder / "generations.jsonl"
+        self.written: list[dict] = []
         self.stage = ""
         self.tokens_before = self.steps_before = 0
         self.wandb = _start_wandb(folder, mode, config, name)
@@ -24,11 +27,12 @@ class Track:
 
     def resume(self, step: int) -> None:
         """The stage goes on after `step` (0: from its start): its lines after that, from before a crash, are dropped."""
-        if self.file.exists():
-            rows = [line for line in self.file.read_text().splitlines() if _stays(line, self.stage, step)]
-            aside = self.file.with_suffix(".writing")
-            aside.write_text("".join(row + "\n" for row in rows))
-            os.replace(aside, self.file)
+        for file in (self.file, self.texts):
+            if file.exists():
+                rows = [line for line in file.read_text().splitlines() if _stays(line, self.stage, step)]
+                aside = file.with_suffix(".writing")
+                aside.write_text("".join(row + "\n" for row in rows))
+                os.replace(aside, file)
 
     def rows(self, stage: str) -> list[dict]:
         """The lines of one stage."""
@@ -36,11 +40,31 @@ class Track:
 
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         row = {"stage": self.stage, "step": step, "global_step": self.steps_before + step, "tokens": self.tokens_before + tokens} | numbers
+        place = {key: row[key] for key in ("stage", "step", "global_step", "tokens")}
+        if self.written:
+            with self.texts.open("a") as file:
+                file.writelines(json.dumps(place | text) + "\n" for text in self.written)
         with self.file.open("a") as file:
             print(json.dumps(row), file=file)
         if self.wandb:
-            scalars = {f"{self.stage}/{key}": value for key, value in numbers.items()}
-            self.wandb.log({"step": row["global_step"], "tokens": row["tokens"]} | scalars)
+            logged = {f"{self.stage}/{key}": value for key, value in numbers.items()}
+            if self.written:
+                logged["generations"] = self._table()
+            self.wandb.log({"step": row["global_step"], "tokens": row["tokens"]} | logged)
+        self.written = []
+
+    def generations(self, rows: list[dict]) -> None:
+        """Texts that belong to the next line: task, prompt, teacher, student, reference."""
+        self.written = rows
+
+    def _table(self):
+        """All rows so far, so that one prompt can be read down the steps."""
+        import wandb
+
+        table = wandb.Table(columns=["stage", "step", "tokens", *self.written[0]], log_mode="IMMUTABLE")
+        for row in map(json.loads, self.texts.read_text().splitlines()):
+            table.add_data(row["stage"], row["global_step"], row["tokens"], *(row[key] for key in self.written[0]))
+        return table
 
     def summary(self, numbers: dict[str, float]) -> None:
         """Final numbers of the run, for the table of runs."""

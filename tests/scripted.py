@@ -1,0 +1,60 @@
+"""Models that say what a test wants: an oracle, one that always says A, one that ranks well and writes rubbish."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import GenerationMixin, GPTNeoXConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from convert.readings import prompt_ids
+from convert.tasks import Item, Task
+from convert.teachers import NANO, load_teacher
+
+
+class Scripted(PreTrainedModel, GenerationMixin):
+    """After a row of ids the next token is `script(ids, is_writing)`, for certain."""
+
+    config_class = GPTNeoXConfig
+
+    def __init__(self, script: Callable[[list[int], bool], int], vocab_size: int):
+        super().__init__(GPTNeoXConfig(vocab_size=vocab_size, num_hidden_layers=1, eos_token_id=0, use_cache=False))
+        self.script = script
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
+        is_writing = isinstance(logits_to_keep, int)
+        kept = range(input_ids.shape[1])[-1:] if is_writing else logits_to_keep.tolist()
+        logits = torch.full((len(input_ids), len(kept), self.config.vocab_size), -9.0)
+        for row, ids in enumerate(input_ids.tolist()):
+            mask = [1] * len(ids) if attention_mask is None else attention_mask[row].tolist()
+            for column, at in enumerate(kept):
+                seen = [token for token, real in zip(ids[: at + 1], mask, strict=False) if real]
+                logits[row, column, self.script(seen, is_writing)] = 9.0
+        return CausalLMOutputWithPast(logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+
+def chatty_tokenizer():
+    """neox-nano's, with a template."""
+    tokenizer = load_teacher(str(NANO)).tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    return tokenizer
+
+
+def knowing(tokenizer, questions: list[tuple[Task, list[Item]]]) -> Callable[[list[int]], int]:
+    """The next token of the right answer to whichever prompt the ids begin with; the end where there is none."""
+    known = {}
+    for task, items in questions:
+        for item in items:
+            prompt = prompt_ids(tokenizer, task, item.prompt)
+            known[tuple(prompt)] = prompt + tokenizer(item.choices[item.gold], add_special_tokens=False)["input_ids"]
+
+    def next_token(ids: list[int]) -> int:
+        for prompt, whole in known.items():
+            if len(whole) > len(ids) >= len(prompt) and whole[: len(ids)] == ids:
+                return whole[len(ids)]
+        return 0
+
+    return next_token

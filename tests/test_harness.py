@@ -1,0 +1,56 @@
+"""lm-evaluation-harness's own evaluator on our models, from a folder of local tasks."""
+
+import logging
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra [eval]")
+
+from convert import data, harness
+from convert.errors import UserError
+from convert.evaluate import main
+from experiments import same_scores
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # its, and those of its data sets
+
+
+def test_it_gives_the_scores_of_our_readers(tmp_path):
+    found = same_scores.compare("neox-nano", "names,brackets,copying", 8, tmp_path)
+    assert len(found) == 6
+    for task, reading, ours, theirs in found:
+        assert ours == theirs, (task, reading)
+    assert len({ours for *_, ours, _ in found}) > 2  # not one number by accident
+
+
+def test_the_command_takes_a_folder(tmp_path, capsys):
+    from convert.tasks import TASKS
+
+    same_scores.write_local_tasks([TASKS["keys"]], tmp_path / "local", 2)
+    assert main(["neox-nano", "--lm-eval", str(tmp_path / "local"), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "keys_likelihood" in shown and "keys_generation" in shown and "exact_match" in shown
+
+
+def test_a_file_that_does_not_parse_is_said_with_its_line(tmp_path):
+    import yaml
+
+    (tmp_path / "bad.yaml").write_text("task: mine\ndoc_to_text: [unclosed\n")
+    with pytest.raises(UserError, match=r"bad\.yaml, line 3 is not"):
+        harness.local_tasks(tmp_path, yaml)
+    (tmp_path / "bad.yaml").write_text("task: mine\n")
+    (tmp_path / "data.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(UserError, match=r"data\.jsonl, line 2 is not"):
+        harness.local_tasks(tmp_path, yaml)
+    (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "bad.yaml").write_text("group: x\n")
+    with pytest.raises(UserError, match="has none"):
+        harness.local_tasks(tmp_path, yaml)
+
+
+def test_without_network_a_public_task_is_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "is_hub_reachable", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert main(["neox-nano", "--lm-eval", "arc_easy", "--limit", "2", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "could not be read" in error and "give a folder of local tasks" in error
+    assert logging.getLogger("lm_eval").level == logging.ERROR and data.hub_offline

@@ -1,0 +1,99 @@
+"""The two readings: three models whose scores are known, batches against one by one, and log p by hand."""
+
+import pytest
+import torch
+
+from convert import scores
+from convert.readings import READINGS, batches, by_generation, by_likelihood, cut, fits, prompt_ids
+from convert.tasks import TASKS
+from tests.conftest import tiny_teacher
+from tests.scripted import Scripted, chatty_tokenizer, knowing
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chatty_tokenizer()
+
+
+def read(model, tokenizer, task, items):
+    return {name: [a for batch in reading(model, tokenizer, task, items) for a in batch] for name, reading in READINGS.items()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_oracle_answers_everything_rightly(name, tokenizer):
+    task = TASKS[name]
+    items = task.items(COUNT, 0)
+    oracle = knowing(tokenizer, [(task, items)])
+    for answers in read(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items).values():
+        row = scores.score(items, answers, lettered=task.lettered)
+        assert (row["score"], row["low"], row["high"], row["unparsable"], row["n"]) == (1, 1, 1, 0, COUNT)
+        assert row.get("stickiness", 0) == 0
+
+
+def test_who_always_says_a_is_caught(tokenizer):
+    task = TASKS["facts"]
+    items = task.items(COUNT, 0)
+    (a,) = tokenizer("A", add_special_tokens=False)["input_ids"]
+    for answers in read(Scripted(lambda ids, _: 0 if ids[-1] == a else a, len(tokenizer)), tokenizer, task, items).values():
+        row = scores.score(items, answers, lettered=True)
+        assert row["score"] == 0.25 and row["stickiness"] == 1 and row["letters"]["A"] == 1
+
+
+@pytest.mark.parametrize("name", ["names", "copying", "sums"])
+def test_who_ranks_well_and_writes_rubbish_shows_the_gap(name, tokenizer):
+    task = TASKS[name]
+    items = task.items(COUNT, 0)
+    oracle = knowing(tokenizer, [(task, items)])
+    (rubbish,) = tokenizer("!", add_special_tokens=False)["input_ids"]
+    good = read(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items)
+    bad = read(Scripted(lambda ids, is_writing: rubbish if is_writing else oracle(ids), len(tokenizer)), tokenizer, task, items)
+    assert scores.gap(items, good["likelihood"], bad["likelihood"])["gap"] == 0
+    found = scores.gap(items, good["generation"], bad["generation"])
+    assert found["gap"] == found["low"] == 1
+    row = scores.score(items, bad["generation"])
+    assert row["unparsable"] == 1 and row["repetition"] > 0.6 and row["distinct_2"] < 0.1
+    assert scores.divergence(good["generation"], bad["generation"]) == {"same_text": 0.0, "first_divergence": 0.0}
+
+
+@pytest.mark.parametrize("name", ["names", "indentation", "needle"])
+def test_batches_change_nothing(name):
+    from convert.teachers import NANO, load_teacher
+
+    nano, task = load_teacher(str(NANO)), TASKS[name]
+    items = task.items(COUNT, 0)
+    for reading in (by_generation, by_likelihood):
+        together = [a for batch in reading(nano.model, nano.tokenizer, task, items) for a in batch]
+        alone = [a for batch in reading(nano.model, nano.tokenizer, task, items, rows=1) for a in batch]
+        assert {(a.item, a.said, a.text) for a in together} == {(a.item, a.said, a.text) for a in alone}
+        for one, other in zip(sorted(together, key=lambda a: a.item), sorted(alone, key=lambda a: a.item), strict=True):
+            assert one.nats == pytest.approx(other.nats, abs=1e-3)
+
+
+def test_log_p_is_that_of_the_choices_tokens(tokenizer):
+    model, task = tiny_teacher("gpt_neox", vocab_size=len(tokenizer)), TASKS["keys"]
+    items = task.items(2, 0)
+    for answer in (a for batch in by_likelihood(model, tokenizer, task, items) for a in batch):
+        item = items[answer.item]
+        for choice, nats in zip(item.choices, answer.nats, strict=True):
+            prompt = prompt_ids(tokenizer, task, item.prompt)
+            ids = torch.tensor([prompt + tokenizer(choice)["input_ids"]])
+            logs = model(ids).logits.log_softmax(-1)[0]
+            by_hand = sum(logs[at - 1, ids[0, at]].item() for at in range(len(prompt), ids.shape[1]))
+            assert nats == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_what_has_no_room_is_not_asked(tokenizer):
+    task, model = TASKS["needle"], tiny_teacher("gpt_neox", vocab_size=len(tokenizer))
+    items = task.items(8, 0)
+    assert 0 < len(fits(model, tokenizer, task, items)) < 8  # of 512 positions
+
+
+def test_batches_are_of_similar_lengths_and_bounded():
+    found = list(batches([5, 100, 7, 50, 6], rows=2, tokens=120))
+    assert found == [[1], [3, 2], [4, 0]]
+
+
+def test_a_stop_counts_after_the_first_word():
+    assert cut("\n  name\nmore", ("\n",)) == "\n  name" and cut("all of it", ()) == "all of it"

@@ -1,0 +1,61 @@
+"""What every task promises, and the parsers on what models write."""
+
+import pytest
+
+from convert.tasks import LETTERS, TASKS
+from convert.tasks.chat import letter
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_task_asks_fair_questions(task):
+    items = task.items(40, 0)
+    assert len({item.question for item in items}) == 40 and len({item.prompt for item in items}) == len(items)
+    for item in items:
+        assert len(set(item.choices)) == 4
+        assert not any(a != b and b.startswith(a) for a in item.choices for b in item.choices)
+        right = [choice for choice in item.choices if task.parse(choice) == item.answer]
+        assert right == [item.choices[item.gold]]
+        assert not item.prompt[-1].isspace()
+    places = [item.gold for item in task.items(160, 0)]
+    assert all(places.count(place) > len(places) / 8 for place in range(4))  # no place is right more often than others
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_seed_decides_the_questions(task):
+    assert task.items(12, 3) == task.items(12, 3) != task.items(12, 4)
+
+
+def test_names_and_brackets_come_from_files_that_no_training_sees():
+    from convert.data import corpus, is_held_out
+
+    seen = "".join(text for key, text in corpus("stdlib").documents() if not is_held_out(key))
+    for name in ("names", "brackets", "indentation"):
+        assert not any(item.prompt in seen for item in TASKS[name].items(12, 0))
+
+
+def test_options_stand_once_at_each_letter():
+    items = TASKS["facts"].items(8, 0)
+    for question in range(8):
+        rotations = [item for item in items if item.question == question]
+        assert sorted(item.answer for item in rotations) == list(LETTERS)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("B", "B"), (" b.", "B"), ("**C**", "C"), ("The correct answer is: D. Because", "D"), ("(A) Europe", "A"), ("Africa", None), ("", None), ("E", None)],
+)  # fmt: skip
+def test_letters_are_found(text, said):
+    assert letter(text) == said
+
+
+@pytest.mark.parametrize(
+    "task, text, said",
+    [
+        ("sums", "17 + 25 = 42", "42"), ("sums", "The answer is 42.", "42"), ("sums", "17 and 25", None), ("sums", "-3", "-3"),
+        ("keys", " 47", "47"), ("keys", "x", None), ("brackets", "))", "))"), ("brackets", "x)", None),
+        ("indentation", "\n        return", "8"), ("indentation", "\n\nclass", "0"), ("indentation", " + 1", None),
+        ("copying", " a, b)", "a, b"), ("copying", " a, b", None), ("names", " self.x", "self"), ("names", ")", None), ("forms", " \n", None),
+    ],
+)  # fmt: skip
+def test_answers_are_found(task, text, said):
+    assert TASKS[task].parse(text) == said
