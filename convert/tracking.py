@@ -71,6 +71,31 @@ class Track:
         if self.wandb:
             self.wandb.summary.update(numbers)
 
+    def evaluation(self, found: dict, page: Path) -> None:
+        """The rows of evaluation.json as a table, each score and gap for the table of runs, and the page."""
+        if not self.wandb:
+            return
+        import wandb
+
+        columns = ("task", "model", "reading", "score", "low", "high", "n", "unparsable")
+        table = wandb.Table(columns=list(columns), data=[[row[key] for key in columns] for row in found["rows"]])
+        self.wandb.log({"evaluation": table, "report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+        self.wandb.summary.update({f"score/{row['task']}/{row['reading']}/{row['model']}": row["score"] for row in found["rows"]})
+        self.wandb.summary.update({f"gap/{row['task']}/{row['reading']}": row["gap"] for row in found["gaps"]})
+
+    def lineage(self, teacher: str, teacher_id: str, model: Path, model_id: str, made: dict) -> None:
+        """The student as an artifact that was made from its teacher's: a later run whose teacher is this student goes on from it. The
+        files stay where they are."""
+        if not self.wandb:
+            return
+        import wandb
+
+        if not self.wandb.offline:  # W&B takes no inputs offline: the student's metadata name its teacher
+            self.wandb.use_artifact(wandb.Artifact(f"model-{teacher_id}", "model", metadata={"name": teacher}))
+        student = wandb.Artifact(f"model-{model_id}", "model", metadata=made | {"made_from": f"model-{teacher_id}"})
+        student.add_reference(model.absolute().as_uri(), checksum=False)
+        self.wandb.log_artifact(student)
+
     def close(self) -> None:
         if self.wandb:
             self.wandb.finish()
@@ -104,6 +129,7 @@ def _start_wandb(folder: Path, mode: str | None, config: dict, name: str):
     def start(mode: str):
         return wandb.init(
             project="conversion-workbench", dir=folder, id=id_file.read_text(), resume="allow", mode=mode, name=name, config=config,
+            group=Path(str(config.get("teacher", ""))).name or None, job_type=config.get("target"),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
 

@@ -9,8 +9,8 @@ The numbers go into context.json of each run.
 
 import argparse
 import copy
+import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -23,38 +23,19 @@ from transformers.cache_utils import Cache
 from convert import load_teacher, measure
 from convert.errors import UserError
 from convert.mixers import MLA
-from convert.model import ConvertedForCausalLM, layer_bytes
+from convert.model import ConvertedForCausalLM
 from convert.plan import size
 from convert.run import fail_in_words
 
-DECODED = 16  # tokens, after two that warm up
-
 
 @torch.no_grad()
-def costs(model: PreTrainedModel, length: int, dtype: torch.dtype) -> dict[str, float]:
-    """Of one sequence of `length` tokens: bytes of its cache, seconds to the first token, tokens per second after it; and of latent
-    attention both ways to decode."""
-    ids = torch.randint(10, model.config.vocab_size - 10, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    started = time.perf_counter()
-    logits, cache = measure.prefill(model, ids)
-    token = logits[:, -1:].argmax(-1)
-    found = {"first_token_s": time.perf_counter() - started, "bytes": sum(layer_bytes(layer, dtype) for layer in cache.layers)}
-    found["formula"] = measure.formula_bytes(measure.cache_formula(model), length, dtype)
+def costs(model: PreTrainedModel, length: int, dtype: torch.dtype) -> dict:
+    """`measure.context`, the formula, and of latent attention both ways to decode."""
+    found, first, cache = measure.context(model, length, dtype)
+    row = dataclasses.asdict(found) | {"formula": measure.formula_bytes(measure.cache_formula(model), length, dtype)}
     slots = model.slots() if isinstance(model, ConvertedForCausalLM) else {}
     mixers = [slot.mixer for slot in slots.values() if isinstance(slot.mixer, MLA)]
-    if mixers:
-        found["absorbed"] = _absorbed_against_expanded(model, mixers, token, cache)
-    return found | {"tokens_per_s": _decode(model, token, cache)[1]}
-
-
-def _decode(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, float]:
-    """The last logits, and tokens per second."""
-    for i in range(2 + DECODED):
-        if i == 2:
-            started = time.perf_counter()
-        logits = model(token, past_key_values=cache, use_cache=True).logits
-        token = logits[:, -1:].argmax(-1)
-    return logits, DECODED / (time.perf_counter() - started)
+    return row | ({"absorbed": _absorbed_against_expanded(model, mixers, first, cache)} if mixers else {})
 
 
 def _absorbed_against_expanded(model: ConvertedForCausalLM, mixers: list[MLA], token: torch.Tensor, cache: Cache) -> dict[str, float]:
@@ -63,7 +44,7 @@ def _absorbed_against_expanded(model: ConvertedForCausalLM, mixers: list[MLA], t
     for how in ("absorbed", "expanded"):
         for mixer in mixers:
             mixer._is_absorbed_cheaper = lambda queries, tokens, how=how: how == "absorbed"
-        logits[how], speed[how] = _decode(model, token, copy.deepcopy(cache))
+        logits[how], speed[how] = measure.decode(model, token, copy.deepcopy(cache))
     for mixer in mixers:
         del mixer._is_absorbed_cheaper
     worst = (logits["absorbed"] - logits["expanded"]).abs().max().item()
@@ -113,7 +94,7 @@ def main() -> None:
     with tqdm(total=len(lengths) * len(models), desc="prefill and decode", unit="model", dynamic_ncols=True) as bar:
         for length in lengths:
             for name, model in models.items():
-                rows.append({"length": length, "model": name} | costs(model, length, taught.dtype))
+                rows.append({"model": name} | costs(model, length, taught.dtype))
                 bar.write(json.dumps(rows[-1]))
                 bar.update()
     show(Console(), rows)

@@ -22,6 +22,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.tracking", "convert.checkpoint", "convert.report", "convert.plan", "convert.selection", "convert.native"),
     ("convert.export", "convert.final", "convert.harness", "convert.scores"),
     ("convert.swaps", "convert.evaluation", "convert.watch"),
+    ("convert.charts", "convert.page"),
     ("convert.conversion",),
     ("convert.run",),
     ("convert.evaluate", "convert.generate", "convert.__init__"),

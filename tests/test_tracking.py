@@ -78,3 +78,25 @@ def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
     read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", files[0]], capture_output=True, text=True, check=True).stdout
     summary = json.loads(read)["summary"]
     assert summary["align/train/loss"] == 1.5 and summary["tokens"] == 10 and summary["step"] == 1 and summary["ratio"] == 1.1
+
+
+def test_tables_and_the_page_are_in_the_run_file(tmp_path):
+    (tmp_path / "report.html").write_text("<html></html>")
+    (tmp_path / "model").mkdir()
+    track = Track(tmp_path, mode="offline", config={"teacher": "neox-nano", "target": "mamba"}, name="x")
+    track.enter("distill", 0, 0)
+    for step in (1, 2):
+        track.generations([{"task": "names", "prompt": "p", "teacher": "a", "student": str(step), "reference": "c"}])
+        track.log(step, 10 * step, {"train/loss": 1.5})
+    row = {"task": "names", "model": "student", "reading": "generation", "score": 0.5, "low": 0.2, "high": 0.7, "n": 4, "unparsable": 0.0}
+    track.evaluation({"rows": [row], "gaps": [{"task": "names", "reading": "generation", "gap": 0.1}]}, tmp_path / "report.html")
+    track.lineage("neox-nano", "abc", tmp_path / "model", "def", {"target": "mamba"})
+    track.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", file], capture_output=True, text=True, check=True).stdout
+    summary = json.loads(read)["summary"]
+    assert summary["gap/names/generation"] == 0.1 and summary["score/names/generation/student"] == 0.5
+    assert summary["evaluation"]["nrows"] == 1 and summary["report"]["_type"] == "html-file"
+    table = json.loads((file.parent / "files" / summary["generations"]["path"]).read_text())
+    assert [line[table["columns"].index("student")] for line in table["data"]] == ["1", "2"]  # the history stays

@@ -1,0 +1,221 @@
+"""report.html: a run, or several side by side, as one page that needs no network."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from convert import charts, evaluation, report
+from convert.errors import UserError
+from convert.plan import duration, size
+
+LENGTH = "8192"  # of the context at which caches are compared
+POINTS = 300  # of a curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds, as data."""
+
+    name: str
+    report: dict
+    evaluation: dict
+    metrics: tuple[dict, ...]
+
+    @staticmethod
+    def read(folder: Path) -> "Run":
+        if not (folder / "report.json").exists():
+            raise UserError(
+                f"A finished run has a report.json; {folder} has none. Give run folders, or finish it by repeating its command."
+            )
+        found = json.loads((folder / "report.json").read_text())
+        asked = folder / "evaluation.json"
+        metrics = tuple(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+        told = json.loads(asked.read_text()) if asked.exists() else found.get("evaluation", {"rows": [], "gaps": []})
+        return Run(folder.name, found, told, metrics)
+
+
+def write_page(folders: Sequence[Path], out: Path) -> None:
+    runs = [Run.read(folder) for folder in folders]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".writing")
+    aside.write_text(page(runs), encoding="utf-8")
+    aside.replace(out)
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The HTML."""
+    environment = Environment(autoescape=True, trim_blocks=False)
+    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    one = runs[0] if len(runs) == 1 else None
+    return template.render(
+        title=f"{runs[0].report['teacher']} → {runs[0].report['target']}" if one else f"{len(runs)} conversions side by side",
+        lead=[_sentence(run, named=one is None) for run in runs],
+        cards=_cards(runs[0].report) if one else [],
+        findings=[line if one else f"{run.name}: {line}" for run in runs for line in evaluation.findings(run.evaluation)],
+        charts={"gaps": _gap_charts(runs), "training": _training_charts(runs), "context": _context_charts(runs)},
+        scores=_scores(runs),
+        steps=_steps(runs),
+        texts=[text for run in runs for text in _texts(run, named=one is None)],
+        facts=report.facts(one.report) if one else [],
+        provenance=_provenance(runs),
+        settings=[(f"Settings of {run.name}", json.dumps(run.report["settings"], indent=1)) for run in runs],
+        macros_table=_table,
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Markup:
+    """The first row is the head."""
+    lines = [
+        "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    ]
+    return Markup("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+
+
+def _sentence(run: Run, *, named: bool) -> str:
+    ppl, found = run.report["perplexity"], run.report
+    return (
+        f"{run.name + ': p' if named else 'P'}erplexity on held-out text {ppl['student']:.3f}, the teacher's is {ppl['teacher']:.3f} (ratio {ppl['ratio']:.4f}); "
+        f"{found['agreement']['top1']:.1%} of the first tokens are the same; cache at {int(LENGTH):,} tokens {_cache(found, 'student') / _cache(found, 'teacher'):.1%} "
+        "of the teacher's."
+    )
+
+
+def _cache(found: dict, who: str) -> int:
+    return found["cache_bytes"]["formula"][who][LENGTH]
+
+
+def _cards(found: dict) -> list[tuple[str, str, str]]:
+    ppl, gaps = found["perplexity"], found.get("evaluation", {}).get("gaps", [])
+    cards = [
+        ("Perplexity", f"× {ppl['ratio']:.3f}", f"{ppl['teacher']:.2f} → {ppl['student']:.2f}"),
+        ("Same first token", f"{found['agreement']['top1']:.1%}", f"KL {found['kl']['mean_nats']:.3f} nats"),
+        (f"Cache at {int(LENGTH):,}", f"{_cache(found, 'student') / _cache(found, 'teacher'):.1%}", f"{size(_cache(found, 'teacher'))} → {size(_cache(found, 'student'))}"),
+        ("Training", duration(found["seconds"]["total"]), f"{found['tokens']['total']:,} tokens"),
+    ]  # fmt: skip
+    for reading, title in (("generation", "Gap when it writes"), ("likelihood", "Gap when it ranks")):
+        if some := [row["gap"] for row in gaps if row["reading"] == reading]:
+            cards.append((title, f"{100 * sum(some) / len(some):+.1f}", "points behind, mean of the tasks"))
+    return cards
+
+
+def _chart(title: str, svg: str) -> dict:
+    return {"title": title, "svg": svg}
+
+
+def _gap_charts(runs: Sequence[Run]) -> list[dict]:
+    return [
+        _chart(run.name if len(runs) > 1 else "Gap by task", charts.gaps(f"gaps{n}", run.evaluation["gaps"]))
+        for n, run in enumerate(runs) if run.evaluation["gaps"]
+    ]  # fmt: skip
+
+
+def _training_charts(runs: Sequence[Run]) -> list[dict]:
+    found = []
+    for stage in dict.fromkeys(row["stage"] for run in runs for row in run.metrics):
+        lines = [_curve(run, "train/loss", stage) for run in runs]
+        found.append(_chart(f"Loss of {stage}", charts.curves(f"loss-{stage}", [line for line in lines if line[1]], "loss", log=True)))
+    for key, title, log in (
+        ("held_out/perplexity", "Held-out perplexity", True),
+        ("held_out/generation", "Questions answered in writing", False),
+    ):
+        lines = [line for run in runs if (line := _curve(run, key))[1]]
+        if lines:
+            found.append(_chart(title, charts.curves(key.replace("/", "-"), lines, title.lower(), log=log, zero=not log)))
+    return found
+
+
+def _curve(run: Run, key: str, stage: str | None = None) -> charts.Curve:
+    """Thinned, so that the page stays small: means of neighbours."""
+    rows = [(row["tokens"], row[key]) for row in run.metrics if key in row and stage in (None, row["stage"])]
+    step = max(1, len(rows) // POINTS)
+    groups = [rows[i : i + step] for i in range(0, len(rows), step)]
+    return run.name, [group[-1][0] for group in groups], [sum(y for _, y in group) / len(group) for group in groups]
+
+
+def _context_charts(runs: Sequence[Run]) -> list[dict]:
+    sizes, speeds, firsts = [], [], []
+    for label, found, who in _models(runs):
+        formula = found["cache_bytes"]["formula"][who]
+        sizes.append((label, [int(length) for length in formula], list(formula.values())))
+        if rows := found.get("contexts", {}).get(who):
+            speeds.append((label, [row["length"] for row in rows], [row["tokens_per_s"] for row in rows]))
+            firsts.append((label, [row["length"] for row in rows], [row["first_token_s"] for row in rows]))
+    points = [(label, _cache(found, who), found["perplexity"][who]) for label, found, who in _models(runs)]
+    shown = [
+        _chart("Quality against cache", charts.quality("quality", points, int(LENGTH))),
+        _chart("Cache", charts.by_context("cache", sizes, "bytes of cache", in_bytes=True)),
+    ]
+    if speeds:
+        shown.append(_chart("Speed", charts.by_context("speed", speeds, "tokens per second")))
+        shown.append(_chart("Time to the first token", charts.by_context("first", firsts, "seconds")))
+    return shown
+
+
+def _models(runs: Sequence[Run]) -> list[tuple[str, dict, str]]:
+    """Every teacher once, then the students."""
+    teachers = {run.report["teacher"]: (run.report["teacher"] if len(runs) > 1 else "teacher", run.report, "teacher") for run in runs}
+    return [*teachers.values(), *((run.name if len(runs) > 1 else "student", run.report, "student") for run in runs)]
+
+
+def _scores(runs: Sequence[Run]) -> list[list[str]]:
+    head = ["task", "model", "by", "score", "95 %", "n", "unparsable", "repetition", "distinct 2", "same text", "first divergence"]
+    if len(runs) > 1:
+        head.insert(0, "run")
+    rows = [head]
+    for run in runs:
+        for row in run.evaluation["rows"]:
+            cells = [
+                row["task"],
+                row["model"],
+                row["reading"],
+                f"{row['score']:.1%}",
+                f"{row['low']:.1%} to {row['high']:.1%}",
+                str(row["n"]),
+            ]
+            cells += [_share(row, key) for key in ("unparsable", "repetition", "distinct_2", "same_text")]
+            cells.append("" if row.get("first_divergence") is None else f"{row['first_divergence']:.0f} tokens")
+            rows.append([run.name, *cells] if len(runs) > 1 else cells)
+    return rows if len(rows) > 1 else []
+
+
+def _share(row: dict, key: str) -> str:
+    return f"{row[key]:.0%}" if key in row else ""
+
+
+def _steps(runs: Sequence[Run]) -> list[list[str]]:
+    rows = [["step", "tokens", "time", "first loss", "last loss", "perplexity after"]]
+    for run in runs:
+        for row in run.report["steps"]:
+            name = row["name"] if len(runs) == 1 else f"{run.name}: {row['name']}"
+            trained = [""] * 4
+            if row["tokens"]:
+                trained = [f"{row['tokens']:,}", duration(row["seconds"]), f"{row['loss_first']:.4f}", f"{row['loss_last']:.4f}"]
+            rows.append([name, *trained, f"{row['perplexity_after']:.3f}"])
+    return rows
+
+
+def _texts(run: Run, *, named: bool) -> list[dict]:
+    found = []
+    for row in run.report["continuations"]:
+        same = commonprefix([row["teacher"], row["student"]])
+        student = f"student of {run.name}" if named else "student"
+        rows = [("teacher", row["teacher"], ""), (student, same, row["student"][len(same) :])]
+        found.append({"prompt": row["prompt"], "rows": rows})
+    return found
+
+
+def _provenance(runs: Sequence[Run]) -> list[list[str]]:
+    rows = [["", *(run.name for run in runs)]]
+    for label, value in (
+        ("teacher", lambda r: r["settings"]["teacher"]), ("target", lambda r: r["target"]),
+        ("data", lambda r: f"{r['settings']['data']} ({r['settings']['data_fingerprint'][:12]})"), ("seed", lambda r: str(r["seed"])),
+        ("device", lambda r: r["device"]), ("commit", lambda r: r["commit"] or "unknown"),
+        ("versions", lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items() if version)),
+    ):  # fmt: skip
+        rows.append([label, *(value(run.report) for run in runs)])
+    return rows

@@ -1,0 +1,24 @@
+"""Which of several conversions is the better one, and at what cost? The page of a run, for several.
+
+python -m experiments.compare runs/neox-nano-mamba runs/neox-nano-mla --out runs/compare.html
+"""
+
+import argparse
+from pathlib import Path
+
+from convert.console import console
+from convert.page import write_page
+from convert.run import fail_in_words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="finished run folders")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare.html"))
+    args = parser.parse_args()
+    write_page(args.runs, args.out)
+    console.print(f"{args.out} is one file; open it in a browser.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(fail_in_words(main, debug=False))
