@@ -1,0 +1,62 @@
+"""The six tasks ask what they say, and their targets can be known."""
+
+import numpy as np
+import pytest
+
+from experiments.mad import IGNORED, REDUCED, TASKS, compression, copying, fuzzy_recall, memorisation, noisy_recall, recall
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("testing", [False, True])
+def test_shapes_and_vocabulary(name, testing):
+    make, vocab = TASKS[name]
+    inputs, targets = make(rng(), 20, REDUCED, testing)
+    assert inputs.shape == targets.shape and inputs.min() >= 0 and inputs.max() < vocab
+    assert ((targets == IGNORED) | ((targets >= 0) & (targets < vocab))).all()
+    assert (targets != IGNORED).any(1).all()
+    again = make(rng(), 20, REDUCED, testing)
+    assert (again[0] == inputs).all() and (make(rng(1), 20, REDUCED, testing)[0] != inputs).any()
+
+
+@pytest.mark.parametrize("make", [recall, noisy_recall])
+def test_what_counts_was_said_before(make):
+    inputs, counts = make(rng(), 50, REDUCED, True)
+    for row, target in zip(inputs.tolist(), counts.tolist(), strict=True):
+        for place in np.flatnonzero(np.array(target) != IGNORED):
+            pairs = {row[i]: row[i + 1] for i in range(0, place - 1, 2)}
+            assert place % 2 == 0 and pairs[row[place]] == target[place]
+        assert target[-1] != IGNORED  # the last key is always known
+
+
+def test_a_key_of_three_tokens_has_the_value_it_had_before():
+    inputs, counts = fuzzy_recall(rng(), 50, REDUCED, True)
+    for row, target in zip(inputs.tolist(), counts.tolist(), strict=True):
+        known = [i for i, value in enumerate(target) if value != IGNORED]
+        first = known[0]  # the prediction at this place, from the key's last token
+        key, value = row[first - 2 : first + 1], target[first]
+        assert any(row[i : i + 3] == key and row[i + 3] == value for i in range(first - 2))
+
+
+def test_copies_are_the_tokens_among_the_blanks():
+    inputs, counts = copying(rng(), 20, REDUCED, True)
+    for row, target in zip(inputs.tolist(), counts.tolist(), strict=True):
+        sign = row.index(15)
+        assert [t for t in row[:sign] if t != 14] == [t for t in target if t != IGNORED] and len(row) == 2 * REDUCED.seq_len
+
+
+def test_the_dictionary_is_the_same_in_training_and_test():
+    found = {}
+    for seed, testing in ((0, False), (1, True)):
+        inputs, targets = memorisation(rng(seed), 50, REDUCED, testing)
+        for key, value in zip(inputs[:, ::2].ravel().tolist(), targets[:, 1::2].ravel().tolist(), strict=True):
+            assert found.setdefault(key, value) == value
+    assert len(set(found.values())) == len(found)
+
+
+def test_compression_asks_for_everything():
+    inputs, targets = compression(rng(), 5, REDUCED, True)
+    assert (inputs == targets).all() and (inputs[:, -1] == 15).all()
