@@ -80,6 +80,7 @@ def evaluate_tasks(
 ) -> dict:  # fmt: skip
     """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts in the same batches."""
     answers, rows, gaps = Answers(file), [], []
+    weights = {name: fingerprint(model) for name, model in models.items()}
     asked = {task: _asked(models, tokenizer, task, limit, seed) for task in tasks}
     total = len(models) * len(READINGS) * sum(map(len, asked.values()))
     with tqdm(total=total, desc="ask", unit="answer", dynamic_ncols=True, delay=1) as bar:
@@ -88,7 +89,8 @@ def evaluate_tasks(
             for name, model in models.items():
                 for reading in READINGS:
                     bar.set_description(f"{task.name}, {name}, {reading}")
-                    found[name, reading] = _read(model, tokenizer, task, items, reading, answers, bar)
+                    key = f"{weights[name]} {task.name} {reading} {_digest(task, items)}"
+                    found[name, reading] = _read(model, tokenizer, task, items, reading, answers, key, bar)
             rows += _rows(task, items, found)
             if {"teacher", "student"} <= set(models) and items:
                 for reading in READINGS:
@@ -97,7 +99,7 @@ def evaluate_tasks(
     return {
         "rows": rows,
         "gaps": gaps,
-        "models": {name: fingerprint(model) for name, model in models.items()},
+        "models": weights,
         "limit": limit,
         "seed": seed,
     }
@@ -111,9 +113,11 @@ def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
     return [items[i] for i in sorted(room)]
 
 
-def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, bar: tqdm) -> list[Answer]:
-    digest = hashlib.sha256(repr((items, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
-    key = f"{fingerprint(model)} {task.name} {reading} {digest}"
+def _digest(task: Task, items: list[Item]) -> str:
+    return hashlib.sha256(repr((items, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
+
+
+def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, key: str, bar: tqdm) -> list[Answer]:
     known = answers.of(key)
     bar.update(len(known))
     for batch in READINGS[reading](model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
@@ -244,7 +248,7 @@ def _stored(run: Path) -> dict:
         raise UserError(f"A finished run has a report.json; {run} has none. Finish it by repeating its convert.run command.")
     try:
         stored = json.loads((run / "report.json").read_text())
-        return stored if stored["settings"] else stored
+        return stored if stored["settings"]["teacher"] else {}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"The report {run / 'report.json'} is damaged. Repeat the run's convert.run command: it writes the report again."
