@@ -40,7 +40,7 @@ setup(
         "jinja2",
         "matplotlib",
         "tzdata",
-        "wandb>=0.28",
+        "wandb>=0.31",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],

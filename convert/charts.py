@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -12,6 +13,12 @@ from convert.plan import count, size
 
 INK, MUTED = "#000001", "#000002"  # stand for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))
+COLOURS = """\
+:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #22252a; --muted: #85888f; --line: #e3e0d8; --mark: #ffe08a;
+  --c0: #1f6fb2; --c1: #c8571b; --c2: #2a8c55; --c3: #8a4fb0; --c4: #b03a5b; --c5: #7a6a1f; --c6: #3c8c93; --c7: #5a5f69; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15171a; --card: #1d2024; --ink: #e6e4df; --muted: #8d9098; --line: #33373d; --mark: #6a5410;
+    --c0: #6db3f2; --c1: #f2975f; --c2: #6fcf97; --c3: #c79be8; --c4: #f08aa8; --c5: #d8c56a; --c6: #7fd0d8; --c7: #a9adb6; } }"""
 STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "grid.color": MUTED, "grid.alpha": 0.25,
@@ -109,3 +116,21 @@ def quality(name: str, points: Sequence[tuple[str, float, float]], length: int) 
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value) if value else "0"))
         axes.legend(fontsize=8)
         return _svg(figure, name)
+
+
+def readings(name: str, points: Sequence[tuple[str, float, float]]) -> str:
+    """Students by their gap when they rank (x) and when they write (y), in points; above the diagonal likelihood flatters."""
+    with rc_context(STYLE):
+        figure, axes = _figure(3.6)
+        ends = [min(0.0, *(v for _, *xy in points for v in xy)) - 2, max(v for _, *xy in points for v in xy) + 2]
+        axes.plot(ends, ends, color=MUTED, linewidth=0.8)
+        for number, (label, x, y) in enumerate(points):
+            axes.plot([x], [y], "os^Dv"[number // len(SERIES)], color=SERIES[number % len(SERIES)], label=label, markersize=6)
+        axes.set(xlabel="points behind when it ranks", ylabel="points behind when it writes", xlim=ends, ylim=ends)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+        return _svg(figure, name)
+
+
+def write(svg: str, file: Path) -> None:
+    """A chart as a file of its own, whose colours follow the reader's light or dark."""
+    file.write_text(svg.replace(">", f"><style>{COLOURS} svg {{ background: var(--paper); }}</style>", 1), encoding="utf-8")

@@ -99,16 +99,10 @@ def _locked_run(
         write_json(out / "report.json", numbers)
         (out / "report.md").write_text(report.markdown(numbers))
         write_page([out], out / "report.html")
-        track.evaluation(numbers["evaluation"], out / "report.html")
-        made = {key: settings[key] for key in ("teacher", "target", "data", "data_fingerprint")} | numbers["perplexity"]
-        exported = fingerprint(student)
-        track.lineage(settings["teacher"], settings["teacher_fingerprint"], out / "model", exported, made)
-        track.summary(
-            {
-                key: numbers[part][key]
-                for part, key in (("perplexity", "ratio"), ("perplexity", "student"), ("agreement", "top1"), ("kl", "mean_nats"))
-            }
-        )
+        track.enter("evaluate")
+        track.made(fingerprint(student), {"architecture": recipe.target} | numbers["perplexity"], out / "model")
+        short = {part: numbers[part][key] for part, key in (("perplexity", "ratio"), ("agreement", "top1"), ("kl", "mean_nats"))}
+        track.finish(numbers["evaluation"], out / "report.html", short)
     finally:
         track.close()
     return numbers
@@ -126,7 +120,7 @@ def _steps(
         result = folder.result()
         if result is not None:
             console.print(f"[dim]{step.name}: done, skipped[/]")
-            student = None
+            student, track.model = None, result.get("model", track.model)
         else:
             start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
             student = start() if student is None else student
@@ -134,6 +128,9 @@ def _steps(
             if isinstance(step, Train):
                 track.enter(step.name, tokens_before, steps_before)
             student, result = _do(step, student, start, taught, text, recipe, folder, track, watch, batches)
+            if isinstance(step, Train):
+                result["model"] = fingerprint(student)
+                track.made(result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]})
             folder.finish(student, result)
             if "layers" in result:
                 write_json(out / "layers.json", result["layers"])
@@ -202,6 +199,11 @@ def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepF
         "tokens": s.num_steps * s.batch_tokens, "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few,
         "skipped": rows[-1]["train/skipped"], "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
     }  # fmt: skip
+
+
+def architecture(student: ConvertedForCausalLM) -> str:
+    """The names of its mixers."""
+    return ", ".join(dict.fromkeys(mixer["name"] for mixer in student.config.mixers if mixer is not None))
 
 
 def seed_of(recipe: Recipe) -> int:

@@ -65,6 +65,7 @@ def page(runs: Sequence[Run]) -> str:
         provenance=_provenance(runs),
         settings=[(f"Settings of {run.name}", json.dumps(run.report["settings"], indent=1)) for run in runs],
         macros_table=_table,
+        colours=charts.COLOURS,
     )
 
 

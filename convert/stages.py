@@ -21,6 +21,7 @@ from convert.mixers.parts import FeatureMap
 from convert.model import ConvertedForCausalLM, attention_of, documents_of
 from convert.objectives import Distill, backward_through_head, cosine_distance
 
+NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
 
 
@@ -270,6 +271,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
                 at.bad_in_a_row = 0
             else:
                 at.skipped, at.bad_in_a_row = at.skipped + 1, at.bad_in_a_row + 1
+            sizes = _norms(student) if at.step % max(1, settings.num_steps // NORMS) == 0 else {}
             optimizer.zero_grad()
             at.step += 1
             at.seconds = first_second + time.monotonic() - started
@@ -277,7 +279,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
             numbers = {
                 "train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "speed/tokens_per_s": speed,
                 "train/skipped": at.skipped, "train/seconds": at.seconds,
-            }  # fmt: skip
+            } | sizes  # fmt: skip
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
                 numbers |= measure(student)
@@ -334,6 +336,18 @@ def _accumulate(backward, batch: Batch, settings: Settings, device: torch.device
     """The gradients of a batch, micro-batch by micro-batch; its loss."""
     parts = batch.split(max(1, settings.micro_tokens // settings.seq_len))
     return sum(backward(part.to(device), batch).item() for part in parts if part.num_targets)
+
+
+@torch.no_grad()
+def _norms(student: ConvertedForCausalLM) -> dict[str, float]:
+    """Of the trained parameters of each new mixer and of their gradients, as clipped; read from the device at once."""
+    found = {}
+    for layer, slot in student.slots().items():
+        trained = [p for p in slot.parameters() if p.grad is not None]
+        if trained:
+            found[f"weights/layer_{layer:02}"] = torch.nn.utils.get_total_norm([p.detach() for p in trained])
+            found[f"gradients/layer_{layer:02}"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
 def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,12 +13,9 @@ import os
 import re
 import socket
 import struct
-import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import torch
@@ -30,6 +27,7 @@ from transformers.utils import logging
 
 from convert.errors import UserError
 from convert.model import ConvertedConfig
+from convert.network import answers
 from convert.projections import refusal
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parent / "nano"
@@ -315,25 +313,9 @@ def _check_weight_files(folder: Path, trust: bool) -> None:
             raise UserError(f"The weight file {file} is damaged ({_first_line(error)}). Copy or download it again.") from error
 
 
-def is_hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub's host, or the proxy before it, takes a connection. huggingface_hub itself would try for 23 seconds."""
-    if huggingface_hub.is_offline_mode():
-        return False
-    url, proxies = urlsplit(huggingface_hub.constants.ENDPOINT), urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = url.hostname, url.port or (80 if url.scheme == "http" else 443)
-    reached = []
-
-    def knock() -> None:
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout):
-            reached.append(True)
-
-    thread = threading.Thread(target=knock, daemon=True)  # a name look-up and several addresses know no common time limit
-    thread.start()
-    thread.join(timeout)
-    return bool(reached)
+def is_hub_reachable() -> bool:
+    """huggingface_hub itself would try for 23 seconds."""
+    return not huggingface_hub.is_offline_mode() and answers(huggingface_hub.constants.ENDPOINT)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ OURS = ("kernels", "convert", "experiments")
 
 RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("kernels",),
-    ("convert.errors", "convert.console"),
+    ("convert.errors", "convert.console", "convert.network"),
     ("convert.projections",),
     ("convert.mixers",),
     ("convert.model",),
@@ -19,8 +19,8 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.tasks",),
     ("convert.readings", "convert.stages"),
     ("convert.recipes", "convert.calibration", "convert.measure"),
-    ("convert.tracking", "convert.checkpoint", "convert.report", "convert.plan", "convert.selection", "convert.native"),
-    ("convert.export", "convert.final", "convert.harness", "convert.scores"),
+    ("convert.dashboard", "convert.checkpoint", "convert.report", "convert.plan", "convert.selection", "convert.native"),
+    ("convert.tracking", "convert.export", "convert.final", "convert.harness", "convert.scores"),
     ("convert.swaps", "convert.evaluation", "convert.watch"),
     ("convert.charts", "convert.page"),
     ("convert.conversion",),

@@ -1,13 +1,16 @@
 """metrics.jsonl is whole and unique after a crash; W&B is offline without a key, silent, and can be read back."""
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import wandb
 
+from convert import dashboard
 from convert.errors import UserError
 from convert.tracking import Track
 
@@ -43,8 +46,16 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     ]  # fmt: skip
 
 
+def read_back(file: Path) -> dict:
+    """The summary of a run's file, by W&B's own reader."""
+    wandb = Path(sys.executable).with_name("wandb")
+    read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", file], capture_output=True, text=True, check=True).stdout
+    return json.loads(read)["summary"]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("answers", [True, False])
+def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, capsys, answers):
     start = wandb.init
 
     def init(*, mode, **rest):
@@ -53,13 +64,34 @@ def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, ca
         return start(mode=mode, **rest)
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(dashboard, "answers", lambda address: answers)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    Track(tmp_path, mode=None, config={}, name="x").close()
-    assert "W&B does not answer (no such host); this run is tracked offline." in capsys.readouterr().out
+    track = Track(tmp_path, mode=None, config={}, name="x")
+    track.enter("align")
+    assert track.dashboard.run.offline
+    track.enter("distill")  # not asked again
+    track.close()
+    assert capsys.readouterr().out.count("W&B does not answer") == 1
     with pytest.raises(UserError, match="must be reachable for --wandb online"):
-        Track(tmp_path, mode="online", config={}, name="x")
+        Track(tmp_path, mode="online", config={}, name="x").enter("align")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert Track(tmp_path, mode=None, config={}, name="x").wandb is None
+    assert Track(tmp_path, mode=None, config={}, name="x").dashboard is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_takes_connections_and_says_nothing_costs_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setitem(dashboard.PATIENCE, "init_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        track = Track(tmp_path, mode=None, config={}, name="x")
+        started = time.monotonic()
+        track.enter("align")
+        track.log(1, 10, {"train/loss": 1.5})
+        track.close()
+    assert time.monotonic() - started < 60 and [row["train/loss"] for row in rows(tmp_path)] == [1.5]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert read_back(file)["train/loss"] == 1.5
 
 
 def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
@@ -68,35 +100,42 @@ def test_wandb_is_offline_silent_and_keeps_its_id(tmp_path, capfd):
         track.enter("align", 0, 0)
         track.resume(0)
         track.log(1, 10, {"train/loss": 1.5})
-        track.summary({"ratio": 1.1})
+        assert (track.dashboard.run.group, track.dashboard.run.job_type) == (f"x {track.dashboard.id}", "align")
         track.close()
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.stem for file in files}) == 1
-    wandb = Path(sys.executable).with_name("wandb")
-    read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", files[0]], capture_output=True, text=True, check=True).stdout
-    summary = json.loads(read)["summary"]
-    assert summary["align/train/loss"] == 1.5 and summary["tokens"] == 10 and summary["step"] == 1 and summary["ratio"] == 1.1
+    summary = read_back(files[0])
+    assert summary["train/loss"] == 1.5 and summary["tokens"] == 10 and summary["step"] == 1
 
 
-def test_tables_and_the_page_are_in_the_run_file(tmp_path):
+def test_stages_are_runs_with_tables_artifacts_and_the_page(tmp_path):
     (tmp_path / "report.html").write_text("<html></html>")
     (tmp_path / "model").mkdir()
-    track = Track(tmp_path, mode="offline", config={"teacher": "neox-nano", "target": "mamba"}, name="x")
-    track.enter("distill", 0, 0)
-    for step in (1, 2):
-        track.generations([{"task": "names", "prompt": "p", "teacher": "a", "student": str(step), "reference": "c"}])
-        track.log(step, 10 * step, {"train/loss": 1.5})
+    track = Track(tmp_path, mode="offline", config={"teacher": "neox-nano", "target": "mamba", "teacher_fingerprint": "abc"}, name="x")
+    for stage, before in (("align", 0), ("distill", 2)):
+        track.enter(stage, 10 * before, before)
+        for step in (1, 2):
+            track.generations([{"task": "names", "prompt": "p", "teacher": "a", "student": f"{stage} {step}", "reference": "c"}])
+            track.log(step, 10 * step, {"train/loss": 1.5})
+        track.made(f"after {stage}"[-5:], {"architecture": "linear"})
+    track.enter("evaluate")
+    track.made("def", {"architecture": "mamba"}, tmp_path / "model")
     row = {"task": "names", "model": "student", "reading": "generation", "score": 0.5, "low": 0.2, "high": 0.7, "n": 4, "unparsable": 0.0}
-    track.evaluation({"rows": [row], "gaps": [{"task": "names", "reading": "generation", "gap": 0.1}]}, tmp_path / "report.html")
-    track.lineage("neox-nano", "abc", tmp_path / "model", "def", {"target": "mamba"})
+    found = {"rows": [row], "gaps": [{"task": "names", "reading": "generation", "gap": 0.1}]}
+    track.finish(found, tmp_path / "report.html", {"perplexity": 1.1})
     track.close()
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    wandb = Path(sys.executable).with_name("wandb")
-    read = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", file], capture_output=True, text=True, check=True).stdout
-    summary = json.loads(read)["summary"]
-    assert summary["gap/names/generation"] == 0.1 and summary["score/names/generation/student"] == 0.5
-    assert summary["evaluation"]["nrows"] == 1 and summary["report"]["_type"] == "html-file"
-    table = json.loads((file.parent / "files" / summary["generations"]["path"]).read_text())
-    assert [line[table["columns"].index("student")] for line in table["data"]] == ["1", "2"]  # the history stays
+    files = {file.stem.split("-")[-1]: file for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert set(files) == {"align", "distill", "evaluate"}
+    distilled, evaluated = read_back(files["distill"]), read_back(files["evaluate"])
+    assert distilled["tokens"] == 40 and distilled["step"] == 4  # the axes go on from stage to stage
+    assert (
+        evaluated["gap/names/generation"] == 0.1 and evaluated["score/names/generation/student"] == 0.5 and evaluated["perplexity"] == 1.1
+    )
+    assert evaluated["evaluation"]["nrows"] == 1 and evaluated["report"]["_type"] == "html-file"
+    table = json.loads((files["distill"].parent / "files" / distilled["generations"]["path"]).read_text())
+    column = table["columns"].index("student")
+    assert [line[column] for line in table["data"]] == ["align 1", "align 2", "distill 1", "distill 2"]  # the history stays
+    chain = b"".join(file.read_bytes() for file in files.values())
+    assert chain.count(b"made_from") >= 3 and track.model == "def"
