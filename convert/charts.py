@@ -35,7 +35,7 @@ def _figure(height: float = 2.9):
 def _svg(figure: Figure, name: str) -> str:
     """Without a size of its own; ids are the chart's own, colours the page's."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()[out.getvalue().index("<svg") :]
     text = re.sub(r'(\sid="|url\(#|href="#)', rf"\1{name}-", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
@@ -98,6 +98,8 @@ def by_context(name: str, lines: Sequence[Curve], ylabel: str, *, in_bytes: bool
         lengths = sorted({length for _, x, _ in lines for length in x})
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.xaxis.set_minor_formatter(NullFormatter())
+        if not in_bytes:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value) if in_bytes else f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)

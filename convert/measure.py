@@ -27,6 +27,7 @@ CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)
 ALWAYS_MEASURED = 1024  # tokens
 PREFILL_SECONDS = 15.0  # that measuring a cache at one length may take, by the one before
 PREFILL_CHUNK = 2048  # tokens
+SHORTEST_BUCKET = 64  # tokens before, when perplexity is told by position
 DECODED = 16  # tokens, for a rate
 
 
@@ -43,6 +44,24 @@ def perplexity(model: PreTrainedModel, batches: list[Batch]) -> float:
             total += cross_entropy(model.get_output_embeddings()(h).float(), t).sum().item()
         tokens += len(targets)
     return _exp(total / tokens)
+
+
+@torch.no_grad()
+def perplexity_by_position(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
+    """Perplexity of the tokens with so many of their document before them, up to the next key; the keys are 0 and powers of two from 64."""
+    nats, counts = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    for batch in batches:
+        batch = batch.to(model.device)
+        targets, seen = batch.labels.flatten(), batch.position_ids.flatten()
+        real = targets != -100
+        hidden = hidden_states(model, batch).flatten(0, 1)[real]
+        for h, t, at in zip(*(x.split(HEAD_CHUNK) for x in (hidden, targets[real], seen[real])), strict=True):
+            found = cross_entropy(model.get_output_embeddings()(h).float(), t).double().cpu()
+            bucket = at.clamp(min=SHORTEST_BUCKET // 2).log2().floor().long().cpu()
+            nats.index_add_(0, bucket, found)
+            counts.index_add_(0, bucket, torch.ones_like(found))
+    first = int(math.log2(SHORTEST_BUCKET)) - 1
+    return {(1 << b if b > first else 0): _exp((nats[b] / counts[b]).item()) for b in range(first, 64) if counts[b]}
 
 
 def _exp(nats: float) -> float:

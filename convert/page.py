@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from convert import charts, evaluation, report
 from convert.errors import UserError
 from convert.plan import duration, size
+from convert.tasks import LETTERS
 
 LENGTH = "8192"  # of the context at which caches are compared
 POINTS = 300  # of a curve
@@ -25,6 +26,7 @@ class Run:
     report: dict
     evaluation: dict
     metrics: tuple[dict, ...]
+    context: dict  # what experiments.context found; empty where nobody asked
 
     @staticmethod
     def read(folder: Path) -> "Run":
@@ -36,7 +38,8 @@ class Run:
         asked = folder / "evaluation.json"
         metrics = tuple(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
         told = json.loads(asked.read_text()) if asked.exists() else found.get("evaluation", {"rows": [], "gaps": []})
-        return Run(folder.name, found, told, metrics)
+        context = json.loads((folder / "context.json").read_text()) if (folder / "context.json").exists() else {}
+        return Run(folder.name, found, told, metrics, context)
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
@@ -59,12 +62,14 @@ def page(runs: Sequence[Run]) -> str:
         findings=[line if one else f"{run.name}: {line}" for run in runs for line in evaluation.findings(run.evaluation)],
         charts={"gaps": _gap_charts(runs), "training": _training_charts(runs), "context": _context_charts(runs)},
         scores=_scores(runs),
+        letters=_letters(runs),
+        needles=_needles(runs),
         steps=_steps(runs),
         texts=[text for run in runs for text in _texts(run, named=one is None)],
         facts=report.facts(one.report) if one else [],
         provenance=_provenance(runs),
         settings=[(f"Settings of {run.name}", json.dumps(run.report["settings"], indent=1)) for run in runs],
-        macros_table=_table,
+        table=_table,
         colours=charts.COLOURS,
     )
 
@@ -139,14 +144,16 @@ def _curve(run: Run, key: str, stage: str | None = None) -> charts.Curve:
 
 
 def _context_charts(runs: Sequence[Run]) -> list[dict]:
-    sizes, speeds, firsts = [], [], []
-    for label, found, who in _models(runs):
-        formula = found["cache_bytes"]["formula"][who]
+    sizes, speeds, firsts, positions = [], [], [], []
+    for label, run, who in _models(runs):
+        formula = run.report["cache_bytes"]["formula"][who]
         sizes.append((label, [int(length) for length in formula], list(formula.values())))
-        if rows := found.get("contexts", {}).get(who):
+        if rows := _costs(run, who):
             speeds.append((label, [row["length"] for row in rows], [row["tokens_per_s"] for row in rows]))
             firsts.append((label, [row["length"] for row in rows], [row["first_token_s"] for row in rows]))
-    points = [(label, _cache(found, who), found["perplexity"][who]) for label, found, who in _models(runs)]
+        if seen := run.context.get("perplexity_by_position", {}).get(_as_there(run, who)):
+            positions.append((label, [max(32, int(start)) for start in seen], list(seen.values())))
+    points = [(label, _cache(run.report, who), run.report["perplexity"][who]) for label, run, who in _models(runs)]
     shown = [
         _chart("Quality against cache", charts.quality("quality", points, int(LENGTH))),
         _chart("Cache", charts.by_context("cache", sizes, "bytes of cache", in_bytes=True)),
@@ -154,38 +161,74 @@ def _context_charts(runs: Sequence[Run]) -> list[dict]:
     if speeds:
         shown.append(_chart("Speed", charts.by_context("speed", speeds, "tokens per second")))
         shown.append(_chart("Time to the first token", charts.by_context("first", firsts, "seconds")))
+    if positions:
+        shown.append(_chart("Perplexity by the tokens before", charts.by_context("positions", positions, "perplexity")))
     return shown
 
 
-def _models(runs: Sequence[Run]) -> list[tuple[str, dict, str]]:
+def _as_there(run: Run, who: str) -> str:
+    """The name of a model in context.json."""
+    return "teacher" if who == "teacher" else run.name
+
+
+def _costs(run: Run, who: str) -> list[dict]:
+    """As far as somebody measured them, else as far as the run did."""
+    asked = [row for row in run.context.get("costs", ()) if row["model"] == _as_there(run, who)]
+    return asked or run.report.get("contexts", {}).get(who, [])
+
+
+def _needles(runs: Sequence[Run]) -> list[list[str]]:
+    """Found when it writes / when it ranks."""
+    cells, heads = {}, []
+    for label, run, who in _models(runs):
+        rows = [row for row in run.context.get("needles", ()) if row["model"] == _as_there(run, who)]
+        heads += [label] if rows else []
+        for row in rows:
+            cells.setdefault((row["length"], row["depth"]), {})[label] = f"{row['generation']:.0%} / {row['likelihood']:.0%}"
+    rows = [[f"{length:,}", f"{depth:.0%}", *(found.get(head, "") for head in heads)] for (length, depth), found in cells.items()]
+    return [["tokens", "depth", *heads], *rows] if rows else []
+
+
+def _models(runs: Sequence[Run]) -> list[tuple[str, Run, str]]:
     """Every teacher once, then the students."""
-    teachers = {run.report["teacher"]: (run.report["teacher"] if len(runs) > 1 else "teacher", run.report, "teacher") for run in runs}
-    return [*teachers.values(), *((run.name if len(runs) > 1 else "student", run.report, "student") for run in runs)]
+    teachers = {run.report["teacher"]: (run.report["teacher"] if len(runs) > 1 else "teacher", run, "teacher") for run in runs}
+    return [*teachers.values(), *((run.name if len(runs) > 1 else "student", run, "student") for run in runs)]
 
 
 def _scores(runs: Sequence[Run]) -> list[list[str]]:
-    head = ["task", "model", "by", "score", "95 %", "n", "unparsable", "repetition", "distinct 2", "same text", "first divergence"]
-    if len(runs) > 1:
-        head.insert(0, "run")
-    rows = [head]
+    """A row for each task and reading; what is about writing stands where they write."""
+    head = ["task", "by", "teacher, %", "student, %", "behind, points", "n"]
+    head += ["unparsable", "repetition", "distinct 2", "same text", "differs at"]
+    rows = [["run", *head] if len(runs) > 1 else head]
     for run in runs:
-        for row in run.evaluation["rows"]:
-            cells = [
-                row["task"],
-                row["model"],
-                row["reading"],
-                f"{row['score']:.1%}",
-                f"{row['low']:.1%} to {row['high']:.1%}",
-                str(row["n"]),
-            ]
-            cells += [_share(row, key) for key in ("unparsable", "repetition", "distinct_2", "same_text")]
-            cells.append("" if row.get("first_divergence") is None else f"{row['first_divergence']:.0f} tokens")
+        found = {(row["task"], row["reading"], row["model"]): row for row in run.evaluation["rows"]}
+        for gap in run.evaluation["gaps"]:
+            both = [found[gap["task"], gap["reading"], who] for who in ("teacher", "student")]
+            cells = [gap["task"], gap["reading"]]
+            cells += [_with_interval(row, "score") for row in both]
+            cells += [_with_interval(gap, "gap"), str(gap["n"])]
+            cells += [" / ".join(f"{row[key]:.0%}" for row in both if key in row) for key in ("unparsable", "repetition", "distinct_2")]
+            student = both[1]
+            cells.append(f"{student['same_text']:.0%}" if "same_text" in student else "")
+            cells.append(f"token {student['first_divergence'] + 1:.0f}" if student.get("first_divergence") is not None else "")
             rows.append([run.name, *cells] if len(runs) > 1 else cells)
     return rows if len(rows) > 1 else []
 
 
-def _share(row: dict, key: str) -> str:
-    return f"{row[key]:.0%}" if key in row else ""
+def _with_interval(row: dict, key: str) -> str:
+    return f"{100 * row[key]:.1f} ({round(100 * row['low'])} to {round(100 * row['high'])})"
+
+
+def _letters(runs: Sequence[Run]) -> list[list[str]]:
+    """Of tasks that are answered by a letter: which are said, and whether they stay when the options change places."""
+    rows = [["task", "model", "by", *LETTERS, "no letter", "same letter in four orders"]]
+    for run in runs:
+        for row in run.evaluation["rows"]:
+            if "letters" in row:
+                who = row["model"] if len(runs) == 1 else f"{run.name}: {row['model']}"
+                shares = [f"{row['letters'][letter]:.0%}" for letter in LETTERS]
+                rows.append([row["task"], who, row["reading"], *shares, f"{row['unparsable']:.0%}", f"{row['stickiness']:.2f}"])
+    return rows if len(rows) > 1 else []
 
 
 def _steps(runs: Sequence[Run]) -> list[list[str]]:

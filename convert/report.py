@@ -155,6 +155,7 @@ def markdown(report: dict) -> str:
         rows.append(f"| {length:,} | {measured} | {student / teacher:.3g} x | {exact} |")
     parts.append("\n".join(rows) + "\n")
     parts.append("\n".join(f"* {line}" for line in facts(report)) + "\n")
+    parts += _answers(report["evaluation"])
     if report["continuations"]:
         parts.append("## Greedy continuations of held-out text\n")
         for row in report["continuations"]:
@@ -167,6 +168,27 @@ def markdown(report: dict) -> str:
         f"{versions}; commit {report['commit'] or 'unknown'}. Every setting is in `report.json`.\n"
     )
     return "\n".join(parts)
+
+
+def _answers(found: dict) -> list[str]:
+    """What both answered, by what they write and by what they rank first."""
+    rows = {(row["task"], row["reading"], row["model"]): row for row in found["rows"]}
+    gaps = {(row["task"], row["reading"]): row for row in found["gaps"]}
+    if not gaps:
+        return []
+    lines = [
+        "| questions | teacher writes | student writes | gap, 95 % | teacher ranks | student ranks | gap, 95 % | student unparsable | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys(task for task, _ in gaps):
+        cells = []
+        for reading in ("generation", "likelihood"):
+            gap = gaps[task, reading]
+            cells += [f"{rows[task, reading, who]['score']:.1%}" for who in ("teacher", "student")]
+            cells.append(f"{100 * gap['gap']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]")
+        written = rows[task, "generation", "student"]
+        lines.append(f"| {task} | {' | '.join(cells)} | {written['unparsable']:.0%} | {written['n']} |")
+    return ["## Questions answered rightly\n", "\n".join(lines) + "\n"]
 
 
 def card(report: dict, native: bool = False) -> str:

@@ -1,16 +1,20 @@
-"""What does a context cost: cache bytes, time to first token, tokens per second, of a teacher and its students side by side?
+"""What does a long context cost, and what is it good for? Teacher and students side by side.
 
     python -m experiments.context runs/smollm2-135m-mla runs/smollm2-135m-gate-swa --lengths 1024,8192,32768
 
-Bytes are those of the live cache after a real prefill, beside the formula. Lengths beyond the model's positions cost what they would cost; the text
-would be no good. For latent attention also: decoding with absorbed matrices against keys and values made anew for every token.
-The numbers go into context.json of each run.
+Costs: cache bytes, time to first token, tokens per second. Bytes are those of the live cache after a real prefill, beside the formula. Lengths
+beyond the model's positions cost what they would cost; the text would be no good. Without `--lengths` they grow fourfold from 1,024 until memory,
+or `--minutes` for one prefill, ends. For latent attention also: decoding with absorbed matrices against keys and values made anew for every token.
+Use: perplexity by the number of tokens before, and whether one assignment in a long text is found, by its depth and the length.
+The numbers go into context.json of each run, and into its report.html.
 """
 
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,11 +25,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher, measure
+from convert.data import corpus, held_out_batches, tokenize
 from convert.errors import UserError
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
-from convert.plan import size
+from convert.page import write_page
+from convert.plan import duration, free_memory, size
+from convert.readings import READINGS
 from convert.run import fail_in_words
+from convert.tasks import TASKS, needles
+from convert.teachers import Teacher
+
+DEPTHS = (0.1, 0.5, 0.9)
+READ = 1 << 16  # tokens of held-out text
+Models = dict[str, PreTrainedModel]
+
+
+# --- what it costs
 
 
 @torch.no_grad()
@@ -51,15 +67,86 @@ def _absorbed_against_expanded(model: ConvertedForCausalLM, mixers: list[MLA], t
     return {"max_abs_logit": worst, "tokens_per_s": speed["absorbed"], "expanded_tokens_per_s": speed["expanded"]}
 
 
+def all_costs(models: Models, lengths: list[int] | None, minutes: float, dtype: torch.dtype, say: Callable[[str], None]) -> list[dict]:
+    """Rows of `costs`; each model stops where memory or patience ends."""
+    rows = []
+    for name, model in models.items():
+        before = None
+        for length in lengths or _growing():
+            reason = None if lengths or before is None else _too_much(model, before, length, minutes)
+            try:
+                before = None if reason else costs(model, length, dtype)
+            except torch.OutOfMemoryError:
+                reason = "memory ends before"
+            if reason:
+                say(f"{name}: {length:,} tokens left out, {reason}")
+                break
+            rows.append({"model": name} | before)
+            say(
+                f"{name}, {length:,} tokens: {size(before['bytes'])}, {before['first_token_s']:.2f} s, {before['tokens_per_s']:.1f} tokens/s"
+            )
+    return rows
+
+
+def _growing() -> Iterator[int]:
+    length = 1024
+    while True:
+        yield length
+        length *= 4
+
+
+def _too_much(model: PreTrainedModel, before: dict, length: int, minutes: float) -> str | None:
+    """Whether this length would not fit, or take too long, going by the one before. A cache is copied once; its keys are float32."""
+    times = length / before["length"]
+    needed, there = 4 * times * before["bytes"], free_memory(model.device)
+    if needed > there:
+        return f"about {size(needed)} needed, {size(there)} free"
+    seconds = before["first_token_s"] * times**2
+    return f"about {duration(seconds)} for the prefill; --minutes allows {minutes:g} min" if seconds > 60 * minutes else None
+
+
+# --- what it is good for
+
+
+def by_position(models: Models, taught: Teacher, data: str) -> dict[str, dict[int, float]]:
+    """Name -> perplexity by position, in the longest windows that the models have positions for."""
+    text = tokenize(corpus(data), taught.tokenizer).held_out
+    length = min(min(model.config.max_position_embeddings for model in models.values()), len(text) - 1)
+    batches = held_out_batches(text, length, 1, READ)
+    return {name: measure.perplexity_by_position(model, batches) for name, model in models.items()}
+
+
+def find_needles(models: Models, taught: Teacher, lengths: list[int], each: int) -> list[dict]:
+    """Rows model, length (tokens), depth, and the share found by each reading."""
+    task, rows = TASKS["needle"], []
+    sample = needles(1, 0, (4000,))[0].prompt
+    per_token = 0.8 * len(sample) / len(taught.tokenizer(sample)["input_ids"])  # the rest is room for the answer, and for denser text
+    for length, (name, model) in (bar := tqdm(list(itertools.product(lengths, models.items())), desc="needles", unit="model")):
+        bar.set_description(f"needles, {length:,} tokens, {name}")
+        items = needles(each * len(DEPTHS), 0, (int(length * per_token),), DEPTHS)
+        right = {}
+        for how, read in READINGS.items():
+            right[how] = {a.item: a.right for batch in read(model, taught.tokenizer, task, items) for a in batch}
+        for number, depth in enumerate(DEPTHS):
+            mine = range(number, len(items), len(DEPTHS))
+            shares = {how: sum(found[i] for i in mine) / each for how, found in right.items()}
+            rows.append({"model": name, "length": length, "depth": depth} | shares)
+    return rows
+
+
+# --- tables
+
+
 def show(console: Console, rows: list[dict]) -> None:
-    table = Table(title=f"context, {torch.get_num_threads()} threads", title_justify="left")
+    table = Table(title=f"what a context costs, {torch.get_num_threads()} threads", title_justify="left")
     for column in ("context", "model", "cache", "by formula", "of the teacher's", "first token", "tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     teacher = {row["length"]: row["bytes"] for row in rows if row["model"] == "teacher"}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["length"]):
+        share = f"{row['bytes'] / teacher[row['length']]:.1%}" if row["length"] in teacher else ""
         table.add_row(
-            f"{row['length']:,}", row["model"], size(row["bytes"]), size(row["formula"]), f"{row['bytes'] / teacher[row['length']]:.1%}",
-            f"{row['first_token_s']:.2f} s", f"{row['tokens_per_s']:.1f}",
+            f"{row['length']:,}", row["model"], size(row["bytes"]), size(row["formula"]), share, f"{row['first_token_s']:.2f} s",
+            f"{row['tokens_per_s']:.1f}",
         )  # fmt: skip
     console.print(table)
     for row in (row for row in rows if "absorbed" in row):
@@ -72,34 +159,62 @@ def show(console: Console, rows: list[dict]) -> None:
         )
 
 
-def teacher_of(run: Path) -> str:
+def show_use(console: Console, positions: dict[str, dict[int, float]], found: list[dict]) -> None:
+    table = Table("tokens before", *positions, title="perplexity by position", title_justify="left")
+    keys = list(next(iter(positions.values())))
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        name = f"{key:,} to {following - 1:,}" if following else f"from {key:,}"
+        table.add_row(name, *(f"{row[key]:.2f}" for row in positions.values()))
+    console.print(table)
+    if not found:
+        return
+    table = Table("length", "depth", *positions, title="needle found: when it writes / when it ranks", title_justify="left")
+    cells = {(row["length"], row["depth"], row["model"]): f"{row['generation']:.0%} / {row['likelihood']:.0%}" for row in found}
+    for length, depth in dict.fromkeys(key[:2] for key in cells):
+        table.add_row(f"{length:,}", f"{depth:.0%}", *(cells[length, depth, name] for name in positions))
+    console.print(table)
+
+
+def settings_of(run: Path) -> dict:
     if not (run / "report.json").exists():
         raise UserError(f"A finished run has a report.json; {run} has none. Give a run folder, or repeat its convert.run command.")
-    return json.loads((run / "report.json").read_text())["settings"]["teacher"]
+    return json.loads((run / "report.json").read_text())["settings"]
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    if not all(length.isdecimal() and int(length) > 0 for length in text.split(",")):
+        raise UserError(f"{flag} takes numbers of tokens, as 1024,8192; got {text!r}.")
+    return [int(length) for length in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders of one teacher")
-    parser.add_argument("--lengths", default="1024,8192,32768")
+    parser.add_argument("--lengths", help="of the contexts that are timed, as 1024,8192; default as far as memory and time go")
+    parser.add_argument("--minutes", type=float, default=2.0, help="that one prefill may take, without --lengths")
+    parser.add_argument("--needle-lengths", default="512,1024,2048", help="in tokens; those that the models have positions for")
+    parser.add_argument("--needles", type=int, default=8, help="for each length and depth; 0: none")
     args = parser.parse_args()
-    if not all(length.isdecimal() and int(length) > 0 for length in args.lengths.split(",")):
-        raise UserError(f"--lengths takes numbers of tokens, as 1024,8192; got {args.lengths!r}.")
-    teachers = {teacher_of(run) for run in args.runs}
+    lengths = numbers(args.lengths, "--lengths") if args.lengths else None
+    settings = [settings_of(run) for run in args.runs]
+    teachers = {each["teacher"] for each in settings}
     if len(teachers) > 1:
         raise UserError(f"Students stand beside one teacher; these runs have {', '.join(sorted(teachers))}. Give those of one.")
     taught = load_teacher(teachers.pop())
     models = {"teacher": taught.model} | {run.name: load_teacher(str(run)).model for run in args.runs}
-    lengths, rows = [int(length) for length in args.lengths.split(",")], []
-    with tqdm(total=len(lengths) * len(models), desc="prefill and decode", unit="model", dynamic_ncols=True) as bar:
-        for length in lengths:
-            for name, model in models.items():
-                rows.append({"model": name} | costs(model, length, taught.dtype))
-                bar.write(json.dumps(rows[-1]))
-                bar.update()
+    room = min(model.config.max_position_embeddings for model in models.values())
+    hidden = [length for length in numbers(args.needle_lengths, "--needle-lengths") if length <= room] if args.needles else []
+    rows = all_costs(models, lengths, args.minutes, taught.dtype, lambda line: tqdm.write(line))
+    positions = by_position(models, taught, settings[0]["data"])
+    found = find_needles(models, taught, hidden, args.needles)
     show(Console(), rows)
+    show_use(Console(), positions, found)
     for run in args.runs:
-        (run / "context.json").write_text(json.dumps([row for row in rows if row["model"] in ("teacher", run.name)], indent=1))
+        mine = {"costs": rows, "needles": found}
+        mine = {key: [row for row in some if row["model"] in ("teacher", run.name)] for key, some in mine.items()}
+        mine["perplexity_by_position"] = {name: positions[name] for name in ("teacher", run.name)}
+        (run / "context.json").write_text(json.dumps(mine, indent=1))
+        write_page([run], run / "report.html")
 
 
 if __name__ == "__main__":

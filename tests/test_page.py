@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def told(folder):
     """The run, whose student writes what would break a page."""
     found = Run.read(folder)
-    nasty = found.report | {"continuations": [{"prompt": "<b>", "teacher": "same </pre> one", "student": "same <script>alert(1)</script>"}]}
+    nasty = found.report | {"continuations": [{"prompt": "<b>", "teacher": "same one </pre>", "student": "same <script>alert(1)</script>"}]}
     return dataclasses.replace(found, report=nasty)
 
 
@@ -47,6 +47,33 @@ def test_every_run_has_its_page(folder):
     assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().split() and "undefined" not in text
 
 
+def test_the_table_has_both_readings_and_the_gap(told):
+    rows = [
+        {"task": "facts", "model": who, "reading": how, "score": 0.5, "low": 0.25, "high": 0.75, "n": 8, "unparsable": 0.125, "stickiness": 0.4,
+         "letters": {"A": 0.5, "B": 0.25, "C": 0.125, "D": 0.0}}
+        for who in ("teacher", "student") for how in ("generation", "likelihood")
+    ]  # fmt: skip
+    rows[2] |= {"same_text": 0.25, "first_divergence": 3.0}
+    gaps = [{"task": "facts", "reading": how, "gap": 0.1, "low": -0.004, "high": 0.2, "n": 8} for how in ("generation", "likelihood")]
+    text = page.page([dataclasses.replace(told, evaluation={"rows": rows, "gaps": gaps})])
+    cells = ["facts", "generation", "50.0 (25 to 75)", "50.0 (25 to 75)", "10.0 (0 to 20)", "8", "12% / 12%", "", "", "25%", "token 4"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    letters = ["facts", "student", "generation", "50%", "25%", "12%", "0%", "12%", "0.40"]
+    assert "".join(f"<td>{cell}</td>" for cell in letters) in text
+
+
+def test_what_was_found_of_long_contexts_is_shown(told):
+    assert "Perplexity by the tokens" not in page.page([told]) and "One assignment" not in page.page([told])
+    costs = [
+        {"model": who, "length": n, "tokens_per_s": 10.0, "first_token_s": 0.5} for who in ("teacher", told.name) for n in (1024, 77_777)
+    ]
+    needles = [{"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75} for who in ("teacher", told.name)]
+    seen = {who: {"0": 20.0, "64": 10.0} for who in ("teacher", told.name)}
+    text = page.page([dataclasses.replace(told, context={"costs": costs, "needles": needles, "perplexity_by_position": seen})])
+    assert "Perplexity by the tokens before" in text and "77,777" in text
+    assert "<td>512</td><td>50%</td><td>25% / 75%</td><td>25% / 75%</td>" in text
+
+
 def test_it_needs_nothing_from_outside(told):
     text = page.page([told])
     links = set(re.findall(r"""(?:src|href)\s*=\s*["']([^"'#][^"']*)""", text)) | set(re.findall(r"url\((?!#)([^)]*)\)", text))
@@ -58,7 +85,7 @@ def test_it_needs_nothing_from_outside(told):
 def test_what_a_model_writes_is_text(told):
     text = page.page([told])
     assert "<script>" not in text and "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in text
-    assert "<pre>same &lt;/pre&gt; one<mark></mark></pre>" in text
+    assert "<pre>same one &lt;/pre&gt;<mark></mark></pre>" in text
 
 
 def test_colours_are_the_pages(told):
