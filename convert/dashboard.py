@@ -43,7 +43,7 @@ class Dashboard:
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
-        if chosen == "online" and not answers(_server()):
+        if chosen == "online" and not is_reachable():
             if mode == "online":
                 raise UserError(f"W&B must be reachable for --wandb online, and {_server()} is not. Leave the flag out: {LATER}.")
             console.print(f"W&B does not answer; this run is tracked offline. {LATER.capitalize()}.", markup=False)
@@ -119,6 +119,10 @@ class Dashboard:
 
 
 LATER = "offline runs can be uploaded later with `wandb sync`"
+
+
+def is_reachable() -> bool:
+    return answers(_server())
 
 
 def _server() -> str:

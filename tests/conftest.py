@@ -104,3 +104,14 @@ def perturb(mixer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         else:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
     return mixer
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A folder of neox-nano as a linear model, after a few steps. Not to be changed."""
+    from convert import recipes, run
+
+    out = tmp_path_factory.mktemp("runs") / "nano-linear"
+    budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
+    run("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
+    return out

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from convert import page, recipes, run
+from convert import page
 from convert.errors import UserError
 from convert.page import Run, write_page
 from experiments import compare
@@ -15,24 +15,16 @@ from experiments import compare
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "nano-linear"
-    budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
-    run("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
-    return out
-
-
 @pytest.fixture
-def told(folder):
+def told(finished_run):
     """The run, whose student writes what would break a page."""
-    found = Run.read(folder)
+    found = Run.read(finished_run)
     nasty = found.report | {"continuations": [{"prompt": "<b>", "teacher": "same one </pre>", "student": "same <script>alert(1)</script>"}]}
     return dataclasses.replace(found, report=nasty)
 
 
-def test_every_run_has_its_page(folder):
-    text = (folder / "report.html").read_text()
+def test_every_run_has_its_page(finished_run):
+    text = (finished_run / "report.html").read_text()
     for words in (
         "neox-nano → linear",
         "Behind the teacher",
@@ -95,10 +87,10 @@ def test_colours_are_the_pages(told):
     assert len(ids) == len(set(ids))
 
 
-def test_several_runs_share_a_page(folder, told, tmp_path, monkeypatch):
+def test_several_runs_share_a_page(finished_run, told, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    monkeypatch.setattr("sys.argv", ["compare", str(folder), str(other), "--out", str(tmp_path / "deep" / "page.html")])
+    shutil.copytree(finished_run, other)
+    monkeypatch.setattr("sys.argv", ["compare", str(finished_run), str(other), "--out", str(tmp_path / "deep" / "page.html")])
     compare.main()
     text = (tmp_path / "deep" / "page.html").read_text()
     assert "2 conversions side by side" in text and "other: distill" in text and text.count("Gap by task") == 0

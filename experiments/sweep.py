@@ -1,0 +1,131 @@
+"""Which dials of a recipe matter? Trials drawn at random, or by W&B's Bayesian search, told apart by what the students write.
+
+    python -m experiments.sweep neox-nano --to mamba2 --tokens 100k --trials 6       # here, without network
+    python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep; more agents may join it
+    python -m experiments.sweep neox-nano --to mamba2 --print > sweep.json           # the definition alone
+
+A dial is named as `--set` names it. Every trial is a run folder of its own; what is done is not done again.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from convert import run
+from convert.conversion import default_recipe
+from convert.dashboard import PROJECT
+from convert.errors import UserError
+from convert.recipes import Recipe, Swap, Train, with_setting
+from convert.run import fail_in_words, number_of_tokens
+from convert.teachers import read_config, resolve
+
+METRIC = "gap/generation"
+
+
+def definition(recipe: Recipe) -> dict:
+    """W&B's, of this recipe's main dials: rates within a factor of four, what the whole model learns, how long its decays start, and where
+    attention is edited how much of it stays."""
+    dials: dict[str, dict] = {}
+    for step in recipe.steps:
+        if isinstance(step, Train):
+            lr = step.settings.lr
+            dials[f"{step.name}.lr"] = {"distribution": "log_uniform_values", "min": lr / 4, "max": lr * 4}
+        elif not isinstance(step, Swap):  # Forget
+            dials[f"{step.name}.rate"] = {"distribution": "log_uniform_values", "min": step.rate / 4, "max": step.rate * 4}
+        elif step.mixer == "gate-swa":
+            dials[f"{step.name}.keep"] = {"values": ["every:4", "every:6", "auto:4", "auto:6"]}
+            dials[f"{step.name}.gate"] = {"values": ["element", "head", "none"]}
+        elif step.mixer == "mla":
+            dials[f"{step.name}.cache_budget"] = {"values": [0.125, 0.25, 0.5]}
+    last = recipe.steps[-1]
+    if isinstance(last, Train) and last.name == "distill":
+        dials["distill.noise"] = {"values": [0.0, 0.05, 0.1, 0.2]}
+        dials["distill.schedule"] = {"values": ["wsd", "cosine"]}
+        dials["distill.feature_matching"] = {"values": [0.0, 0.05]}
+    return {"name": f"to {recipe.target}", "method": "bayes", "metric": {"name": METRIC, "goal": "minimize"}, "parameters": dials}
+
+
+def draw(parameters: dict[str, dict], rng: np.random.Generator) -> dict[str, str | float]:
+    """One trial, at random."""
+    chosen = {}
+    for name, dial in parameters.items():
+        if "values" in dial:
+            chosen[name] = dial["values"][rng.integers(len(dial["values"]))]
+        else:
+            chosen[name] = float(f"{math.exp(rng.uniform(math.log(dial['min']), math.log(dial['max']))):.3g}")
+    return chosen
+
+
+def trial(teacher: str, recipe: Recipe, dials: dict, place: Path, data: str | None) -> dict[str, float]:
+    """The numbers of one student."""
+    for name, value in dials.items():
+        recipe = with_setting(recipe, f"{name}={value}")
+    if not (place / "report.json").exists():
+        run(teacher, recipe, place, data=data, wandb="disabled")
+    report = json.loads((place / "report.json").read_text())
+    gaps = {how: [g["gap"] for g in report["evaluation"]["gaps"] if g["reading"] == how] for how in ("generation", "likelihood")}
+    return {f"gap/{how}": sum(some) / len(some) for how, some in gaps.items()} | {
+        "perplexity/ratio": report["perplexity"]["ratio"], "kl": report["kl"]["mean_nats"],
+    }  # fmt: skip
+
+
+def folder_of(out: Path, dials: dict) -> Path:
+    """Named after the dials, so that the same trial is found again."""
+    return out / "_".join(f"{name.split('.')[-1]}-{value}" for name, value in dials.items()).replace(":", "")
+
+
+def online(teacher: str, recipe: Recipe, trials: int, out: Path, data: str | None) -> None:
+    import wandb
+
+    def one() -> None:
+        with wandb.init(project=PROJECT, group=f"sweep to {recipe.target}", job_type="trial") as tracked:
+            dials = dict(tracked.config)
+            tracked.log(trial(teacher, recipe, dials, folder_of(out, dials), data))
+
+    wandb.agent(wandb.sweep(definition(recipe), project=PROJECT), function=one, project=PROJECT, count=trials)
+
+
+def show(console: Console, rows: list[tuple[dict, dict]]) -> None:
+    table = Table(*rows[0][0], *rows[0][1], title="the best first, by what they write", title_justify="left")
+    for dials, found in sorted(rows, key=lambda row: row[1][METRIC]):
+        table.add_row(*map(str, dials.values()), *(f"{value:.4f}" for value in found.values()))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", nargs="?", default="neox-nano")
+    parser.add_argument("--to", default="mamba2")
+    parser.add_argument("--tokens")
+    parser.add_argument("--data")
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--online", action="store_true", help="as a W&B sweep")
+    parser.add_argument("--print", action="store_true", help="the definition as JSON, and nothing else")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.trials < 1:
+        raise UserError(f"--trials must be at least 1; got {args.trials}.")
+    source = resolve(args.teacher)
+    recipe = default_recipe(source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens else None)
+    out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
+    if args.print:
+        print(json.dumps(definition(recipe), indent=1))
+    elif args.online:
+        online(args.teacher, recipe, args.trials, out, args.data)
+    else:
+        rng, rows = np.random.default_rng(args.seed), []
+        for _ in range(args.trials):
+            dials = draw(definition(recipe)["parameters"], rng)
+            rows.append((dials, trial(args.teacher, recipe, dials, folder_of(out, dials), args.data)))
+            (out / "trials.json").write_text(json.dumps([{"dials": d} | found for d, found in rows], indent=1))
+        show(Console(), rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(fail_in_words(main, debug=False))
