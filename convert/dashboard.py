@@ -101,16 +101,14 @@ class Dashboard:
         self.run.log_artifact(artifact, aliases=[self.run.job_type, str(facts.get("architecture", "student"))])
 
     def finish(self, found: dict, page: Path, numbers: dict[str, float]) -> None:
-        """The rows of evaluation.json as a table, each score and gap for the table of runs, and the page."""
+        """The rows of evaluation.json as a table, each score and gap as a number, and the page."""
         import wandb
 
         table = wandb.Table(columns=list(SCORES), data=[[row[key] for key in SCORES] for row in found["rows"]])
-        self.run.log({"evaluation": table, "report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-        self.run.summary.update(
-            numbers
-            | {f"score/{row['task']}/{row['reading']}/{row['model']}": row["score"] for row in found["rows"]}
-            | {f"gap/{row['task']}/{row['reading']}": row["gap"] for row in found["gaps"]}
-        )
+        scores = {f"score/{row['task']}/{row['reading']}/{row['model']}": row["score"] for row in found["rows"]}
+        gaps = {f"gap/{row['task']}/{row['reading']}": row["gap"] for row in found["gaps"]}
+        html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        self.run.log({"evaluation": table, "report": html} | numbers | scores | gaps)
 
     def close(self) -> None:
         if self.run:
