@@ -4,11 +4,13 @@ python -m convert.evaluate runs/neox-nano-mamba2
 """
 
 import argparse
+from pathlib import Path
 
 from convert.errors import quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
     from convert.evaluation import LIMIT, evaluate
+    from convert.page import write_page
     from convert.run import fail_in_words
     from convert.tasks import TASKS
 
@@ -32,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
+        run = Path(args.folder)
+        if (run / "report.json").exists() and Path(args.out or run) == run:
+            write_page([run], run / "report.html")
 
     return fail_in_words(work, args.debug)
 

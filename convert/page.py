@@ -63,6 +63,7 @@ def page(runs: Sequence[Run]) -> str:
         charts={"gaps": _gap_charts(runs), "training": _training_charts(runs), "context": _context_charts(runs)},
         scores=_scores(runs),
         letters=_letters(runs),
+        harness=_harness(runs),
         needles=_needles(runs),
         steps=_steps(runs),
         texts=[text for run in runs for text in _texts(run, named=one is None)],
@@ -212,6 +213,17 @@ def _scores(runs: Sequence[Run]) -> list[list[str]]:
             cells.append(f"{student['same_text']:.0%}" if "same_text" in student else "")
             cells.append(f"token {student['first_divergence'] + 1:.0f}" if student.get("first_divergence") is not None else "")
             rows.append([run.name, *cells] if len(runs) > 1 else cells)
+    return rows if len(rows) > 1 else []
+
+
+def _harness(runs: Sequence[Run]) -> list[list[str]]:
+    """What lm-evaluation-harness found, where it was asked."""
+    rows = [["task", "by", "metric", "n", "model", "score"]]
+    for run in runs:
+        for row in run.evaluation.get("lm_eval", ()):
+            who = row["model"] if len(runs) == 1 else f"{run.name}: {row['model']}"
+            error = "" if row["error"] is None else f" ± {row['error']:.4f}"
+            rows.append([row["task"], row["reading"], row["metric"], str(row["n"]), who, f"{row['score']:.4f}{error}"])
     return rows if len(rows) > 1 else []
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from convert import page
 from convert.errors import UserError
+from convert.evaluate import main
 from convert.page import Run, write_page
 from experiments import compare
 
@@ -52,6 +53,17 @@ def test_the_table_has_both_readings_and_the_gap(told):
     assert "".join(f"<td>{cell}</td>" for cell in cells) in text
     letters = ["facts", "student", "generation", "50%", "25%", "12%", "0%", "12%", "0.40"]
     assert "".join(f"<td>{cell}</td>" for cell in letters) in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_later_evaluation_is_on_the_page(finished_run, tmp_path, told):
+    mine = tmp_path / "mine"
+    shutil.copytree(finished_run, mine)
+    assert main([str(mine), "--tasks", "names", "--limit", "3"]) == 0
+    assert "<td>names</td><td>likelihood</td>" in (text := (mine / "report.html").read_text()) and "<td>3</td>" in text
+    row = {"task": "arc_easy", "model": "student", "reading": "likelihood", "metric": "acc", "score": 0.25, "error": 0.01, "n": 99}
+    text = page.page([dataclasses.replace(told, evaluation=told.evaluation | {"lm_eval": [row]})])
+    assert "<td>arc_easy</td><td>likelihood</td><td>acc</td><td>99</td><td>student</td><td>0.2500 ± 0.0100</td>" in text
 
 
 def test_what_was_found_of_long_contexts_is_shown(told):
