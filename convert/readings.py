@@ -14,7 +14,6 @@ from convert.tasks import Item, Task
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 16_384  # of prompts, padding included (ours)
-LOGITS = 1 << 26  # held at once
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,23 @@ def _ids(tokenizer, task: Task, prompt: str, answer: str) -> list[int]:
     return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
 
 
-def _continued(tokenizer, task: Task, item: Item) -> list[tuple[list[int], int]]:
-    """Per choice: the ids of the prompt and then the choice, and where the choice begins. As in lm-evaluation-harness the choice is what
-    prompt and choice together have behind the prompt's own ids."""
-    prompt, found = prompt_ids(tokenizer, task, item.prompt), []
-    for choice in item.choices:
-        rest = _ids(tokenizer, task, item.prompt, choice)[len(prompt) :]
-        rest = rest or tokenizer(choice, add_special_tokens=False)["input_ids"]  # a tokenizer that joins the two
-        found.append((prompt + rest, len(prompt)))
-    return found
+def _continued(tokenizer, task: Task, item: Item) -> tuple[list[int], list[list[int]]]:
+    """The ids of the prompt, and of each choice behind it. As in lm-evaluation-harness a choice is what prompt and choice together have
+    behind the prompt's own ids."""
+    prompt = prompt_ids(tokenizer, task, item.prompt)
+    rests = [_ids(tokenizer, task, item.prompt, choice)[len(prompt) :] for choice in item.choices]
+    alone = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
+    return prompt, [rest or other for rest, other in zip(rests, alone, strict=True)]  # a tokenizer may join the two
 
 
 def fits(model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item]) -> list[int]:
     """The items whose prompt and answer have room in the model's positions."""
-    room = model.config.max_position_embeddings
-    return [
-        i for i, item in enumerate(items)
-        if len(prompt_ids(tokenizer, task, item.prompt)) + task.max_new_tokens <= room
-        and max(len(ids) for ids, _ in _continued(tokenizer, task, item)) <= room
-    ]  # fmt: skip
+    room, found = model.config.max_position_embeddings, []
+    for i, item in enumerate(items):
+        prompt, rests = _continued(tokenizer, task, item)
+        if len(prompt) + max(task.max_new_tokens, *map(len, rests)) <= room:
+            found.append(i)
+    return found
 
 
 def batches(lengths: Sequence[int], rows: int = BATCH_ROWS, tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
@@ -87,20 +84,14 @@ def by_generation(
 
 
 def by_likelihood(
-    model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item], *, rows: int = BATCH_ROWS, known: Done = lambda _: False
+    model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item], *, known: Done = lambda _: False
 ) -> Iterator[list[Answer]]:
-    """The choice with the largest log p, summed over its tokens, is what the model says."""
-    asked = [_continued(tokenizer, task, item) for item in items]
-    for batch in batches([max(len(ids) for ids, _ in pairs) for pairs in asked], max(1, rows // 4), BATCH_TOKENS // 4):
-        if known(batch):
-            continue
-        nats = iter(_log_p(model, [pair for i in batch for pair in asked[i]]))
-        answers = []
-        for i in batch:
-            found = tuple(next(nats) for _ in asked[i])
-            best = max(range(len(found)), key=found.__getitem__)
-            answers.append(Answer(i, best == items[i].gold, items[i].choices[best], nats=found))
-        yield answers
+    """The choice with the largest log p, summed over its tokens, is what the model says. A question at a time: its prompt is read once."""
+    for i, item in enumerate(items):
+        if not known([i]):
+            nats = _log_p(model, *_continued(tokenizer, task, item))
+            best = max(range(len(nats)), key=nats.__getitem__)
+            yield [Answer(i, best == item.gold, item.choices[best], nats=nats)]
 
 
 READINGS = {"generation": by_generation, "likelihood": by_likelihood}
@@ -144,21 +135,15 @@ def _answer(tokenizer, task: Task, item: Item, index: int, ids: list[int]) -> An
 
 
 @torch.no_grad()
-def _log_p(model: PreTrainedModel, pairs: list[tuple[list[int], int]]) -> list[float]:
-    """Of the tokens of each row from its place on. Padded on the right, where nothing real can see it."""
-    longest = max(len(ids) for ids, _ in pairs)
-    rows = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in pairs], device=model.device)
-    kept = sorted({at for ids, start in pairs for at in range(start - 1, len(ids) - 1)})
-    column, found = {at: n for n, at in enumerate(kept)}, []
-    size = max(1, LOGITS // (len(kept) * model.config.get_text_config().vocab_size))
-    keep = torch.tensor(kept, device=model.device)
-    for part, chunk in zip(rows.split(size), _chunks(pairs, size), strict=True):
-        logits = model(part, use_cache=False, logits_to_keep=keep).logits.float()
-        logs = logits.gather(2, part[:, keep + 1, None])[..., 0] - logits.logsumexp(-1)
-        found += [sum(logs[r, column[at]].item() for at in range(start - 1, len(ids) - 1)) for r, (ids, start) in enumerate(chunk)]
-    return found
-
-
-def _chunks(rows: list, size: int) -> Iterator[list]:
-    for i in range(0, len(rows), size):
-        yield rows[i : i + size]
+def _log_p(model: PreTrainedModel, prompt: list[int], rests: list[list[int]]) -> tuple[float, ...]:
+    """Of each continuation of the prompt, whose cache serves all of them. They are padded on the right, where nothing real can see it."""
+    out = model(torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
+    first = out.logits[0, -1].float().log_softmax(-1)
+    found, longest = [first[rest[0]].item() for rest in rests], max(map(len, rests))
+    if longest > 1:
+        rows = torch.tensor([rest + [0] * (longest - len(rest)) for rest in rests], device=model.device)
+        out.past_key_values.batch_select_indices(torch.zeros(len(rests), dtype=torch.long, device=model.device))
+        logits = model(rows[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits.float()
+        logs = logits.log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0].tolist()
+        found = [first + sum(row[: len(rest) - 1]) for first, row, rest in zip(found, logs, rests, strict=True)]
+    return tuple(found)

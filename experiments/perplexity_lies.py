@@ -60,12 +60,15 @@ STUDENTS = {
 
 
 def gaps(teacher, student, limit: int, file: Path) -> dict[str, dict[str, float]]:
-    """Reading -> task -> points (0 to 1) behind the teacher."""
+    """Reading -> task -> points (0 to 1) behind the teacher, and "teacher READING" -> task -> what the teacher itself has."""
     models = {"teacher": teacher.model, "student": student.model}
     found = evaluate_tasks(models, teacher.tokenizer, chosen(TASKS, teacher.tokenizer), limit=limit, file=file)
     by: dict[str, dict[str, float]] = {}
     for row in found["gaps"]:
         by.setdefault(row["reading"], {})[row["task"]] = row["gap"]
+    for row in found["rows"]:
+        if row["model"] == "teacher":
+            by.setdefault(f"teacher {row['reading']}", {})[row["task"]] = row["score"]
     return by
 
 
@@ -94,16 +97,29 @@ def show(console: Console, rows: dict[str, list[dict]]) -> None:
         more = [w - r for r, w in zip(ranks, writes, strict=True)]
         table.add_row(name, f"{statistics.mean(row['ratio'] for row in some):.3f}", *map(_spread, (ranks, writes, more)))
     console.print(table)
-    table = Table("task", title="the same by task, mean of all students", title_justify="left")
-    for column in ("when it ranks", "when it writes", "students that are further behind when they write", "pairs that change places"):
+    table = Table(
+        "task", title="the same by task, mean of all students: points, and the share of the teacher's score", title_justify="left"
+    )
+    for column in (
+        "teacher ranks",
+        "behind",
+        "lost",
+        "teacher writes",
+        "behind",
+        "lost",
+        "further behind when they write",
+        "pairs that change places",
+    ):
         table.add_column(column, justify="right")
     for task in TASKS.split(","):
-        each = [(row["likelihood"][task], row["generation"][task]) for some in rows.values() for row in some]
+        each = [row for some in rows.values() for row in some]
+        cells = []
+        for reading in ("likelihood", "generation"):
+            behind, score = statistics.mean(row[reading][task] for row in each), each[0][f"teacher {reading}"][task]
+            cells += [f"{100 * score:.1f}", f"{100 * behind:.1f}", f"{behind / score:.0%}" if score else ""]
+        worse = sum(row["generation"][task] > row["likelihood"][task] for row in each)
         turned = reversals(rows, task)
-        ranks, writes = (100 * statistics.mean(side) for side in zip(*each, strict=True))
-        worse = sum(w > r for r, w in each)
-        sure = sum(sure for *_, sure in turned)
-        table.add_row(task, f"{ranks:.1f}", f"{writes:.1f}", f"{worse} of {len(each)}", f"{len(turned)}, {sure} by every seed")
+        table.add_row(task, *cells, f"{worse} of {len(each)}", f"{len(turned)}, {sum(sure for *_, sure in turned)} by every seed")
     console.print(table)
     pairs = len(rows) * (len(rows) - 1) // 2
     turned = reversals(rows)

@@ -11,6 +11,16 @@ from convert.tasks import Item, Task
 from convert.teachers import NANO, load_teacher
 
 
+class Said:
+    """A cache that is the rows themselves."""
+
+    def __init__(self, rows: list[list[int]]):
+        self.rows = rows
+
+    def batch_select_indices(self, indices) -> None:
+        self.rows = [self.rows[i] for i in indices.tolist()]
+
+
 class Scripted(PreTrainedModel, GenerationMixin):
     """After a row of ids the next token is `script(ids, is_writing)`, for certain."""
 
@@ -21,16 +31,18 @@ class Scripted(PreTrainedModel, GenerationMixin):
         self.script = script
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
-        is_writing = isinstance(logits_to_keep, int)
-        kept = range(input_ids.shape[1])[-1:] if is_writing else logits_to_keep.tolist()
-        logits = torch.full((len(input_ids), len(kept), self.config.vocab_size), -9.0)
-        for row, ids in enumerate(input_ids.tolist()):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0, **_):
+        """With a cache it is asked for log p, without one it writes."""
+        before = past_key_values.rows if past_key_values else [[]] * len(input_ids)
+        rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
+        columns = range(input_ids.shape[1])[-logits_to_keep:]
+        logits = torch.full((len(rows), len(columns), self.config.vocab_size), -9.0)
+        for row, (old, ids) in enumerate(zip(before, rows, strict=True)):
             mask = [1] * len(ids) if attention_mask is None else attention_mask[row].tolist()
-            for column, at in enumerate(kept):
-                seen = [token for token, real in zip(ids[: at + 1], mask, strict=False) if real]
-                logits[row, column, self.script(seen, is_writing)] = 9.0
-        return CausalLMOutputWithPast(logits=logits)
+            for column, at in enumerate(columns):
+                seen = [token for token, real in zip(ids[: len(old) + at + 1], mask, strict=False) if real]
+                logits[row, column, self.script(seen, not use_cache)] = 9.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=Said(rows) if use_cache else None)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
