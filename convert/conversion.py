@@ -45,6 +45,8 @@ def run(
     config = read_config(source, trust_remote_code=trust_remote_code)
     if isinstance(recipe, str):
         recipe = default_recipe(source, config, recipe)
+    if rules and not any(isinstance(step, Train) and step.settings.evaluate_every for step in recipe.steps):
+        raise UserError("--stop-when is looked at when a stage measures, and none of this recipe does; set STEP.evaluate_every=TOKENS.")
     out = Path(out or f"runs/{source.name}-{recipe.target}")
     device, data = pick_device(device), data or source.data
     documents = corpus(data)  # wrong --data and --out are said before anything is loaded
@@ -130,8 +132,9 @@ def _steps(
             student, result = _do(step, student, start, taught, text, recipe, folder, track, watch, batches)
             if isinstance(step, Train):
                 result["model"] = fingerprint(student)
-                track.made(result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]})
             folder.finish(student, result)
+            if isinstance(step, Train):
+                track.made(result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]})
             if "layers" in result:
                 write_json(out / "layers.json", result["layers"])
             if i:
@@ -231,7 +234,7 @@ def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
     found = evaluation.evaluate_tasks(
         models, taught.tokenizer, evaluation.chosen(None, taught.tokenizer), limit=recipe.questions, file=out / "answers.jsonl"
     )
-    write_json(out / "evaluation.json", found)
+    evaluation.write(found, out / "evaluation.json")
     return found
 
 
@@ -306,6 +309,18 @@ def _commit() -> str | None:
 
 
 # --- defaults
+
+
+def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict | None:
+    """The report of a finished run of just this, else None."""
+    if not (out / "report.json").exists():
+        return None
+    report = json.loads((out / "report.json").read_text())
+    source = resolve(teacher)
+    name = str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
+    steps = json.loads(json.dumps([recipes.describe(step) for step in recipe.steps]))
+    asked = {"teacher": name, "target": recipe.target, "data": data or source.data, "steps": steps}
+    return report if asked.items() <= report["settings"].items() else None
 
 
 def default_recipe(source: Source, config, target: str, *, tokens=None, seq_len=None, batch_tokens=None, seed=0) -> Recipe:

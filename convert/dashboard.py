@@ -38,7 +38,7 @@ class Dashboard:
     @staticmethod
     def of(folder: Path, *, mode: str | None, config: dict, name: str) -> "Dashboard | None":
         """Without `mode`: as WANDB_MODE says, else online where a key is configured, else offline. None where it is disabled."""
-        chosen = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         if chosen == "disabled":
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -127,7 +127,7 @@ def _server() -> str:
     return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find credentials without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -100,7 +100,6 @@ def evaluate_tasks(
         "rows": rows,
         "gaps": gaps,
         "models": weights,
-        "limit": limit,
         "seed": seed,
     }
 
@@ -123,7 +122,13 @@ def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers
     for batch in READINGS[reading](model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
         bar.update(sum(answer.item not in known for answer in batch))
         answers.add(key, batch)
-    return [answer for _, answer in sorted(answers.of(key).items())]
+    return [_judged(task, items, answer) if reading == "generation" else answer for _, answer in sorted(answers.of(key).items())]
+
+
+def _judged(task: Task, items: list[Item], answer: Answer) -> Answer:
+    """A text from disk is read as texts are read now."""
+    said = task.parse(answer.text)
+    return dataclasses.replace(answer, said=said, right=said == items[answer.item].answer)
 
 
 def _rows(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[dict]:
@@ -200,6 +205,8 @@ def evaluate(
     found["lm_eval"]."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1; got {limit}.")
+    if lm_eval:
+        harness.find(lm_eval)  # wrong names are said before anything is asked
     device, run = pick_device(device), Path(folder)
     if (run / "ledger.json").exists() or (run / "report.json").exists():
         old = _stored(run)
@@ -215,32 +222,35 @@ def evaluate(
         asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
     out.mkdir(parents=True, exist_ok=True)
     found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit or LIMIT, file=out / "answers.jsonl")
-    if lm_eval:
-        found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
-    write_json(out / "evaluation.json", _with_earlier(found, out / "evaluation.json"))
     if asked:
+        write(found, out / "evaluation.json")
         show(found, console)
     if lm_eval:
+        found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
+        write(found, out / "evaluation.json")
         harness.show(found["lm_eval"], console)
     console.print(f"[dim]{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.[/]")
     return new | {"evaluation": found}
 
 
-def _with_earlier(found: dict, file: Path) -> dict:
-    """Together with what an earlier evaluation of the same models found for other tasks."""
+def write(found: dict, file: Path) -> None:
+    """Together with what earlier evaluations of the same models found: of each task what was asked most questions."""
     try:
         earlier = json.loads(file.read_text())
     except (OSError, ValueError):
-        return found
-    if earlier.get("models") != found["models"]:
-        return found
-    asked, theirs = {row["task"] for row in found["rows"]}, {row["task"] for row in found.get("lm_eval", ())}
-    merged = earlier | found
-    for key in ("rows", "gaps"):
-        merged[key] = [row for row in earlier[key] if row["task"] not in asked] + found[key]
-    if "lm_eval" in merged:
-        merged["lm_eval"] = [row for row in earlier.get("lm_eval", ()) if row["task"] not in theirs] + found.get("lm_eval", [])
-    return merged
+        earlier = {}
+    merged = dict(found)
+    if earlier.get("models") == found["models"]:
+        for key in ("rows", "gaps", "lm_eval"):
+            merged[key] = _most(earlier.get(key, []), found.get(key, []))
+    write_json(file, merged)
+
+
+def _most(earlier: list[dict], later: list[dict]) -> list[dict]:
+    """Rows of the tasks of both; of a task in both those with more questions, the later ones where they are equal."""
+    before, now = ({row["task"]: row["n"] for row in rows} for rows in (earlier, later))
+    kept = {task for task, n in before.items() if n > now.get(task, 0)}
+    return [row for row in earlier if row["task"] in kept] + [row for row in later if row["task"] not in kept]
 
 
 def _stored(run: Path) -> dict:

@@ -30,22 +30,31 @@ def _lm_eval():
     return lm_eval, yaml
 
 
-def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True) -> list[dict]:
-    """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or folders of local tasks (YAML and JSONL),
-    with commas. `chat`: an instruct model is asked in its chat template."""
-    lm_eval, yaml = _lm_eval()
-    from lm_eval.models.huggingface import HFLM
+def find(names: str):
+    """The tasks that these names and folders stand for, and the harness's own list of what there is; wrong ones are refused."""
+    _, yaml = _lm_eval()
     from lm_eval.tasks import TaskManager
 
-    folders = [Path(name) for name in names.split(",") if Path(name).is_dir()]
+    chosen = [name for name in names.split(",") if name]
+    folders = [Path(name) for name in chosen if Path(name).is_dir()]
     asked = [task for folder in folders for task in local_tasks(folder, yaml)]
     manager = TaskManager(include_path=[str(folder.resolve()) for folder in folders] or None)
-    for name in (name for name in names.split(",") if Path(name) not in folders):
+    for name in (name for name in chosen if Path(name) not in folders):
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
             offer = f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
             raise UserError(f"lm-evaluation-harness has no task {name!r}, and there is no folder of that name. {offer}")
         asked.append(name)
+    return asked, manager
+
+
+def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True) -> list[dict]:
+    """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or folders of local tasks (YAML and JSONL),
+    with commas. `chat`: an instruct model is asked in its chat template."""
+    lm_eval, _ = _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    asked, manager = find(names)
     rows, templated = [], chat and tokenizer.chat_template is not None
     for model_name, model in models.items():
         done = _evaluate(lm_eval, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), asked, manager, limit, templated)
@@ -63,12 +72,19 @@ def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, temp
                 model=model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000,
                 apply_chat_template=templated,
             )  # fmt: skip
+    except UserError:
+        raise
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
         raise UserError(
             f"The data of {', '.join(tasks)} could not be read ({reason}). Without network give a folder of local tasks."
         ) from None
+    except Exception as error:  # whatever a task's file makes it do
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"lm-evaluation-harness could not do {', '.join(tasks)} ({reason}). Mend the tasks' files, or leave them out."
+        ) from error
 
 
 def _rows(model: str, done: dict) -> list[dict]:
@@ -100,7 +116,7 @@ def local_tasks(folder: Path, yaml) -> list[str]:
     found = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
-            config = yaml.load(file.read_text(), Loader)
+            config = yaml.load(_read(file), Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}, line {mark.line + 1}" if mark else str(file)
@@ -108,7 +124,7 @@ def local_tasks(folder: Path, yaml) -> list[str]:
         if isinstance(config, dict) and isinstance(config.get("task"), str):
             found.append(config["task"])
     for file in sorted(folder.rglob("*.jsonl")):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(_read(file).rstrip("\n").split("\n"), 1):  # no other line breaks: a string may hold them
             try:
                 json.loads(line)
             except ValueError as error:
@@ -116,6 +132,14 @@ def local_tasks(folder: Path, yaml) -> list[str]:
     if not found:
         raise UserError(f"A folder of local tasks has YAML files with `task: NAME`; {folder} has none.")
     return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"A task's files must be UTF-8; {file}, line {line} is not.") from None
 
 
 def show(rows: list[dict], console: Console) -> None:

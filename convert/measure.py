@@ -20,6 +20,7 @@ from convert.mixers.parts import TimeStep
 from convert.model import ConvertedForCausalLM, attention_of, layer_bytes
 from convert.objectives import cross_entropy, forward_kl
 from convert.projections import Projections, layer_window
+from convert.readings import greedily
 from convert.stages import hidden_states, layers_of
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
@@ -121,10 +122,10 @@ class Context:
 def context(model: PreTrainedModel, length: int, dtype: torch.dtype) -> tuple[Context, Tensor, Cache]:
     """And the first token [1, 1] with the cache that it came with, as it was before any decoding."""
     ids = torch.randint(1, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    started = time.perf_counter()
+    started = _now(model)
     logits, cache = prefill(model, ids)
     first = logits[:, -1:].argmax(-1)
-    seconds = time.perf_counter() - started
+    seconds = _now(model) - started
     size = sum(layer_bytes(layer, dtype) for layer in cache.layers)
     return Context(length, size, seconds, decode(model, first, copy.deepcopy(cache))[1]), first, cache
 
@@ -134,10 +135,17 @@ def decode(model: PreTrainedModel, token: Tensor, cache: Cache) -> tuple[Tensor,
     """16 tokens, greedily, after two that warm up: the last logits, and tokens per second."""
     for i in range(2 + DECODED):
         if i == 2:
-            started = time.perf_counter()
+            started = _now(model)
         logits = model(token, past_key_values=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
-    return logits, DECODED / (time.perf_counter() - started)
+    return logits, DECODED / (_now(model) - started)
+
+
+def _now(model: PreTrainedModel) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 def contexts(model: PreTrainedModel, dtype: torch.dtype, lengths: tuple[int, ...], seconds: float = math.inf) -> dict[int, Context]:
@@ -217,8 +225,9 @@ def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int,
 def continuations(model: PreTrainedModel, tokenizer, prompts: list[str], new_tokens: int = 48) -> list[str]:
     """Greedy, in one left-padded batch, with the model's own cache."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    ids = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    with greedily(model):
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=new_tokens, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

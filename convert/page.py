@@ -34,12 +34,19 @@ class Run:
             raise UserError(
                 f"A finished run has a report.json; {folder} has none. Give run folders, or finish it by repeating its command."
             )
-        found = json.loads((folder / "report.json").read_text())
-        asked = folder / "evaluation.json"
+        found = _json(folder / "report.json", {})
+        told = _json(folder / "evaluation.json", found.get("evaluation", {"rows": [], "gaps": []}))
         metrics = tuple(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-        told = json.loads(asked.read_text()) if asked.exists() else found.get("evaluation", {"rows": [], "gaps": []})
-        context = json.loads((folder / "context.json").read_text()) if (folder / "context.json").exists() else {}
-        return Run(folder.name, found, told, metrics, context)
+        return Run(folder.name, found, told, metrics, _json(folder / "context.json", {}))
+
+
+def _json(file: Path, otherwise: dict) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else otherwise
+    except ValueError as error:
+        raise UserError(
+            f"{file} must be JSON and is damaged ({error}). Remove it, or make it again with the command that wrote it."
+        ) from None
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
@@ -58,7 +65,7 @@ def page(runs: Sequence[Run]) -> str:
     return template.render(
         title=f"{runs[0].report['teacher']} → {runs[0].report['target']}" if one else f"{len(runs)} conversions side by side",
         lead=[_sentence(run, named=one is None) for run in runs],
-        cards=_cards(runs[0].report) if one else [],
+        cards=_cards(one) if one else [],
         findings=[line if one else f"{run.name}: {line}" for run in runs for line in evaluation.findings(run.evaluation)],
         charts={"gaps": _gap_charts(runs), "training": _training_charts(runs), "context": _context_charts(runs)},
         scores=_scores(runs),
@@ -96,8 +103,8 @@ def _cache(found: dict, who: str) -> int:
     return found["cache_bytes"]["formula"][who][LENGTH]
 
 
-def _cards(found: dict) -> list[tuple[str, str, str]]:
-    ppl, gaps = found["perplexity"], found.get("evaluation", {}).get("gaps", [])
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    found, ppl, gaps = run.report, run.report["perplexity"], run.evaluation["gaps"]
     cards = [
         ("Perplexity", f"× {ppl['ratio']:.3f}", f"{ppl['teacher']:.2f} → {ppl['student']:.2f}"),
         ("Same first token", f"{found['agreement']['top1']:.1%}", f"KL {found['kl']['mean_nats']:.3f} nats"),
@@ -152,7 +159,7 @@ def _context_charts(runs: Sequence[Run]) -> list[dict]:
         if rows := _costs(run, who):
             speeds.append((label, [row["length"] for row in rows], [row["tokens_per_s"] for row in rows]))
             firsts.append((label, [row["length"] for row in rows], [row["first_token_s"] for row in rows]))
-        if seen := run.context.get("perplexity_by_position", {}).get(_as_there(run, who)):
+        if seen := run.context.get("perplexity_by_position", {}).get(who):
             positions.append((label, [max(32, int(start)) for start in seen], list(seen.values())))
     points = [(label, _cache(run.report, who), run.report["perplexity"][who]) for label, run, who in _models(runs)]
     shown = [
@@ -167,14 +174,9 @@ def _context_charts(runs: Sequence[Run]) -> list[dict]:
     return shown
 
 
-def _as_there(run: Run, who: str) -> str:
-    """The name of a model in context.json."""
-    return "teacher" if who == "teacher" else run.name
-
-
 def _costs(run: Run, who: str) -> list[dict]:
     """As far as somebody measured them, else as far as the run did."""
-    asked = [row for row in run.context.get("costs", ()) if row["model"] == _as_there(run, who)]
+    asked = [row for row in run.context.get("costs", ()) if row["model"] == who]
     return asked or run.report.get("contexts", {}).get(who, [])
 
 
@@ -182,7 +184,7 @@ def _needles(runs: Sequence[Run]) -> list[list[str]]:
     """Found when it writes / when it ranks."""
     cells, heads = {}, []
     for label, run, who in _models(runs):
-        rows = [row for row in run.context.get("needles", ()) if row["model"] == _as_there(run, who)]
+        rows = [row for row in run.context.get("needles", ()) if row["model"] == who]
         heads += [label] if rows else []
         for row in rows:
             cells.setdefault((row["length"], row["depth"]), {})[label] = f"{row['generation']:.0%} / {row['likelihood']:.0%}"
@@ -191,8 +193,12 @@ def _needles(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _models(runs: Sequence[Run]) -> list[tuple[str, Run, str]]:
-    """Every teacher once, then the students."""
-    teachers = {run.report["teacher"]: (run.report["teacher"] if len(runs) > 1 else "teacher", run, "teacher") for run in runs}
+    """Every teacher once on the same text, then the students."""
+    teachers = {}
+    for run in runs:
+        name, value = run.report["teacher"], run.report["perplexity"]["teacher"]
+        label = "teacher" if len(runs) == 1 else name if not any(name == other for other, _ in teachers) else f"{name}, text of {run.name}"
+        teachers.setdefault((name, round(value, 3)), (label, run, "teacher"))
     return [*teachers.values(), *((run.name if len(runs) > 1 else "student", run, "student") for run in runs)]
 
 

@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from convert.tasks import Item, Task
 
@@ -114,15 +115,34 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     return text[: min([at for s in stop if (at := text.find(s, start)) >= 0], default=len(text))]
 
 
+@contextmanager
+def greedily(model: PreTrainedModel) -> Iterator[None]:
+    """Without what a model's own settings add to `do_sample=False`: a penalty for repeating would punish copying."""
+    its_own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=its_own.bos_token_id, eos_token_id=its_own.eos_token_id, pad_token_id=its_own.pad_token_id, use_cache=its_own.use_cache
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = its_own
+
+
 @torch.no_grad()
 def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[int]]) -> list[list[int]]:
     longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     stops = StoppingCriteriaList([_Written(tokenizer, task.stop, longest)] if task.stop else [])
-    new = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=task.max_new_tokens, do_sample=False, pad_token_id=pad, stopping_criteria=stops
-    )
+    with greedily(model):
+        new = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            stopping_criteria=stops,
+        )
     ends = model.generation_config.eos_token_id
     ends = {pad, *(ends if isinstance(ends, list) else [ends])}
     return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in new[:, longest:].tolist()]

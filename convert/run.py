@@ -4,6 +4,7 @@ python -m convert.run neox-nano --to mamba
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -40,7 +41,7 @@ def fail_in_words(work, debug: bool) -> int:
         print("Stopped at once; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
+        if debug or os.environ.get("CONVERT_DEBUG"):
             traceback.print_exc()
         outside = isinstance(error, OSError) and error.errno is not None  # disks and permissions, not our code
         if isinstance(error, UserError):
@@ -48,7 +49,10 @@ def fail_in_words(work, debug: bool) -> int:
         elif outside:
             print(f"error: A file cannot be read or written: {error}. Mend that; the same command goes on from there.", file=sys.stderr)
         else:
-            print(f"error: This is a defect of ours: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            print(
+                f"error: This is a defect of ours: {type(error).__name__}: {error} (CONVERT_DEBUG=1 before the command shows where)",
+                file=sys.stderr,
+            )
         return 2 if isinstance(error, UserError) or outside else 1
 
 

@@ -77,8 +77,8 @@ def _grams(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def divergence(teacher: Sequence[Answer], student: Sequence[Answer]) -> dict:
     """How much of the teacher's greedy text the student writes too: the share of equal texts, and the median number of tokens before the
     first that differs, of the others (None: there are no others)."""
-    mine = {a.item: a.tokens for a in student}
-    lengths = [_common(a.tokens, mine[a.item]) for a in teacher if a.tokens != mine[a.item]]
+    mine = {a.item: a for a in student}
+    lengths = [_common(a.tokens, mine[a.item].tokens) for a in teacher if a.text != mine[a.item].text]
     return {"same_text": 1 - len(lengths) / len(teacher), "first_divergence": float(np.median(lengths)) if lengths else None}
 
 

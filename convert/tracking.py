@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from convert.console import console
 from convert.dashboard import Dashboard
+from convert.errors import UserError
 
 
 class Track:
@@ -23,8 +26,7 @@ class Track:
     def enter(self, stage: str, tokens_before: int = 0, steps_before: int = 0) -> None:
         """Later lines belong to `stage`, which has a W&B run of its own."""
         self.stage, self.tokens_before, self.steps_before = stage, tokens_before, steps_before
-        if self.dashboard:
-            self.dashboard.enter(stage)
+        self._tell(lambda board: board.enter(stage))
 
     def resume(self, step: int) -> None:
         """The stage goes on after `step` (0: from its start): its lines after that, from before a crash, are dropped."""
@@ -47,9 +49,8 @@ class Track:
                 file.writelines(json.dumps(place | text) + "\n" for text in self.written)
         with self.file.open("a") as file:
             print(json.dumps(row), file=file)
-        if self.dashboard:
-            texts = map(json.loads, self.texts.read_text().splitlines()) if self.written else ()
-            self.dashboard.log(row, numbers, list(texts))
+        texts = [json.loads(line) for line in self.texts.read_text().splitlines()] if self.dashboard and self.written else []
+        self._tell(lambda board: board.log(row, numbers, texts))
         self.written = []
 
     def generations(self, rows: list[dict]) -> None:
@@ -58,18 +59,29 @@ class Track:
 
     def made(self, model: str, facts: dict, folder: Path | None = None) -> None:
         """The stage made `model` (a fingerprint) out of `self.model`: a later run whose teacher it is goes on from it."""
-        if self.dashboard:
-            self.dashboard.made(self.model, model, facts, folder)
-        self.model = model
+        source, self.model = self.model, model
+        self._tell(lambda board: board.made(source, model, facts, folder))
 
     def finish(self, found: dict, page: Path, numbers: dict[str, float]) -> None:
         """The evaluation, the page and the final numbers, in the table of runs."""
-        if self.dashboard:
-            self.dashboard.finish(found, page, numbers)
+        self._tell(lambda board: board.finish(found, page, numbers))
 
     def close(self) -> None:
-        if self.dashboard:
-            self.dashboard.close()
+        self._tell(lambda board: board.close())
+
+    def _tell(self, what: Callable[[Dashboard], None]) -> None:
+        """W&B may fail as it likes: the run goes on without it."""
+        if self.dashboard is None:
+            return
+        try:
+            what(self.dashboard)
+        except UserError:
+            raise
+        except Exception as error:
+            console.print(
+                f"W&B failed ({type(error).__name__}: {error}); the run goes on without it, metrics.jsonl has everything.", markup=False
+            )
+            self.dashboard = None
 
 
 def _stays(line: str, stage: str, resume_step: int) -> bool:

@@ -39,7 +39,9 @@ class Rule:
         return Rule(text, found[1], found[2], float(found[3]))
 
     def holds(self, numbers: dict[str, float]) -> bool:
-        value = numbers[f"held_out/{self.name}"]
+        value = numbers.get(f"held_out/{self.name}")
+        if value is None:  # no question fits this model
+            return False
         return value < self.bound if self.sign == "<" else value > self.bound
 
 
@@ -75,7 +77,7 @@ class Watch:
             ]
         if shares:
             numbers |= {"held_out/generation": sum(shares) / len(shares), "held_out/generation_gap": sum(gaps) / len(gaps)}
-        self.stopped_by = next((rule for rule in self.rules if shares and rule.holds(numbers)), None)
+        self.stopped_by = next((rule for rule in self.rules if rule.holds(numbers)), None)
         if self.stopped_by:
             console.print(f"[yellow]The run stops here, by --stop-when {self.stopped_by.text}.[/]")
         return numbers

@@ -9,7 +9,6 @@ GateSWA here keeps one layer in six and windows of 256 tokens where the teacher 
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import recipes, run
+from convert.conversion import finished
 from convert.recipes import Recipe, Train, with_setting
 from convert.run import number_of_tokens
 from convert.teachers import read_config, resolve
@@ -117,9 +117,8 @@ def main() -> None:
             recipe = make(VARIANTS[name])
             if name not in (MLA, SWA) and recipe == make(VARIANTS[recipe.target]):
                 break  # this teacher's default already
-            if not (place / "report.json").exists():
-                run(args.teacher, recipe, place, data=args.data, wandb="disabled")
-            reports.setdefault(name, []).append(json.loads((place / "report.json").read_text()))
+            report = finished(place, args.teacher, recipe, args.data) or run(args.teacher, recipe, place, data=args.data, wandb="disabled")
+            reports.setdefault(name, []).append(report)
     show(console, reports)
 
 

@@ -31,9 +31,9 @@ from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
 from convert.page import write_page
 from convert.plan import duration, free_memory, size
-from convert.readings import READINGS
+from convert.readings import READINGS, prompt_ids
 from convert.run import fail_in_words
-from convert.tasks import TASKS, needles
+from convert.tasks import TASKS, Item, Task, needles
 from convert.teachers import Teacher
 
 DEPTHS = (0.1, 0.5, 0.9)
@@ -76,7 +76,9 @@ def all_costs(models: Models, lengths: list[int] | None, minutes: float, dtype: 
             reason = None if lengths or before is None else _too_much(model, before, length, minutes)
             try:
                 before = None if reason else costs(model, length, dtype)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's is not
+                if "memory" not in str(error):
+                    raise
                 reason = "memory ends before"
             if reason:
                 say(f"{name}: {length:,} tokens left out, {reason}")
@@ -119,11 +121,9 @@ def by_position(models: Models, taught: Teacher, data: str) -> dict[str, dict[in
 def find_needles(models: Models, taught: Teacher, lengths: list[int], each: int) -> list[dict]:
     """Rows model, length (tokens), depth, and the share found by each reading."""
     task, rows = TASKS["needle"], []
-    sample = needles(1, 0, (4000,))[0].prompt
-    per_token = 0.8 * len(sample) / len(taught.tokenizer(sample)["input_ids"])  # the rest is room for the answer, and for denser text
     for length, (name, model) in (bar := tqdm(list(itertools.product(lengths, models.items())), desc="needles", unit="model")):
         bar.set_description(f"needles, {length:,} tokens, {name}")
-        items = needles(each * len(DEPTHS), 0, (int(length * per_token),), DEPTHS)
+        items = [needle_of(taught.tokenizer, task, length, depth, seed) for seed in range(each) for depth in DEPTHS]
         right = {}
         for how, read in READINGS.items():
             right[how] = {a.item: a.right for batch in read(model, taught.tokenizer, task, items) for a in batch}
@@ -132,6 +132,22 @@ def find_needles(models: Models, taught: Teacher, lengths: list[int], each: int)
             shares = {how: sum(found[i] for i in mine) / each for how, found in right.items()}
             rows.append({"model": name, "length": length, "depth": depth} | shares)
     return rows
+
+
+def needle_of(tokenizer, task: Task, length: int, depth: float, seed: int) -> Item:
+    """A question that fills so many tokens, the room for its answer included, to nine tenths at least where the text allows it."""
+    characters, best = 3 * length, None
+    for _ in range(16):
+        (item,) = needles(1, seed, (characters,), (depth,))
+        tokens = len(prompt_ids(tokenizer, task, item.prompt)) + task.max_new_tokens
+        if tokens <= length:
+            best = item
+            if tokens >= 0.9 * length:
+                break
+        characters = max(1, int(characters * 0.95 * length / tokens))
+    if best is None:
+        raise UserError(f"A needle needs more than {length} tokens; give larger --needle-lengths.")
+    return best
 
 
 # --- tables
@@ -197,6 +213,9 @@ def main() -> None:
     args = parser.parse_args()
     lengths = numbers(args.lengths, "--lengths") if args.lengths else None
     settings = [settings_of(run) for run in args.runs]
+    names = [run.name for run in args.runs]
+    if len({*names, "teacher"}) <= len(names):
+        raise UserError(f"Runs are told apart by their folders' names, and teacher is none; these are {', '.join(names)}. Rename some.")
     teachers = {each["teacher"] for each in settings}
     if len(teachers) > 1:
         raise UserError(f"Students stand beside one teacher; these runs have {', '.join(sorted(teachers))}. Give those of one.")
@@ -210,9 +229,10 @@ def main() -> None:
     show(Console(), rows)
     show_use(Console(), positions, found)
     for run in args.runs:
+        who = {"teacher": "teacher", run.name: "student"}  # wherever the folder goes
         mine = {"costs": rows, "needles": found}
-        mine = {key: [row for row in some if row["model"] in ("teacher", run.name)] for key, some in mine.items()}
-        mine["perplexity_by_position"] = {name: positions[name] for name in ("teacher", run.name)}
+        mine = {key: [row | {"model": who[row["model"]]} for row in some if row["model"] in who] for key, some in mine.items()}
+        mine["perplexity_by_position"] = {who[name]: positions[name] for name in who}
         (run / "context.json").write_text(json.dumps(mine, indent=1))
         write_page([run], run / "report.html")
 

@@ -11,6 +11,7 @@ shifted inputs, the test counts only what can be known.
 import argparse
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Settings:
     steps: int = 0
 
     def steps_of(self, d: Difficulty) -> int:
-        return self.epochs * d.examples // self.batch if self.epochs else self.steps
+        return self.epochs * math.ceil(d.examples / self.batch) if self.epochs else self.steps
 
 
 REDUCED = Settings(32, (2e-3,), (0.0,), steps=400)  # ours
@@ -92,12 +93,11 @@ def score(mixer: str, task: Task, d: Difficulty, s: Settings, lr: float, decay: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6)
     x, y = (torch.from_numpy(np.ascontiguousarray(a)).long().to(device) for a in (inputs, targets))
-    order = torch.arange(len(x))
+    per_epoch = math.ceil(len(x) / s.batch)
     for step in range(steps):
-        at = step * s.batch % len(x)
-        if at == 0:
+        if step % per_epoch == 0:
             order = torch.randperm(len(x))
-        rows = order[at : at + s.batch]
+        rows = order[step % per_epoch * s.batch :][: s.batch]
         loss = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

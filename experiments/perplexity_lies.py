@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import charts, load_teacher, recipes, run
+from convert.conversion import finished
 from convert.evaluation import chosen, evaluate_tasks
 from convert.recipes import Recipe, with_setting
 from convert.run import fail_in_words, number_of_tokens
@@ -150,9 +151,8 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, student in STUDENTS.items():
             place = args.out / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            if not (place / "report.json").exists():
-                run(args.teacher, student.recipe(args.teacher, seed), place, wandb="disabled")
-            report = json.loads((place / "report.json").read_text())
+            recipe = student.recipe(args.teacher, seed)
+            report = finished(place, args.teacher, recipe, None) or run(args.teacher, recipe, place, wandb="disabled")
             found = gaps(teacher, load_teacher(str(place)), args.limit, args.out / "answers.jsonl")
             rows.setdefault(name, []).append({"ratio": report["perplexity"]["ratio"]} | found)
             (args.out / "gaps.json").write_text(json.dumps(rows, indent=1))

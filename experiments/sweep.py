@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import run
-from convert.conversion import default_recipe
-from convert.dashboard import PROJECT
+from convert.conversion import default_recipe, finished
+from convert.dashboard import PROJECT, has_key, is_reachable
 from convert.errors import UserError
 from convert.recipes import Recipe, Swap, Train, with_setting
 from convert.run import fail_in_words, number_of_tokens
@@ -65,9 +65,7 @@ def trial(teacher: str, recipe: Recipe, dials: dict, place: Path, data: str | No
     """The numbers of one student."""
     for name, value in dials.items():
         recipe = with_setting(recipe, f"{name}={value}")
-    if not (place / "report.json").exists():
-        run(teacher, recipe, place, data=data, wandb="disabled")
-    report = json.loads((place / "report.json").read_text())
+    report = finished(place, teacher, recipe, data) or run(teacher, recipe, place, data=data, wandb="disabled")
     gaps = {how: [g["gap"] for g in report["evaluation"]["gaps"] if g["reading"] == how] for how in ("generation", "likelihood")}
     return {f"gap/{how}": sum(some) / len(some) for how, some in gaps.items()} | {
         "perplexity/ratio": report["perplexity"]["ratio"], "kl": report["kl"]["mean_nats"],
@@ -81,6 +79,11 @@ def folder_of(out: Path, dials: dict) -> Path:
 
 def online(teacher: str, recipe: Recipe, trials: int, out: Path, data: str | None) -> None:
     import wandb
+
+    if not has_key() or not is_reachable():
+        raise UserError(
+            "--online needs a W&B key (`wandb login`) and a server that answers. Leave the flag out: trials are then drawn here."
+        )
 
     def one() -> None:
         with wandb.init(project=PROJECT, group=f"sweep to {recipe.target}", job_type="trial") as tracked:
@@ -122,8 +125,14 @@ def main() -> None:
         rng, rows = np.random.default_rng(args.seed), []
         for _ in range(args.trials):
             dials = draw(definition(recipe)["parameters"], rng)
-            rows.append((dials, trial(args.teacher, recipe, dials, folder_of(out, dials), args.data)))
+            try:
+                rows.append((dials, trial(args.teacher, recipe, dials, folder_of(out, dials), args.data)))
+            except UserError as error:  # a rate that is too high is an answer, too
+                Console().print(f"{dials}: {error}", markup=False, style="yellow")
+                continue
             (out / "trials.json").write_text(json.dumps([{"dials": d} | found for d, found in rows], indent=1))
+        if not rows:
+            raise UserError("No trial ended; the lines above say why.")
         show(Console(), rows)
 
 

@@ -41,7 +41,7 @@ def test_perplexity_by_position_is_that_of_the_tokens_there():
 def test_lengths_end_where_memory_or_patience_does(monkeypatch, reason, words):
     def costs(model, length, dtype):
         if reason == "full" and length == 4096:
-            raise torch.OutOfMemoryError
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         seconds = 0.1 if reason != "time" or length == 1024 else 100.0
         return {"length": length, "bytes": length, "first_token_s": seconds, "tokens_per_s": 1.0}
 
@@ -63,16 +63,17 @@ def test_the_command_writes_into_the_run(finished_run, tmp_path, monkeypatch, ca
     shown = capsys.readouterr().out
     assert "what a context costs" in shown and "perplexity by position" in shown and "needle found" in shown
     found = json.loads((mine / "context.json").read_text())
-    assert {(row["model"], row["length"]) for row in found["costs"]} == {(who, n) for who in ("teacher", "mine") for n in (64, 128)}
+    assert {(row["model"], row["length"]) for row in found["costs"]} == {(who, n) for who in ("teacher", "student") for n in (64, 128)}
     assert all(row["bytes"] == row["formula"] for row in found["costs"])
     assert {row["length"] for row in found["needles"]} == {256} and {row["depth"] for row in found["needles"]} == set(context.DEPTHS)
-    assert set(found["perplexity_by_position"]) == {"teacher", "mine"}
+    assert set(found["perplexity_by_position"]) == {"teacher", "student"}
     assert "Perplexity by the tokens before" in (mine / "report.html").read_text()
 
 
 def test_refusals_are_a_sentence(finished_run, tmp_path, monkeypatch):
     for arguments, words in (
         ([str(tmp_path)], "has none"),
+        ([str(finished_run)] * 2, "told apart by their folders"),
         ([str(finished_run), "--lengths", "12,x"], "--lengths takes numbers of tokens"),
     ):
         monkeypatch.setattr("sys.argv", ["context", *arguments])

@@ -69,10 +69,10 @@ def test_a_later_evaluation_is_on_the_page(finished_run, tmp_path, told):
 def test_what_was_found_of_long_contexts_is_shown(told):
     assert "Perplexity by the tokens" not in page.page([told]) and "One assignment" not in page.page([told])
     costs = [
-        {"model": who, "length": n, "tokens_per_s": 10.0, "first_token_s": 0.5} for who in ("teacher", told.name) for n in (1024, 77_777)
+        {"model": who, "length": n, "tokens_per_s": 10.0, "first_token_s": 0.5} for who in ("teacher", "student") for n in (1024, 77_777)
     ]
-    needles = [{"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75} for who in ("teacher", told.name)]
-    seen = {who: {"0": 20.0, "64": 10.0} for who in ("teacher", told.name)}
+    needles = [{"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75} for who in ("teacher", "student")]
+    seen = {who: {"0": 20.0, "64": 10.0} for who in ("teacher", "student")}
     text = page.page([dataclasses.replace(told, context={"costs": costs, "needles": needles, "perplexity_by_position": seen})])
     assert "Perplexity by the tokens before" in text and "77,777" in text
     assert "<td>512</td><td>50%</td><td>25% / 75%</td><td>25% / 75%</td>" in text
@@ -106,6 +106,14 @@ def test_several_runs_share_a_page(finished_run, told, tmp_path, monkeypatch):
     compare.main()
     text = (tmp_path / "deep" / "page.html").read_text()
     assert "2 conversions side by side" in text and "other: distill" in text and text.count("Gap by task") == 0
+
+
+def test_a_damaged_file_is_a_sentence(finished_run, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(finished_run, mine)
+    (mine / "context.json").write_text('{"costs": [')
+    with pytest.raises(UserError, match=r"context\.json must be JSON and is damaged"):
+        write_page([mine], tmp_path / "page.html")
 
 
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):

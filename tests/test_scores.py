@@ -58,7 +58,11 @@ def test_repetition_and_distinctness():
 
 
 def test_the_first_divergence_is_counted_in_tokens():
-    teacher = [Answer(0, True, "x", tokens=(1, 2, 3)), Answer(1, True, "x", tokens=(1, 2, 3)), Answer(2, True, "x", tokens=(7,))]
-    student = [Answer(2, True, "x", tokens=(7,)), Answer(0, True, "x", tokens=(1, 9)), Answer(1, True, "x", tokens=(1, 2, 3, 4))]
+    teacher = [Answer(i, True, "x", text, ids) for i, (text, ids) in enumerate([("abc", (1, 2, 3)), ("abc", (1, 2, 3)), ("g", (7,))])]
+    student = [
+        Answer(2, True, "x", "g", (7, 8)),
+        Answer(0, True, "x", "ai", (1, 9)),
+        Answer(1, True, "x", "abcd", (1, 2, 3, 4)),
+    ]  # g, and a stop
     found = scores.divergence(teacher, student)
     assert found == {"same_text": pytest.approx(1 / 3), "first_divergence": 2.0}

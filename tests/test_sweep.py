@@ -1,7 +1,7 @@
 """A sweep's definition is W&B's, its dials are fields of the recipe, and trials are told apart by what they write."""
 
 import json
-import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -38,7 +38,11 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
 
     def run(teacher, recipe, place, *, data, wandb):
         done.append(recipe)
-        shutil.copytree(finished_run, place)
+        report = json.loads((finished_run / "report.json").read_text())
+        report["settings"] |= {"steps": [recipes.describe(step) for step in recipe.steps], "data": "stdlib"}
+        place.mkdir(parents=True)
+        (place / "report.json").write_text(json.dumps(report))
+        return report
 
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr("sys.argv", ["sweep", "--to", "linear", "--tokens", "2048", "--trials", "3", "--out", str(tmp_path / "out")])
@@ -50,3 +54,6 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
     assert len({recipe.steps[-1].settings.lr for recipe in done}) == 3
     sweep.main()
     assert len(done) == 3 and json.loads((tmp_path / "out" / "trials.json").read_text()) == trials
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--data", str(tmp_path)])
+    with pytest.raises(FileExistsError):  # of other data it is not taken for done
+        sweep.main()

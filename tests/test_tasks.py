@@ -51,7 +51,10 @@ def test_letters_are_found(text, said):
 @pytest.mark.parametrize(
     "task, text, said",
     [
-        ("sums", "17 + 25 = 42", "42"), ("sums", "The answer is 42.", "42"), ("sums", "17 and 25", None), ("sums", "-3", "-3"),
+        ("sums", "17 + 25 = 42", "42"), ("sums", "The answer is 42.", "42"), ("sums", "17 and 25", None), ("sums", "The sum of 17 and 25 is 42.", "42"),
+            ("sums", "\u22125", "-5"), ("sums", "42.0", "42"), ("sums", "4.5", None), ("facts", "Answer: B", "B"), ("facts", "a list", None),
+            ("facts", "The right option is B.", "B"), ("facts", "(c)", "C"), ("facts", "A good choice is B", "B"), ("facts", "D Asia", "D"),
+            ("forms", '{"name":"x"}', '{"name": "x"}'), ("forms", "a;b ; c", "a; b; c"), ("sums", "-3", "-3"),
         ("keys", " 47", "47"), ("keys", "x", None), ("brackets", "))", "))"), ("brackets", "x)", None),
         ("indentation", "\n        return", "8"), ("indentation", "\n\nclass", "0"), ("indentation", " + 1", None),
         ("copying", " a, b)", "a, b"), ("copying", " a, b", None), ("names", " self.x", "self"), ("names", ")", None), ("forms", " \n", None),

@@ -1,26 +1,32 @@
 """Questions for models that follow instructions: facts that every Python knows, by the letter; sums; and answers in a given form."""
 
 import calendar
+import contextlib
 import html.entities
+import json
 import random
 import re
 import unicodedata
 import zoneinfo
+from collections import Counter
 
 from convert.errors import UserError
 from convert.tasks.base import LETTERS, Item, Task, ranked
 from convert.tasks.recall import words
 
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
-LETTER = re.compile(r"\W*(?:(?:the )?(?:correct )?answer (?:is|:)\W*)?([A-D])(?![A-Za-z])", re.IGNORECASE)
-NUMBER = re.compile(r"-?\d+")
+FIRST = re.compile(r"\W*(?:(?i:the |correct |right |answer|option|letter|choice|is\b)\W*)*([A-D])(?![A-Za-z'])(?! (?!is\b)[a-z])")
+LATER = re.compile(r"(?:\bis|:)\W*([A-D])(?![A-Za-z'])(?! [a-z])")
+RESULT = re.compile(r"=|:|\bis\b|\bequals\b")
+NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.0+)?(?![\d.]*\d)")
 
 
 def _time_zone(rng: random.Random) -> tuple[str, str, list[str]]:
     zones = sorted(z for z in zoneinfo.available_timezones() if z.split("/")[0] in AREAS and z.count("/") == 1)
     if not zones:
         raise UserError("The task facts asks about time zones, and this machine has no list of them; pip install tzdata.")
-    area, city = rng.choice(zones).split("/")
+    areas = Counter(zone.split("/")[1] for zone in zones)
+    area, city = rng.choice([zone for zone in zones if areas[zone.split("/")[1]] == 1]).split("/")  # Istanbul is in two
     city = city.replace("_", " ")
     return f"In which part of the world is the time zone of {city}?", area, [other for other in AREAS if other != area]
 
@@ -87,7 +93,12 @@ def _facts(count: int, seed: int) -> list[Item]:
 
 
 def letter(text: str) -> str | None:
-    return match[1].upper() if (match := LETTER.match(text)) else None
+    """The letter that the text begins with, or that it says later; "a" is one where there is nothing else."""
+    alone = text.strip(" \n\t.()*\"'")
+    if len(alone) == 1 and alone in "abcd":
+        return alone.upper()
+    match = FIRST.match(text) or LATER.search(text)
+    return match[1] if match else None
 
 
 def _sums(count: int, seed: int) -> list[Item]:
@@ -107,10 +118,13 @@ def _sums(count: int, seed: int) -> list[Item]:
     return items
 
 
-def _last_number(text: str) -> str | None:
-    """The only number, or the one behind the equals sign: "17 + 25 = 42"."""
-    found = NUMBER.findall(text.split("=")[-1])
-    return found[0] if len(found) == 1 else None
+def _result(text: str) -> str | None:
+    """ "17 + 25 = 42", "The sum of 17 and 25 is 42."."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    for part in (RESULT.split(text)[-1], text):
+        if len(found := NUMBER.findall(part)) == 1:
+            return found[0].split(".")[0]
+    return None
 
 
 def _forms(count: int, seed: int) -> list[Item]:
@@ -133,12 +147,16 @@ def _forms(count: int, seed: int) -> list[Item]:
 
 
 def _form(text: str) -> str | None:
-    """Everything that was written; nothing is unparsable but silence."""
-    return text.strip() or None
+    """Everything that was written, JSON and lists with the usual spaces; nothing is unparsable but silence."""
+    text = text.strip()
+    if text.startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.dumps(json.loads(text))
+    return re.sub(r"\s*;\s*", "; ", text) or None
 
 
 CHAT = (
     Task("facts", "time zones, Unicode, the calendar, HTML entities, by the letter", _facts, letter, 16, chat=True, lettered=True),
-    Task("sums", "sums of small numbers", _sums, _last_number, 24, chat=True),
+    Task("sums", "sums of small numbers", _sums, _result, 24, chat=True),
     Task("forms", "an answer in exactly the form asked for", _forms, _form, 40, stop=(), chat=True),
 )
