@@ -1,5 +1,6 @@
 """The whole evaluation: its file, its table, going on after a kill, what it refuses; and lm-evaluation-harness beside it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -98,3 +99,24 @@ def test_refusals_are_a_sentence(arguments, words, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_the_file_keeps_what_was_asked_most(models, tokenizer, tmp_path):
+    for limit, n in ((2, 2), (4, 4), (3, 4)):
+        evaluation.write(evaluation.evaluate_tasks(models, tokenizer, SOME[:1], limit=limit), tmp_path / "evaluation.json")
+        found = json.loads((tmp_path / "evaluation.json").read_text())
+        assert {row["n"] for row in found["rows"] + found["gaps"]} == {n} and len(found["rows"]) == 4
+    evaluation.write(evaluation.evaluate_tasks(models, tokenizer, SOME[1:], limit=1), tmp_path / "evaluation.json")
+    assert {row["task"] for row in json.loads((tmp_path / "evaluation.json").read_text())["rows"]} == {"copying", "facts"}
+
+
+def test_texts_from_disk_are_read_as_texts_are_read_now(models, tokenizer, tmp_path):
+    file, task = tmp_path / "answers.jsonl", SOME[0]
+    before = evaluation.evaluate_tasks(models, tokenizer, [task], limit=4, file=file)
+    deaf = dataclasses.replace(task, parse=lambda text: None)
+    after = evaluation.evaluate_tasks(models, tokenizer, [deaf], limit=4, file=file)
+    written = [
+        [row["unparsable"] for row in found["rows"] if row["reading"] == "generation" and row["model"] == "teacher"]
+        for found in (before, after)
+    ]
+    assert written == [[0], [1]]

@@ -54,3 +54,28 @@ def test_without_network_a_public_task_is_a_sentence(tmp_path, capsys, monkeypat
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "could not be read" in error and "give a folder of local tasks" in error
     assert logging.getLogger("lm_eval").level == logging.ERROR and data.hub_offline
+
+
+@pytest.mark.parametrize("change, words", [
+    (("output_type: multiple_choice", "output_type: nonsense"), "could not do"), (("doc_to_choice: choices", "doc_to_choice: missing"), "could not do"),
+])  # fmt: skip
+def test_a_task_that_does_not_work_is_a_sentence(tmp_path, capsys, change, words):
+    from convert.tasks import TASKS
+
+    same_scores.write_local_tasks([TASKS["keys"]], tmp_path / "local", 2)
+    (tmp_path / "local" / "keys_generation.yaml").unlink()
+    file = tmp_path / "local" / "keys_likelihood.yaml"
+    file.write_text(file.read_text().replace(*change))
+    assert main(["neox-nano", "--lm-eval", str(tmp_path / "local"), "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_data_may_hold_any_character_and_must_be_utf_8(tmp_path):
+    import yaml
+
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    (tmp_path / "data.jsonl").write_text('{"a": "one\u2028two"}\n', encoding="utf-8")
+    assert harness.local_tasks(tmp_path, yaml) == ["mine"]
+    (tmp_path / "data.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"must be UTF-8; .*data\.jsonl, line 2 is not"):
+        harness.local_tasks(tmp_path, yaml)

@@ -100,3 +100,17 @@ def test_batches_are_of_similar_lengths_and_bounded():
 
 def test_a_stop_counts_after_the_first_word():
     assert cut("\n  name\nmore", ("\n",)) == "\n  name" and cut("all of it", ()) == "all of it"
+
+
+def test_a_models_own_settings_do_not_change_what_it_writes():
+    from convert.teachers import NANO, load_teacher
+
+    nano, task = load_teacher(str(NANO)), TASKS["copying"]
+    items = task.items(COUNT, 0)
+
+    def texts():
+        return {answer.item: answer.text for batch in by_generation(nano.model, nano.tokenizer, task, items) for answer in batch}
+
+    before, settings = texts(), nano.model.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 1.5, 2
+    assert texts() == before and nano.model.generation_config is settings

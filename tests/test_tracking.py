@@ -139,3 +139,25 @@ def test_stages_are_runs_with_tables_artifacts_and_the_page(tmp_path):
     assert [line[column] for line in table["data"]] == ["align 1", "align 2", "distill 1", "distill 2"]  # the history stays
     chain = b"".join(file.read_bytes() for file in files.values())
     assert chain.count(b"made_from") >= 3 and track.model == "def"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["log", "use_artifact", "log_artifact", "finish"])
+def test_wandb_may_fail_as_it_likes(tmp_path, monkeypatch, capsys, what):
+    def fail(*_, **__):
+        raise ValueError("the server is on fire")
+
+    track = Track(tmp_path, mode="offline", config={"teacher_fingerprint": "abc"}, name="x")
+    track.enter("align")
+    monkeypatch.setattr(type(track.dashboard.run), what, fail)
+    if what == "use_artifact":  # which is not called offline
+        monkeypatch.setattr(type(track.dashboard.run), "offline", False)
+    track.log(1, 10, {"train/loss": 1.5})
+    track.made("def", {})
+    track.enter("distill")
+    track.log(1, 10, {"train/loss": 0.5})
+    track.close()
+    assert [row["train/loss"] for row in rows(tmp_path)] == [1.5, 0.5] and track.model == "def"
+    assert capsys.readouterr().out.count("the server is on fire") == 1
+    monkeypatch.undo()
+    wandb.teardown()

@@ -65,3 +65,16 @@ def test_generations_after_a_crash_are_dropped(tmp_path):
         track.log(step, step, {"train/loss": 1.0})
     track.resume(2)
     assert [json.loads(line)["student"] for line in track.texts.read_text().splitlines()] == ["1", "2"]
+
+
+def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
+    recipe = recipes.tiny(recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256)))
+    with pytest.raises(UserError, match="--stop-when is looked at when a stage measures, and none of this recipe does"):
+        run("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
+
+
+def test_a_rule_about_perplexity_needs_no_questions(taught, batches, monkeypatch):
+    monkeypatch.setattr(Watch, "_questions", lambda self: [])
+    watch = Watch(taught, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
+    watch(taught.model)
+    assert watch.stopped_by.text == "perplexity>1"
