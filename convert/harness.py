@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from convert.data import hub_offline
+from convert.data import cache_folder, hub_offline
 from convert.errors import UserError
-from convert.teachers import is_hub_reachable
+from convert.teachers import fingerprint, is_hub_reachable
 
 BATCH = 16
 
@@ -50,19 +50,21 @@ def find(names: str):
 
 def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True) -> list[dict]:
     """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or folders of local tasks (YAML and JSONL),
-    with commas. `chat`: an instruct model is asked in its chat template."""
+    with commas. `chat`: an instruct model is asked in its chat template. Answers are kept as they come: what was killed goes on."""
     lm_eval, _ = _lm_eval()
     from lm_eval.models.huggingface import HFLM
 
     asked, manager = find(names)
     rows, templated = [], chat and tokenizer.chat_template is not None
     for model_name, model in models.items():
-        done = _evaluate(lm_eval, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), asked, manager, limit, templated)
+        answers = cache_folder() / "lm-eval" / fingerprint(model)  # not in the run's folder: it is a pickle, and folders are handed on
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
         rows += _rows(model_name, done)
     return sorted(rows, key=lambda row: (row["task"], row["metric"]))
 
 
-def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, templated: bool) -> dict:
+def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, templated: bool, answers: str) -> dict:
     import datasets
 
     unreachable = not is_hub_reachable()
@@ -70,7 +72,7 @@ def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, temp
         with hub_offline(datasets.config, when=unreachable):
             return lm_eval.simple_evaluate(
                 model=model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000,
-                apply_chat_template=templated,
+                apply_chat_template=templated, use_cache=answers,
             )  # fmt: skip
     except UserError:
         raise

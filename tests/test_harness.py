@@ -14,6 +14,11 @@ from experiments import same_scores
 pytestmark = pytest.mark.filterwarnings("ignore")  # its, and those of its data sets
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
+
+
 def test_it_gives_the_scores_of_our_readers(tmp_path):
     found = same_scores.compare("neox-nano", "names,brackets,copying", 8, tmp_path)
     assert len(found) == 6
@@ -29,6 +34,33 @@ def test_the_command_takes_a_folder(tmp_path, capsys):
     assert main(["neox-nano", "--lm-eval", str(tmp_path / "local"), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "keys_likelihood" in shown and "keys_generation" in shown and "exact_match" in shown
+
+
+def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from convert.tasks import TASKS
+    from convert.teachers import load_teacher
+
+    same_scores.write_local_tasks([TASKS["keys"]], tmp_path / "local", 4)
+    nano, real, asked = load_teacher("neox-nano"), HFLM._model_generate, []
+
+    def counted(self, *args, **kwargs):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    def scores():
+        return harness.run_harness({"teacher": nano.model}, nano.tokenizer, str(tmp_path / "local"))
+
+    monkeypatch.setattr(harness, "BATCH", 1)
+    monkeypatch.setattr(HFLM, "_model_generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        scores()
+    found = scores()
+    assert len(asked) == 5  # two before the kill, the killed one, and the two that were left
+    assert scores() == found and len(asked) == 5
 
 
 def test_a_file_that_does_not_parse_is_said_with_its_line(tmp_path):
