@@ -12,8 +12,11 @@ from collections import Counter
 
 from convert.errors import UserError
 from convert.tasks.base import LETTERS, Item, Task, ranked
-from convert.tasks.recall import words
 
+WORDS = (
+    "river table green apple house music window bread yellow cloud garden island kitchen lemon mountain number orange paper queen silver tiger uncle "
+    "village winter"
+).split()
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
 FIRST = re.compile(r"\W*(?:(?i:the |correct |right |answer|option|letter|choice|is\b)\W*)*([A-D])(?![A-Za-z'])(?! (?!is\b)[a-z])")
 LATER = re.compile(r"(?:\bis|:)\W*([A-D])(?![A-Za-z'])(?! [a-z])")
@@ -128,10 +131,10 @@ def _result(text: str) -> str | None:
 
 
 def _forms(count: int, seed: int) -> list[Item]:
-    """An exact form of words that mean nothing: capitals, repetition, order, a list, JSON."""
+    """An exact form of common words: capitals, repetition, order, a list, JSON."""
     rng, items = random.Random(f"forms {seed}"), []
     for number in range(count):
-        a, b, c, d = words(rng, 4)
+        a, b, c, d = rng.sample(WORDS, 4)
         kinds = {
             "capitals": (f"Write the word {a} in capital letters.", a.upper(), [a, a.title(), b.upper()]),
             "repetition": (f"Write the word {a} three times, with hyphens between.", f"{a}-{a}-{a}", [f"{a} {a} {a}", f"{a}-{a}\n", f"{b}-{b}-{b}"]),
