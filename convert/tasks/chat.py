@@ -15,8 +15,10 @@ from convert.tasks.base import LETTERS, Item, Task, ranked
 
 WORDS = (
     "river table green apple house music window bread yellow cloud garden island kitchen lemon mountain number orange paper queen silver tiger uncle "
-    "village winter"
-).split()
+    "village winter bottle candle dinner engine flower guitar hammer jacket kettle letter mirror needle office pencil rabbit school ticket valley "
+    "wagon anchor basket camera desert eagle forest glass honey iron jungle knife ladder market north ocean pepper quiet road salt train umbrella "
+    "violin water blue doctor earth friend gold horse king light morning night plane ring stone tower wood"
+).split()  # none begins with another
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
 FIRST = re.compile(r"\W*(?:(?i:the |correct |right |answer|option|letter|choice|is\b)\W*)*([A-D])(?![A-Za-z'])(?! (?!is\b)[a-z])")
 LATER = re.compile(r"(?:\bis|:)\W*([A-D])(?![A-Za-z'])(?! [a-z])")
@@ -132,8 +134,11 @@ def _result(text: str) -> str | None:
 
 def _forms(count: int, seed: int) -> list[Item]:
     """An exact form of common words: capitals, repetition, order, a list, JSON."""
-    rng, items = random.Random(f"forms {seed}"), []
-    for number in range(count):
+    rng, items, asked = random.Random(f"forms {seed}"), [], set()
+    for _ in range(20 * count):
+        number = len(items)
+        if number == count:
+            break
         a, b, c, d = rng.sample(WORDS, 4)
         kinds = {
             "capitals": (f"Write the word {a} in capital letters.", a.upper(), [a, a.title(), b.upper()]),
@@ -144,8 +149,10 @@ def _forms(count: int, seed: int) -> list[Item]:
         }  # fmt: skip
         group = list(kinds)[number % len(kinds)]
         question, right, wrong = kinds[group]
-        choices, gold = ranked(rng, right, wrong)
-        items.append(Item(number, f"{question} Write nothing else.", right, choices, gold, group))
+        if question not in asked:
+            asked.add(question)
+            choices, gold = ranked(rng, right, wrong)
+            items.append(Item(number, f"{question} Write nothing else.", right, choices, gold, group))
     return items
 
 
