@@ -68,7 +68,7 @@ def run(
         if isinstance(step, Train):
             Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
     settings = {
-        "teacher": str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher,
+        "teacher": _whole_name(teacher, source),
         "teacher_fingerprint": fingerprint(taught.model),
         "target": recipe.target, "data": data, "data_fingerprint": text.fingerprint,
         "steps": [recipes.describe(step) for step in recipe.steps],
@@ -311,15 +311,19 @@ def _commit() -> str | None:
 # --- defaults
 
 
+def _whole_name(teacher: str, source: Source) -> str:
+    """As the settings of a run hold it, from wherever it is repeated."""
+    return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
+
+
 def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict | None:
     """The report of a finished run of just this, else None."""
     if not (out / "report.json").exists():
         return None
     report = json.loads((out / "report.json").read_text())
     source = resolve(teacher)
-    name = str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
     steps = json.loads(json.dumps([recipes.describe(step) for step in recipe.steps]))
-    asked = {"teacher": name, "target": recipe.target, "data": data or source.data, "steps": steps}
+    asked = {"teacher": _whole_name(teacher, source), "target": recipe.target, "data": data or source.data, "steps": steps}
     return report if asked.items() <= report["settings"].items() else None
 
 
