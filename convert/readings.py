@@ -3,9 +3,11 @@
 "When Perplexity Lies" (arXiv 2603.26556): a distilled model can rank like its teacher and write far worse.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from convert.tasks import Item, Task
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 16_384  # of prompts, padding included (ours)
+STEP = 32  # tokens of a prompt that cost a CPU as much as one step of a batch that writes (ours, measured with neox-nano)
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ def fits(model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item]) -
     return found
 
 
-def batches(lengths: Sequence[int], rows: int = BATCH_ROWS, tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Places of equal or similar lengths, longest first: the most memory is needed at once, or never."""
+def batches(lengths: Sequence[int], rows: int = BATCH_ROWS, tokens: int = BATCH_TOKENS, padding: float = math.inf) -> Iterator[list[int]]:
+    """Places of equal or similar lengths, longest first: the most memory is needed at once, or never. `padding`: tokens of it in a batch."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:
-        size = max(1, min(rows, tokens // max(1, lengths[order[0]])))
+        longest = lengths[order[0]]
+        added = accumulate(longest - lengths[i] for i in order)
+        size = min(rows, max(1, tokens // max(1, longest)), sum(so_far <= padding for so_far in added))
         yield order[:size]
         order = order[size:]
 
@@ -76,9 +81,11 @@ Done = Callable[[list[int]], bool]  # whether the answers to these items are kno
 def by_generation(
     model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item], *, rows: int = BATCH_ROWS, known: Done = lambda _: False
 ) -> Iterator[list[Answer]]:
-    """Greedy, in left-padded batches, with the model's own cache; a batch of answers at a time."""
+    """Greedy, in left-padded batches, with the model's own cache; a batch of answers at a time. A CPU pays for padding as for text: there a
+    batch ends where its padding would cost more than the steps of another."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
-    for batch in batches([len(ids) for ids in prompts], rows):
+    padding = STEP * task.max_new_tokens if model.device.type == "cpu" else math.inf
+    for batch in batches([len(ids) for ids in prompts], rows, padding=padding):
         if not known(batch):
             written = _generate(model, tokenizer, task, [prompts[i] for i in batch])
             yield [_answer(tokenizer, task, items[i], i, ids) for i, ids in zip(batch, written, strict=True)]

@@ -2,11 +2,16 @@
 
     python -m experiments.asking_speed neox-nano
 
-The same questions, by the same readers; a batch of one against the batches of an evaluation.
+The same questions, by the same readers; a batch of one against the batches of an evaluation. Reading is the time of the passes over prompts,
+which give the first token of every answer, too; writing is all the rest. A processor that reads at its full rate one by one does not read
+faster in batches: that bounds the whole.
 """
 
 import argparse
+import dataclasses
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +19,62 @@ from tqdm import tqdm
 
 from convert.errors import UserError
 from convert.evaluation import chosen
-from convert.readings import BATCH_ROWS, Answer, by_generation, fits
+from convert.readings import BATCH_ROWS, by_generation, fits
 from convert.run import fail_in_words
-from convert.teachers import load_teacher
+from convert.tasks import Item, Task
+from convert.teachers import Teacher, load_teacher
+
+
+@dataclass
+class Asked:
+    """`seconds` for all `answers`, of which `reading` the prompts; `written`: tokens after the first of each answer."""
+
+    answers: int = 0
+    seconds: float = 0.0
+    reading: float = 0.0
+    written: int = 0
+    right: int = 0
+    texts: tuple[str, ...] = ()
+
+    def __add__(self, other: "Asked") -> "Asked":
+        return Asked(*(getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)))
+
+
+def ask(loaded: Teacher, task: Task, items: list[Item], rows: int) -> Asked:
+    reading = 0.0
+
+    def begins(module, args, kwargs) -> None:
+        nonlocal reading
+        reading -= time.perf_counter() if kwargs["input_ids"].shape[1] > 1 else 0
+
+    def ends(module, args, kwargs, output) -> None:
+        nonlocal reading
+        reading += time.perf_counter() if kwargs["input_ids"].shape[1] > 1 else 0
+
+    hooks = [
+        loaded.model.register_forward_pre_hook(begins, with_kwargs=True),
+        loaded.model.register_forward_hook(ends, with_kwargs=True),
+    ]
+    started = time.perf_counter()
+    answers = [answer for batch in by_generation(loaded.model, loaded.tokenizer, task, items, rows=rows) for answer in batch]
+    seconds = time.perf_counter() - started
+    for hook in hooks:
+        hook.remove()
+    answers.sort(key=lambda answer: answer.item)
+    written = sum(max(0, len(answer.tokens) - 1) for answer in answers)
+    return Asked(len(answers), seconds, reading, written, sum(a.right for a in answers), tuple(a.text for a in answers))
+
+
+def rows_of(name: str, alone: Asked, batched: Asked) -> Iterator[list[str]]:
+    rates, writing = [], []
+    for how, asked in (("one by one", alone), ("in batches", batched)):
+        rates.append(asked.answers / asked.seconds)
+        writing.append(asked.written / (asked.seconds - asked.reading))
+        times = [f" ({values[-1] / values[0]:.1f} x)" if how == "in batches" else "" for values in (rates, writing)]
+        differ = sum(a != b for a, b in zip(alone.texts, asked.texts, strict=True))
+        yield [
+            name, how, f"{rates[-1]:.1f}{times[0]}", f"{asked.reading:.2f}", f"{writing[-1]:,.0f}{times[1]}", str(asked.right), str(differ)
+        ]  # fmt: skip
 
 
 def main() -> None:
@@ -28,27 +86,25 @@ def main() -> None:
     if args.limit < 1:
         raise UserError(f"--limit must be at least 1; got {args.limit}.")
     loaded = load_teacher(args.model)
-    table = Table("task", title=f"{args.model}, answers a second by generation", title_justify="left")
-    for column in ("one by one", "in batches", "times", "right, one by one", "in batches", "texts that differ"):
+    table = Table("task", "asked", title=f"{args.model}, by generation", title_justify="left")
+    for column in ("answers/s", "reading, s", "tokens/s", "right", "differ"):
         table.add_column(column, justify="right")
-    seconds: dict[int, float] = {1: 0.0, BATCH_ROWS: 0.0}
+    whole = {rows: Asked() for rows in (1, BATCH_ROWS)}
     for task in tqdm(chosen(args.tasks, loaded.tokenizer), unit="task"):
         items = task.items(args.limit, 0)
         items = [items[i] for i in fits(loaded.model, loaded.tokenizer, task, items)]
-        found: dict[int, list[Answer]] = {}
-        took = {}
-        for rows in (BATCH_ROWS, 1):
-            started = time.perf_counter()
-            answers = [answer for batch in by_generation(loaded.model, loaded.tokenizer, task, items, rows=rows) for answer in batch]
-            took[rows] = time.perf_counter() - started
-            seconds[rows] += took[rows]
-            found[rows] = sorted(answers, key=lambda answer: answer.item)
-        right = [sum(answer.right for answer in found[rows]) for rows in (1, BATCH_ROWS)]
-        differ = sum(a.text != b.text for a, b in zip(found[1], found[BATCH_ROWS], strict=True))
-        rates = [f"{len(items) / took[rows]:.1f}" for rows in (1, BATCH_ROWS)]
-        table.add_row(task.name, *rates, f"{took[1] / took[BATCH_ROWS]:.1f}", *map(str, right), str(differ))
-    table.add_row("all", "", "", f"{seconds[1] / seconds[BATCH_ROWS]:.1f}")
+        if whole[1].answers == 0:
+            ask(loaded, task, items[:1], 1)  # what is done once
+        alone, batched = (ask(loaded, task, items, rows) for rows in whole)
+        for rows, asked in ((1, alone), (BATCH_ROWS, batched)):
+            whole[rows] += asked
+        for row in rows_of(task.name, alone, batched):
+            table.add_row(*row)
+    for row in rows_of("all", whole[1], whole[BATCH_ROWS]):
+        table.add_row(*row)
     Console().print(table)
+    alone = whole[1]
+    print(f"If batches wrote in no time and read as one by one, they would be {alone.seconds / alone.reading:.1f} times as fast.")
 
 
 if __name__ == "__main__":

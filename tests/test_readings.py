@@ -96,6 +96,7 @@ def test_what_has_no_room_is_not_asked(tokenizer):
 def test_batches_are_of_similar_lengths_and_bounded():
     found = list(batches([5, 100, 7, 50, 6], rows=2, tokens=120))
     assert found == [[1], [3, 2], [4, 0]]
+    assert list(batches([5, 100, 7, 50, 6], padding=3)) == [[1], [3], [2, 4, 0]]
 
 
 def test_a_stop_counts_after_the_first_word():
