@@ -120,26 +120,29 @@ class Task:
         return [self.baseline, *harder]
 
 
+TAUGHT = 19_200  # examples that teach recall in 32 tokens to who can learn it (ours)
 VOCABS, LENGTHS, EXAMPLES = (32, 64, 128), (256, 512, 1024), (6400, 3200, 1600, 800)
 NOISY = Difficulty(vocab=32, noise=0.2, noise_vocab=16)
 TASKS = {
     "in-context recall": Task(
-        recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(seq_len=64)
+        recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(8, 32, TAUGHT)
     ),
     "noisy recall": Task(
         recall, NOISY, {"vocab": (48, 80, 144), "seq_len": LENGTHS, "examples": EXAMPLES, "noise": (0.4, 0.6, 0.8)},
-        dataclasses.replace(NOISY, seq_len=64),
+        Difficulty(16, 32, TAUGHT, noise=0.2, noise_vocab=8),
     ),
-    "fuzzy recall": Task(fuzzy_recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(seq_len=64)),
+    "fuzzy recall": Task(
+        fuzzy_recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(9, 32, TAUGHT, longest=2)
+    ),
     "selective copying": Task(
         copying, Difficulty(seq_len=256), {"vocab": VOCABS, "seq_len": (512, 1024), "examples": EXAMPLES, "copied": (32, 64, 96)},
-        Difficulty(seq_len=128, copied=8),
+        Difficulty(10, 48, copied=8),
     ),
     "compression": Task(
-        compression, Difficulty(seq_len=32), {"vocab": VOCABS, "seq_len": (64, 128, 256), "examples": EXAMPLES}, Difficulty(seq_len=32)
+        compression, Difficulty(seq_len=32), {"vocab": VOCABS, "seq_len": (64, 128, 256), "examples": EXAMPLES}, Difficulty(seq_len=16)
     ),
     "memorisation": Task(
         memorisation, Difficulty(vocab=256, seq_len=32, examples=256), {"vocab": (512, 1024, 2048, 4096, 8192)},
-        Difficulty(vocab=256, seq_len=32),
+        Difficulty(vocab=256, seq_len=32, examples=6400),
     ),
 }  # fmt: skip

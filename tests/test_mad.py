@@ -34,7 +34,7 @@ def test_the_papers_settings():
     assert {name: len(task.settings()) for name, task in TASKS.items()} == {
         "in-context recall": 11, "noisy recall": 14, "fuzzy recall": 11, "selective copying": 13, "compression": 11, "memorisation": 6,
     }  # fmt: skip
-    assert PAPER.steps_of(Difficulty()) == 20_000 and REDUCED.steps_of(Difficulty()) == 220
+    assert PAPER.steps_of(Difficulty()) == 20_000 and REDUCED.steps_of(Difficulty()) == 400
 
 
 @pytest.mark.parametrize("d", [SHORT, dataclasses.replace(NOISY, seq_len=64, noise=0.6)], ids=["clean", "noisy"])
