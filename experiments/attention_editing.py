@@ -67,7 +67,7 @@ VARIANTS = {
 def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, seed: int) -> Recipe:
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.RECIPES[variant.target](budget)
+    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, questions=1))  # the table is of perplexity
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)

@@ -10,6 +10,8 @@ import torch
 from convert import measure
 from convert.data import Batch
 from convert.errors import UserError
+from convert.mixers import MLA
+from convert.model import swap
 from experiments import context
 from tests.conftest import VOCAB, tiny_teacher
 
@@ -51,6 +53,28 @@ def test_lengths_end_where_memory_or_patience_does(monkeypatch, reason, words):
     rows = context.all_costs({"teacher": tiny_teacher("llama")}, None, 1.0, torch.float32, said.append)
     assert [row["length"] for row in rows] == ([1024] if reason == "full" else [1024, 4096])
     assert words in said[-1] and "left out" in said[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_both_ways_to_decode_agree_and_float64_tells_rounding_from_a_difference(family, monkeypatch):
+    student = swap(tiny_teacher(family), "mla", MLA.Options(cache_budget=0.5, start="svd"), (0, 2)).eval()
+    found, token, cache = measure.context(student, 64, torch.float32)
+    worst, speeds = context._both_ways(student, token, cache)
+    assert worst < 1e-4 and set(speeds) == {"absorbed", "expanded"} and cache.get_seq_length() == 64
+    assert "max_abs_logit_float64" not in context._absorbed_against_expanded(student, token, cache)
+    absorbed = MLA._absorbed
+    monkeypatch.setattr(MLA, "_absorbed", lambda self, *args: absorbed(self, *args) * 1.001)
+    found = context._absorbed_against_expanded(student, token, cache)
+    assert found["max_abs_logit"] > 1e-4 and found["max_abs_logit_float64"] == pytest.approx(found["max_abs_logit"], rel=0.05)
+
+    def coarse(self, *args):
+        y = absorbed(self, *args)
+        return y if y.dtype == torch.float64 else y * (1 + 1e-4 * torch.sin(1e4 * y))
+
+    monkeypatch.setattr(MLA, "_absorbed", coarse)
+    found = context._absorbed_against_expanded(student, token, cache)
+    assert found["max_abs_logit"] > 1e-4 and found["max_abs_logit_float64"] < 1e-5
+    assert student.dtype == torch.float32 and cache.layers[0].state[0].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore")
