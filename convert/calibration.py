@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert.data import Batch
+from convert.batches import Batch
 from convert.mixers.parts import QKV
 from convert.model import Slot, attention_of, documents_of
 from convert.projections import Inputs, Projections

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from convert.plan import count, size
+from convert.console import count, size
 
 INK, MUTED = "#000001", "#000002"  # stand for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))

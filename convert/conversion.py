@@ -5,7 +5,6 @@ import difflib
 import functools
 import json
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -13,19 +12,19 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
-from convert import evaluation, final, measure, native, recipes, report
+from convert import evaluation, final, measure, recipes, report
 from convert import plan as planning
+from convert.batches import Batch, Batches
 from convert.checkpoint import StepFolder, StopRequest, check_out, locked, open_run, write_json
-from convert.console import console
-from convert.data import Batch, Batches, TokenData, corpus, tokenize
+from convert.console import console, size
+from convert.data import TokenData, corpus, tokenize
 from convert.errors import Interrupted, UserError
-from convert.export import check_in_clean_process, export, export_native
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
 from convert.page import write_page
 from convert.recipes import Forget, Recipe, Swap, Train
+from convert.shipping import ship
 from convert.swaps import do_swap
 from convert.teachers import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.tracking import Track
@@ -58,7 +57,7 @@ def run(
         raise UserError(reason)
     peak = max((step.peak_bytes for step in plan.steps), default=0)
     if device == "cpu" and peak > planning.physical_memory():
-        console.print(f"[yellow]This may not fit: about {planning.size(peak)} needed, {planning.size(planning.physical_memory())} here.[/]")
+        console.print(f"[yellow]This may not fit: about {size(peak)} needed, {size(planning.physical_memory())} here.[/]")
 
     check_out(out, fresh)
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
@@ -96,7 +95,7 @@ def _locked_run(
         _round(student, taught.dtype)
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["evaluation"] = _ask(student, taught, recipe, out)
-        numbers["export"] = _export(student, taught, out / "model", numbers, text)
+        numbers["export"] = ship(student, taught, out / "model", numbers, text)
         numbers["seconds"]["this_call"] = time.monotonic() - started
         write_json(out / "report.json", numbers)
         (out / "report.md").write_text(report.markdown(numbers))
@@ -238,55 +237,11 @@ def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
     return found
 
 
-def _export(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
-    """Write model/, and read it back in a process that does not know this project."""
-    console.print("[bold]export[/]")
-    export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
-    found = _checked(student, folder, text, trust_remote_code=True) | {"dtype": str(taught.dtype).removeprefix("torch.")}
-    if reason := native.obstacle(student):
-        console.print(f"[dim]transformers has no architecture for this student ({reason}): model/ brings its code along.[/]")
-        return found | {"native": {"obstacle": reason}}
-    beside, kind = folder.with_name("native"), native.native_config(student).model_type
-    try:
-        export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
-        checked = _checked(student, beside, text, trust_remote_code=False)
-    except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
-        console.print(f"[yellow]native/ could not be made: {escape(str(error))}[/]")
-        return found | {"native": {"obstacle": f"the export as a {kind} failed: {error}"}}
-    console.print(f"[dim]native/ is the same student as a {kind}, without code of ours.[/]")
-    return found | {"native": {"model_type": kind} | checked}
-
-
-def _checked(student, folder: Path, text: TokenData, *, trust_remote_code: bool) -> dict:
-    """How far the logits of the export are from the student's, in a clean process; more than rounding is an error."""
-    ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
-    with torch.no_grad():
-        reference = student(ids.to(student.device), use_cache=False).logits.float().cpu()
-    allowed = max(1e-4, 1e-5 * reference.abs().max().item())
-    try:
-        difference = (check_in_clean_process(folder, ids, trust_remote_code=trust_remote_code) - reference).abs().max().item()
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed {allowed:.2g})."
-            )
-    except (RuntimeError, OSError):
-        _set_aside(folder)
-        raise
-    return {"max_abs_logit": difference, "allowed": allowed}
-
-
 @torch.no_grad()
 def _round(student, dtype: torch.dtype) -> None:
     """The weights as the export will hold them, so that what is measured is what is shipped."""
     for p in student.parameters():
         p.copy_(p.to(dtype))
-
-
-def _set_aside(folder: Path) -> None:
-    """An export that failed its check: its card says that it passed."""
-    aside = folder.with_name(folder.name + ".unchecked")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
 
 
 def versions() -> dict[str, str | None]:

@@ -3,7 +3,8 @@
 import dataclasses
 
 from convert import measure
-from convert.data import Batch, TokenData, held_out_batches
+from convert.batches import Batch, held_out_batches
+from convert.data import TokenData
 from convert.recipes import Recipe, Train
 from convert.teachers import Teacher
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from convert.data import Batch
+from convert.batches import Batch
 from convert.mixers.base import StateSize
 from convert.mixers.parts import TimeStep
 from convert.model import ConvertedForCausalLM, attention_of, layer_bytes

@@ -10,8 +10,8 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from convert import charts, evaluation, report
+from convert.console import duration, size
 from convert.errors import UserError
-from convert.plan import duration, size
 from convert.tasks import LETTERS
 
 LENGTH = "8192"  # of the context at which caches are compared

@@ -256,6 +256,15 @@ def _plain_objective(objective: Callable) -> str | dict:
     return dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else objective.__name__
 
 
+def objective_of(step: Train) -> str:
+    """In words."""
+    plain = describe(step)["settings"]["objective"]
+    if isinstance(plain, str):
+        return plain
+    terms = [f"{value:g} {key}" for key, value in plain.items() if value and key != "temperature"]
+    return " + ".join(terms) + (f" (T = {plain['temperature']:g})" if plain["temperature"] != 1 else "")
+
+
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     """`STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of its mixer's options."""
     path, equals, value = assignment.partition("=")

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convert.plan import count, duration, size
+from convert.console import count, duration, size
 
 HALF_LIFE_LINES = 8
 

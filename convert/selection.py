@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert.data import Batch
+from convert.batches import Batch
 from convert.measure import HEAD_CHUNK
 from convert.model import ConvertedForCausalLM, attention_of
 from convert.objectives import forward_kl

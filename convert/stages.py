@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert.data import Batch
+from convert.batches import Batch
 from convert.errors import Interrupted, UserError
 from convert.mixers.base import Context
 from convert.mixers.parts import FeatureMap

@@ -7,8 +7,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from convert import measure, selection
+from convert.batches import Batch, Batches, held_out_batches
 from convert.calibration import inputs_of
-from convert.data import Batch, Batches, TokenData, held_out_batches
+from convert.data import TokenData
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM, swap
 from convert.recipes import RANKING_TOKENS, OneIn, Recipe, Swap, Train

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert import measure, scores
+from convert.batches import Batch
 from convert.console import console
-from convert.data import Batch
 from convert.errors import UserError
 from convert.readings import Answer, by_generation, fits
 from convert.tasks import TASKS, Item, Task

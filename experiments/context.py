@@ -25,12 +25,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher, measure
-from convert.data import corpus, held_out_batches, tokenize
+from convert.batches import held_out_batches
+from convert.console import duration, size
+from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM, StateLayer
 from convert.page import write_page
-from convert.plan import duration, free_memory, size
+from convert.plan import free_memory
 from convert.readings import READINGS, prompt_ids
 from convert.run import fail_in_words
 from convert.tasks import TASKS, Item, Task, needles

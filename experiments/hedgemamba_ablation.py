@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from convert import load_teacher, recipes, stages
-from convert.data import Batches, corpus, held_out_batches, tokenize
+from convert.batches import Batches, held_out_batches
+from convert.data import corpus, tokenize
 from convert.final import held_out
 from convert.measure import perplexity
 from convert.model import swap

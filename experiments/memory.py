@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert import stages
-from convert.data import Batches, Tokens
+from convert.batches import Batches
+from convert.data import Tokens
 from convert.model import swap
 from convert.objectives import Distill, cosine_distance
 from convert.stages import Settings

@@ -19,7 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from convert.data import HELD_OUT_SHARE, Batches, corpus, held_out_batches, is_held_out, tokenize
+from convert.batches import Batches, held_out_batches
+from convert.data import HELD_OUT_SHARE, corpus, is_held_out, tokenize
 
 END = "<|endoftext|>"
 BATCH_TOKENS = 8192

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from convert import load_teacher, recipes, stages
-from convert.data import Batches, corpus, tokenize
+from convert.batches import Batches
+from convert.data import corpus, tokenize
 from convert.model import swap
 from convert.recipes import Train
 from convert.teachers import read_config, resolve

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convert import measure
-from convert.data import Batch
+from convert.batches import Batch
 from convert.errors import UserError
 from convert.mixers import MLA
 from convert.model import swap

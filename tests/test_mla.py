@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from convert.batches import Batch
 from convert.calibration import inputs_of
-from convert.data import Batch
 from convert.errors import UserError
 from convert.mixers import MLA
 from convert.mixers.mla_sizes import choose_ranks

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from convert.data import corpus, held_out_batches, tokenize
+from convert.batches import held_out_batches
+from convert.data import corpus, tokenize
 from convert.measure import perplexity
 from convert.teachers import NANO, load_teacher
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from convert import plan as planning
 from convert import recipes
+from convert.console import size
 from convert.plan import make_plan
 from convert.teachers import TEACHERS, read_config, resolve
 
@@ -71,4 +72,4 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
 
 @pytest.mark.parametrize("number, shown", [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (5e9, "5 GB"), (2e12, "2 TB")])
 def test_sizes(number, shown):
-    assert planning.size(number) == shown
+    assert size(number) == shown

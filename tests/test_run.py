@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert import checkpoint, conversion, evaluation, measure, swaps
+from convert import checkpoint, conversion, evaluation, measure, shipping, swaps
 from convert.data import corpus
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
@@ -47,7 +47,7 @@ def quiet(monkeypatch, tmp_path):
     """No W&B, a cache of our own, and the clean process only where a test asks for it (it takes seconds)."""
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(conversion, "check_in_clean_process", lambda folder, ids, **_: _load(folder)(ids, use_cache=False).logits.float())
+    monkeypatch.setattr(shipping, "check_in_clean_process", lambda folder, ids, **_: _load(folder)(ids, use_cache=False).logits.float())
     monkeypatch.setattr(measure, "PREFILL_SECONDS", 0.2)
 
 
@@ -127,7 +127,7 @@ def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys
 def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
     from convert.export import check_in_clean_process
 
-    monkeypatch.setattr(conversion, "check_in_clean_process", check_in_clean_process)
+    monkeypatch.setattr(shipping, "check_in_clean_process", check_in_clean_process)
     assert main(command(teacher, text, tmp_path / "run")) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["export"]["max_abs_logit"] <= report["export"]["allowed"]
@@ -171,7 +171,7 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
             drop = checkpoint.StepFolder.drop_weights
             monkeypatch.setattr(checkpoint.StepFolder, "drop_weights", lambda self: die() if self.folder.name == "1-align" else drop(self))
         elif instant == "in the export":
-            monkeypatch.setattr(conversion, "export", die)
+            monkeypatch.setattr(shipping, "export", die)
         main(arguments)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -437,7 +437,7 @@ def no_process(folder, ids, **_):
 
 @pytest.mark.parametrize("check, words", [(wrong_logits, "must give the same logits"), (no_process, "no more processes")])
 def test_an_export_that_fails_its_check_is_not_called_model(check, words, teacher, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conversion, "check_in_clean_process", check)
+    monkeypatch.setattr(shipping, "check_in_clean_process", check)
     assert main(command(teacher, text, tmp_path / "run", to="linear")) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "model.unchecked").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convert import selection
-from convert.data import Batch
+from convert.batches import Batch
 from convert.mixers import MIXERS
 from convert.model import Slot, attention_of, swap
 from tests.conftest import FAMILIES, options_of, tiny_teacher, token_ids

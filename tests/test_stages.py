@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from convert import stages
-from convert.data import Batches, Tokens
+from convert.batches import Batches
+from convert.data import Tokens
 from convert.errors import Interrupted, UserError
 from convert.measure import perplexity
 from convert.model import swap

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from convert import recipes, run
-from convert.data import corpus, held_out_batches, tokenize
+from convert.batches import held_out_batches
+from convert.data import corpus, tokenize
 from convert.errors import Interrupted, UserError
 from convert.teachers import NANO, load_teacher
 from convert.tracking import Track
