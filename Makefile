@@ -7,7 +7,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m convert.run neox-nano --to mamba
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -168,7 +168,7 @@ def show(found: dict, console: Console) -> None:
 
 
 def _percent(row: dict, key: str, bare: bool = False) -> str:
-    return f"{100 * row[key]:.1f}" + ("" if bare else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
+    return f"{100 * row[key]:z.1f}" + ("" if bare else f" [{100 * row['low']:z.0f}, {100 * row['high']:z.0f}]")
 
 
 def findings(found: dict) -> list[str]:

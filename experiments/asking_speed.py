@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from convert.console import console
 from convert.errors import UserError
 from convert.evaluation import chosen
 from convert.readings import BATCH_ROWS, by_generation, fits
@@ -66,15 +66,12 @@ def ask(loaded: Teacher, task: Task, items: list[Item], rows: int) -> Asked:
 
 
 def rows_of(name: str, alone: Asked, batched: Asked) -> Iterator[list[str]]:
-    rates, writing = [], []
-    for how, asked in (("one by one", alone), ("in batches", batched)):
-        rates.append(asked.answers / asked.seconds)
-        writing.append(asked.written / (asked.seconds - asked.reading))
-        times = [f" ({values[-1] / values[0]:.1f} x)" if how == "in batches" else "" for values in (rates, writing)]
+    numbers = [(a.answers / a.seconds, a.reading, a.written / (a.seconds - a.reading)) for a in (alone, batched)]
+    for how, asked, row in zip(("one by one", "in batches"), (alone, batched), numbers, strict=True):
         differ = sum(a != b for a, b in zip(alone.texts, asked.texts, strict=True))
-        yield [
-            name, how, f"{rates[-1]:.1f}{times[0]}", f"{asked.reading:.2f}", f"{writing[-1]:,.0f}{times[1]}", str(asked.right), str(differ)
-        ]  # fmt: skip
+        yield [name, how, f"{row[0]:.1f}", f"{row[1]:.2f}", f"{row[2]:,.0f}", str(asked.right), str(differ)]
+    (answers, reading, writing), batches = numbers
+    yield ["", "times as fast", f"{batches[0] / answers:.1f}", f"{reading / batches[1]:.1f}", f"{batches[2] / writing:.1f}", "", ""]
 
 
 def main() -> None:
@@ -87,7 +84,7 @@ def main() -> None:
         raise UserError(f"--limit must be at least 1; got {args.limit}.")
     loaded = load_teacher(args.model)
     table = Table("task", "asked", title=f"{args.model}, by generation", title_justify="left")
-    for column in ("answers/s", "reading, s", "tokens/s", "right", "differ"):
+    for column in ("answers/s", "reading, s", "writing, tokens/s", "right", "differ"):
         table.add_column(column, justify="right")
     whole = {rows: Asked() for rows in (1, BATCH_ROWS)}
     for task in tqdm(chosen(args.tasks, loaded.tokenizer), unit="task"):
@@ -102,7 +99,7 @@ def main() -> None:
             table.add_row(*row)
     for row in rows_of("all", whole[1], whole[BATCH_ROWS]):
         table.add_row(*row)
-    Console().print(table)
+    console.print(table, soft_wrap=False)
     alone = whole[1]
     print(f"If batches wrote in no time and read as one by one, they would be {alone.seconds / alone.reading:.1f} times as fast.")
 
