@@ -22,7 +22,7 @@ from convert.console import console
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.final import held_out_of, numbers
-from convert.readings import READINGS, Answer, fits
+from convert.readings import READINGS, Answer, fits, prompt_ids
 from convert.tasks import TASKS, Item, Task
 from convert.teachers import Teacher, fingerprint, load_teacher, pick_device, resolve
 
@@ -89,7 +89,7 @@ def evaluate_tasks(
             for name, model in models.items():
                 for reading in READINGS:
                     bar.set_description(f"{task.name}, {name}, {reading}")
-                    key = f"{weights[name]} {task.name} {reading} {_digest(task, items)}"
+                    key = f"{weights[name]} {task.name} {reading} {_digest(tokenizer, task, items)}"
                     found[name, reading] = _read(model, tokenizer, task, items, reading, answers, key, bar)
             rows += _rows(task, items, found)
             if {"teacher", "student"} <= set(models) and items:
@@ -106,14 +106,18 @@ def evaluate_tasks(
 
 def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
     items = task.items(limit, seed)
+    if (there := len({item.question for item in items})) < limit:
+        console.print(f"[yellow]{task.name}: there are {there} questions, fewer than the {limit} asked for.[/]")
     room = set.intersection(*(set(fits(model, tokenizer, task, items)) for model in models.values()))
     if len(room) < len(items):
         console.print(f"[yellow]{task.name}: {len(items) - len(room)} of {len(items)} prompts are too long for the model and left out.[/]")
     return [items[i] for i in sorted(room)]
 
 
-def _digest(task: Task, items: list[Item]) -> str:
-    return hashlib.sha256(repr((items, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
+def _digest(tokenizer, task: Task, items: list[Item]) -> str:
+    """Of the questions as the model sees them."""
+    prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
+    return hashlib.sha256(repr((items, prompts, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
 
 
 def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, key: str, bar: tqdm) -> list[Answer]:
@@ -211,7 +215,13 @@ def evaluate(
     if (run / "ledger.json").exists() or (run / "report.json").exists():
         old = _stored(run)
         taught = load_teacher(old["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
-        models, out = {"teacher": taught.model, "student": load_teacher(str(run), device=device).model}, Path(out or run)
+        if fingerprint(taught.model) != old["settings"]["teacher_fingerprint"]:
+            raise UserError(
+                f"A student stands beside its own teacher; {old['settings']['teacher']} has other weights here than when {run} was made. "
+                "Evaluate where those are, or repeat the run."
+            )
+        student = load_teacher(str(run.absolute()), device=device).model  # not an alias of that name
+        models, out = {"teacher": taught.model, "student": student}, Path(out or run)
         asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
         new = old if tasks or lm_eval else old | _measured_again(models["student"], taught, old["settings"])
         if new is not old:

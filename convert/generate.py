@@ -11,6 +11,7 @@ with quick_to_stop(__name__ == "__main__"):
     import torch
     from transformers import TextStreamer
 
+    from convert.readings import chat_text
     from convert.run import fail_in_words
     from convert.teachers import load_teacher, pick_device
 
@@ -43,7 +44,7 @@ def generate(args: argparse.Namespace) -> None:
     tokenizer, text = loaded.tokenizer, args.prompt
     chat = tokenizer.chat_template is not None and not args.raw
     if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, args.prompt)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(loaded.model.device)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from convert.data import cache_folder, hub_offline
 from convert.errors import UserError
+from convert.readings import greedily
 from convert.teachers import fingerprint, is_hub_reachable
 
 BATCH = 16
@@ -58,8 +59,9 @@ def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, li
     rows, templated = [], chat and tokenizer.chat_template is not None
     for model_name, model in models.items():
         answers = cache_folder() / "lm-eval" / fingerprint(model)  # not in the run's folder: it is a pickle, and folders are handed on
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
+        with greedily(model):
+            done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
         rows += _rows(model_name, done)
     return sorted(rows, key=lambda row: (row["task"], row["metric"]))
 

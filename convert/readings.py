@@ -41,8 +41,13 @@ def prompt_ids(tokenizer, task: Task, prompt: str) -> list[int]:
 def _ids(tokenizer, task: Task, prompt: str, answer: str) -> list[int]:
     if not task.chat:
         return tokenizer(prompt + answer)["input_ids"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
+    return tokenizer(chat_text(tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
+
+
+def chat_text(tokenizer, prompt: str) -> str:
+    """A user's message in the chat template. Models that can think first are asked not to: a short answer would end inside the thought."""
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def _continued(tokenizer, task: Task, item: Item) -> tuple[list[int], list[list[int]]]:
@@ -79,13 +84,13 @@ Done = Callable[[list[int]], bool]  # whether the answers to these items are kno
 
 
 def by_generation(
-    model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item], *, rows: int = BATCH_ROWS, known: Done = lambda _: False
+    model: PreTrainedModel, tokenizer, task: Task, items: Sequence[Item], *, rows: int | None = None, known: Done = lambda _: False
 ) -> Iterator[list[Answer]]:
     """Greedy, in left-padded batches, with the model's own cache; a batch of answers at a time. A CPU pays for padding as for text: there a
     batch ends where its padding would cost more than the steps of another."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
     padding = STEP * task.max_new_tokens if model.device.type == "cpu" else math.inf
-    for batch in batches([len(ids) for ids in prompts], rows, padding=padding):
+    for batch in batches([len(ids) for ids in prompts], rows or BATCH_ROWS, padding=padding):
         if not known(batch):
             written = _generate(model, tokenizer, task, [prompts[i] for i in batch])
             yield [_answer(tokenizer, task, items[i], i, ids) for i, ids in zip(batch, written, strict=True)]
@@ -140,7 +145,7 @@ def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[
     longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    stops = StoppingCriteriaList([_Written(tokenizer, task.stop, longest)] if task.stop else [])
+    stops, ends = StoppingCriteriaList([_Written(tokenizer, task.stop, longest)] if task.stop else []), _ends(model, tokenizer)
     with greedily(model):
         new = model.generate(
             input_ids=ids,
@@ -148,11 +153,16 @@ def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            eos_token_id=ends,
             stopping_criteria=stops,
         )
-    ends = model.generation_config.eos_token_id
-    ends = {pad, *(ends if isinstance(ends, list) else [ends])}
-    return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in new[:, longest:].tolist()]
+    return [row[: next((n for n, token in enumerate(row) if token in (pad, *ends)), len(row))] for row in new[:, longest:].tolist()]
+
+
+def _ends(model: PreTrainedModel, tokenizer) -> list[int]:
+    """The ids that end a text: those of the model's settings, and the tokenizer's."""
+    its_own = model.generation_config.eos_token_id
+    return sorted({*(its_own if isinstance(its_own, list) else [its_own]), tokenizer.eos_token_id} - {None})
 
 
 def _answer(tokenizer, task: Task, item: Item, index: int, ids: list[int]) -> Answer:

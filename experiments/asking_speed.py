@@ -67,9 +67,9 @@ def ask(loaded: Teacher, task: Task, items: list[Item], rows: int) -> Asked:
 
 def rows_of(name: str, alone: Asked, batched: Asked) -> Iterator[list[str]]:
     numbers = [(a.answers / a.seconds, a.reading, a.written / (a.seconds - a.reading)) for a in (alone, batched)]
-    for how, asked, row in zip(("one by one", "in batches"), (alone, batched), numbers, strict=True):
-        differ = sum(a != b for a, b in zip(alone.texts, asked.texts, strict=True))
-        yield [name, how, f"{row[0]:.1f}", f"{row[1]:.2f}", f"{row[2]:,.0f}", str(asked.right), str(differ)]
+    differ = sum(a != b for a, b in zip(alone.texts, batched.texts, strict=True))
+    for how, asked, row, other in zip(("one by one", "in batches"), (alone, batched), numbers, ("", str(differ)), strict=True):
+        yield [name, how, f"{row[0]:.1f}", f"{row[1]:.2f}", f"{row[2]:,.0f}", str(asked.right), other]
     (answers, reading, writing), batches = numbers
     yield ["", "times as fast", f"{batches[0] / answers:.1f}", f"{reading / batches[1]:.1f}", f"{batches[2] / writing:.1f}", "", ""]
 
@@ -84,12 +84,14 @@ def main() -> None:
         raise UserError(f"--limit must be at least 1; got {args.limit}.")
     loaded = load_teacher(args.model)
     table = Table("task", "asked", title=f"{args.model}, by generation", title_justify="left")
-    for column in ("answers/s", "reading, s", "writing, tokens/s", "right", "differ"):
+    for column in ("answers/s", "reading, s", "writing, tokens/s", "right", "texts that differ"):
         table.add_column(column, justify="right")
     whole = {rows: Asked() for rows in (1, BATCH_ROWS)}
     for task in tqdm(chosen(args.tasks, loaded.tokenizer), unit="task"):
         items = task.items(args.limit, 0)
         items = [items[i] for i in fits(loaded.model, loaded.tokenizer, task, items)]
+        if not items:
+            continue  # too long for this model
         if whole[1].answers == 0:
             ask(loaded, task, items[:1], 1)  # what is done once
         alone, batched = (ask(loaded, task, items, rows) for rows in whole)
@@ -97,10 +99,12 @@ def main() -> None:
             whole[rows] += asked
         for row in rows_of(task.name, alone, batched):
             table.add_row(*row)
-    for row in rows_of("all", whole[1], whole[BATCH_ROWS]):
+    alone = whole[1]
+    if not alone.answers:
+        raise UserError(f"No question of these tasks fits {args.model}. Give others with --tasks.")
+    for row in rows_of("all", alone, whole[BATCH_ROWS]):
         table.add_row(*row)
     console.print(table, soft_wrap=False)
-    alone = whole[1]
     print(f"If batches wrote in no time and read as one by one, they would be {alone.seconds / alone.reading:.1f} times as fast.")
 
 

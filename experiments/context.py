@@ -30,7 +30,7 @@ from convert.console import duration, size
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.mixers import MLA
-from convert.model import ConvertedForCausalLM, StateLayer
+from convert.model import ConvertedForCausalLM, StateLayer, layer_bytes
 from convert.page import write_page
 from convert.plan import free_memory
 from convert.readings import READINGS, prompt_ids
@@ -56,10 +56,11 @@ def costs(model: PreTrainedModel, length: int, dtype: torch.dtype) -> dict:
 
 def _absorbed_against_expanded(model: ConvertedForCausalLM, token: torch.Tensor, cache: Cache) -> dict[str, float]:
     """Decoding from this cache both ways: the largest difference of the last logits, and the speeds. Where float32 differs by more than 1e-4,
-    the same in float64, which leaves a real difference as it is."""
+    the same in float64 if there is memory for it, which leaves a real difference as it is."""
     worst, speeds = _both_ways(model, token, cache)
     found = {"max_abs_logit": worst, "tokens_per_s": speeds["absorbed"], "expanded_tokens_per_s": speeds["expanded"]}
-    if worst > 1e-4 and model.device.type != "mps":  # which has no float64
+    needed = 8 * sum(p.numel() for p in model.parameters()) + 3 * cache_bytes(cache, torch.float64)  # a cache is copied, and grows
+    if worst > 1e-4 and model.device.type != "mps" and needed < free_memory(model.device):  # mps has no float64
         found["max_abs_logit_float64"] = _both_ways(copy.deepcopy(model).double(), token, _in_float64(cache))[0]
     return found
 
@@ -79,6 +80,10 @@ def _both_ways(model: ConvertedForCausalLM, token: torch.Tensor, cache: Cache) -
 def _latent(model: PreTrainedModel) -> list[MLA]:
     slots = model.slots() if isinstance(model, ConvertedForCausalLM) else {}
     return [slot.mixer for slot in slots.values() if isinstance(slot.mixer, MLA)]
+
+
+def cache_bytes(cache: Cache, dtype: torch.dtype) -> int:
+    return sum(layer_bytes(layer, dtype) for layer in cache.layers)
 
 
 def _in_float64(cache: Cache) -> Cache:
@@ -245,7 +250,7 @@ def main() -> None:
     if len(teachers) > 1:
         raise UserError(f"Students stand beside one teacher; these runs have {', '.join(sorted(teachers))}. Give those of one.")
     taught = load_teacher(teachers.pop())
-    models = {"teacher": taught.model} | {run.name: load_teacher(str(run)).model for run in args.runs}
+    models = {"teacher": taught.model} | {run.name: load_teacher(str(run.absolute())).model for run in args.runs}
     room = min(model.config.max_position_embeddings for model in models.values())
     hidden = [length for length in numbers(args.needle_lengths, "--needle-lengths") if length <= room] if args.needles else []
     rows = all_costs(models, lengths, args.minutes, taught.dtype, lambda line: tqdm.write(line))

@@ -142,6 +142,7 @@ def main() -> None:
     s, device, found = PAPER if args.paper else REDUCED, pick_device(args.device), {}
     trials = [(lr, decay) for lr in s.lrs for decay in s.decays]
     settings = {task: TASKS[task].settings() if args.paper else [TASKS[task].reduced] for task in tasks}
+    difficulties = {task: [dataclasses.asdict(d) for d in some] for task, some in settings.items()}
     jobs = list(itertools.product(mixers, tasks))
     alone = device != "cpu"
     with ProcessPoolExecutor(
@@ -152,7 +153,7 @@ def main() -> None:
             mixer, task = waits[done]
             found.setdefault(mixer, {})[task] = done.result()
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"settings": dataclasses.asdict(s), "scores": found}, indent=1))
+            args.out.write_text(json.dumps({"settings": dataclasses.asdict(s), "difficulties": difficulties, "scores": found}, indent=1))
     table = Table("mixer", *tasks, "mean", title="accuracy on unseen sequences", title_justify="left")
     for mixer, row in sorted(found.items(), key=lambda item: -sum(item[1].values())):
         table.add_row(mixer, *(f"{row[task]:.1%}" for task in tasks), f"{sum(row.values()) / len(row):.1%}")

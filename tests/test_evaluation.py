@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -51,12 +53,12 @@ def test_a_killed_evaluation_goes_on(models, tokenizer, tmp_path, monkeypatch):
     asked = []
     for name, reading in readings.READINGS.items():
         monkeypatch.setitem(readings.READINGS, name, lambda *a, reading=reading, **k: asked.append(a[2].name) or reading(*a, **k))
-    generated = []
+    generated = []  # rows of each batch
     real = readings._generate
     monkeypatch.setattr(readings, "_generate", lambda *a: generated.append(len(a[3])) or real(*a))
     again = evaluation.evaluate_tasks(models, tokenizer, SOME, limit=4, file=tmp_path / "cut.jsonl")
     assert again == whole
-    assert sum(generated) < 2 * (4 + 16)  # not everything
+    assert sum(generated) < 2 * (4 + 16) and max(generated) <= 3  # not everything, and in parts
     assert all(json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines() if line.endswith("}"))
     generated.clear()
     assert evaluation.evaluate_tasks(models, tokenizer, SOME, limit=4, file=tmp_path / "cut.jsonl") == whole and not generated
@@ -81,6 +83,20 @@ def test_the_command_on_a_teacher_alone(tmp_path, capsys):
         (task, "teacher", reading) for task in ("names", "keys", "copying") for reading in ("generation", "likelihood")
     }
     assert "by likelihood" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_beside_its_own_teacher_and_under_any_name(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, "neox-nano")  # the teacher's alias
+    assert main(["neox-nano", "--tasks", "keys", "--limit", "2"]) == 0
+    found = json.loads(Path("neox-nano/evaluation.json").read_text())
+    assert found["models"]["teacher"] != found["models"]["student"]
+    report = json.loads(Path("neox-nano/report.json").read_text())
+    report["settings"]["teacher_fingerprint"] = "of another"
+    Path("neox-nano/report.json").write_text(json.dumps(report))
+    capsys.readouterr()
+    assert main(["neox-nano", "--tasks", "keys", "--limit", "2"]) == 2
+    assert "has other weights here" in capsys.readouterr().err
 
 
 REFUSALS = {

@@ -45,7 +45,10 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     same_scores.write_local_tasks([TASKS["keys"]], tmp_path / "local", 4)
     nano, real, asked = load_teacher("neox-nano"), HFLM._model_generate, []
 
+    nano.model.generation_config.repetition_penalty = 1.5  # would punish copying
+
     def counted(self, *args, **kwargs):
+        assert self.model.generation_config.repetition_penalty is None
         asked.append(1)
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -60,7 +63,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
         scores()
     found = scores()
     assert len(asked) == 5  # two before the kill, the killed one, and the two that were left
-    assert scores() == found and len(asked) == 5
+    assert scores() == found and len(asked) == 5 and nano.model.generation_config.repetition_penalty == 1.5
 
 
 def test_a_file_that_does_not_parse_is_said_with_its_line(tmp_path):

@@ -115,3 +115,24 @@ def test_a_models_own_settings_do_not_change_what_it_writes():
     before, settings = texts(), nano.model.generation_config
     settings.repetition_penalty, settings.no_repeat_ngram_size = 1.5, 2
     assert texts() == before and nano.model.generation_config is settings
+
+
+def test_who_can_think_is_asked_not_to(tokenizer):
+    thinking = chatty_tokenizer()
+    thinking.chat_template += "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    task = TASKS["sums"]
+    (item,) = task.items(1, 0)
+    assert prompt_ids(thinking, task, item.prompt) == prompt_ids(tokenizer, task, item.prompt)
+
+
+@pytest.mark.parametrize("its_own", [None, 7, [7, 8]])
+def test_a_text_ends_where_the_model_or_the_tokenizer_says(tokenizer, its_own):
+    """Rows that ended say nothing while others go on."""
+    task = TASKS["forms"]
+    items = task.items(4, 0)
+    longest = max(items, key=lambda item: len(tokenizer(item.answer)["input_ids"]))
+    oracle = knowing(tokenizer, [(task, items)])
+    model = Scripted(lambda ids, _: oracle(ids), len(tokenizer))  # its end is 0, the tokenizer's
+    model.generation_config.eos_token_id = its_own
+    answers = [a for batch in by_generation(model, tokenizer, task, items) for a in batch]
+    assert all(a.right and 0 not in a.tokens for a in answers) and longest.answer in {a.text for a in answers}

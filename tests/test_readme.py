@@ -19,11 +19,14 @@ def test_the_python_example_runs(tmp_path):
     assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").exists()
 
 
-def test_the_file_tree_names_every_file():
+def test_the_file_tree_names_every_file_and_no_other():
     tree = README.split("## The files")[1].split("```")[1]
-    files = [*ROOT.glob("convert/*.py"), *ROOT.glob("convert/mixers/*.py"), *ROOT.glob("experiments/*.py")]
-    missing = [str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py" and f.name not in tree and f.name != "errors.py"]
-    assert not missing
+    parts = dict(re.findall(r"^(convert|kernels|experiments)/(.*?)(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE))
+    for folder, text in parts.items():
+        named = set(re.findall(r"[\w-]+\.(?:py|cpp|h|html)\b", text))
+        files = {f.name for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".html")} - {"report.html"}
+        assert named - {"report.html"} - files == set() and files - named - {"__init__.py"} == set(), folder
+    assert len(parts) == 3
 
 
 def test_every_command_of_the_readme_has_its_flags():

@@ -23,7 +23,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """`items(count, seed)`: that many questions, always the same. `parse`: the answer in a generated text, None if there is none.
+    """`items(count, seed)`: that many questions, always the same, or all that there are. `parse`: the answer in a generated text, None if there is none.
 
     `stop`: where generation ends, if not at `max_new_tokens` or the model's own end. `chat`: the prompt is a user's message, for models that
     have a chat template. `lettered`: the answer is the letter of an option, and every question comes in four orders of its options."""

@@ -20,9 +20,12 @@ WORDS = (
     "violin water blue doctor earth friend gold horse king light morning night plane ring stone tower wood"
 ).split()  # none begins with another
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
-FIRST = re.compile(r"\W*(?:(?i:the |correct |right |answer|option|letter|choice|is\b)\W*)*([A-D])(?![A-Za-z'])(?! (?!is\b)[a-z])")
-LATER = re.compile(r"(?:\bis|:)\W*([A-D])(?![A-Za-z'])(?! [a-z])")
+LETTER = r"([B-D]|A(?! (?!is\b|because\b)[a-z]))(?!['’]?[A-Za-z])"  # "A river" is no answer, "C'est" neither
+STATED = re.compile(r"(?i:\banswer)\W*(?i:is\b)?\W*" + LETTER)
+FIRST = re.compile(r"\W*(?:(?i:the |correct |right |option|letter|choice|is\b)\W*)*" + LETTER)
+LATER = re.compile(r"(?:\bis|:|\b(?i:choose|pick|option|choice))\W*" + LETTER)
 RESULT = re.compile(r"=|:|\bis\b|\bequals\b")
+SIGN = re.compile(r"(^|=|:|\bis|\bequals)\s*-\s+(?=\d)")  # "5 - 8 = - 3"
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.0+)?(?![\d.]*\d)")
 
 
@@ -77,40 +80,45 @@ def _facts(count: int, seed: int) -> list[Item]:
     """Every question in four orders: each option stands once at each letter."""
     rng, items, asked = random.Random(f"facts {seed}"), [], set()
     kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
-    number = 0
-    for _ in range(20 * count):
+    for attempt in range(20 * count):
+        number = len(asked)
         if number == count:
             break
-        group = list(kinds)[number % len(kinds)]
+        group = list(kinds)[attempt % len(kinds)]
         question, right, wrong = kinds[group](rng)
         options = rng.sample([right, *rng.sample(wrong, 3)], 4)
-        if (question, *sorted(options)) in asked:
+        if question in asked:
             continue
-        asked.add((question, *sorted(options)))
+        asked.add(question)
         for shift in range(4):
             order = options[shift:] + options[:shift]
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, order, strict=True))
             prompt = f"{question}\n{listed}\nAnswer with the letter of the right option only."
             gold = order.index(right)
             items.append(Item(number, prompt, LETTERS[gold], tuple(LETTERS), gold, group))
-        number += 1
     return items
 
 
 def letter(text: str) -> str | None:
-    """The letter that the text begins with, or that it says later; "a" is one where there is nothing else."""
+    """The letter that it calls the answer, begins with, or says later; "a" is one where there is nothing else."""
     alone = text.strip(" \n\t.()*\"'")
     if len(alone) == 1 and alone in "abcd":
         return alone.upper()
-    match = FIRST.match(text) or LATER.search(text)
+    match = STATED.search(text) or FIRST.match(text) or LATER.search(text)
     return match[1] if match else None
 
 
 def _sums(count: int, seed: int) -> list[Item]:
-    rng, items = random.Random(f"sums {seed}"), []
-    for number in range(count):
+    rng, items, asked = random.Random(f"sums {seed}"), [], set()
+    for _ in range(20 * count):
+        number = len(items)
+        if number == count:
+            break
         a, b = rng.randint(2, 60), rng.randint(2, 39)
         sign = rng.choice("+-*") if a < 13 and b < 13 else rng.choice("+-")
+        if (a, sign, b) in asked:
+            continue
+        asked.add((a, sign, b))
         result = {"+": a + b, "-": a - b, "*": a * b}[sign]
         near = [str(result + d) for d in (-10, -2, -1, 1, 2, 10)]
         wrong = [w for w in rng.sample(near, 6) if not w.startswith(str(result)) and not str(result).startswith(w)]
@@ -125,7 +133,7 @@ def _sums(count: int, seed: int) -> list[Item]:
 
 def _result(text: str) -> str | None:
     """ "17 + 25 = 42", "The sum of 17 and 25 is 42."."""
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = SIGN.sub(r"\1 -", text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-"))
     for part in (RESULT.split(text)[-1], text):
         if len(found := NUMBER.findall(part)) == 1:
             return found[0].split(".")[0]
@@ -135,7 +143,7 @@ def _result(text: str) -> str | None:
 def _forms(count: int, seed: int) -> list[Item]:
     """An exact form of common words: capitals, repetition, order, a list, JSON."""
     rng, items, asked = random.Random(f"forms {seed}"), [], set()
-    for _ in range(20 * count):
+    for attempt in range(20 * count):
         number = len(items)
         if number == count:
             break
@@ -147,7 +155,7 @@ def _forms(count: int, seed: int) -> list[Item]:
             "JSON": (f'Write a JSON object with one key, "name", whose value is "{a}".', f'{{"name": "{a}"}}', [f'{{"{a}": "name"}}', f"name: {a}", f'{{"name": "{b}"}}']),
             "order": (f"Write the words {a} {b} in the opposite order.", f"{b} {a}", [f"{a} {b}", f"{b} {c}", f"{d} {a}"]),
         }  # fmt: skip
-        group = list(kinds)[number % len(kinds)]
+        group = list(kinds)[attempt % len(kinds)]
         question, right, wrong = kinds[group]
         if question not in asked:
             asked.add(question)
