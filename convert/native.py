@@ -18,14 +18,14 @@ def obstacle(student: ConvertedForCausalLM) -> str | None:
     names = sorted({mixer["name"] if mixer else "attention" for mixer in student.config.mixers})
     if names != ["mla"]:
         return f"its layers are {' and '.join(names)}"
+    host = student.host.config
+    if host.model_type not in LLAMA_SHAPED:
+        return f"latent attention exists for llama-shaped models, and this one is {host.model_type}"
     layers = [slot.mixer.options for slot in student.slots().values()]
     if layers[0].shape != "native":
         return "its latent attention has the exact shape; edit.shape=native has one"
     if len({(o.kv_rank, o.rope_dim, o.q_rank) for o in layers}) > 1:
         return "its layers have different ranks"
-    host = student.host.config
-    if host.model_type not in LLAMA_SHAPED:
-        return f"latent attention exists for llama-shaped models, and this one is {host.model_type}"
     if getattr(host, "mlp_bias", False):
         return "its MLPs have biases"
     if (kind := host.rope_parameters.get("rope_type", "default")) not in ("default", "linear", "llama3"):

@@ -75,6 +75,7 @@ OBSTACLES = {
     "another family": (
         lambda: swap(tiny_teacher("gpt_neox", attention_bias=False), "mla", MLA.Options(shape="native")), "this one is gpt_neox"
     ),
+    "another family, whose exact shape has no other": (lambda: swap(tiny_teacher("gpt_neox"), "mla", MLA.Options()), "this one is gpt_neox"),
     "biases of MLPs": (lambda: swap(tiny_teacher("llama", mlp_bias=True), "mla", MLA.Options(shape="native")), "MLPs have biases"),
 }  # fmt: skip
 
