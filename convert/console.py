@@ -8,19 +8,20 @@ console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
+    return _scaled(num_bytes, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count(number: float) -> str:
-    for unit in ("", "k", "M", "B"):
+    return _scaled(number, ("", "k", "M", "B", "T"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    """Three digits in the unit that leaves less than a thousand of it, or in the last."""
+    for unit in units[:-1]:
         if number < 1000:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}T"
+    return f"{number:.3g}{units[-1]}"
 
 
 def duration(seconds: float) -> str:

@@ -268,7 +268,7 @@ def _stored(run: Path) -> dict:
         raise UserError(f"A finished run has a report.json; {run} has none. Finish it by repeating its convert.run command.")
     try:
         stored = json.loads((run / "report.json").read_text())
-        return stored if stored["settings"]["teacher"] else {}
+        return stored if stored["settings"]["teacher"] and stored["settings"]["teacher_fingerprint"] else {}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"The report {run / 'report.json'} is damaged. Repeat the run's convert.run command: it writes the report again."

@@ -59,7 +59,8 @@ def _absorbed_against_expanded(model: ConvertedForCausalLM, token: torch.Tensor,
     the same in float64 if there is memory for it, which leaves a real difference as it is."""
     worst, speeds = _both_ways(model, token, cache)
     found = {"max_abs_logit": worst, "tokens_per_s": speeds["absorbed"], "expanded_tokens_per_s": speeds["expanded"]}
-    needed = 8 * sum(p.numel() for p in model.parameters()) + 3 * cache_bytes(cache, torch.float64)  # a cache is copied, and grows
+    held = sum(layer_bytes(layer, torch.float64) for layer in cache.layers)
+    needed = 12 * sum(p.numel() for p in model.parameters()) + 3 * held  # the model is copied and widened, a cache copied and grown
     if worst > 1e-4 and model.device.type != "mps" and needed < free_memory(model.device):  # mps has no float64
         found["max_abs_logit_float64"] = _both_ways(copy.deepcopy(model).double(), token, _in_float64(cache))[0]
     return found
@@ -80,10 +81,6 @@ def _both_ways(model: ConvertedForCausalLM, token: torch.Tensor, cache: Cache) -
 def _latent(model: PreTrainedModel) -> list[MLA]:
     slots = model.slots() if isinstance(model, ConvertedForCausalLM) else {}
     return [slot.mixer for slot in slots.values() if isinstance(slot.mixer, MLA)]
-
-
-def cache_bytes(cache: Cache, dtype: torch.dtype) -> int:
-    return sum(layer_bytes(layer, dtype) for layer in cache.layers)
 
 
 def _in_float64(cache: Cache) -> Cache:

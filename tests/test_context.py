@@ -58,7 +58,7 @@ def test_lengths_end_where_memory_or_patience_does(monkeypatch, reason, words):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_both_ways_to_decode_agree_and_float64_tells_rounding_from_a_difference(family, monkeypatch):
     student = swap(tiny_teacher(family), "mla", MLA.Options(cache_budget=0.5, start="svd"), (0, 2)).eval()
-    found, token, cache = measure.context(student, 64, torch.float32)
+    _, token, cache = measure.context(student, 64, torch.float32)
     worst, speeds = context._both_ways(student, token, cache)
     assert worst < 1e-4 and set(speeds) == {"absorbed", "expanded"} and cache.get_seq_length() == 64
     assert "max_abs_logit_float64" not in context._absorbed_against_expanded(student, token, cache)
