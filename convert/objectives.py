@@ -67,6 +67,12 @@ class Distill:
         return loss
 
 
+def backward(*roots: Tensor, gradients: tuple[Tensor | None, ...] | None = None) -> None:
+    """Backpropagate with autocast off, wherever it is called: operators then compute their gradients in the precision of their own tensors."""
+    with torch.autocast(roots[0].device.type, enabled=False):
+        torch.autograd.backward(roots, gradients)
+
+
 def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int, also: Tensor | None = None) -> Tensor:
     """Backpropagate sum(loss_of_logits(head(hidden), rows)) without ever holding the logits of more than `chunk` tokens.
 
@@ -77,11 +83,12 @@ def backward_through_head(hidden_ND: Tensor, head, loss_of_logits, chunk: int, a
     for start in range(0, len(leaf), chunk):
         rows = slice(start, min(start + chunk, len(leaf)))
         loss = loss_of_logits(head(leaf[rows]).float(), rows)
-        loss.backward()
+        backward(loss)
         total += loss.detach()
+    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # of no tokens there is none
     if also is not None:
-        torch.autograd.backward((hidden_ND, also), (leaf.grad, None))
+        backward(hidden_ND, also, gradients=(gradient, None))
         return total + also.detach()
     if hidden_ND.requires_grad:
-        hidden_ND.backward(leaf.grad)
+        backward(hidden_ND, gradients=(gradient,))
     return total

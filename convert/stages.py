@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from convert.batches import Batch
 from convert.errors import Interrupted, UserError
 from convert.mixers.base import Context
-from convert.mixers.parts import FeatureMap
+from convert.mixers.parts import FeatureMap, project_gradients
 from convert.model import ConvertedForCausalLM, attention_of, documents_of
-from convert.objectives import Distill, backward_through_head, cosine_distance
+from convert.objectives import Distill, backward, backward_through_head, cosine_distance
 
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
@@ -122,7 +122,7 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
     slots = student.slots()
     blocks = list(layers_of(teacher))
 
-    def backward(batch: Batch, whole: Batch) -> Tensor:
+    def learn_from(batch: Batch, whole: Batch) -> Tensor:
         share = batch.input_ids.numel() / whole.input_ids.numel()
         documents, losses = documents_of(batch.position_ids), []
 
@@ -132,7 +132,7 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
                 with torch.enable_grad(), autocast(x.device, settings.precision):
                     y, _ = slots[layer].mixer(x, Context(*kwargs["position_embeddings"], None, documents))
                     loss = settings.objective(y.float(), output[0].float()) * (share / len(slots))
-                loss.backward()
+                backward(loss)
                 losses.append(loss.detach())
 
             return hook
@@ -146,14 +146,14 @@ def align(student, teacher, batches, settings: Settings, *, track=Silent(), keep
                 hook.remove()
         return torch.stack(losses).sum()
 
-    return _train(student, backward, batches, settings, track, keep, measure)
+    return _train(student, learn_from, batches, settings, track, keep, measure)
 
 
 def distill(student, teacher, batches, settings: Settings, *, track=Silent(), keep=Silent(), measure=None) -> ConvertedForCausalLM:  # noqa: B008
     """The whole student learns the teacher's next-token distribution, or the text, as the objective says."""
     objective: Distill = settings.objective
 
-    def backward(batch: Batch, whole: Batch) -> Tensor:
+    def learn_from(batch: Batch, whole: Batch) -> Tensor:
         targets = batch.labels.flatten()
         real = targets != -100
         teacher_hidden = None
@@ -165,7 +165,7 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
             with layer_outputs(student, bool(features)) as outputs:
                 hidden = hidden_states(student, batch).flatten(0, 1)[real]
             targets = targets[real]
-            scale = 1 / whole.num_targets
+            scale = 1 / max(1, whole.num_targets)
             also = None
             if features:
                 distances = [cosine_distance(y.float(), wanted.float()) for y, wanted in zip(outputs, wanted_outputs, strict=True)]
@@ -180,7 +180,7 @@ def distill(student, teacher, batches, settings: Settings, *, track=Silent(), ke
 
             return backward_through_head(hidden, student.get_output_embeddings(), loss, settings.loss_chunk, also)
 
-    return _train(student, backward, batches, settings, track, keep, measure)
+    return _train(student, learn_from, batches, settings, track, keep, measure)
 
 
 @contextmanager
@@ -251,8 +251,8 @@ class _Progress:
     seconds: float = 0.0  # of training, in all processes so far
 
 
-def _train(student, backward, batches, settings: Settings, track, keep, measure) -> ConvertedForCausalLM:
-    """The loop. `backward(batch, whole)` accumulates the gradients of a micro-batch's part of the whole batch's loss, and returns it."""
+def _train(student, learn_from, batches, settings: Settings, track, keep, measure) -> ConvertedForCausalLM:
+    """The loop. `learn_from(batch, whole)` accumulates the gradients of a micro-batch's part of the whole batch's loss, and returns it."""
     optimizer = _optimizer(student, settings)
     trained = [p for p in student.parameters() if p.requires_grad]
     at = _restore(keep.load(), trained, optimizer)
@@ -264,7 +264,7 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
         while at.step < settings.num_steps:
             rate = settings.rate(at.step)
             batch = batches(at.step).with_noise(settings.noise, (settings.seed, at.step))
-            loss = _accumulate(backward, batch, settings, student.device)
+            loss = _accumulate(learn_from, student, batch, settings)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).item()
             if math.isfinite(loss) and math.isfinite(norm):
                 _update(optimizer, rate)
@@ -305,7 +305,13 @@ def _train(student, backward, batches, settings: Settings, track, keep, measure)
 def _state(at: _Progress, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict:
     """What a checkpoint holds."""
     parameters = [p.detach() for p in trained]
-    return asdict(at) | {"rng": torch.get_rng_state(), "parameters": parameters, "optimizer": optimizer.state_dict()}
+    return asdict(at) | {"rng": _generators(trained[0].device), "parameters": parameters, "optimizer": optimizer.state_dict()}
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The state of the CPU's random numbers, and of the device's."""
+    found = {"cpu": torch.get_rng_state()}
+    return found if device.type == "cpu" else found | {device.type: torch.get_device_module(device).get_rng_state(device)}
 
 
 @torch.no_grad()
@@ -316,7 +322,12 @@ def _restore(state: dict | None, trained: list[nn.Parameter], optimizer: torch.o
     for p, saved in zip(trained, state["parameters"], strict=True):
         p.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    device = trained[0].device
+    for kind, generator in state["rng"].items():  # of a device that is not used here: nothing is left to continue
+        if kind == "cpu":
+            torch.set_rng_state(generator.cpu())
+        elif kind == device.type:
+            torch.get_device_module(device).set_rng_state(generator.cpu(), device)
     return _Progress(state["step"], state["skipped"], state["bad_in_a_row"], state["seconds"])
 
 
@@ -332,10 +343,12 @@ def _recomputing(student: ConvertedForCausalLM, wanted: bool) -> Iterator[None]:
             student.activation_checkpointing_disable()
 
 
-def _accumulate(backward, batch: Batch, settings: Settings, device: torch.device) -> float:
+def _accumulate(learn_from, student: ConvertedForCausalLM, batch: Batch, settings: Settings) -> float:
     """The gradients of a batch, micro-batch by micro-batch; its loss."""
     parts = batch.split(max(1, settings.micro_tokens // settings.seq_len))
-    return sum(backward(part.to(device), batch).item() for part in parts if part.num_targets)
+    loss = sum(learn_from(part.to(student.device), batch).item() for part in parts)
+    project_gradients(student)
+    return loss
 
 
 @torch.no_grad()

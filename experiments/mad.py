@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.errors import UserError
 from convert.mixers import MIXERS
+from convert.mixers.parts import project_gradients
 from convert.model import ConvertedForCausalLM, swap
 from convert.run import fail_in_words
 from convert.teachers import pick_device
@@ -101,6 +102,7 @@ def score(mixer: str, task: Task, d: Difficulty, s: Settings, lr: float, decay: 
         rows = order[step % per_epoch * s.batch :][: s.batch]
         loss = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten(), ignore_index=IGNORED)
         loss.backward()
+        project_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -11,10 +12,12 @@ from convert.batches import Batches
 from convert.data import Tokens
 from convert.errors import Interrupted, UserError
 from convert.measure import perplexity
+from convert.mixers import MIXERS
+from convert.mixers.parts import DecayRate, project_gradients
 from convert.model import swap
 from convert.objectives import Distill, cosine_distance, energy_mse
 from convert.stages import Settings, Silent, align, distill
-from tests.conftest import tiny_teacher
+from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
 
 SETTINGS = Settings(
     tokens=20 * 128, lr=1e-2, objective=cosine_distance, trains=stages.mixers, seq_len=32, batch_tokens=128, micro_tokens=128,
@@ -149,26 +152,80 @@ def test_cross_entropy_alone_does_not_run_the_teacher():
     assert all(map(math.isfinite, log.losses)) and sum(log.losses[-4:]) < 0.8 * sum(log.losses[:4])
 
 
-@pytest.mark.parametrize(
-    "stage, objective", [(align, cosine_distance), (align, energy_mse), (distill, Distill())], ids=["cosine", "energy", "distill"]
-)
-def test_accumulation_gives_the_same_gradients(stage, objective):
-    """Micro-batches have different numbers of targets (document borders); their shares must make up for it."""
-    logs = []
-    for micro in (128, 64, 32):
-        log = Logged()
-        stage(
-            student_of("gpt_neox"),
-            tiny_teacher("gpt_neox"),
-            batches(),
-            dataclasses.replace(SETTINGS, tokens=128, micro_tokens=micro, objective=objective),
-            track=log,
-        )
-        logs.append((log.losses[0], log.norms[0]))
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
-    assert logs[0] == pytest.approx(logs[2], rel=1e-4)
-    shares = [batch.num_targets for batch in batches()(0).split(1)]
+STAGES = {
+    "cosine": (align, cosine_distance), "energy": (align, energy_mse), "kl": (distill, Distill()),
+    "all terms": (distill, Distill(0.5, 0.5, 0.5, 2.0, feature_matching=0.5)),
+}  # fmt: skip
+
+
+def gradients_of(stage, objective, mixer: str, micro_rows: int, data: Tokens) -> dict[str, torch.Tensor]:
+    """The gradients of one step over five sequences, all parameters trained, of a student that has left its start: a third of its decay
+    rates are at their bound, a third below it."""
+    teacher, settings = tiny_teacher("gpt_neox"), dataclasses.replace(SETTINGS, tokens=160, batch_tokens=160, micro_tokens=32 * micro_rows)
+    torch.manual_seed(0)
+    student = swap(tiny_teacher("gpt_neox"), mixer, options_of(mixer))
+    for slot in student.slots().values():
+        perturb(slot.mixer)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if name.endswith("rate.s"):
+                p.sub_(p.quantile(1 / 3)).masked_fill_((p < p.quantile(2 / 3)) & (p > 0), 0.0)
+    found, seen = {}, stages._norms
+    settings = dataclasses.replace(settings, objective=objective, trains=stages.mixers if stage is align else stages.everything, clip=1e9)
+    stages._norms = lambda student: found.update({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}) or {}
+    try:
+        stage(student, teacher, Batches(data, 32, 5), settings)
+    finally:
+        stages._norms = seen
+    return found
+
+
+def assert_same_gradients(cut: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    """Parameter by parameter, to float32's rounding of sums that cancel."""
+    assert whole and cut.keys() == whole.keys()
+    floor = 1e-2 * max(rms(gradient) for gradient in whole.values())
+    for parameter, gradient in whole.items():
+        assert_close(cut[parameter], gradient, 2e-5, floor=floor)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_do_not_depend_on_how_a_batch_is_cut(name, mixer):
+    """Of every trained parameter. Micro-batches have different numbers of targets (document borders), and some rates have gradients of one
+    sign in one and of the other in the next."""
+    whole = gradients_of(*STAGES[name], mixer, 5, tokens())
+    for rows in (2, 1):
+        cut = gradients_of(*STAGES[name], mixer, rows, tokens())
+        assert_same_gradients(cut, whole)
+    shares = [batch.num_targets for batch in Batches(tokens(), 32, 5)(0).split(1)]
     assert len(set(shares)) > 1
+
+
+def test_rows_without_targets_teach_what_needs_none():
+    """Documents of one token have no next one: their layers' outputs are learnt all the same, however the batch is cut."""
+    short = Tokens(tokens().ids, numpy.concatenate([numpy.arange(0, 3000, 50), numpy.arange(3000, 4000)]))
+    assert {batch.num_targets for batch in Batches(short, 32, 5, 3)(0).split(1)} >= {0}
+    for name in ("cosine", "all terms"):
+        assert_same_gradients(*(gradients_of(*STAGES[name], "mamba2", rows, short) for rows in (1, 5)))
+
+
+def test_rates_at_their_bound_pass_only_what_raises_them():
+    rate = DecayRate(6)
+    with torch.no_grad():
+        rate.s.copy_(torch.tensor([0.1, 0.1, 0.0, 0.0, -0.1, -0.1]))
+    (rate() * torch.tensor([1.0, -1, 1, -1, 1, -1])).sum().backward()
+    project_gradients(rate)
+    assert (rate.s.grad.sign() == torch.tensor([1, -1, 0, -1, 0, -1])).all()
+
+
+@pytest.mark.parametrize("stage, objective", [(align, cosine_distance), (distill, Distill())], ids=["align", "distill"])
+def test_backward_passes_run_without_autocast(stage, objective, monkeypatch):
+    """An operator's own backward pass would else multiply in bfloat16, whatever it promises of its states."""
+    seen, original = [], torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or original(*a, **k))
+    settings = dataclasses.replace(SETTINGS, tokens=128, precision="bfloat16", objective=objective)
+    stage(student_of("gpt_neox", "mamba2"), tiny_teacher("gpt_neox"), batches(), settings)
+    assert seen and not any(seen)
 
 
 def test_checkpointing_changes_nothing():

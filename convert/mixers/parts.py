@@ -159,17 +159,15 @@ class TimeStep(nn.Module):
 
 
 class _NonNegative(torch.autograd.Function):
-    """max(s, 0), whose gradient at s <= 0 passes only where it would raise s: exact at 0, never dead."""
+    """max(s, 0) with the gradient of the identity: gradients of micro-batches add up, and s = 0 is not dead."""
 
     @staticmethod
     def forward(ctx, s):
-        ctx.save_for_backward(s)
         return s.clamp(min=0)
 
     @staticmethod
     def backward(ctx, g):
-        (s,) = ctx.saved_tensors
-        return torch.where((s > 0) | (g < 0), g, torch.zeros_like(g))
+        return g
 
 
 class DecayRate(nn.Module):
@@ -184,6 +182,15 @@ class DecayRate(nn.Module):
     def forward(self) -> Tensor:
         spread = torch.arange(1, self.s.shape[-1] + 1, device=self.s.device)
         return _NonNegative.apply(wide(self.s)) * spread
+
+
+@torch.no_grad()
+def project_gradients(model: nn.Module) -> None:
+    """Where a rate is at its bound or below, leave only a gradient that would raise it. Called once per step, on the gradients of the whole
+    batch: the signs of a micro-batch's gradients are not those of their sum."""
+    for module in model.modules():
+        if isinstance(module, DecayRate) and module.s.grad is not None:
+            module.s.grad.masked_fill_((module.s <= 0) & (module.s.grad >= 0), 0)
 
 
 def open_gate(width: int, inner: int) -> nn.Linear:
