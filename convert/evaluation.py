@@ -22,6 +22,7 @@ from convert.console import console
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.final import held_out_of, numbers
+from convert.prompts import has_chat_template
 from convert.readings import READINGS, Answer, fits, prompt_ids
 from convert.tasks import TASKS, Item, Task
 from convert.teachers import Teacher, fingerprint, load_teacher, pick_device, resolve
@@ -32,13 +33,13 @@ LIMIT = 48  # questions of each task (ours: three minutes for two small models o
 def chosen(names: str | None, tokenizer) -> list[Task]:
     """The tasks of these names; without names all that this model can be asked."""
     if names is None:
-        return [task for task in TASKS.values() if not task.chat or tokenizer.chat_template is not None]
+        return [task for task in TASKS.values() if not task.chat or has_chat_template(tokenizer)]
     found = []
     for name in names.split(","):
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, 3, 0.4) or list(TASKS)
             raise UserError(f"There is no task {name!r}. Nearest: {', '.join(near)}. All: {', '.join(TASKS)}.")
-        if TASKS[name].chat and tokenizer.chat_template is None:
+        if TASKS[name].chat and not has_chat_template(tokenizer):
             raise UserError(f"Task {name} is a conversation, and this model has no chat template. Leave it out.")
         found.append(TASKS[name])
     return found

@@ -11,7 +11,8 @@ with quick_to_stop(__name__ == "__main__"):
     import torch
     from transformers import TextStreamer
 
-    from convert.readings import chat_text
+    from convert.prompts import encode, has_chat_template
+    from convert.readings import end_ids, greedily
     from convert.run import fail_in_words
     from convert.teachers import load_teacher, pick_device
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: drawn from all tokens at this temperature")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", action="store_true", help="do not use the chat template of an instruct model")
     parser.add_argument("--device", default="auto")
@@ -33,25 +34,31 @@ def main(argv: list[str] | None = None) -> int:
     return fail_in_words(lambda: generate(args), args.debug)
 
 
+LONGEST = 1_000_000  # tokens of an answer (ours)
+
+
 def generate(args: argparse.Namespace) -> None:
     if not args.prompt:
         raise UserError("The prompt must not be empty.")
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise UserError(
-            f"--max-new-tokens must be at least 1 and --temperature at least 0; got {args.max_new_tokens} and {args.temperature}."
-        )
+    for name, value, low, high in (
+        ("--max-new-tokens", args.max_new_tokens, 1, LONGEST),
+        ("--temperature", args.temperature, 0, 1000),
+        ("--seed", args.seed, 0, 2**63 - 1),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{name} must be within {low:,} .. {high:,}; got {value}.")
     loaded = load_teacher(args.folder, device=pick_device(args.device), trust_remote_code=args.trust_remote_code)
-    tokenizer, text = loaded.tokenizer, args.prompt
-    chat = tokenizer.chat_template is not None and not args.raw
-    if chat:
-        text = chat_text(tokenizer, args.prompt)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(loaded.model.device)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chat = has_chat_template(tokenizer) and not args.raw
+    ids = torch.tensor([encode(tokenizer, args.prompt, chat=chat)], device=model.device)
     torch.manual_seed(args.seed)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    loaded.model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id, streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **sampling,
-    )  # fmt: skip
+    # the settings published with a model (beams, penalties, watermarks) would make it another text
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    with greedily(model):
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_ids(model, tokenizer), streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **sampling,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from convert.data import cache_folder, hub_offline
 from convert.errors import UserError
+from convert.prompts import has_chat_template
 from convert.readings import greedily
 from convert.teachers import fingerprint, is_hub_reachable
 
@@ -56,7 +57,7 @@ def run_harness(models: dict[str, PreTrainedModel], tokenizer, names: str, *, li
     from lm_eval.models.huggingface import HFLM
 
     asked, manager = find(names)
-    rows, templated = [], chat and tokenizer.chat_template is not None
+    rows, templated = [], chat and has_chat_template(tokenizer)
     for model_name, model in models.items():
         answers = cache_folder() / "lm-eval" / fingerprint(model)  # not in the run's folder: it is a pickle, and folders are handed on
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)

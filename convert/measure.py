@@ -20,7 +20,8 @@ from convert.mixers.parts import TimeStep
 from convert.model import ConvertedForCausalLM, attention_of, layer_bytes
 from convert.objectives import cross_entropy, forward_kl
 from convert.projections import Projections, layer_window
-from convert.readings import greedily
+from convert.prompts import encode, left_padded
+from convert.readings import end_ids, greedily
 from convert.stages import hidden_states, layers_of
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
@@ -224,10 +225,10 @@ def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int,
 @torch.no_grad()
 def continuations(model: PreTrainedModel, tokenizer, prompts: list[str], new_tokens: int = 48) -> list[str]:
     """Greedy, in one left-padded batch, with the model's own cache."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    ids, mask = left_padded([encode(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id, model.device)
     with greedily(model):
-        ids = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=new_tokens, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_ids(model, tokenizer),
         )  # fmt: skip
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)

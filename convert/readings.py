@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from convert.prompts import encode, left_padded
 from convert.tasks import Item, Task
 
 BATCH_ROWS = 64
@@ -35,26 +36,14 @@ class Answer:
 
 def prompt_ids(tokenizer, task: Task, prompt: str) -> list[int]:
     """As the model is asked: in its chat template if the task is a chat, else as plain text."""
-    return _ids(tokenizer, task, prompt, "")
-
-
-def _ids(tokenizer, task: Task, prompt: str, answer: str) -> list[int]:
-    if not task.chat:
-        return tokenizer(prompt + answer)["input_ids"]
-    return tokenizer(chat_text(tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
-
-
-def chat_text(tokenizer, prompt: str) -> str:
-    """A user's message in the chat template. Models that can think first are asked not to: a short answer would end inside the thought."""
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return encode(tokenizer, prompt, chat=task.chat)
 
 
 def _continued(tokenizer, task: Task, item: Item) -> tuple[list[int], list[list[int]]]:
     """The ids of the prompt, and of each choice behind it. As in lm-evaluation-harness a choice is what prompt and choice together have
     behind the prompt's own ids."""
     prompt = prompt_ids(tokenizer, task, item.prompt)
-    rests = [_ids(tokenizer, task, item.prompt, choice)[len(prompt) :] for choice in item.choices]
+    rests = [encode(tokenizer, item.prompt, choice, chat=task.chat)[len(prompt) :] for choice in item.choices]
     alone = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
     return prompt, [rest or other for rest, other in zip(rests, alone, strict=True)]  # a tokenizer may join the two
 
@@ -142,10 +131,11 @@ def greedily(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[int]]) -> list[list[int]]:
-    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    stops, ends = StoppingCriteriaList([_Written(tokenizer, task.stop, longest)] if task.stop else []), _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    ids, mask = left_padded(prompts, pad, model.device)
+    longest = ids.shape[1]
+    stops = StoppingCriteriaList([_Written(tokenizer, task.stop, longest)] if task.stop else [])
+    ends = end_ids(model, tokenizer)
     with greedily(model):
         new = model.generate(
             input_ids=ids,
@@ -159,7 +149,7 @@ def _generate(model: PreTrainedModel, tokenizer, task: Task, prompts: list[list[
     return [row[: next((n for n, token in enumerate(row) if token in (pad, *ends)), len(row))] for row in new[:, longest:].tolist()]
 
 
-def _ends(model: PreTrainedModel, tokenizer) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     """The ids that end a text: those of the model's settings, and the tokenizer's."""
     its_own = model.generation_config.eos_token_id
     return sorted({*(its_own if isinstance(its_own, list) else [its_own]), tokenizer.eos_token_id} - {None})

@@ -11,6 +11,7 @@ from convert import measure, scores
 from convert.batches import Batch
 from convert.console import console
 from convert.errors import UserError
+from convert.prompts import has_chat_template
 from convert.readings import Answer, by_generation, fits
 from convert.tasks import TASKS, Item, Task
 from convert.teachers import Teacher
@@ -85,7 +86,7 @@ class Watch:
     def _questions(self) -> list[tuple[Task, list[Item]]]:
         asked = []
         for task in (TASKS[name] for name in WATCHED):
-            if task.chat and self.taught.tokenizer.chat_template is None:
+            if task.chat and not has_chat_template(self.taught.tokenizer):
                 continue
             items = task.items(QUESTIONS, 1)  # other questions than at the end
             if room := fits(self.taught.model, self.taught.tokenizer, task, items):
