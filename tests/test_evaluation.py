@@ -104,7 +104,6 @@ REFUSALS = {
     "a chat without a template": (["neox-nano", "--tasks", "facts"], "this model has no chat template"),
     "no questions": (["neox-nano", "--limit", "0"], "--limit must be at least 1; got 0"),
     "a folder that is no model": (["tests"], "A teacher's folder holds config.json"),
-    "an unknown public task": (["neox-nano", "--lm-eval", "arc_esy"], "no task 'arc_esy'"),
     "an unknown name": (["nope"], "Unknown teacher 'nope'"),
 }
 

@@ -36,6 +36,11 @@ def test_the_command_takes_a_folder(tmp_path, capsys):
     assert "keys_likelihood" in shown and "keys_generation" in shown and "exact_match" in shown
 
 
+def test_an_unknown_task_is_refused(tmp_path, capsys):
+    assert main(["neox-nano", "--lm-eval", "arc_esy", "--out", str(tmp_path / "out")]) == 2
+    assert "no task 'arc_esy'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 
