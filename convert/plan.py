@@ -1,9 +1,11 @@
 """What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
 
 import functools
+import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,11 +143,12 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     )
 
 
+@functools.cache
 def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a matrix product."""
     n = 512 if device == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return _best(lambda: (a @ a)[0, 0].item(), 2 * n**3)
+    return _rate(lambda: a @ a, 2 * n**3, a.device)
 
 
 def _state_updates(student: ConvertedForCausalLM) -> int:
@@ -160,16 +163,26 @@ def _scan_rate(device: str) -> float:
     shape = {"device": device, "requires_grad": True}
     u, delta = (torch.rand(2, 512, 64, **shape) for _ in range(2))
     A, B = torch.rand(512, 64, **shape), torch.rand(2, 64, 64, **shape)
-    return _best(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64)
+    return _rate(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64, u.device)
 
 
-def _best(call, work: float) -> float:
-    times = []
-    for _ in range(4):
+def _rate(call: Callable[[], object], work: float, device: torch.device) -> float:
+    """Work per second, of the best call within half a second: other programs only ever make one slower."""
+    call()  # compiles, and wakes the device
+    best, ends = math.inf, time.perf_counter() + 0.5
+    while time.perf_counter() < ends:
+        _finish(device)
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return work / min(times)
+        _finish(device)
+        best = min(best, time.perf_counter() - start)
+    return work / best
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for all that the device was asked to do."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def check_space(plan: Plan, folder: Path) -> str | None:
