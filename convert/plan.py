@@ -1,7 +1,6 @@
 """What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
 
 import functools
-import math
 import os
 import shutil
 import time
@@ -167,16 +166,17 @@ def _scan_rate(device: str) -> float:
 
 
 def _rate(call: Callable[[], object], work: float, device: torch.device) -> float:
-    """Work per second, of the best call within half a second: other programs only ever make one slower."""
+    """Work per second, of the best of many calls: other programs only ever make one slower. Half a second of them, and up to five seconds
+    until there are twenty."""
     call()  # compiles, and wakes the device
-    best, ends = math.inf, time.perf_counter() + 0.5
-    while time.perf_counter() < ends:
+    times, began = [], time.perf_counter()
+    while (spent := time.perf_counter() - began) < 0.5 or (len(times) < 20 and spent < 5):
         _finish(device)
         start = time.perf_counter()
         call()
         _finish(device)
-        best = min(best, time.perf_counter() - start)
-    return work / best
+        times.append(time.perf_counter() - start)
+    return work / min(times)
 
 
 def _finish(device: torch.device) -> None:

