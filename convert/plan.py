@@ -166,17 +166,30 @@ def _scan_rate(device: str) -> float:
 
 
 def _rate(call: Callable[[], object], work: float, device: torch.device) -> float:
-    """Work per second, of the best of many calls: other programs only ever make one slower. Half a second of them, and up to five seconds
-    until there are twenty."""
+    """Work per second, of the best of many calls: other programs only ever make one slower. On a CPU also by one thread, and each further
+    one counted half: beside other programs threads that wait for each other are forty times as slow at one moment, one thread never is."""
+    found = work / _best(call, device)
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return found
+    try:
+        torch.set_num_threads(1)
+        return max(found, work / _best(call, device) * (1 + threads) / 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the quickest call within half a second."""
     call()  # compiles, and wakes the device
-    times, began = [], time.perf_counter()
-    while (spent := time.perf_counter() - began) < 0.5 or (len(times) < 20 and spent < 5):
+    times, ends = [], time.perf_counter() + 0.5
+    while not times or time.perf_counter() < ends:
         _finish(device)
         start = time.perf_counter()
         call()
         _finish(device)
         times.append(time.perf_counter() - start)
-    return work / min(times)
+    return min(times)
 
 
 def _finish(device: torch.device) -> None:
