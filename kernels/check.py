@@ -6,6 +6,12 @@ from torch import Tensor
 MAX_STATES = 1024  # per channel or head: what the kernels are written and checked for
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether a look at t's values costs nothing: on a CPU (elsewhere it waits for the device), not a fake one, not while compiling."""
+    real = type(t) in (Tensor, torch.nn.Parameter)
+    return real and t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_types(values: dict[str, object]) -> None:
     """Raises ValueError unless each is a tensor, or None."""
     for name, value in values.items():
@@ -31,8 +37,7 @@ def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
 
 def check_decay(A: Tensor) -> None:
     """Raises ValueError for what is not finite. On a CPU only: elsewhere looking at a value would wait for the device."""
-    real = type(A) in (Tensor, torch.nn.Parameter)  # fake ones have no values
-    if real and A.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(A.detach().sum().isfinite()):
+    if has_values(A) and not bool(A.detach().sum().isfinite()):
         raise ValueError(f"A must be finite; got {int(A.isnan().sum())} NaN and {int(A.isinf().sum())} infinities of {A.numel()}.")
 
 

@@ -38,15 +38,16 @@ template <typename T> static inline Vec<T> load(const T* p) {
 }
 template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, sizeof v); }
 
-// 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double), exactly 1 at 0, at most 2^-126 (2^-1022) for less.
-// x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1, double: Taylor's.
+// 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double), exactly 1 at 0, 0 for x = -infinity, infinity for +infinity; below
+// 2^-126 (2^-1022) it is off by as little, or 0. x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1,
+// double: Taylor's. The clamps end where 2^k is exactly 0, and infinity.
 static inline Vec<float> exp2_of(Vec<float> x) {
 #if defined(__AVX512F__)
-    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);  // NaN stays
+    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), (__m512)x));  // NaN stays
     Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - whole;
 #else
-    x = x < -126.0f ? Vec<float>{} - 126.0f : x;
-    x = x > 127.0f ? Vec<float>{} + 127.0f : x;
+    x = x < -127.0f ? Vec<float>{} - 127.0f : x;
+    x = x > 128.0f ? Vec<float>{} + 128.0f : x;
     Vec<float> shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which its low bits then are
     Vec<float> r = x - (shifted - 12582912.0f);
 #endif
@@ -63,8 +64,8 @@ static inline Vec<float> exp2_of(Vec<float> x) {
 #endif
 }
 static inline Vec<double> exp2_of(Vec<double> x) {
-    x = x < -1022.0 ? Vec<double>{} - 1022.0 : x;
-    x = x > 1023.0 ? Vec<double>{} + 1023.0 : x;
+    x = x < -1023.0 ? Vec<double>{} - 1023.0 : x;
+    x = x > 1024.0 ? Vec<double>{} + 1024.0 : x;
     Vec<double> shifted = x + 6755399441055744.0;  // 1.5 x 2^52
     Vec<double> r = x - (shifted - 6755399441055744.0);
     constexpr double c[] = {1.0, 0.6931471805599453, 0.24022650695910072, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443,

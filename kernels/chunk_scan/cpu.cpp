@@ -1,17 +1,16 @@
 // The chunk scan on a CPU. Derivation, bytes and operations: README.md.
 //
 // A task has one batch entry and one head and walks over its chunks with the state in its cache; every product of a chunk is
-// one call of `multiply`. Sums have one order, whatever the threads are.
+// one call of `multiply`. Sums have one order, whatever the threads are. A chunk whose results are not all finite is taken again, step
+// by step: in a product, 0 x NaN would reach what the recurrence does not, and 0 x infinity be NaN.
 //
 // t, s time in a chunk · n state · p channel · r reading · F log of the decay since the chunk's start
 #include <cmath>
-#include <memory>
 #include <vector>
 
-#include "../vectors.h"
+#include "../matrix.h"
 
-constexpr int STEPS = 64;                      // of a chunk
-constexpr int ROWS = BYTES == 64 ? 8 : 4;      // of a block of sums held in registers, times two vectors
+constexpr int STEPS = 64;  // of a chunk
 
 struct Scan {  // shapes: README.md; `state`: the first, then the last (backward: gradient of the last, then of the first)
     int64_t batch, length, heads, readings, states, channels, threads;
@@ -23,75 +22,13 @@ struct Scan {  // shapes: README.md; `state`: the first, then the last (backward
     double* dlog_decay;
 };
 
-template <typename T> static int64_t padded(int64_t n) { return (n + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }
-
-template <typename T, int M, int V>
-static inline void block(int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C, bool add) {
-    constexpr int W = WIDTH<T>;
-    Vec<T> sums[M][V];
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < V; j++) sums[i][j] = add ? load<T>(C + i * row_C + j * W) : Vec<T>{};
-    for (int64_t k = 0; k < depth; k++) {
-        Vec<T> b[V];
-        for (int j = 0; j < V; j++) b[j] = load<T>(B + k * row_B + j * W);
-        for (int i = 0; i < M; i++)
-            for (int j = 0; j < V; j++) sums[i][j] += A[i * row_A + k * step_A] * b[j];
-    }
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < V; j++) store(C + i * row_C + j * W, sums[i][j]);
-}
-
-template <typename T, int M>
-static inline void rows(int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C,
-                        bool add) {
-    constexpr int W = WIDTH<T>;
-    int64_t j = 0;
-    for (; j + 2 * W <= columns; j += 2 * W) block<T, M, 2>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
-    for (; j < columns; j += W) block<T, M, 1>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
-}
-
-enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // which triangle is all that is wanted, or all there is
-
-// C [count, columns] (+)= A [count, depth] B [depth, columns]; A by any strides; B, C by rows padded to whole vectors.
-template <typename T>
-static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C,
-                     int64_t row_C, bool add, Part part = ALL) {
-    for (int64_t i = 0; i < count;) {
-        bool whole = i + ROWS <= count;
-        int64_t end = whole ? i + ROWS : i + 1;
-        int64_t wide = part == LOWER_OUT && padded<T>(end) < columns ? padded<T>(end) : columns;
-        int64_t first = part == UPPER_A ? i : 0, deep = (part == LOWER_A && end < depth ? end : depth) - first;
-        const T *a = A + i * row_A + first * step_A, *b = B + first * row_B;
-        if (whole) rows<T, ROWS>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
-        else rows<T, 1>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
-        i = end;
-    }
-}
-
-// to [columns, row_to] = from [count, columns]^T, zeros beyond `count`
-template <typename T> static void transpose(int64_t count, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
-    constexpr int W = WIDTH<T>;
-    for (int64_t i = 0; i < row_to; i += W)  // row_to: whole vectors
-        for (int64_t j = 0; j < columns; j += W) {
-            Vec<T> v[W];
-            if (i + W <= count && j + W <= columns) {
-                for (int k = 0; k < W; k++) v[k] = load<T>(from + (i + k) * row_from + j);
-                transpose_square<T>(v);
-                for (int k = 0; k < W; k++) store(to + (j + k) * row_to + i, v[k]);
-            } else {
-                for (int64_t c = j; c < j + W && c < columns; c++)
-                    for (int64_t r = i; r < i + W; r++) to[c * row_to + r] = r < count ? from[r * row_from + c] : 0;
-            }
-        }
-}
-
 template <typename T> struct Head {
     static constexpr int W = WIDTH<T>;
     const Scan& scan;
     int64_t b, h, L, H, R, N, P, Pp, Np, chunks;
     std::vector<Vec<T>> memory;
-    T *S, *x, *xs, *Bt, *decay, *scores;  // [N][Pp]; [STEPS][Pp]; scaled x; [N][STEPS]; [STEPS][STEPS] twice
-    T *D, *DT, *ST, *xT, *dy, *products, *tile_p, *tile_n, *row;  // backward: of the state and its transpose, ...
+    T *S, *next, *x, *xs, *Bt, *decay, *scores;  // the state (backward: its gradient) [N][Pp] twice; [STEPS][Pp]; scaled x; [N][STEPS]; [STEPS][STEPS] twice
+    T *DT, *ST, *xT, *dy, *products, *tile_p, *tile_n, *row;  // backward: of the gradient and of the state, transposed, ...
     double F[STEPS];
     T into[STEPS], out[STEPS], keep;  // from the state to t, from t to the chunk's end, from end to end
     int first[STEPS];                 // of t's document in this chunk
@@ -99,21 +36,23 @@ template <typename T> struct Head {
     Head(const Scan& s, int64_t task, bool backward)
         : scan(s), b(task / s.heads), h(task % s.heads), L(s.length), H(s.heads), R(s.readings), N(s.states), P(s.channels), Pp(padded<T>(s.channels)),
           Np(padded<T>(s.states)), chunks((s.length + STEPS - 1) / STEPS) {
-        int64_t sizes[] = {N * Pp, STEPS * Pp, STEPS * Pp, N * STEPS, STEPS * STEPS, STEPS * STEPS};
-        int64_t more[] = {N * Pp, P * Np, P * Np, P * STEPS, STEPS * Pp, STEPS * STEPS, STEPS * Pp, STEPS * Np, STEPS * Np};
-        T** places[] = {&S, &x, &xs, &Bt, &decay, &scores};
-        T** others[] = {&D, &DT, &ST, &xT, &dy, &products, &tile_p, &tile_n, &row};
+        int64_t sizes[] = {N * Pp, N * Pp, STEPS * Pp, STEPS * Pp, N * STEPS, STEPS * STEPS, STEPS * STEPS};
+        int64_t more[] = {P * Np, P * Np, P * STEPS, STEPS * Pp, STEPS * STEPS, STEPS * Pp, STEPS * Np, STEPS * Np};
+        T** places[] = {&S, &next, &x, &xs, &Bt, &decay, &scores};
+        T** others[] = {&DT, &ST, &xT, &dy, &products, &tile_p, &tile_n, &row};
         int64_t total = 0;
         for (int64_t n : sizes) total += n;
         if (backward) for (int64_t n : more) total += n;
         memory.assign(total / W + 1, Vec<T>{});
         T* at = (T*)memory.data();
-        for (int i = 0; i < 6; i++) *places[i] = at, at += sizes[i];
-        if (backward) for (int i = 0; i < 9; i++) *others[i] = at, at += more[i];
+        for (int i = 0; i < 7; i++) *places[i] = at, at += sizes[i];
+        if (backward) for (int i = 0; i < 8; i++) *others[i] = at, at += more[i];
     }
     const T* B(int64_t t) { return (const T*)scan.B + ((b * L + t) * H + h) * N; }
     int64_t row_of_C(int64_t t, int64_t r) { return ((b * L + t) * H + h) * R + r; }
     const T* C(int64_t t, int64_t r) { return (const T*)scan.C + row_of_C(t, r) * N; }
+    T decay_of(int64_t t) { return std::exp(scan.log_decay[(b * L + t) * H + h]); }
+    bool starts(int64_t t) { return scan.document_ids && t > 0 && scan.document_ids[b * L + t] != scan.document_ids[b * L + t - 1]; }
     T* begin(int64_t chunk) { return (T*)scan.begins + ((b * H + h) * chunks + chunk) * N * Pp; }
 
     void load_state(T* to) {
@@ -172,6 +111,26 @@ template <typename T> struct Head {
     }
 };
 
+// One step of the recurrence, from `before` to `after` (which may be the same), as the reference has it.
+template <typename T> static void advance(Head<T>& k, int64_t t, const T* x, const T* before, T* after) {
+    bool anew = k.starts(t);
+    T decay = k.decay_of(t);
+    for (int64_t n = 0; n < k.N; n++)
+        for (int64_t p = 0; p < k.P; p++) after[n * k.Pp + p] = (anew ? 0 : decay * before[n * k.Pp + p]) + k.B(t)[n] * x[p];
+}
+
+template <typename T> static void forward_by_steps(Head<T>& k, int64_t t0, int steps) {
+    for (int t = 0; t < steps; t++) {
+        advance(k, t0 + t, k.x + t * k.Pp, k.S, k.S);
+        for (int64_t r = 0; r < k.R; r++) {
+            T* y = (T*)k.scan.y + k.row_of_C(t0 + t, r) * k.P;
+            for (int64_t p = 0; p < k.P; p++) y[p] = 0;
+            for (int64_t n = 0; n < k.N; n++)
+                for (int64_t p = 0; p < k.P; p++) y[p] += k.C(t0 + t, r)[n] * k.S[n * k.Pp + p];
+        }
+    }
+}
+
 template <typename T> static void forward(const Scan& s) {
     constexpr int W = WIDTH<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
@@ -183,17 +142,21 @@ template <typename T> static void forward(const Scan& s) {
         for (int64_t t0 = 0; t0 < k.L; t0 += STEPS) {
             if (s.begins) memcpy(k.begin(t0 / STEPS), k.S, sizeof(T) * k.N * k.Pp);
             int steps = k.enter(t0);
+            bool finite = true;
             for (int64_t r = 0; r < k.R; r++) {
                 k.score(steps, t0, r);
                 for (int64_t i = 0; i < steps * STEPS; i += W) store(k.scores + i, load<T>(k.scores + i) * load<T>(k.decay + i));
                 multiply<T>(steps, k.Pp, k.N, k.C(t0, r), k.H * k.R * k.N, 1, k.S, k.Pp, y, k.Pp, false);
                 k.scale(steps, y, k.into, y);
                 multiply<T>(steps, k.Pp, steps, k.scores, STEPS, 1, k.x, k.Pp, y, k.Pp, true, LOWER_A);
+                finite &= all_finite(steps * k.Pp, y);
                 for (int t = 0; t < steps; t++) memcpy((T*)s.y + k.row_of_C(t0 + t, r) * k.P, y + t * k.Pp, sizeof(T) * k.P);
             }
             k.scale(steps, k.x, k.out, k.xs);
-            for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.S + i, load<T>(k.S + i) * k.keep);
-            multiply<T>(k.N, k.Pp, steps, k.B(t0), 1, k.H * k.N, k.xs, k.Pp, k.S, k.Pp, true);
+            for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.keep);
+            multiply<T>(k.N, k.Pp, steps, k.B(t0), 1, k.H * k.N, k.xs, k.Pp, k.next, k.Pp, true);
+            if (finite && all_finite(k.N * k.Pp, k.next)) std::swap(k.S, k.next);
+            else forward_by_steps(k, t0, steps);
         }
         k.store_state(k.S);
     }
@@ -219,6 +182,37 @@ template <typename T> static double dot(int64_t n, const T* a, const T* b) {
     return sum;
 }
 
+// The gradients of a chunk's steps from that of the state that leaves it, in k.S, which becomes that of the state that enters.
+template <typename T> static void backward_by_steps(Head<T>& k, int64_t t0, int steps) {
+    int64_t N = k.N, P = k.P, Pp = k.Pp;
+    std::vector<T> states((steps + 1) * N * Pp);  // before each step, and after the last
+    memcpy(states.data(), k.begin(t0 / STEPS), sizeof(T) * N * Pp);
+    for (int t = 0; t < steps; t++) advance(k, t0 + t, k.x + t * Pp, &states[t * N * Pp], &states[(t + 1) * N * Pp]);
+    for (int t = steps - 1; t >= 0; t--) {
+        const T *before = &states[t * N * Pp], *after = before + N * Pp, *x = k.x + t * Pp, *B = k.B(t0 + t);
+        int64_t row = (k.b * k.L + t0 + t) * k.H + k.h;
+        T *dx = (T*)k.scan.dx + row * P, *dB = (T*)k.scan.dB + row * N, decay = k.decay_of(t0 + t);
+        for (int64_t r = 0; r < k.R; r++) {
+            const T *dy = (const T*)k.scan.y + k.row_of_C(t0 + t, r) * P, *C = k.C(t0 + t, r);
+            T* dC = (T*)k.scan.dC + k.row_of_C(t0 + t, r) * N;
+            for (int64_t n = 0; n < N; n++) {
+                dC[n] = dot(P, dy, after + n * Pp);
+                for (int64_t p = 0; p < P; p++) k.S[n * Pp + p] += C[n] * dy[p];
+            }
+        }
+        double through = 0;
+        for (int64_t p = 0; p < P; p++) dx[p] = 0;
+        for (int64_t n = 0; n < N; n++) {
+            dB[n] = dot(P, k.S + n * Pp, x);
+            through += dot(P, k.S + n * Pp, before + n * Pp);
+            for (int64_t p = 0; p < P; p++) dx[p] += k.S[n * Pp + p] * B[n];
+        }
+        bool anew = k.starts(t0 + t);
+        k.scan.dlog_decay[row] = anew ? 0 : through * decay;
+        for (int64_t i = 0; i < N * Pp; i++) k.S[i] = anew ? 0 : k.S[i] * decay;
+    }
+}
+
 // `y` holds the gradient of y, `state` that of the last state.
 template <typename T> static void backward(const Scan& s) {
     constexpr int W = WIDTH<T>;
@@ -226,33 +220,34 @@ template <typename T> static void backward(const Scan& s) {
     for (int64_t task = 0; task < s.batch * s.heads; task++) {
         Head<T> k(s, task, true);
         int64_t N = k.N, P = k.P, Pp = k.Pp, Np = k.Np, H = k.H, R = k.R;
-        k.load_state(k.D);
+        k.load_state(k.S);
         for (int64_t t0 = (k.L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
             int steps = k.enter(t0);
             const T* S = k.begin(t0 / STEPS);
             double dF[STEPS] = {};
             transpose(N, P, S, Pp, k.ST, Np);
-            transpose(N, P, k.D, Pp, k.DT, Np);
+            transpose<T>(N, P, k.S, Pp, k.DT, Np);
             transpose<T>(steps, P, k.x, Pp, k.xT, STEPS);
             // from the state that leaves: dB = out x D^T, dx = out B D
             k.scale(steps, k.x, k.out, k.xs);
             T *dB = k.tile_n, *dx = k.tile_p;
             multiply<T>(steps, Np, P, k.xs, Pp, 1, k.DT, Np, dB, Np, false);
-            multiply<T>(steps, Pp, N, k.B(t0), H * N, 1, k.D, Pp, dx, Pp, false);
+            multiply<T>(steps, Pp, N, k.B(t0), H * N, 1, k.S, Pp, dx, Pp, false);
             k.scale(steps, dx, k.out, dx);
             for (int t = 0; t < steps; t++) {
                 double through = dot(P, k.x + t * Pp, dx + t * Pp);
                 dF[t] -= through, dF[steps - 1] += through;
             }
-            if (k.keep != 0) dF[steps - 1] += k.keep * dot(N * Pp, k.D, S);
-            for (int64_t i = 0; i < N * Pp; i += W) store(k.D + i, load<T>(k.D + i) * k.keep);
+            if (k.keep != 0) dF[steps - 1] += k.keep * dot<T>(N * Pp, k.S, S);
+            for (int64_t i = 0; i < N * Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.keep);
+            bool finite = true;
             for (int64_t r = 0; r < R; r++) {
                 for (int t = 0; t < steps; t++) memcpy(k.dy + t * Pp, (const T*)s.y + k.row_of_C(t0 + t, r) * P, sizeof(T) * P);
                 // from the state that enters: dC = into dy S^T, D += C^T into dy
                 k.scale(steps, k.dy, k.into, k.xs);
                 multiply<T>(steps, Np, P, k.xs, Pp, 1, k.ST, Np, k.row, Np, false);
                 for (int t = 0; t < steps; t++) dF[t] += dot(N, k.C(t0 + t, r), k.row + t * Np);
-                multiply<T>(N, Pp, steps, k.C(t0, r), 1, H * R * N, k.xs, Pp, k.D, Pp, true);
+                multiply<T>(N, Pp, steps, k.C(t0, r), 1, H * R * N, k.xs, Pp, k.next, Pp, true);
                 // inside the chunk: products = dy x^T
                 k.score(steps, t0, r);
                 multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
@@ -279,6 +274,7 @@ template <typename T> static void backward(const Scan& s) {
                 multiply<T>(steps, Np, steps, k.products, 1, STEPS, right, Np, dB, Np, true, UPPER_A);
                 for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.B(t0 + t), sizeof(T) * N);
                 multiply<T>(steps, Np, steps, k.products, STEPS, 1, right, Np, k.row, Np, true, LOWER_A);
+                finite &= all_finite(steps * Np, k.row);
                 for (int t = 0; t < steps; t++) memcpy((T*)s.dC + k.row_of_C(t0 + t, r) * N, k.row + t * Np, sizeof(T) * N);
                 if (right == k.Bt && r + 1 < R) transpose(steps, N, k.B(t0), H * N, k.Bt, STEPS);
             }
@@ -288,8 +284,11 @@ template <typename T> static void backward(const Scan& s) {
                 memcpy((T*)s.dx + ((k.b * k.L + t0 + t) * H + k.h) * P, dx + t * Pp, sizeof(T) * P);
                 memcpy((T*)s.dB + ((k.b * k.L + t0 + t) * H + k.h) * N, dB + t * Np, sizeof(T) * N);
             }
+            finite &= std::isfinite(sum) && all_finite(steps * Pp, dx) && all_finite(steps * Np, dB);
+            if (finite && all_finite(N * Pp, k.next)) std::swap(k.S, k.next);
+            else backward_by_steps(k, t0, steps);
         }
-        k.store_state(k.D);
+        k.store_state(k.S);
     }
 }
 

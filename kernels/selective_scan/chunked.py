@@ -30,7 +30,7 @@ class ChunkedScan(torch.autograd.Function):
             if keep:
                 begins.append(h)
             decay, drive = _coefficients(u, delta, A, B, starts, t, Q)
-            states = _run(decay, drive, h)
+            states = _run(decay, drive, h, starts, t)
             y[t : t + Q] = torch.einsum("tkbgpn,bgrnt->tkbgrp", states.unflatten(3, (B.shape[1], -1)), _grouped(C, B, t, Q))
             h = states[-1].clone()  # a view would keep all the chunk's states
         ctx.save_for_backward(u, delta, A, B, C, starts, *begins)
@@ -40,6 +40,11 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
+        with torch.autocast(dy.device.type, enabled=False):  # it belongs to the thread that calls backward(), not to the graph
+            return ChunkedScan.gradients(ctx, dy, dh)
+
+    @staticmethod
+    def gradients(ctx, dy, dh):
         u, delta, A, B, C, starts, *begins = ctx.saved_tensors
         L, Q, G = u.shape[-1], ctx.chunk, B.shape[1]
         du, ddelta, dA = torch.empty_like(u), torch.empty_like(delta), torch.zeros_like(A)
@@ -49,15 +54,17 @@ class ChunkedScan(torch.autograd.Function):
         for t, h in reversed(list(zip(range(0, L, Q), begins, strict=True))):
             s = slice(t, t + Q)
             decay, drive = _coefficients(u, delta, A, B, starts, t, Q)
-            states = _run(decay, drive, h)
+            states = _run(decay, drive, h, starts, t)
             grouped = states.unflatten(3, (G, -1))
             dC[..., s] = torch.einsum("tkbgrp,tkbgpn->bgrnt", dy[s], grouped).flatten(1, 2)
             g = torch.einsum("tkbgrp,bgrnt->tkbgpn", dy[s], _grouped(C, B, t, Q)).flatten(3, 4).contiguous()
             for i in reversed(range(len(g))):  # g: gradient of each state, later states' share included
                 g[i] += dh
-                dh = g[i] * decay[i]
+                dh = _before(g[i] * decay[i], starts, t + i)
             previous = torch.cat([h[None], states[:-1]])
             ddecay = (g * previous).sum(1) * decay[:, 0]  # [Q, batch, D, N], of the exponent
+            if starts is not None:
+                ddecay = ddecay.masked_fill(starts[:, s].T[..., None, None], 0)
             d = delta[..., s].permute(2, 0, 1)  # [Q, batch, D]
             dA += torch.einsum("tbdn,tbd->dn", ddecay, d)
             g = g.unflatten(3, (G, -1))
@@ -73,19 +80,24 @@ def _coefficients(u, delta, A, B, starts, t, Q) -> tuple[Tensor, Tensor]:
     """decay [Q, 1, batch, D, N] and drive [Q, K, batch, D, N] of the steps t .. t + Q."""
     s = slice(t, t + Q)
     d = delta[..., s].permute(2, 0, 1)
-    decay = torch.exp(d[..., None] * A)
-    if starts is not None:
-        decay = decay.masked_fill(starts[:, s].T[..., None, None], 0)
+    log_decay = d[..., None] * A
+    if starts is not None:  # the states before such a step are set to 0
+        log_decay = log_decay.masked_fill(starts[:, s].T[..., None, None], 0)
     x = (u[..., s].permute(3, 0, 1, 2) * d[:, None]).unflatten(3, (B.shape[1], -1))
-    return decay[:, None], (x[..., None] * B[..., s].permute(3, 0, 1, 2)[:, None, :, :, None]).flatten(3, 4)
+    return torch.exp(log_decay)[:, None], (x[..., None] * B[..., s].permute(3, 0, 1, 2)[:, None, :, :, None]).flatten(3, 4)
 
 
-def _run(decay, drive, h) -> Tensor:
-    """The recurrence; `drive` is overwritten by the states."""
+def _run(decay, drive, h, starts, t) -> Tensor:
+    """The recurrence from step t on; `drive` is overwritten by the states."""
     for i in range(len(drive)):
-        drive[i].addcmul_(decay[i], h)
+        drive[i].addcmul_(decay[i], _before(h, starts, t + i))
         h = drive[i]
     return drive
+
+
+def _before(h, starts, t) -> Tensor:
+    """States (or their gradients) [K, batch, D, N] as they enter (or leave) step t: 0 where a document starts, also for NaN."""
+    return h if starts is None else h.masked_fill(starts[:, t, None, None], 0)
 
 
 def _grouped(C, B, t, Q) -> Tensor:

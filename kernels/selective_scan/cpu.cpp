@@ -7,6 +7,7 @@
 // b batch · d channel · n state · t time · g group · r reading · i input: the values, then (normalized) ones
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "../vectors.h"
 
@@ -35,6 +36,7 @@ template <typename T> struct Block {
     const Scan& scan;
     int64_t b, g, first;  // batch entry, group, first channel inside the group
     int lanes;
+    typename Lanes<T>::bits is_channel;  // by lane: -1, or 0
     int64_t L, N, R, per_group, channel;  // channel: first, among all
     std::unique_ptr<Vec<T>[]> memory;  // aligned
     T *state, *A2, *delta, *u, *x, *y;  // [inputs][N][W], [N][W], tiles [STEPS][W]; y [readings][inputs][STEPS][W]
@@ -50,9 +52,13 @@ template <typename T> struct Block {
     void begin(int64_t first_) {
         first = first_, channel = g * per_group + first;
         lanes = per_group - first < W ? per_group - first : W;
+        for (int c = 0; c < W; c++) is_channel[c] = -(c < lanes);
         memset(A2, 0, sizeof(T) * W * N);
         for (int c = 0; c < lanes; c++)
             for (int64_t n = 0; n < N; n++) A2[n * W + c] = ((const T*)scan.A2)[(channel + c) * N + n];
+    }
+    template <int COUNT> void clear_rest(Vec<T>* sums) {  // lanes without a channel are 0 but for 0 x infinity
+        for (int n = 0; n < COUNT; n++) sums[n] = (Vec<T>)((typename Lanes<T>::bits)sums[n] & is_channel);
     }
     T* outside(void* states, int64_t input, int c) {  // of [inputs, batch, channels, N]
         return (T*)states + ((input * scan.size.batch + b) * scan.size.channels + channel + c) * N;
@@ -117,9 +123,9 @@ template <typename T, int COUNT, bool ONES> static void forward_states(Block<T>&
     const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
     const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
     for (int t = 0; t < steps; t++) {
-        if (starts && starts[t]) now.clear();
-        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
-        for (int n = 0; n < COUNT; n++) now.advance(n, exp2_of(d * load<T>(A2 + n * W)), B[t * k.N + n], x, d);
+        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W), of_decay = d;
+        if (starts && starts[t]) now.clear(), of_decay = Vec<T>{};  // 0 times an infinite decay would be NaN
+        for (int n = 0; n < COUNT; n++) now.advance(n, exp2_of(of_decay * load<T>(A2 + n * W)), B[t * k.N + n], x, d);
         for (int64_t r = 0; r < k.R; r++) {
             const T* C = k.C(r, t0 + t) + n0;
             T* y = k.y + (r * (1 + ONES) * STEPS + t) * W;
@@ -184,10 +190,10 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
     States<T, COUNT, ONES> now, g;  // g: their gradients
     now.load_from(begin, n0, k.N);
     for (int t = 0; t < steps; t++) {
-        if (starts && starts[t]) now.clear();
-        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
+        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W), of_decay = d;
+        if (starts && starts[t]) now.clear(), of_decay = Vec<T>{};
         for (int n = 0; n < COUNT; n++) {
-            Vec<T> a = exp2_of(d * load<T>(A2 + n * W));
+            Vec<T> a = exp2_of(of_decay * load<T>(A2 + n * W));
             store(to.decay + (t * COUNT + n) * W, a);
             store(to.h + (t * COUNT + n) * W, now.h[n]);
             if (ONES) store(to.ones + (t * COUNT + n) * W, now.ones[n]);
@@ -209,32 +215,43 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
                 if (ONES) g.ones[n] += dy_ones * C[n];
                 if (ONES) sums[n] += dy_ones * now.ones[n];
             }
+            if (k.lanes < W) k.template clear_rest<COUNT>(sums);
             add_lane_sums<T, COUNT>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0);
         }
         Vec<T> of_x{}, of_ones{}, of_delta{};
-        for (int n = 0; n < COUNT; n++) {
-            T b = B[t * k.N + n];
-            Vec<T> a = load<T>(to.decay + (t * COUNT + n) * W);
-            now.h[n] = load<T>(to.h + (t * COUNT + n) * W);
-            of_x += g.h[n] * b;
-            sums[n] = g.h[n] * x;
-            Vec<T> e = g.h[n] * now.h[n];
-            g.h[n] *= a;
-            if (ONES) {
-                now.ones[n] = load<T>(to.ones + (t * COUNT + n) * W);
-                of_ones += g.ones[n] * b;
-                sums[n] += g.ones[n] * d;
-                e += g.ones[n] * now.ones[n];
-                g.ones[n] *= a;
+        bool anew = starts && starts[t];
+        auto gradients = [&](auto decays) {  // not where a document starts
+            for (int n = 0; n < COUNT; n++) {
+                T b = B[t * k.N + n];
+                Vec<T> a = load<T>(to.decay + (t * COUNT + n) * W);
+                now.h[n] = load<T>(to.h + (t * COUNT + n) * W);
+                of_x += g.h[n] * b;
+                sums[n] = g.h[n] * x;
+                Vec<T> e = g.h[n] * now.h[n];
+                g.h[n] *= a;
+                if (ONES) {
+                    now.ones[n] = load<T>(to.ones + (t * COUNT + n) * W);
+                    of_ones += g.ones[n] * b;
+                    sums[n] += g.ones[n] * d;
+                    e += g.ones[n] * now.ones[n];
+                    g.ones[n] *= a;
+                }
+                if constexpr (decays) {
+                    e *= a;
+                    of_delta += e * load<T>(A2 + n * W);
+                    dA[n] += e * d;
+                } else {
+                    dA[n] += d * (T)0;
+                }
             }
-            e *= a;
-            of_delta += e * load<T>(A2 + n * W);
-            dA[n] += e * d;
-        }
+        };
+        if (anew) gradients(std::false_type{});
+        else gradients(std::true_type{});
+        if (k.lanes < W) k.template clear_rest<COUNT>(sums);
         add_lane_sums<T, COUNT>(sums, to.dB + (t0 + t) * k.N + n0);
         store(to.du + t * W, load<T>(to.du + t * W) + of_x);
         store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + of_ones + of_delta * (T)0.6931471805599453);
-        if (starts && starts[t]) {  // what came before this step reached nothing after it
+        if (anew) {  // what came before this step reached nothing after it
             g.clear();
             if (t)  // slot t holds the zeros; what step t - 1 left is gone, so make it again
                 for (int n = 0; n < COUNT; n++) {

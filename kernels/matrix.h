@@ -1,0 +1,76 @@
+// Products of small matrices and transposes, through vectors.h.
+#pragma once
+#include "vectors.h"
+
+constexpr int ROWS = BYTES == 64 ? 8 : 4;  // of a block of sums held in registers, times two vectors
+
+template <typename T> static int64_t padded(int64_t n) { return (n + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }
+
+template <typename T, int M, int V>
+static inline void block(int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C, bool add) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> sums[M][V];
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < V; j++) sums[i][j] = add ? load<T>(C + i * row_C + j * W) : Vec<T>{};
+    for (int64_t k = 0; k < depth; k++) {
+        Vec<T> b[V];
+        for (int j = 0; j < V; j++) b[j] = load<T>(B + k * row_B + j * W);
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < V; j++) sums[i][j] += A[i * row_A + k * step_A] * b[j];
+    }
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < V; j++) store(C + i * row_C + j * W, sums[i][j]);
+}
+
+template <typename T, int M>
+static inline void rows(int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C,
+                        bool add) {
+    constexpr int W = WIDTH<T>;
+    int64_t j = 0;
+    for (; j + 2 * W <= columns; j += 2 * W) block<T, M, 2>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
+    for (; j < columns; j += W) block<T, M, 1>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
+}
+
+enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // which triangle is all that is wanted, or all there is
+
+// C [count, columns] (+)= A [count, depth] B [depth, columns]; A by any strides; B, C by rows padded to whole vectors.
+template <typename T>
+static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C,
+                     int64_t row_C, bool add, Part part = ALL) {
+    for (int64_t i = 0; i < count;) {
+        bool whole = i + ROWS <= count;
+        int64_t end = whole ? i + ROWS : i + 1;
+        int64_t wide = part == LOWER_OUT && padded<T>(end) < columns ? padded<T>(end) : columns;
+        int64_t first = part == UPPER_A ? i : 0, deep = (part == LOWER_A && end < depth ? end : depth) - first;
+        const T *a = A + i * row_A + first * step_A, *b = B + first * row_B;
+        if (whole) rows<T, ROWS>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
+        else rows<T, 1>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
+        i = end;
+    }
+}
+
+// to [columns, row_to] = from [count, columns]^T, zeros beyond `count`
+template <typename T> static void transpose(int64_t count, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
+    constexpr int W = WIDTH<T>;
+    for (int64_t i = 0; i < row_to; i += W)  // row_to: whole vectors
+        for (int64_t j = 0; j < columns; j += W) {
+            Vec<T> v[W];
+            if (i + W <= count && j + W <= columns) {
+                for (int k = 0; k < W; k++) v[k] = load<T>(from + (i + k) * row_from + j);
+                transpose_square<T>(v);
+                for (int k = 0; k < W; k++) store(to + (j + k) * row_to + i, v[k]);
+            } else {
+                for (int64_t c = j; c < j + W && c < columns; c++)
+                    for (int64_t r = i; r < i + W; r++) to[c * row_to + r] = r < count ? from[r * row_from + c] : 0;
+            }
+        }
+}
+
+// Whether all of `count` numbers, a whole number of vectors, are finite.
+template <typename T> static bool all_finite(int64_t count, const T* p) {
+    Vec<T> odd{};
+    for (int64_t i = 0; i < count; i += WIDTH<T>) odd += load<T>(p + i) * (T)0;
+    bool finite = true;
+    for (int i = 0; i < WIDTH<T>; i++) finite &= odd[i] == 0;
+    return finite;
+}
