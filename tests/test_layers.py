@@ -14,6 +14,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.errors", "convert.console", "convert.network"),
     ("convert.projections",),
     ("convert.mixers",),
+    ("convert.cache",),
     ("convert.model",),
     ("convert.objectives", "convert.data", "convert.teachers"),
     ("convert.batches",),
