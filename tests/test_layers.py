@@ -16,6 +16,8 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.mixers",),
     ("convert.cache",),
     ("convert.model",),
+    ("convert.weights",),
+    ("convert.gguf_file",),
     ("convert.objectives", "convert.data", "convert.teachers"),
     ("convert.batches",),
     ("convert.tasks",),
