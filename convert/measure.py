@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert.batches import Batch
+from convert.cache import CACHE_NAME, layer_bytes
 from convert.mixers.base import StateSize
 from convert.mixers.parts import TimeStep
-from convert.model import ConvertedForCausalLM, attention_of, layer_bytes
+from convert.model import ConvertedForCausalLM, attention_of
 from convert.objectives import cross_entropy, forward_kl
 from convert.projections import Projections, layer_window
 from convert.prompts import encode, left_padded
@@ -103,8 +104,8 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Ba
 def prefill(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
     """The logits after the last of these tokens [1, T], and the cache; in pieces, so that a long text needs no more memory than its cache."""
     for piece in ids.split(PREFILL_CHUNK, 1):
-        out = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(piece, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        cache = out[CACHE_NAME]
     return out.logits, cache
 
 
@@ -137,7 +138,7 @@ def decode(model: PreTrainedModel, token: Tensor, cache: Cache) -> tuple[Tensor,
     for i in range(2 + DECODED):
         if i == 2:
             started = _now(model)
-        logits = model(token, past_key_values=cache, use_cache=True).logits
+        logits = model(token, use_cache=True, **{CACHE_NAME: cache}).logits
         token = logits[:, -1:].argmax(-1)
     return logits, DECODED / (_now(model) - started)
 

@@ -1,4 +1,4 @@
-"""The converted model: a transformers host whose attention modules are slots for mixers, its configuration and its cache.
+"""The converted model: a transformers host whose attention modules are slots for mixers, and its configuration.
 
 B batch · T tokens of this call · D width
 """
@@ -8,162 +8,59 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from convert.cache import CACHE_NAME, StudentCache, check_cache
 from convert.mixers import MIXERS
-from convert.mixers.base import Context, Mixer, State
-from convert.projections import Inputs, Projections, Shape, attention_name, layer_window
+from convert.mixers.base import Context, Mixer
+from convert.projections import Inputs, Projections, Shape, attention_name
+
+
+def _of_host(name: str) -> property:
+    """A field of the host's configuration, read and written there: one fact has one place."""
+    return property(lambda self: getattr(self.host, name), lambda self, value: setattr(self.host, name, value))
 
 
 class ConvertedConfig(PreTrainedConfig):
-    """`host`: the teacher's configuration as a dictionary. `mixers`: for each layer None (its attention is kept) or
-    {"name", "shape", "options"}, from which the mixer is built."""
+    """`host`: the teacher's configuration, the live host's own; a dictionary of it in files. `mixers`: for each layer None (its attention
+    is kept) or {"name", "shape", "options"}, from which the mixer is built."""
 
     model_type = "converted"
+    sub_configs = {"host": AutoConfig}  # what is set for the attention of all layers reaches it
 
-    def __init__(self, host: dict | None = None, mixers: list[dict | None] | None = None, **kwargs):
-        self.host = host or {}
+    vocab_size, tie_word_embeddings, use_cache = _of_host("vocab_size"), _of_host("tie_word_embeddings"), _of_host("use_cache")
+    hidden_size, num_hidden_layers = _of_host("hidden_size"), _of_host("num_hidden_layers")
+    max_position_embeddings = _of_host("max_position_embeddings")
+    bos_token_id, eos_token_id, pad_token_id = _of_host("bos_token_id"), _of_host("eos_token_id"), _of_host("pad_token_id")
+
+    def __init__(self, host: dict | PreTrainedConfig | None = None, mixers: list[dict | None] | None = None, **kwargs):
+        if isinstance(host, dict):
+            fields = {k: v for k, v in host.items() if k not in ("model_type", "dtype", "architectures", "transformers_version")}
+            host = AutoConfig.for_model(host["model_type"], **fields)
+        self.host = PreTrainedConfig() if host is None else host  # transformers makes one without arguments, to compare with
         self.mixers = mixers or []
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        ):
-            if name in self.host:
-                kwargs.setdefault(name, self.host[name])
-        self.use_cache = kwargs.pop("use_cache", True)
-        kwargs.setdefault("tie_word_embeddings", self.host.get("tie_word_embeddings", False))
+        kwargs.setdefault("attn_implementation", self.host._attn_implementation)
         super().__init__(**kwargs)
 
     def host_config(self) -> PreTrainedConfig:
-        fields = {k: v for k, v in self.host.items() if k not in ("model_type", "dtype", "architectures", "transformers_version")}
-        config = AutoConfig.for_model(self.host["model_type"], **fields)
-        config._attn_implementation = self._attn_implementation
-        return config
+        return self.host
 
     @property
     def keeps_attention(self) -> bool:
         return any(mixer is None for mixer in self.mixers)
 
 
-class StateLayer(CacheLayerMixin):
-    """What one mixer carries from call to call: a tuple of tensors with the batch first, of which the first `narrow` are in the
-    dtype of the model."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call of the model tells each of its mixers; through the host, whose own arguments change their names.
 
-    is_sliding = False
-    is_compileable = False
+    `real` bool [B, T], `document_ids` [B, T]: as in Context."""
 
-    def __init__(self, narrow: int):
-        super().__init__()
-        self.narrow = narrow
-        self.state: State | None = None
-
-    def lazy_initialization(self, key_states, value_states):
-        raise TypeError("A mixer's state is set by its slot, not by keys and values.")
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.lazy_initialization(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.state = None
-
-    def reorder_cache(self, beam_idx) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices) -> None:
-        if self.state is not None:
-            self.state = tuple(t.index_select(0, indices.to(t.device)) for t in self.state)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = tuple(t.repeat_interleave(repeats, 0) for t in self.state)
-
-    def crop(self, *args) -> None:
-        raise ValueError("A recurrent state cannot be rolled back, so this cache cannot be cropped; generate without an assistant model.")
-
-
-class StudentCache(Cache):
-    """States of the mixers, keys and values of the kept layers, and the number of real tokens seen, per row."""
-
-    is_compileable = False
-
-    def __init__(self, config: ConvertedConfig):
-        host = config.host_config()
-        windows = [layer_window(host, i) for i in range(len(config.mixers))]
-        super().__init__(layers=[
-            StateLayer(MIXERS[mixer["name"]].narrow) if mixer is not None else DynamicSlidingWindowLayer(window) if window else DynamicLayer()
-            for mixer, window in zip(config.mixers, windows, strict=True)
-        ])  # fmt: skip
-        self.seen = 0
-        self.rows: Tensor | None = None  # [B]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of the keys that a kept layer sees; transformers asks at whichever layer comes first."""
-        layer = self.layers[layer_idx]
-        return (self.seen + query_length, 0) if isinstance(layer, StateLayer) else layer.get_mask_sizes(query_length)
-
-    def count(self, positions: Tensor, real: Tensor | None = None) -> None:
-        """After a call whose tokens had these positions [B, T]. Padding alone counts for nothing."""
-        self.seen += positions.shape[1]
-        rows = positions[:, -1] + 1
-        if real is not None:
-            rows = torch.where(real.any(1), rows, 0 if self.rows is None else self.rows)
-        self.rows = rows
-
-    def crop(self, *args) -> None:
-        for layer in self.layers:  # a mixer refuses; before any kept layer has been cropped
-            if isinstance(layer, StateLayer):
-                layer.crop(*args)
-        super().crop(*args)
-
-    def reset(self) -> None:
-        super().reset()
-        self.seen, self.rows = 0, None
-
-    def reorder_cache(self, beam_idx) -> None:
-        super().reorder_cache(beam_idx)
-        if self.rows is not None:
-            self.rows = self.rows.index_select(0, beam_idx.to(self.rows.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.rows = None if self.rows is None else self.rows.repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices) -> None:
-        super().batch_select_indices(indices)
-        self.rows = None if self.rows is None else self.rows.index_select(0, indices)
-
-    def num_bytes(self) -> int:
-        """Of all that it holds: states, convolution inputs, keys and values."""
-        return sum(layer_bytes(layer) for layer in self.layers)
-
-
-def layer_bytes(layer: CacheLayerMixin, dtype: torch.dtype | None = None) -> int:
-    """Of one layer of a cache, ours or transformers'. Keys, values and latents count as `dtype` (None: as they are), sums and convolution
-    inputs are always float32."""
-    if isinstance(layer, StateLayer):
-        narrow, wide = (layer.state or ())[: layer.narrow], (layer.state or ())[layer.narrow :]
-    else:
-        narrow, wide = (layer.keys, layer.values) if layer.is_initialized else (), ()
-    return sum(t.numel() * (dtype or t.dtype).itemsize for t in narrow) + sum(t.numel() * t.element_size() for t in wide)
+    real: Tensor | None = None
+    document_ids: Tensor | None = None
+    cache: StudentCache | None = None
 
 
 class Slot(nn.Module):
@@ -175,13 +72,21 @@ class Slot(nn.Module):
         self.layer = layer
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings=None, past_key_values=None, layer_past=None, real=None, document_ids=None, **_
-    ) -> tuple[Tensor, None]:
-        cache = past_key_values if past_key_values is not None else layer_past  # gpt_neox uses the second name
-        context = Context(*position_embeddings, real, document_ids)
-        y, state = self.mixer(hidden_states, context, None if cache is None else cache.layers[self.layer].state)
-        if cache is not None:
-            cache.layers[self.layer].state = state
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], call: Call, cache=None, past_key_values=None,
+        layer_past=None, attention_mask=None, position_ids=None, use_cache=None, output_hidden_states=None, output_attentions=None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """The cache has another name in each version of transformers. Masks and positions are in `call` and the rotary table, the other
+        names mean nothing to a mixer, and what has none here is refused: it may mean something."""
+        given = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
+        if given is not call.cache:
+            raise TypeError(
+                f"Layer {self.layer} must be given the cache of the call, and was given {given!r}: transformers handed it on otherwise."
+            )
+        x, layer = hidden_states, None if given is None else given.layers[self.layer]
+        real, document_ids = (None if t is None else t.to(x.device) for t in (call.real, call.document_ids))
+        y, state = self.mixer(x, Context(*position_embeddings, real, document_ids), None if layer is None else layer.state)
+        if layer is not None:
+            layer.state = state
         return y, None
 
 
@@ -195,21 +100,30 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True
+    accepts_loss_kwargs = True  # Trainer asks: num_items_in_batch
     _no_split_modules = ["GPTNeoXLayer", "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
 
     def __init__(self, config: ConvertedConfig, host: PreTrainedModel | None = None):
         super().__init__(config)
-        self.host = AutoModelForCausalLM.from_config(config.host_config()) if host is None else host
+        self.host = AutoModelForCausalLM.from_config(config.host) if host is None else host
+        config.host = self.host.config
         for layer, (block, spec) in enumerate(zip(self.blocks, config.mixers, strict=True)):
             if spec is not None and not isinstance(attention_of(block), Slot):
                 kind = MIXERS[spec["name"]]
                 mixer = kind(Shape(**spec["shape"]), kind.Options(**spec["options"]))
-                setattr(block, attention_name(config.host["model_type"]), Slot(mixer, layer))
+                setattr(block, attention_name(config.host.model_type), Slot(mixer, layer))
         if host is None:
             self.post_init()
 
     def _init_weights(self, module) -> None:
         pass  # every part starts as its constructor leaves it; a host built here is about to be loaded
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, and then one token decoded with the cache is held against a full pass."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        check_cache(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -239,32 +153,92 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, cache: StudentCache | None = None
     ) -> Tensor:
         """The last hidden states [B, T, D], after the final norm. See `locate` for positions, padding and documents."""
+        return self._outputs(input_ids, attention_mask, position_ids, inputs_embeds, cache, False).last_hidden_state
+
+    def _outputs(
+        self, input_ids, attention_mask, position_ids, inputs_embeds, cache: StudentCache | None, output_hidden_states: bool
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give input_ids or inputs_embeds, one of the two.")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if cache is not None:
+            cache.check(x.shape[0], len(self.config.mixers))
         positions, real, document_ids = locate(x, attention_mask, position_ids, cache)
         dummy = x.new_zeros(1, 1, 1, 1)  # a four-dimensional mask is passed on untouched: no T x T mask without attention
-        y = self.host.base_model(
+        outputs = self.host.base_model(
             inputs_embeds=x, attention_mask=attention_mask if self.config.keeps_attention else dummy, position_ids=positions,
-            past_key_values=cache, use_cache=cache is not None, real=real, document_ids=document_ids,
-        ).last_hidden_state  # fmt: skip
+            use_cache=cache is not None, call=Call(real, document_ids, cache), output_hidden_states=output_hidden_states,
+            output_attentions=False, return_dict=True, **{CACHE_NAME: cache},
+        )  # fmt: skip
         if cache is not None:
             cache.count(positions, real)
-        return y
+        return outputs
 
+    @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: StudentCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, cache: StudentCache | None = None,
+        output_hidden_states: bool | list[int] | None = None, num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None, ignore_index: int = -100, **others,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        if use_cache is None:  # packed documents have no use for a cache, and with one they would not be told apart
+        """As a causal language model of transformers. `past_key_values` and `cache`: the two names of one argument. `others` are refused
+        if they ask for anything."""
+        _refuse(others)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names of one argument; give one of them.")
+        cache = self._cache_of_call(past_key_values if cache is None else cache, use_cache, attention_mask, position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self._outputs(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states)
+        logits = self.get_output_embeddings()(kept(outputs.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: cache})
+
+    def _cache_of_call(self, given, use_cache: bool | None, attention_mask, position_ids) -> StudentCache | None:
+        """The caller's, a new one, or none."""
+        if given is not None and not isinstance(given, StudentCache):
+            raise TypeError(
+                f"The states of this model's mixers need its own cache, a StudentCache; got a {type(given).__name__}. Call without one and "
+                f"use_cache=True, and go on with the output's {CACHE_NAME}."
+            )
+        checkpointing = self.training and self.host.is_activation_checkpointing
+        if checkpointing and (use_cache or given is not None):
+            raise ValueError(
+                "Gradient checkpointing runs layers twice, and a cache would see their tokens twice: use_cache=False, or eval()."
+            )
+        if given is None and use_cache is None:  # packed documents have no use for a cache, and with one they would not be told apart
             packed = attention_mask is None and position_ids is not None and documents_of(position_ids) is not None
             use_cache = self.config.use_cache and not self.training and not packed
-        if past_key_values is None and use_cache:
-            past_key_values = StudentCache(self.config)
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(hidden[:, keep])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return StudentCache(self.config) if given is None and use_cache else given
+
+
+def _refuse(others: dict) -> None:
+    """Arguments that host models take, but mixers cannot honour, if they ask for anything; and unknown ones."""
+    reasons = {
+        "output_attentions": "a mixer has no attention weights",
+        "is_causal": "a mixer cannot look ahead",
+        "output_router_logits": "no layer routes",
+    } | dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        "packed documents are told by position_ids that start anew",
+    )
+    for name, value in others.items():
+        asks = value is False if name == "is_causal" else value is not None and value is not False
+        if name not in reasons or asks:
+            raise TypeError(f"A converted model does not take {name}: {reasons.get(name, 'it is unknown here')}.")
+
+
+def kept(hidden: Tensor, which: int | Tensor) -> Tensor:
+    """Of hidden states [B, T, D] the last so many (0: all), those at positions [N] of all rows or [B, N] of each, or where [B, T] is True."""
+    if isinstance(which, int):
+        return hidden[:, -which:] if which else hidden
+    if which.ndim == 1:
+        return hidden[:, which]
+    return hidden[which] if which.dtype == torch.bool else hidden.take_along_dim(which[..., None], 1)
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -331,8 +305,7 @@ def swap(
         specs[layer] = {"name": name, "shape": dataclasses.asdict(projections.shape), "options": dataclasses.asdict(mixer.options)}
         setattr(blocks[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:
-        config = ConvertedConfig(host=host.config.to_diff_dict() | {"model_type": host.config.model_type}, mixers=specs)
-        config._attn_implementation = host.config._attn_implementation
+        config = ConvertedConfig(host.config, specs)
     else:
         config.mixers = specs
     student = ConvertedForCausalLM(config, host)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
+from convert.projections import weight_of
 from convert.recipes import LLAMA_SHAPED
 
 
@@ -65,14 +66,14 @@ def _attention(mixer: MLA) -> dict[str, Tensor]:
     """Of one layer, by DeepSeek's names: unrotated dimensions first, rotary pairs side by side, keys and values for every query head."""
     shape, rope = mixer.shape, mixer.rope_dim
     pairs = torch.arange(rope).view(2, -1).T.flatten()  # two halves -> pairs
-    q = mixer.q.weight.unflatten(0, (shape.num_heads, -1))
+    q = weight_of(mixer.q).unflatten(0, (shape.num_heads, -1))
     q = torch.cat([q[:, rope:], q[:, :rope][:, pairs]], 1).flatten(0, 1)
-    up = [t.weight.unflatten(0, (shape.num_kv_heads, -1)) for t in (mixer.k_up, mixer.v_up)]
+    up = [weight_of(t).unflatten(0, (shape.num_kv_heads, -1)) for t in (mixer.k_up, mixer.v_up)]
     up = torch.cat(up, 1).repeat_interleave(shape.num_heads // shape.num_kv_heads, 0).flatten(0, 1)
     found = {
-        "kv_a_proj_with_mqa.weight": torch.cat([mixer.latent.weight, mixer.k_rope.weight[pairs]]),
-        "kv_a_layernorm.weight": mixer.latent_norm.weight, "kv_b_proj.weight": up, "o_proj.weight": mixer.out.weight,
+        "kv_a_proj_with_mqa.weight": torch.cat([weight_of(mixer.latent), weight_of(mixer.k_rope)[pairs]]),
+        "kv_a_layernorm.weight": mixer.latent_norm.weight, "kv_b_proj.weight": up, "o_proj.weight": weight_of(mixer.out),
     }  # fmt: skip
     if mixer.options.q_rank is None:
         return found | {"q_proj.weight": q}
-    return found | {"q_a_proj.weight": mixer.q_down.weight, "q_a_layernorm.weight": mixer.q_latent_norm.weight, "q_b_proj.weight": q}
+    return found | {"q_a_proj.weight": weight_of(mixer.q_down), "q_a_layernorm.weight": mixer.q_latent_norm.weight, "q_b_proj.weight": q}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from convert.errors import UserError
+
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -75,12 +77,12 @@ class Projections:
         config, fused = attention.config, attention.query_key_value
         heads = config.num_attention_heads
         head_dim = config.hidden_size // heads
-        q, k, v = fused.weight.unflatten(0, (heads, 3, head_dim)).unbind(1)
+        q, k, v = weight_of(fused).unflatten(0, (heads, 3, head_dim)).unbind(1)
         biases = fused.bias.unflatten(0, (heads, 3, head_dim)).unbind(1) if fused.bias is not None else (None,) * 3
         shape = Shape(
             config.hidden_size, heads, heads, head_dim, attention.rotary_ndims, fused.bias is not None, attention.dense.bias is not None
         )
-        o = attention.dense.weight.unflatten(1, (heads, head_dim))
+        o = weight_of(attention.dense).unflatten(1, (heads, head_dim))
         return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)
 
     @classmethod
@@ -94,13 +96,23 @@ class Projections:
             config.hidden_size, heads, kv_heads, head_dim, rotary_dim, projections[0].bias is not None,
             attention.o_proj.bias is not None, attention.q_norm.variance_epsilon if normed else None,
         )  # fmt: skip
-        weights = [p.weight.unflatten(0, (-1, head_dim)) for p in projections]
+        weights = [weight_of(p).unflatten(0, (-1, head_dim)) for p in projections]
         biases = [None if p.bias is None else p.bias.unflatten(0, (-1, head_dim)) for p in projections]
         return cls(
-            shape, *weights, attention.o_proj.weight.unflatten(1, (heads, head_dim)), *biases, attention.o_proj.bias,
+            shape, *weights, weight_of(attention.o_proj).unflatten(1, (heads, head_dim)), *biases, attention.o_proj.bias,
             attention.q_norm.weight if normed else None, attention.k_norm.weight if normed else None,
             scale=attention.scaling, window=layer_window(config, attention.layer_idx),
         )  # fmt: skip
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """Of a linear layer as torch has it; what an adapter adds to it, or a quantiser makes of it, is not in its weight."""
+    if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+        raise UserError(
+            f"A layer is converted by its plain weights; this one is a {type(linear).__name__}. Merge its adapter (merge_and_unload), or load "
+            "the model without quantisation."
+        )
+    return linear.weight
 
 
 def layer_window(config, layer: int) -> int | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from convert.prompts import encode, left_padded
+from convert.cache import CACHE_NAME
 from convert.tasks import Item, Task
 
 BATCH_ROWS = 64
@@ -169,8 +170,8 @@ def _log_p(model: PreTrainedModel, prompt: list[int], rests: list[list[int]]) ->
     found, longest = [first[rest[0]].item() for rest in rests], max(map(len, rests))
     if longest > 1:
         rows = torch.tensor([rest + [0] * (longest - len(rest)) for rest in rests], device=model.device)
-        out.past_key_values.batch_select_indices(torch.zeros(len(rests), dtype=torch.long, device=model.device))
-        logits = model(rows[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits.float()
+        out[CACHE_NAME].batch_select_indices(torch.zeros(len(rests), dtype=torch.long, device=model.device))
+        logits = model(rows[:, :-1], use_cache=True, **{CACHE_NAME: out[CACHE_NAME]}).logits.float()
         logs = logits.log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0].tolist()
         found = [first + sum(row[: len(rest) - 1]) for first, row, rest in zip(found, logs, rests, strict=True)]
     return tuple(found)

@@ -30,7 +30,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
 def put(student: ConvertedForCausalLM, parts: Parts) -> None:
     """These parts into their places."""
     for layer, (module, spec) in parts.items():
-        setattr(student.blocks[layer], attention_name(student.config.host["model_type"]), module)
+        setattr(student.blocks[layer], attention_name(student.config.host.model_type), module)
         student.config.mixers[layer] = spec
 
 

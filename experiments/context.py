@@ -26,11 +26,12 @@ from transformers.cache_utils import Cache
 
 from convert import load_teacher, measure
 from convert.batches import held_out_batches
+from convert.cache import StateLayer, layer_bytes
 from convert.console import duration, size
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.mixers import MLA
-from convert.model import ConvertedForCausalLM, StateLayer, layer_bytes
+from convert.model import ConvertedForCausalLM
 from convert.page import write_page
 from convert.plan import free_memory
 from convert.readings import READINGS, prompt_ids

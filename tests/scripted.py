@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationMixin, GPTNeoXConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from convert.cache import CACHE_NAME
 from convert.readings import prompt_ids
 from convert.tasks import Item, Task
 from convert.teachers import NANO, load_teacher
@@ -31,8 +32,9 @@ class Scripted(PreTrainedModel, GenerationMixin):
         self.script = script
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, logits_to_keep=0, **_):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, use_cache=False, logits_to_keep=0, **_):
         """With a cache it is asked for log p, without one it writes."""
+        past_key_values = cache or past_key_values
         before = past_key_values.rows if past_key_values else [[]] * len(input_ids)
         rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
         columns = range(input_ids.shape[1])[-logits_to_keep:]
@@ -42,7 +44,7 @@ class Scripted(PreTrainedModel, GenerationMixin):
             for column, at in enumerate(columns):
                 seen = [token for token, real in zip(ids[: len(old) + at + 1], mask, strict=False) if real]
                 logits[row, column, self.script(seen, not use_cache)] = 9.0
-        return CausalLMOutputWithPast(logits=logits, past_key_values=Said(rows) if use_cache else None)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: Said(rows) if use_cache else None})
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from convert.cache import StudentCache
 from convert.mixers import GateSWA
-from convert.model import StudentCache, swap
+from convert.model import swap
 from tests.conftest import FAMILIES, assert_close, options_of, tiny_teacher, token_ids
 from tests.test_mixers import SHAPES, attention, context, in_pieces, inputs, mixer_of
 

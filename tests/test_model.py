@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from convert.cache import StateLayer, StudentCache
 from convert.mixers import MIXERS
-from convert.model import ConvertedForCausalLM, StateLayer, StudentCache, attention_of, swap
+from convert.model import ConvertedForCausalLM, attention_of, swap
 from tests.conftest import FAMILIES, SOFTMAX, VOCAB, assert_close, options_of, perturb, rms, tiny_teacher, token_ids
 
 CACHED = 5e-6  # of the logits' scale; measured: 1.1e-6 (a wrong position costs 1e-3 and more)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from convert import native
+from convert.cache import CACHE_NAME
 from convert.export import check_in_clean_process, export_native
 from convert.mixers import MLA
 from convert.model import swap
@@ -63,7 +64,7 @@ def test_exported_it_loads_in_a_clean_process_without_code(tmp_path):
 def test_it_holds_the_latents_only():
     """transformers' own cache: latents and one rotary key per token."""
     student = student_of("llama", {}, dict(rope_dim=4))
-    cache = native.to_native(student)(token_ids(1, 20), use_cache=True).past_key_values
+    cache = native.to_native(student)(token_ids(1, 20), use_cache=True)[CACHE_NAME]
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert held == 3 * 20 * (11 + 4)
 

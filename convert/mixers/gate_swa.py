@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from convert.errors import UserError
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import QKV, wide
-from convert.projections import Projections, Shape
+from convert.projections import Projections, Shape, weight_of
 
 EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing fills yet
 
@@ -67,7 +67,7 @@ class GateSWA(Mixer):
 
     def projections(self) -> Projections:
         """With the gate as it is on average, by its bias."""
-        o = self.out.weight.unflatten(1, (-1, self.shape.head_dim)) * self._opening()
+        o = weight_of(self.out).unflatten(1, (-1, self.shape.head_dim)) * self._opening()
         return self.qkv.projections(o, self.out.bias)
 
     def _opening(self) -> Tensor:

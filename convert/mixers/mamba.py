@@ -44,10 +44,10 @@ class Mamba(Mixer):
         return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + 2 * s.num_kv_heads * s.head_dim * 2 * s.head_dim))
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
-        q, k, v, dt, conv_state = self.block(x_BTD, context, None if state is None else state[0])
+        q, k, v, dt, skip, conv_state = self.block(x_BTD, context, None if state is None else state[0])
         y, last = selective_scan(
             v.flatten(2).mT, dt.mT, -self.rate(), k.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1),
-            self.block.skip, self.block.gate(x_BTD).mT, initial_state=None if state is None else state[1:], document_ids=context.document_ids,
+            skip, self.block.gate(x_BTD).mT, initial_state=None if state is None else state[1:], document_ids=context.document_ids,
             return_last_state=True, normalize=True,
         )  # fmt: skip
         return self.block.heads.out(y.mT.to(x_BTD.dtype)), (conv_state, *last)

@@ -42,9 +42,9 @@ class Mamba2(Mixer):
         return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + s.num_kv_heads * 2 * s.head_dim * (s.head_dim + 1)))
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
-        q, k, v, dt, conv_state = self.block(x_BTD, context, None if state is None else state[0])
+        q, k, v, dt, skip, conv_state = self.block(x_BTD, context, None if state is None else state[0])
         y, sums = chunk_scan(
-            v, dt, -self.rate(), k, q, self.block.skip.unflatten(0, (-1, self.shape.head_dim)),
+            v, dt, -self.rate(), k, q, skip.unflatten(0, (-1, self.shape.head_dim)),
             initial_states=None if state is None else state[1], document_ids=context.document_ids, return_final_states=True,
             normalize=True,
         )  # fmt: skip

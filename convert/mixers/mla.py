@@ -19,11 +19,23 @@ from torch.nn import functional as F
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.mla_sizes import choose_ranks
 from convert.mixers.mla_start import Start, start
-from convert.mixers.parts import rotate, wide
+from convert.mixers.parts import HeadNorm, rotate, wide
 from convert.projections import Projections, Shape
 
 ABSORBED_QUERIES = 16  # at most, in one call (ours)
 NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
+
+
+class SplitNorm(nn.Module):
+    """The RMSNorm of a head, applied to parts of it: `inverse_rms` [...] is of the whole, or None where only the weight is wanted."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, part: slice, inverse_rms: Tensor | None = None) -> Tensor:
+        weight = self.weight[part]
+        return x * weight.to(x.dtype) if inverse_rms is None else x * inverse_rms[..., None] * weight
 
 
 class MLA(Mixer):
@@ -69,8 +81,8 @@ class MLA(Mixer):
         self.k_rope = nn.Linear(shape.width, self.rope_heads * self.rope_dim, bias=shape.qkv_bias)
         self.k_up = nn.Linear(options.kv_rank, groups * self.nope_dim, bias=shape.qkv_bias) if self.nope_dim else None
         self.v_up = nn.Linear(options.kv_rank, groups * head_dim, bias=shape.qkv_bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
+        self.q_norm = HeadNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
+        self.k_norm = SplitNorm(head_dim) if shape.norm_eps is not None else None
         self.out = nn.Linear(heads * head_dim, shape.width, bias=shape.out_bias)
         self.register_buffer("frequencies", torch.arange(self.rope_dim // 2))  # of the teacher's rotary table
 
@@ -128,10 +140,10 @@ class MLA(Mixer):
             latent, rope = latent * real[..., None], rope * real[..., None, None]  # padding leaves nothing behind
         new = [latent, rope, real]
         if self.k_norm is not None:
-            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            q = self.q_norm(q)
             keys = rope if self.k_up is None else torch.cat([rope, _by_heads(self.k_up(latent), self.shape.num_kv_heads)], -1)
             scale = torch.rsqrt(wide(keys).square().mean(-1) + self.shape.norm_eps)  # [B, T, G]
-            new[1] = wide(rope) * scale[..., None] * self.k_norm.weight[: self.rope_dim]
+            new[1] = self.k_norm(wide(rope), slice(self.rope_dim), scale)
             new.append(scale * real[..., None])
         q = torch.cat([rotate(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1).to(latent.dtype)
         new[1] = rotate(new[1], cos, sin).to(latent.dtype)
@@ -142,8 +154,9 @@ class MLA(Mixer):
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head."""
-        if queries > ABSORBED_QUERIES:
+        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head. Nor is what only a
+        module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
+        if queries > ABSORBED_QUERIES or not all(linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)):
             return False
         s, rank = self.shape, self.options.kv_rank
         absorbed = queries * s.num_heads * (rank * (self.nope_dim + s.head_dim) + tokens * (2 * rank + self.rope_dim))
@@ -157,7 +170,7 @@ class MLA(Mixer):
         if self.k_up is not None:
             nope = _by_heads(self.k_up(latent), groups)
             if scale is not None:
-                nope = (nope * scale[..., None] * self.k_norm.weight[self.rope_dim :]).to(keys.dtype)
+                nope = self.k_norm(nope, slice(self.rope_dim, None), scale).to(keys.dtype)
             keys = torch.cat([keys, nope], -1)
         values = F.pad(values, (0, keys.shape[-1] - head_dim))  # torch's fast attention wants one head size
         q, k, v = (t.transpose(1, 2) for t in (q, keys, values))
@@ -173,7 +186,7 @@ class MLA(Mixer):
         if self.k_up is not None:
             nope = q[..., self.rope_dim :].unflatten(2, (groups, -1))
             if scale is not None:
-                nope = nope * self.k_norm.weight[self.rope_dim :].to(nope.dtype)
+                nope = self.k_norm(nope, slice(self.rope_dim, None))
             taken = torch.einsum("btghn,gnc->bghtc", nope, self.k_up.weight.to(q.dtype).unflatten(0, (groups, -1)))
             more = torch.einsum("bghtc,bsc->bghts", taken, latent)
             if self.k_up.bias is not None:
@@ -190,6 +203,13 @@ class MLA(Mixer):
         if self.v_up.bias is not None:
             y = y + self.v_up.bias.to(y.dtype).unflatten(0, (groups, 1, -1))
         return y.flatten(2, 3)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its forward is the product with its weight and no more, so that the weight may be read instead."""
+    is_own = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and type(linear.weight.data) is Tensor
+    is_hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return is_own and linear.weight.is_floating_point() and not linear.weight.is_meta and not is_hooked
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.mixers.base import Context
-from convert.projections import Projections, Shape
+from convert.projections import Projections, Shape, weight_of
 
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
 
@@ -16,6 +16,13 @@ SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK
 def wide(x: Tensor) -> Tensor:
     """In float32 at least: half precision is for matrix products."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class HeadNorm(nn.RMSNorm):
+    """In the dtype of its weight, whatever the projections are in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 class QKV(nn.Module):
@@ -28,13 +35,12 @@ class QKV(nn.Module):
         self.q = nn.Linear(shape.width, inner, bias=shape.qkv_bias)
         self.k = nn.Linear(shape.width, kv_inner, bias=shape.qkv_bias)
         self.v = nn.Linear(shape.width, kv_inner, bias=shape.qkv_bias)
-        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
+        self.q_norm = HeadNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
+        self.k_norm = HeadNorm(shape.head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else nn.Identity()
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (p(x_BTD).unflatten(-1, (-1, self.shape.head_dim)) for p in (self.q, self.k, self.v))
-        q, k = (t if isinstance(norm, nn.Identity) else norm(t.to(norm.weight.dtype)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     @torch.no_grad()
     def copy_(self, p: Projections) -> None:
@@ -51,7 +57,7 @@ class QKV(nn.Module):
         linears, heads = (self.q, self.k, self.v), (-1, self.shape.head_dim)
         biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
         norms = (None, None) if self.shape.norm_eps is None else (self.q_norm.weight, self.k_norm.weight)
-        weights = (linear.weight.unflatten(0, heads) for linear in linears)
+        weights = (weight_of(linear).unflatten(0, heads) for linear in linears)
         return Projections(self.shape, *weights, o, *biases, o_bias, *norms, scale=self.shape.head_dim**-0.5, feature_maps=feature_maps)
 
 
@@ -108,7 +114,7 @@ class HedgehogHeads(nn.Module):
 
     def projections(self) -> Projections:
         """The inverse of copy_."""
-        o = self.out.weight.unflatten(1, (-1, self.qkv.shape.head_dim))
+        o = weight_of(self.out).unflatten(1, (-1, self.qkv.shape.head_dim))
         return self.qkv.projections(o, self.out.bias, tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k)))
 
 
@@ -213,11 +219,12 @@ class MambaBlock(nn.Module):
         self.skip = nn.Parameter(torch.zeros(inner))  # D
         self.gate = open_gate(shape.width, inner)
 
-    def forward(self, x_BTD: Tensor, context: Context, conv_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], the next state of the convolution."""
+    def forward(self, x_BTD: Tensor, context: Context, conv_state: Tensor | None) -> tuple[Tensor, ...]:
+        """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], D [H K], the next state of the convolution. D comes along because a
+        parameter is read by its own module's forward: what offloads weights puts them there for as long as that runs."""
         x, conv_state = self.conv(x_BTD, context.real, context.document_ids, conv_state)
         q, k, v = self.heads(x, context.cos, context.sin)
         dt = self.time_step(x)
         if context.real is not None:
             dt = dt * context.real[..., None]  # padding neither adds to the state nor lets it decay
-        return q, k, v, dt, conv_state
+        return q, k, v, dt, self.skip, conv_state

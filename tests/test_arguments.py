@@ -1,0 +1,160 @@
+"""What a causal language model of transformers can be told, argument by argument: the student does the same, or refuses by name.
+
+The student whose layers all keep their attention must equal its host; one with mixers must take the same arguments.
+"""
+
+import inspect
+
+import pytest
+import torch
+from transformers.utils import TransformersKwargs
+
+from convert.cache import CACHE_NAME
+from convert.model import ConvertedForCausalLM, swap
+from tests.conftest import FAMILIES, assert_close, tiny_teacher, token_ids
+from tests.test_model import CACHED
+
+IDS = token_ids(2, 12)
+LABELS = torch.where(token_ids(2, 12, seed=5) % 4 == 0, -100, IDS)
+LEFT = torch.ones_like(IDS)
+LEFT[0, :3] = 0
+POSITIONS = torch.arange(12).expand(2, -1) + 5
+PACKED = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+MASK = dict(attention_mask=torch.ones_like(IDS))  # without one, positions from 5 on are an odd document
+
+HONOURED = {
+    "nothing": {}, "attention_mask": dict(attention_mask=LEFT), "position_ids": dict(position_ids=POSITIONS) | MASK,
+    "packed position_ids": dict(position_ids=PACKED, use_cache=False), "labels": dict(labels=LABELS),
+    "num_items_in_batch": dict(labels=LABELS, num_items_in_batch=torch.tensor(7)), "num_items_in_batch as a number": dict(labels=LABELS, num_items_in_batch=50),
+    "shift_labels": dict(labels=LABELS, shift_labels=LABELS.roll(3, 1)), "ignore_index": dict(labels=LABELS.clamp(min=0), ignore_index=7),
+    "use_cache": dict(use_cache=True), "use_cache=False": dict(use_cache=False), "logits_to_keep": dict(logits_to_keep=3),
+    "logits_to_keep as positions": dict(logits_to_keep=torch.tensor([1, 4])), "output_hidden_states": dict(output_hidden_states=True),
+    "output_hidden_states=False": dict(output_hidden_states=False), "output_hidden_states of one layer": dict(output_hidden_states=[1]),
+    "return_dict=False": dict(return_dict=False), "return_dict=False with more": dict(return_dict=False, labels=LABELS, output_hidden_states=True),
+    "output_attentions=False": dict(output_attentions=False), "output_router_logits": dict(output_router_logits=False),
+    "is_causal=True": dict(is_causal=True), "inputs_embeds": dict(input_ids=None),
+    "cu_seq_lens_q=None": dict(cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, seq_idx=None),
+}  # fmt: skip
+BOUNDARIES = torch.tensor([0, 5, 12], dtype=torch.int32)
+REFUSED = {
+    "output_attentions": True, "is_causal": False, "output_router_logits": True, "cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES,
+    "max_length_q": 7, "max_length_k": 7, "seq_idx": PACKED, "token_type_ids": IDS, "head_mask": None, "cache_position": torch.arange(12),
+}  # fmt: skip
+CACHES = {"cache", "past_key_values"}  # in tests/test_cache.py
+
+
+def parts(output) -> dict[str, object]:
+    """Every field, a cache as the number of its layers, each layer's hidden states by itself (None: not asked for)."""
+    named = dict(enumerate(output)) if isinstance(output, tuple) else dict(output)
+    named = {name: len(value.layers) if hasattr(value, "layers") else value for name, value in named.items()}
+    layers = {f"{name} {i}": layer for name, value in named.items() if isinstance(value, tuple) for i, layer in enumerate(value)}
+    return {name: value for name, value in named.items() if not isinstance(value, tuple)} | layers
+
+
+def assert_same(actual, expected) -> None:
+    assert type(actual) is type(expected)
+    actual, expected = parts(actual), parts(expected)
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert_close(actual[name], value, CACHED)
+        else:
+            assert actual[name] == value, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_honoured_has_the_hosts_effect(family):
+    host = tiny_teacher(family)
+    student = swap(tiny_teacher(family), "linear", layers=())
+    plain = host(IDS)
+    for name, given in HONOURED.items():
+        given = dict(input_ids=IDS) | given
+        embeds = [dict(inputs_embeds=model.get_input_embeddings()(IDS)) if given["input_ids"] is None else {} for model in (host, student)]
+        expected = host(**given | embeds[0])
+        assert_same(student(**given | embeds[1]), expected)
+        neutral = ("nothing", "use_cache", "output_router_logits", "is_causal=True", "inputs_embeds", "cu_seq_lens_q=None")
+        if name not in neutral and "=False" not in name:
+            assert list(parts(expected)) != list(parts(plain)) or not torch.equal(expected.logits, plain.logits), f"{name} does nothing"
+
+
+@pytest.mark.parametrize("field, value", [("output_hidden_states", True), ("return_dict", False), ("use_cache", False)])
+@torch.no_grad()
+def test_what_the_configuration_asks_for(field, value):
+    """Of the student as of its host, which crashes by return_dict=False in its configuration, but not as an argument; what a teacher's
+    configuration asked for does not break the student of it."""
+    host, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "linear", layers=())
+    setattr(student.config, field, value)
+    if field == "return_dict":
+        expected = host(IDS, return_dict=False), host(IDS)
+        setattr(host.config, field, value)
+    else:
+        setattr(host.config, field, value)
+        expected = host(IDS), host(IDS, return_dict=True)
+    assert_same(student(IDS), expected[0])
+    assert_same(student(IDS, return_dict=True), expected[1])
+    converted = swap(host, "mamba2", layers=(1,))
+    assert converted(IDS, use_cache=True, return_dict=True).logits.shape == (2, 12, 99)
+    assert converted.hidden_states(IDS).shape == (2, 12, 32)
+
+
+@torch.no_grad()
+def test_hidden_states_of_mixers():
+    student = swap(tiny_teacher("llama"), "mamba2", layers=(0, 2))
+    states = student(IDS, output_hidden_states=True).hidden_states
+    assert len(states) == 4 and torch.equal(states[-1], student.hidden_states(IDS))
+    assert torch.equal(states[0], student.get_input_embeddings()(IDS))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named(name):
+    student = swap(tiny_teacher("llama"), "mamba2", layers=(1,))
+    with pytest.raises(TypeError, match=f"A converted model does not take {name}: "):
+        student(IDS, **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_argument_of_the_host_is_in_these_tables(family):
+    host = tiny_teacher(family)
+    arguments = set(inspect.signature(type(host).forward).parameters) | set(TransformersKwargs.__annotations__)
+    tried = (
+        {name for given in HONOURED.values() for name in given} | set(REFUSED) | CACHES | {"inputs_embeds", "self", "kwargs", "input_ids"}
+    )
+    assert arguments <= tried | {"args"}
+    ours = set(inspect.signature(ConvertedForCausalLM.forward).parameters)
+    assert arguments - ours - set(REFUSED) <= {"kwargs", "args"}
+
+
+def test_neither_or_both_inputs_are_refused():
+    student = swap(tiny_teacher("llama"), "mamba2")
+    for given in (dict(), dict(input_ids=IDS, inputs_embeds=student.get_input_embeddings()(IDS))):
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            student(**given)
+
+
+@torch.no_grad()
+def test_positions_to_keep_in_each_row():
+    student = swap(tiny_teacher("llama"), "mamba2")
+    logits = student(IDS, use_cache=False).logits
+    each = torch.tensor([[1, 4], [0, 7]])
+    assert_close(student(IDS, logits_to_keep=each).logits, torch.stack([logits[0, each[0]], logits[1, each[1]]]), CACHED)
+    where = IDS % 3 == 0
+    assert_close(student(IDS, logits_to_keep=where).logits, logits[where], CACHED)
+
+
+def test_losses_of_a_trainer_add_up():
+    """Two micro-batches with the number of targets of both have the gradients of one batch; Trainer asks whether it may say that number."""
+    student = swap(tiny_teacher("llama"), "gate-swa", layers=(1,)).train()
+    assert student.accepts_loss_kwargs
+    targets = (LABELS[:, 1:] != -100).sum()
+    student(IDS, labels=LABELS).loss.backward()
+    whole = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    for row in range(2):
+        student(IDS[row : row + 1], labels=LABELS[row : row + 1], num_items_in_batch=targets).loss.backward()
+    assert_close([p.grad for p in student.parameters() if p.grad is not None], whole, 1e-4)
+
+
+def test_the_output_carries_its_cache_by_every_name():
+    out = swap(tiny_teacher("llama"), "mamba2")(IDS, use_cache=True)
+    assert out[CACHE_NAME] is out.past_key_values
