@@ -4,8 +4,11 @@ H query heads · G key/value heads · K head size · D width
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
+
+from convert.fields import check
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
@@ -14,14 +17,16 @@ FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 class Shape:
     """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
 
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int  # the first of a head's dimensions are rotated, in the two-halves layout
+    width: Annotated[int, (1, 2**18)]
+    num_heads: Annotated[int, (1, 2**12)]
+    num_kv_heads: Annotated[int, (1, 2**12)]
+    head_dim: Annotated[int, (1, 2**13)]
+    rotary_dim: Annotated[int, (0, 2**13)]  # the first of a head's dimensions are rotated, in the two-halves layout
     qkv_bias: bool
     out_bias: bool
-    norm_eps: float | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+    norm_eps: Annotated[float, (0, 1)] | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+
+    __post_init__ = check
 
 
 @dataclass(frozen=True)
