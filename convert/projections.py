@@ -122,11 +122,14 @@ def attention_name(model_type: str) -> str:
     return "attention" if model_type == "gpt_neox" else "self_attn"
 
 
+def family_refusal(kind: str) -> str | None:
+    return None if kind in FAMILIES else f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
+
+
 def refusal(config) -> str | None:
     """Why no layer of a model with this configuration can be read, or None. Reads the configuration alone."""
-    kind = config.model_type
-    if kind not in FAMILIES:
-        return f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
+    if reason := family_refusal(config.model_type):
+        return reason
     if config.to_dict().get("quantization_config"):
         return "Teachers must have plain weights; this one is quantised. Take the unquantised checkpoint."
     features = {

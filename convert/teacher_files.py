@@ -3,13 +3,15 @@
 The folder may be damaged, senseless or hostile: nothing in it is believed further than the records here say. Bounds are ours, several times
 beyond the largest published model, so that what passes fits a computer's memory and arithmetic."""
 
+import inspect
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -17,9 +19,13 @@ from convert.errors import UserError
 from convert.fields import Written, require, shown
 from convert.mixers import MIXERS
 from convert.model import ConvertedConfig
-from convert.projections import FAMILIES, Shape
+from convert.projections import FAMILIES, Shape, family_refusal
 
 LARGEST = {"config.json": 2**24, "generation_config.json": 2**24, "tokenizer_config.json": 2**26, "tokenizer.json": 2**28}  # bytes
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "hidden_act", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 Positive = Annotated[float, (1e-9, 1e12)]
 Share = Annotated[float, (0, 1)]
 Token = Annotated[int, (-1, 2**24)]  # published configurations say -1 for none
@@ -79,6 +85,7 @@ class Facts:
     pad_token_id: Token | None
     rope_parameters: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
+    original_max_position_embeddings: Annotated[int, (1, 2**24)] | None
     rope_theta: Annotated[float, (1.0001, 1e15)] | None
     rotary_emb_base: Annotated[float, (1.0001, 1e15)]
     rotary_pct: Annotated[float, (1e-6, 1)]
@@ -162,7 +169,48 @@ def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str
     return {name: content[name] for name in content if name in known}
 
 
-def plain_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    """The configuration of a teacher's config.json; raises UserError at what no model can be made of, or the exception of whatever fails."""
+    kind = raw.get("model_type")
+    if kind != ConvertedConfig.model_type and (reason := family_refusal(kind)):
+        raise UserError(f"{where} cannot be a teacher's. {reason}")
+    config = CONFIG_MAPPING[kind].from_dict(_plain(raw, where))
+    check_config(config, where)
+    return config
+
+
+def check_config(config: PreTrainedConfig, where: str) -> None:
+    """What only shows when all defaults are in place. Makes a model without memory, and its rotary frequencies."""
+    host = config.host_config() if config.model_type == ConvertedConfig.model_type else config
+    _check_fields({name: getattr(host, name) for name in SIZES if hasattr(host, name)}, Facts, where)
+    heads, kv_heads = host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads; got {heads} and {kv_heads}.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(host, name)
+        if any(i >= host.vocab_size for i in (ids if isinstance(ids, list) else [ids]) if i is not None):
+            raise UserError(f"{where}: {name} must be below vocab_size, {host.vocab_size}; got {shown(ids)}.")
+    if config is not host:
+        _check_layers(config, host, where)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    host_model = model.host if config is not host else model
+    rotary = type(host_model.base_model.rotary_emb)(config=host)
+    if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling) and rotary.inv_freq.numel()):
+        raise UserError(f"{where}: rotary positions must have finite frequencies; those of {shown(host.rope_parameters)} are not.")
+
+
+def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) -> None:
+    """A student's mixers fit its host."""
+    if len(config.mixers) != host.num_hidden_layers:
+        raise UserError(f"{where}: mixers must be one for each of {host.num_hidden_layers} layers; got {len(config.mixers)}.")
+    sizes = host.hidden_size, host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+    for layer, mixer in enumerate(config.mixers):
+        if mixer and (mixer["shape"]["width"], mixer["shape"]["num_heads"], mixer["shape"]["num_kv_heads"]) != sizes:
+            raise UserError(f"{where}: mixers[{layer}] must have width and heads of its host, {sizes}; got {shown(mixer['shape'])}.")
+
+
+def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """What we use of a configuration of one of FAMILIES or of a student; raises UserError at what no model can be made of."""
     if raw.get("model_type") == ConvertedConfig.model_type:
         return _converted(raw, where)
@@ -180,11 +228,12 @@ def _converted(raw: dict[str, Any], where: str) -> dict[str, Any]:
     require(dict[str, Any], host, f"{where}: host")
     require(Literal[FAMILIES], host.get("model_type"), f"{where}: host.model_type")
     require(list[dict[str, Any] | None], mixers, f"{where}: mixers")
-    host = plain_config(host, f"{where}: host")
+    host = _plain(host, f"{where}: host")
     for layer, mixer in enumerate(mixers):
         if mixer is not None:
             _check_mixer(mixer, f"{where}: mixers[{layer}]")
-    return {"model_type": ConvertedConfig.model_type, "host": host, "mixers": mixers} | own
+    own |= {name: raw[name] for name in inspect.signature(ConvertedConfig.__init__).parameters if name in raw}
+    return own | {"model_type": ConvertedConfig.model_type, "host": host, "mixers": mixers}
 
 
 def _check_mixer(mixer: dict[str, Any], where: str) -> None:

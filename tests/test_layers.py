@@ -15,7 +15,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.projections",),
     ("convert.mixers",),
     ("convert.model",),
-    ("convert.objectives", "convert.data", "convert.teachers"),
+    ("convert.objectives", "convert.data", "convert.teachers", "convert.teacher_files"),
     ("convert.batches",),
     ("convert.tasks",),
     ("convert.readings", "convert.stages"),
