@@ -4,10 +4,12 @@ H query heads · G key/value heads · K head size · D width
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from convert.errors import UserError
+from convert.fields import check
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
@@ -16,14 +18,16 @@ FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 class Shape:
     """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
 
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int  # the first of a head's dimensions are rotated, in the two-halves layout
+    width: Annotated[int, (1, 2**18)]
+    num_heads: Annotated[int, (1, 2**12)]
+    num_kv_heads: Annotated[int, (1, 2**12)]
+    head_dim: Annotated[int, (1, 2**13)]
+    rotary_dim: Annotated[int, (0, 2**13)]  # the first of a head's dimensions are rotated, in the two-halves layout
     qkv_bias: bool
     out_bias: bool
-    norm_eps: float | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+    norm_eps: Annotated[float, (0, 1)] | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+
+    __post_init__ = check
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,14 @@ def attention_name(model_type: str) -> str:
     return "attention" if model_type == "gpt_neox" else "self_attn"
 
 
+def family_refusal(kind: str) -> str | None:
+    return None if kind in FAMILIES else f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
+
+
 def refusal(config) -> str | None:
     """Why no layer of a model with this configuration can be read, or None. Reads the configuration alone."""
-    kind = config.model_type
-    if kind not in FAMILIES:
-        return f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
+    if reason := family_refusal(config.model_type):
+        return reason
     if config.to_dict().get("quantization_config"):
         return "Teachers must have plain weights; this one is quantised. Take the unquantised checkpoint."
     features = {

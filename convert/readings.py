@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from convert.prompts import encode, left_padded
 from convert.cache import CACHE_NAME
+from convert.prompts import encode, left_padded
 from convert.tasks import Item, Task
 
 BATCH_ROWS = 64

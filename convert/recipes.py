@@ -1,11 +1,16 @@
 """Recipes: what is done to a teacher, as frozen data. A target is a function that returns one; a variant edits what it returns."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from transformers import PreTrainedConfig
 
 from convert import objectives, stages
 from convert.errors import UserError
+from convert.fields import TEXT, Name, Text, check, checked, require, shown
 from convert.mixers import MIXERS
 from convert.objectives import Distill
 from convert.stages import Settings
@@ -15,8 +20,10 @@ from convert.stages import Settings
 class OneIn:
     """One layer in `every`: the last of each so many, or as many of those whose replacement alone costs most, by measurement."""
 
-    every: int
+    every: Annotated[int, (2, 1000)]
     measured: bool = False
+
+    __post_init__ = check
 
     def count(self, num_layers: int) -> int:
         return num_layers // self.every
@@ -32,12 +39,16 @@ class Swap:
     `exact`: theory says that the function stays the same, so the run measures it and stops if it does not. `calibration`: tokens of training
     text over which the inputs of the layers are looked at first, for mixers that start from them."""
 
-    name: str
-    mixer: str
+    name: Name
+    mixer: Literal[tuple(MIXERS)]
     options: object
-    keep: tuple[int, ...] | OneIn = ()
+    keep: tuple[Annotated[int, (0, 1000)], ...] | OneIn = ()
     exact: bool = False
-    calibration: int = 0
+    calibration: Annotated[int, (0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
+
+    def __post_init__(self):
+        check(self)
+        require(MIXERS[self.mixer].Options, self.options, f"Swap: options of {self.mixer}")
 
     @property
     def looks_first(self) -> bool:
@@ -53,15 +64,19 @@ class Swap:
 class Forget:
     """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
-    name: str
-    rate: float
+    name: Name
+    rate: Annotated[float, (0, 10)]
+
+    __post_init__ = check
 
 
 @dataclass(frozen=True)
 class Train:
-    name: str
+    name: Name
     stage: Callable
     settings: Settings
+
+    __post_init__ = check
 
 
 Step = Swap | Forget | Train
@@ -71,9 +86,15 @@ Step = Swap | Forget | Train
 class Recipe:
     """`questions`: of each task, that teacher and student answer at the end."""
 
-    target: str
+    target: Name
     steps: tuple[Step, ...]
-    questions: int
+    questions: Annotated[int, (1, 100_000)]
+
+    def __post_init__(self):
+        check(self)
+        names = [step.name for step in self.steps]
+        if not self.steps or len(set(names)) < len(names):
+            raise UserError(f"Recipe: steps must be at least one, each with a name of its own; got {', '.join(names) or 'none'}.")
 
     @property
     def tokens(self) -> int:
@@ -84,28 +105,38 @@ class Recipe:
 class Budget:
     """What the defaults depend on. Tokens are the total over all training steps."""
 
-    tokens: int
-    seq_len: int
-    batch_tokens: int
-    align_lr: float
-    distill_lr: float
+    tokens: Annotated[int, (1, 1e14)]
+    seq_len: Annotated[int, (2, 2**24)]
+    batch_tokens: Annotated[int, (2, 2**27)]
+    align_lr: Annotated[float, (0, 10)]
+    distill_lr: Annotated[float, (0, 10)]
     objective: Distill
-    micro_tokens: int
-    align_batch_tokens: int | None = None  # of the first stage; None: as in the last
+    micro_tokens: Annotated[int, (1, 2**27)]
+    align_batch_tokens: Annotated[int, (2, 2**27)] | None = None  # of the first stage; None: as in the last
     checkpointing: bool = False
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
-    schedule: str = "wsd"  # of the last stage
-    noise: float = 0.0  # in the last stage
-    window: int = 512  # of sliding-window attention (ours)
-    latent_shape: str = "exact"  # of latent attention; "native" where the teacher's attention has neither biases nor q/k norm
-    edit_lr: float = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
-    seed: int = 0
-    questions: int = 16  # of each task at the end (ours)
+    schedule: Literal["wsd", "cosine"] = "wsd"  # of the last stage
+    noise: Annotated[float, (0, 1)] = 0.0  # in the last stage
+    window: Annotated[int, (1, 1e7)] = 512  # of sliding-window attention (ours)
+    latent_shape: Literal["exact", "native"] = (
+        "exact"  # of latent attention; native where the teacher's attention has neither biases nor q/k norm
+    )
+    edit_lr: Annotated[float, (0, 10)] = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
+    seed: Annotated[int, (0, 2**63 - 1)] = 0
+    questions: Annotated[int, (1, 100_000)] = 16  # of each task at the end (ours)
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
+    __post_init__ = check
 
+
+@checked
 def budget(
-    teacher: str, config, tokens: int | None = None, seq_len: int | None = None, batch_tokens: int | None = None, seed: int = 0
+    teacher: Text,
+    config: PreTrainedConfig,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_tokens: int | None = None,
+    seed: int = 0,
 ) -> Budget:
     """The defaults for a teacher, by its name and configuration, but for what is given."""
     host = config.host_config() if config.model_type == "converted" else config
@@ -116,10 +147,10 @@ def budget(
         default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
     else:  # ours
         default = Budget(100_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
-    for flag, value, lowest in (("--seq-len", seq_len, 2), ("--batch-tokens", batch_tokens, 2), ("--seed", seed, 0)):
-        if value is not None and value < lowest:
-            raise UserError(f"{flag} must be at least {lowest}; got {value}.")
-    tokens = tokens or default.tokens
+    for name, value in (("tokens", tokens), ("seq_len", seq_len), ("batch_tokens", batch_tokens), ("seed", seed)):
+        if value is not None:
+            require(Budget.__dataclass_fields__[name].type, value, f"--{name.replace('_', '-')}")
+    tokens = default.tokens if tokens is None else tokens
     if seq_len is None:  # a short budget goes into more, shorter sequences
         seq_len = min(default.seq_len, host.max_position_embeddings, max(256, 1 << (max(tokens // 100, 1)).bit_length() - 1))
     if batch_tokens is None:
@@ -164,6 +195,7 @@ def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, train
     )  # fmt: skip
 
 
+@checked
 def to_linear(budget: Budget) -> Recipe:
     """Attention -> Hedgehog linear attention."""
     first = int(budget.tokens * ALIGN_SHARE)
@@ -174,7 +206,8 @@ def to_linear(budget: Budget) -> Recipe:
     )
 
 
-def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
+@checked
+def to_mamba(budget: Budget, mixer: Literal["mamba", "mamba2"] = "mamba") -> Recipe:
     """Attention -> Hedgehog linear attention -> Mamba, which starts as exactly that (HedgeMamba, arXiv 2604.14191)."""
     first = 0 if budget.starts_linear else int(budget.tokens * ALIGN_SHARE)
     aligned = () if budget.starts_linear else (Swap("linear", "linear", MIXERS["linear"].Options()), _align(budget, first))
@@ -183,6 +216,7 @@ def to_mamba(budget: Budget, mixer: str = "mamba") -> Recipe:
     return Recipe(mixer, (*aligned, handover, forget, _distill(budget, budget.tokens - first)), budget.questions)
 
 
+@checked
 def to_mamba2(budget: Budget) -> Recipe:
     """As to_mamba, with one decay per head: the scan becomes matrix products."""
     return to_mamba(budget, "mamba2")
@@ -193,6 +227,7 @@ CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 
 
+@checked
 def to_gate_swa(budget: Budget) -> Recipe:
     """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv 2604.05688): first each
     edited layer learns the attention output of its own, then the whole model the teacher's distribution."""
@@ -201,6 +236,7 @@ def to_gate_swa(budget: Budget) -> Recipe:
     return _edited("gate-swa", edit, budget)
 
 
+@checked
 def to_mla(budget: Budget) -> Recipe:
     """Attention -> multi-head latent attention with half of the cache (Attention Editing, arXiv 2604.05688, from a calibrated start)."""
     edit = Swap(
@@ -226,6 +262,7 @@ RECIPES: dict[str, Callable[[Budget], Recipe]] = {
 }  # fmt: skip
 
 
+@checked
 def tiny(recipe: Recipe) -> Recipe:
     """The same path in seconds: three small steps of each stage."""
 
@@ -265,12 +302,13 @@ def objective_of(step: Train) -> str:
     return " + ".join(terms) + (f" (T = {plain['temperature']:g})" if plain["temperature"] != 1 else "")
 
 
+@checked
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     """`STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of its mixer's options."""
     path, equals, value = assignment.partition("=")
     name, dot, field = path.partition(".")
-    if not equals or not dot:
-        raise UserError(f"--set takes STEP.FIELD=VALUE; got {assignment!r}.")
+    if not TEXT.holds(assignment) or not equals or not dot:
+        raise UserError(f"--set takes STEP.FIELD=VALUE; got {shown(assignment)}.")
     names = [step.name for step in recipe.steps]
     if name not in names:
         raise UserError(f"--set {assignment}: this recipe's steps are {', '.join(names)}; there is no {name!r}.")
@@ -305,18 +343,33 @@ def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
 
 
 def _parse(kind, field: str, value: str, assignment: str):
+    """By the annotation of the field; what it then holds must fit that, too."""
     if field == "trains":
         return _named(stages.SELECTORS, value, assignment)
     if field == "objective":
         return _named({f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)}, value, assignment)
-    if kind is bool:
-        return _named({"true": True, "false": False}, value.lower(), assignment)
-    if kind is str:
-        return value
-    if value.lower() == "none" and type(None) in getattr(kind, "__args__", ()):
+    parsed = _literal(kind, value, assignment)
+    require(kind, parsed, f"--set {assignment}: {field}")
+    return parsed
+
+
+def _literal(kind, value: str, assignment: str):
+    kinds = set(_plain(kind))
+    if type(None) in kinds and value.lower() == "none":
         return None
-    is_float = kind is float or float in getattr(kind, "__args__", ())
-    return _number(float if is_float else int, value, assignment)
+    if bool in kinds:
+        return _named({"true": True, "false": False}, value.lower(), assignment)
+    if kinds & {int, float}:
+        return _number(float if float in kinds else int, value, assignment)
+    return value
+
+
+def _plain(kind) -> Iterator[type]:
+    """The types in an annotation."""
+    if isinstance(kind, type) and not get_args(kind):
+        yield kind
+    for part in get_args(kind):
+        yield from _plain(part)
 
 
 def _keep(now: tuple[int, ...] | OneIn, value: str, assignment: str) -> tuple[int, ...] | OneIn:
@@ -327,7 +380,7 @@ def _keep(now: tuple[int, ...] | OneIn, value: str, assignment: str) -> tuple[in
     if kind in ("auto", "every"):
         every = _number(int, number, assignment) if number else now.every if isinstance(now, OneIn) else FULL.every
         return OneIn(every, measured=kind == "auto")
-    if not all(part.strip().isdecimal() for part in value.split(",")):
+    if not re.fullmatch(r"\s*[0-9]{1,4}\s*(,\s*[0-9]{1,4}\s*)*", value):
         raise UserError(f"--set {assignment}: keep takes none, layers as 4,9, every:6, auto or auto:6; got {value!r}.")
     return tuple(int(part) for part in value.split(","))
 
@@ -339,9 +392,14 @@ def _named(table: dict, value: str, assignment: str):
 
 
 def _number(kind: type, value: str, assignment: str):
+    """A whole number may be written as 2e5."""
     try:
-        return kind(float(value)) if kind is int and float(value) == int(float(value)) else kind(value)
+        if kind is int and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
+            return int(value)  # a float would round a seed
+        number = float(value)
+        if kind is int and number != int(number):
+            raise ValueError
+        return kind(number)
     except (ValueError, OverflowError):
-        raise UserError(
-            f"--set {assignment}: the value must be {'a whole number' if kind is int else 'a number'}; got {value!r}."
-        ) from None
+        rule = "a whole number" if kind is int else "a number"
+        raise UserError(f"--set {assignment}: the value must be {rule}; got {value!r}.") from None

@@ -12,21 +12,21 @@ import json
 import os
 import re
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from convert import gguf_file
-from convert.errors import UserError
+from convert import gguf_file, teacher_files
+from convert.errors import Interrupted, UserError
+from convert.fields import Place, checked, shown
 from convert.model import ConvertedConfig
 from convert.network import answers
 from convert.projections import refusal
@@ -130,13 +130,15 @@ class Source:
         return Path(self.where).resolve() if not self.is_remote and self.where.endswith(".gguf") else None
 
 
-def resolve(name: str) -> Source:
+@checked
+def resolve(name: Place) -> Source:
     """What the user means by `name`. Looks at the disk, never at the network or at weights."""
+    name = str(name)
     if name in TEACHERS:
         known = TEACHERS[name]
         packaged = {EMBEDDED: str(NANO), "smollm2-135m": _packaged_smollm2()}.get(name)
         return Source(name, "package" if packaged else "alias", packaged or known.hub, known.data)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is
     slug = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "teacher"
     if path.is_dir():
         if (path / "model" / "config.json").is_file():
@@ -171,24 +173,39 @@ def _packaged_smollm2() -> str | None:
     return str(files[0]) if files else None
 
 
+@checked
 def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The teacher's configuration; no network for known names and local things. The code in a folder of ours is never run."""
     known = TEACHERS[source.name] if source.kind in ("alias", "package") else None
     if known and known.fields:
         return AutoConfig.for_model(**copy.deepcopy(known.fields))
+    return _strangers_config(source, trust_remote_code)
+
+
+def _strangers_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The one beside the weights, read as data and checked before anything is made of it."""
     if source.gguf:
         _check_gguf_packages()
         with _explained(source):
-            return gguf_file.complete(AutoConfig.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf)), source.gguf)
+            config = gguf_file.complete(AutoConfig.from_pretrained(source.gguf.parent, gguf_file=str(source.gguf)), source.gguf)
+            teacher_files.check_config(config, source.where)
+            return config
     with _explained(source):
         local = not (source.is_remote and is_hub_reachable())
-        raw, _ = PreTrainedConfig.get_config_dict(source.where, local_files_only=local)
+        if source.is_remote:
+            raw, _ = PreTrainedConfig.get_config_dict(source.where, local_files_only=local)
+        else:
+            teacher_files.check_folder(Path(source.where))
+            raw = teacher_files.read_json(Path(source.where, "config.json"))
         kind, brings_code = raw.get("model_type"), "auto_map" in raw
-        if kind not in CONFIG_MAPPING and not (brings_code and trust_remote_code):
+        if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and not (brings_code and trust_remote_code)):
             remedy = " It brings its own code; to run that, pass --trust-remote-code." if brings_code else ""
-            raise UserError(f"A config.json must name a model type that transformers knows; that of {source.where} has {kind!r}.{remedy}")
-        trust = trust_remote_code and kind != ConvertedConfig.model_type
-        return AutoConfig.from_pretrained(source.where, trust_remote_code=trust, local_files_only=local)
+            raise UserError(
+                f"A config.json must name a model type that transformers knows; that of {source.where} has {shown(kind)}.{remedy}"
+            )
+        if brings_code and trust_remote_code and kind != ConvertedConfig.model_type:
+            return AutoConfig.from_pretrained(source.where, trust_remote_code=True, local_files_only=local)
+        return teacher_files.config_of(raw, f"{source.where}/config.json")
 
 
 @dataclass(frozen=True)
@@ -201,13 +218,16 @@ class Teacher:
     dtype: torch.dtype
 
 
+@checked
 def load_teacher(
-    name: str | Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: Place | Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> Teacher:
     """`trust_remote_code` also allows pickled weights. The tokenizer comes back with a pad token, padding on the left."""
     place = check_device(device)
-    source = resolve(name) if isinstance(name, str) else name
-    config = read_config(source, trust_remote_code=trust_remote_code)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UserError(f"A teacher's dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
+    source = name if isinstance(name, Source) else resolve(name)
+    config = _strangers_config(source, trust_remote_code)
     is_ours = config.model_type == ConvertedConfig.model_type
     if reason := refusal(config.host_config() if is_ours else config):
         raise UserError(f"{source.where} cannot be a teacher. {reason}")
@@ -219,11 +239,12 @@ def load_teacher(
     with _explained(source), _quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())
         tokenizer = _load_tokenizer(source, config.vocab_size, trust, local)
-        model = _load_model(source, None if source.is_remote else config, dtype, trust, local)
+        model = _load_model(source, config, dtype, trust, local)
     model.requires_grad_(False).to(place)
     return Teacher(source, model, tokenizer, dtype if source.gguf else config.dtype or dtype)
 
 
+@checked
 def check_device(device: str) -> torch.device:
     """The device of that name, if this machine has it."""
     there = ["cpu"]
@@ -231,10 +252,11 @@ def check_device(device: str) -> torch.device:
         kind = torch.accelerator.current_accelerator().type
         there += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     if device not in there:
-        raise UserError(f"The device must be one that this machine has ({', '.join(there)}); got {device!r}.")
+        raise UserError(f"The device must be one that this machine has ({', '.join(there)}); got {shown(device)}.")
     return torch.device(device)
 
 
+@checked
 def pick_device(device: str) -> str:
     """ "auto" is the best one here."""
     if device == "auto":
@@ -260,6 +282,7 @@ def _load_tokenizer(source: Source, vocab_size: int, trust: bool, local: bool) -
             f"A teacher's tokenizer must fit its embedding; that of {source.where} has {len(tokenizer)} tokens for {vocab_size} rows. "
             "Take the tokenizer that the model was trained with."
         )
+    tokenizer.decode(tokenizer("some words")["input_ids"])  # a tokenizer that cannot do this much fails here, as the stranger's it is
     if tokenizer.eos_token_id is None:
         raise UserError(f"A teacher's tokenizer must have an end-of-text token; name that of {source.where} in tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
@@ -343,19 +366,16 @@ def _quiet(bars: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(source: Source) -> Iterator[None]:
-    """Turns what reading a teacher can fail with into one sentence. Anything else passes: it would be our fault."""
+    """Around all that reads a stranger's files: whatever goes wrong there is theirs, and one sentence."""
     try:
         yield
-    except UserError:
+    except (UserError, Interrupted, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
-        message = _explanation(error, source)
-        if message is None:
-            raise
-        raise UserError(message) from error
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise UserError(_explanation(error, source)) from error
 
 
-def _explanation(error: Exception, source: Source) -> str | None:
+def _explanation(error: BaseException, source: Source) -> str:
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -377,8 +397,7 @@ def _explanation(error: Exception, source: Source) -> str | None:
     if isinstance(error, SafetensorError):
         cache = huggingface_hub.constants.HF_HUB_CACHE
         return f"The weights of {source.where} are damaged ({_first_line(error)}). Delete them from {cache} and try again."
-    known = (OSError, ValueError, KeyError, IndexError, ImportError, NotImplementedError, struct.error, StrictDataclassError)
-    return f"The teacher {source.where} cannot be read ({_first_line(error)})." if isinstance(error, known) else None
+    return f"The teacher {source.where} cannot be read ({_first_line(error)})."
 
 
 def _is_network(error: BaseException) -> bool:
@@ -388,7 +407,9 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """With the type where the message alone says nothing, as of a KeyError."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
+    return said if isinstance(error, OSError | ValueError | SafetensorError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def fingerprint(model) -> str:

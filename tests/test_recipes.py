@@ -67,7 +67,9 @@ def _another(name, old):
         return choices[name]
     if isinstance(old, bool):
         return "false" if old else "true"
-    return 7 if old is None else old + 1
+    if old is None:
+        return 0.7 if name == "cache_budget" else 8
+    return old + 1 if isinstance(old, int) else old / 2 or 0.5
 
 
 def test_set_parses_by_the_type_of_the_field():

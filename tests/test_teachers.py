@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from convert import teachers
@@ -269,7 +269,7 @@ def test_unsupported_teachers_are_refused_before_weights_are_read(folder, monkey
     with pytest.raises(UserError, match="cannot be a teacher. Teachers must have plain weights"):
         load_teacher(str(folder))
     GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
-    with pytest.raises(UserError, match="cannot be a teacher. Teachers must be of the families gpt_neox, .*'gpt2'"):
+    with pytest.raises(UserError, match="cannot be a teacher's. Teachers must be of the families gpt_neox, .*'gpt2'"):
         load_teacher(str(folder))
 
 
@@ -341,10 +341,28 @@ def test_what_the_hub_answers(cause, message, monkeypatch):
     assert "hf_secret" not in str(caught.value)
 
 
-def test_our_own_faults_keep_their_traceback(folder, monkeypatch):
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: None)
-    with pytest.raises(TypeError):
-        read_config(resolve(str(folder)))
+class Panic(BaseException):
+    """What code in Rust raises."""
+
+
+@pytest.mark.parametrize("cause", [Panic("x"), RecursionError(), MemoryError(), KeyError("x"), ZeroDivisionError("x"), TypeError("x")])
+def test_whatever_fails_while_a_strangers_files_are_read_is_a_sentence(cause, folder, monkeypatch):
+    def read(*args, **kwargs):
+        raise cause
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    with pytest.raises(UserError, match=f"The teacher .* cannot be read .{type(cause).__name__}") as caught:
+        load_teacher(str(folder))
+    assert caught.value.__cause__ is cause
+
+
+def test_stopping_is_no_fault_of_the_files(folder, monkeypatch):
+    def read(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    with pytest.raises(KeyboardInterrupt):
+        load_teacher(str(folder))
 
 
 def test_is_hub_reachable(monkeypatch):

@@ -53,6 +53,7 @@ class Mixer(nn.Module, ABC):
 
     Options: type
     narrow = 0  # so many of the state's first parts are keys, values or latents, in the dtype of the model
+    decays = False  # whether it forgets at rates of its own (DecayRate)
 
     shape: Shape
 

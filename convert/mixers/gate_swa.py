@@ -8,12 +8,14 @@ B batch · T tokens of this call · S slots of the window · H query heads · G 
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.errors import UserError
+from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import QKV, wide
 from convert.projections import Projections, Shape, weight_of
@@ -29,10 +31,12 @@ class GateSWA(Mixer):
         """`gate_bias`: b at the start, where W is 0. The output projection is divided by sigmoid(b), so that the function does not
         change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper does not say)."""
 
-        window: int = 512  # tokens, the one that looks included (ours)
-        sinks: int = 4  # StreamingLLM's
-        gate: str = "element"  # or "head": one number per head, or "none"
-        gate_bias: float = 0.0
+        window: Annotated[int, (1, 1e7)] = 512  # tokens, the one that looks included (ours)
+        sinks: Annotated[int, (0, 65_536)] = 4  # StreamingLLM's
+        gate: Literal["element", "head", "none"] = "element"  # head: one number per head
+        gate_bias: Annotated[float, (-10, 10)] = 0.0
+
+        __post_init__ = check
 
     narrow = 2
 

@@ -6,9 +6,11 @@ it was made from.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
+from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import DecayRate, MambaBlock
 from convert.projections import Projections, Shape
@@ -20,8 +22,12 @@ class Mamba(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        conv: int = 4  # tokens (Mamba, arXiv 2312.00752)
-        dt_rank: int | None = None  # None: a sixteenth of the width (Mamba)
+        conv: Annotated[int, (1, 64)] = 4  # tokens (Mamba, arXiv 2312.00752)
+        dt_rank: Annotated[int, (1, 65_536)] | None = None  # None: a sixteenth of the width (Mamba)
+
+        __post_init__ = check
+
+    decays = True
 
     def __init__(self, shape: Shape, options: Options):
         super().__init__()

@@ -4,10 +4,12 @@ Everything else, and the exact start, is as in mamba.py.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import DecayRate, MambaBlock, wide
 from convert.projections import Projections, Shape
@@ -19,8 +21,12 @@ class Mamba2(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        conv: int = 4  # tokens (Mamba-2)
-        dt_rank: int | None = None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
+        conv: Annotated[int, (1, 64)] = 4  # tokens (Mamba-2)
+        dt_rank: Annotated[int, (1, 65_536)] | None = None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
+
+        __post_init__ = check
+
+    decays = True
 
     def __init__(self, shape: Shape, options: Options):
         super().__init__()

@@ -11,11 +11,13 @@ J rotary keys: G, or 1 · N = K - P (exact) or K (native) dimensions that are no
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.mla_sizes import choose_ranks
 from convert.mixers.mla_start import Start, start
@@ -50,12 +52,14 @@ class MLA(Mixer):
         not given follow. `start`: "calibrated" (by the layer's inputs; ours, after TransMLA, arXiv 2502.07864), "svd" (joint, of the
         weights; X-EcoMLA, arXiv 2503.11132) or "random" but for the output projection (Attention Editing)."""
 
-        shape: str = "exact"  # or "native"
-        kv_rank: int | None = None  # C
-        rope_dim: int | None = None  # P
-        q_rank: int | None = None  # of the queries; None: full
-        cache_budget: float | None = None
-        start: str = "svd"
+        shape: Literal["exact", "native"] = "exact"
+        kv_rank: Annotated[int, (1, 1e6)] | None = None  # C
+        rope_dim: Annotated[int, (2, 1e4)] | None = None  # P
+        q_rank: Annotated[int, (1, 1e6)] | None = None  # of the queries; None: full
+        cache_budget: Annotated[float, (0.001, 1)] | None = None
+        start: Literal["calibrated", "svd", "random"] = "svd"
+
+        __post_init__ = check
 
     narrow = 2
 
