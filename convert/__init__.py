@@ -11,7 +11,9 @@ import types
 from pathlib import Path
 
 import kernels
+from convert.places import keep_libraries_inside
 
+keep_libraries_inside()  # read by some of them when they are imported
 _ours = str(Path(__file__).parent.parent / "kernels")
 if _ours not in kernels.__path__:  # Hugging Face's package of that name came first on the path
     kernels.__path__.append(_ours)

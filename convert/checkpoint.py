@@ -4,11 +4,11 @@ RUN/ledger.json                     the settings that the run was started with
 RUN/steps/2-distill/checkpoint-40.pt   an unfinished step; the last two are kept
 RUN/steps/2-distill/student/           the finished step's weights
 RUN/steps/2-distill/DONE               its result; written last, so its existence means that the rest is whole
+
+Both know their own hash (`sealed`), and DONE those of the student's files.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -21,29 +21,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
+from convert import manifest
 from convert.errors import UserError
+from convert.files import parse_json, sealed, sha256, sync, unsealed, write_json, write_text
 from convert.model import ConvertedConfig, ConvertedForCausalLM
 
 KEPT_CHECKPOINTS = 2
+LOGS = ("metrics.jsonl", "generations.jsonl")  # of the steps
 NOT_WRITTEN = "No checkpoint could be written to"
 GO_ON = "Free some space; the same command goes on from the last one."
-
-
-def write_json(path: Path, content) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(path.name + ".writing")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 @contextmanager
 def locked(folder: Path):
     """The run folder is this process's alone while it is open; the lock goes with the process, however that ends."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,7 +52,7 @@ def check_out(folder: Path, fresh: bool) -> None:
         raise UserError(f"--out must be a folder; {file} is a file. Give another --out.")
     if fresh and folder.exists() and not is_run:
         raise UserError(f"--fresh sets aside an old run; {folder} is not a run folder. Give another --out.")
-    if folder.exists() and not is_run and any(folder.iterdir()):
+    if folder.exists() and not is_run and any(p.name != "ledger.json.writing" for p in folder.iterdir()):
         raise UserError(f"--out must be a run folder or a new one; {folder} holds other files. Give another --out.")
 
 
@@ -76,10 +68,10 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> None:
         print(f"The old run was moved to {aside}.")
     if not ledger.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(ledger, settings)
+        write_json(ledger, sealed(settings))
         return
     try:
-        before = json.loads(ledger.read_text())
+        before = unsealed(parse_json(ledger.read_bytes(), str(ledger)))
     except ValueError:
         raise UserError(
             f"The ledger {ledger} is damaged. Start again with --fresh (the old run is moved aside) or another --out."
@@ -133,17 +125,26 @@ class StepFolder:
 
     # --- a finished step
 
+    @property
+    def run(self) -> Path:
+        return self.folder.parent.parent
+
     def result(self) -> dict | None:
+        done = self._done()
+        return None if done is None else {key: value for key, value in done.items() if key != "sha256"}
+
+    def _done(self) -> dict | None:
+        """What DONE holds: the result, and the hashes of the student's files."""
         done = self.folder / "DONE"
         if not done.exists():
             return None
         try:
-            return json.loads(done.read_text())
+            return unsealed(parse_json(done.read_bytes(), str(done)))
         except ValueError:
             raise UserError(f"The result {done} is damaged. Delete that file to do the step again, or start again with --fresh.") from None
 
-    def finish(self, student: ConvertedForCausalLM, result: dict) -> None:
-        """Weights and configuration first, DONE last; then the checkpoints can go."""
+    def finish(self, student: ConvertedForCausalLM, result: dict) -> dict:
+        """Weights and configuration first, DONE last; then the checkpoints can go. The result as a later process reads it."""
         weights = self.folder / "student"
         aside = self.folder / "student.writing"
         shutil.rmtree(aside, ignore_errors=True)
@@ -154,9 +155,18 @@ class StepFolder:
             student.config.save_pretrained(aside)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
-        digest = _sha256(aside / "model.safetensors")
+        for file in aside.iterdir():
+            sync(file)
+        digests = {file.name: sha256(file) for file in sorted(aside.iterdir())}
         aside.rename(weights)
-        write_json(self.folder / "DONE", result | {"sha256": digest})
+        self._log_is_on_disk()
+        manifest.record(self.run, *LOGS)
+        write_json(self.folder / "DONE", sealed(result | {"sha256": digests}))
+        self.tidy()
+        return self.result()
+
+    def tidy(self) -> None:
+        """Of a finished step no checkpoint is needed, also of one that was killed before they went."""
         for file in self._checkpoints():
             self._remove(file)
 
@@ -166,17 +176,19 @@ class StepFolder:
 
     def student(self, teacher) -> ConvertedForCausalLM:
         """The finished step's student, on the teacher's device."""
-        result = self.result()
+        done = self._done()
         try:
+            known = done["sha256"]
+            known = {"model.safetensors": known} if isinstance(known, str) else known  # of an earlier version
+            for name, digest in known.items():
+                if sha256(self.folder / "student" / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
             config = ConvertedConfig.from_pretrained(self.folder / "student", local_files_only=True)
             config._attn_implementation = teacher.config._attn_implementation
             with torch.device(teacher.device):
                 student = ConvertedForCausalLM(config)
-            file = self.folder / "student" / "model.safetensors"
-            if _sha256(file) != result["sha256"]:
-                raise ValueError("they are not what was written")
-            load_model(student, str(file))
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            load_model(student, str(self.folder / "student" / "model.safetensors"))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"The weights of {self.folder} are damaged ({error}). Start again with --fresh; the old run is moved aside."
             ) from error
@@ -186,33 +198,43 @@ class StepFolder:
     # --- an unfinished step: what a stage's loop calls
 
     def load(self) -> dict | None:
+        """The newest sound checkpoint, in the computer's memory wherever it was written."""
         for file in reversed(self._checkpoints()):
-            try:
-                if _sha256(file) != file.with_suffix(".sha256").read_text():
-                    raise ValueError("not what was written")
-                return torch.load(file, weights_only=True)
-            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            digest = file.with_suffix(".sha256")
+            if not digest.exists() or sha256(file) != digest.read_text(encoding="utf-8"):
                 file.rename(file.with_suffix(".damaged"))
-                print(
-                    f"The checkpoint {file} is damaged ({type(error).__name__}); it was set aside; the one before it is used, or the step starts again."
-                )
+                print(f"The checkpoint {file} is damaged; it was set aside; the one before it is used, or the step starts again.")
+                continue
+            try:
+                return torch.load(file, weights_only=True, map_location="cpu")
+            except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+                raise UserError(
+                    f"The checkpoint {file} is what was written and cannot be read here ({error}). "
+                    "Take the version of torch that wrote it, or remove the file: the step then starts again."
+                ) from error
         return None
 
     def save(self, step: int, state: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._log_is_on_disk()
         aside = self.folder / "checkpoint.writing"
         try:
             with aside.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-            (self.folder / f"checkpoint-{step}.sha256").write_text(_sha256(aside))
+            write_text(self.folder / f"checkpoint-{step}.sha256", sha256(aside))
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         aside.replace(self.folder / f"checkpoint-{step}.pt")
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             self._remove(old)
+
+    def _log_is_on_disk(self) -> None:
+        """A power cut takes no line of a step that stays: what a checkpoint goes on from was logged."""
+        for name in LOGS:
+            sync(self.run / name)
 
     def stop_requested(self) -> bool:
         return self.stop is not None and self.stop.requested
@@ -223,8 +245,3 @@ class StepFolder:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*[0-9].pt"), key=lambda file: int(file.stem.split("-")[1]))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

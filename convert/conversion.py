@@ -13,16 +13,18 @@ from pathlib import Path
 
 import torch
 
-from convert import evaluation, final, measure, recipes, report
+from convert import evaluation, final, manifest, measure, recipes, records, report
 from convert import plan as planning
 from convert.batches import Batch, Batches
-from convert.checkpoint import StepFolder, StopRequest, check_out, locked, open_run, write_json
+from convert.checkpoint import LOGS, StepFolder, StopRequest, check_out, locked, open_run
 from convert.console import console, size
 from convert.data import TokenData, corpus, tokenize
-from convert.errors import Interrupted, UserError
+from convert.errors import Interrupted, UserError, files_in_words
+from convert.files import write_json, write_text
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
 from convert.page import write_page
+from convert.places import path_of, refuse_overlap
 from convert.recipes import Forget, Recipe, Swap, Train
 from convert.shipping import ship
 from convert.swaps import do_swap
@@ -30,7 +32,10 @@ from convert.teachers import Source, Teacher, fingerprint, load_teacher, pick_de
 from convert.tracking import Track
 from convert.watch import Rule, Watch
 
+SHIPPED = ("model", "native", "report.json", "report.md", "report.html", "evaluation.json", "answers.jsonl", "layers.json", *LOGS)
 
+
+@files_in_words()
 def run(
     teacher: str, recipe: str | Recipe, out: str | Path | None = None, *, data: str | None = None, device: str = "auto", fresh: bool = False,
     wandb: str | None = None, stop_when: Sequence[str] = (), trust_remote_code: bool = False,
@@ -46,7 +51,7 @@ def run(
         recipe = default_recipe(source, config, recipe)
     if rules and not any(isinstance(step, Train) and step.settings.evaluate_every for step in recipe.steps):
         raise UserError("--stop-when is looked at when a stage measures, and none of this recipe does; set STEP.evaluate_every=TOKENS.")
-    out = Path(out or f"runs/{source.name}-{recipe.target}")
+    out = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
     device, data = pick_device(device), data or source.data
     documents = corpus(data)  # wrong --data and --out are said before anything is loaded
     plan = planning.make_plan(source.name, config, recipe, data, device)
@@ -57,9 +62,10 @@ def run(
         raise UserError(reason)
     peak = max((step.peak_bytes for step in plan.steps), default=0)
     if device == "cpu" and peak > planning.physical_memory():
-        console.print(f"[yellow]This may not fit: about {size(peak)} needed, {size(planning.physical_memory())} here.[/]")
+        console.print(f"This may not fit: about {size(peak)} needed, {size(planning.physical_memory())} here.", style="yellow")
 
     check_out(out, fresh)
+    refuse_overlap(out, [("teacher", place) for place in _places(source)] + [("data", place) for place in documents.places()])
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
     text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
     final.held_out(text, recipe)  # and too little text before the folder is taken
@@ -75,12 +81,12 @@ def run(
     settings = json.loads(json.dumps(settings))
     open_run(out, settings, fresh)
     with locked(out):
+        _check_what_is_read_back(out)
         numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started)
     report.show(numbers, console)
     evaluation.show(numbers["evaluation"], console)
     console.print(
-        f'The student is in {out / "model"}, the report in {out / "report.md"}. Try:  python -m convert.generate {out} "def add("',
-        markup=False,
+        f'The student is in {out / "model"}, the report in {out / "report.md"}. Try:  python -m convert.generate {out} "def add("'
     )
     return numbers
 
@@ -95,11 +101,12 @@ def _locked_run(
         _round(student, taught.dtype)
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["evaluation"] = _ask(student, taught, recipe, out)
-        numbers["export"] = ship(student, taught, out / "model", numbers, text)
-        numbers["seconds"]["this_call"] = time.monotonic() - started
-        write_json(out / "report.json", numbers)
-        (out / "report.md").write_text(report.markdown(numbers))
-        write_page([out], out / "report.html")
+        with manifest.renewing(out, *SHIPPED):
+            numbers["export"] = ship(student, taught, out / "model", numbers, text)
+            numbers["seconds"]["this_call"] = time.monotonic() - started
+            write_json(out / "report.json", numbers)
+            write_text(out / "report.md", report.markdown(numbers))
+            write_page([out], out / "report.html")
         track.enter("evaluate")
         track.made(fingerprint(student), {"architecture": recipe.target} | numbers["perplexity"], out / "model")
         short = {part: numbers[part][key] for part, key in (("perplexity", "ratio"), ("agreement", "top1"), ("kl", "mean_nats"))}
@@ -107,6 +114,21 @@ def _locked_run(
     finally:
         track.close()
     return numbers
+
+
+def _places(source: Source) -> list[Path]:
+    """Where the teacher is on this machine: its file or folder (of a run all of it), and what links in there lead to."""
+    if source.is_remote:
+        return []
+    where = Path(source.where)
+    return [where.parent if source.kind == "run" else where, *(file for file in where.rglob("*") if file.is_symlink())]
+
+
+def _check_what_is_read_back(out: Path) -> None:
+    """Of an earlier call: before hours are spent."""
+    manifest.check(out, "answers.jsonl", *LOGS)
+    evaluation.earlier(out)
+    records.context(out)
 
 
 def _steps(
@@ -120,25 +142,29 @@ def _steps(
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
-            console.print(f"[dim]{step.name}: done, skipped[/]")
+            console.print(f"{step.name}: done, skipped", style="dim")
+            folder.tidy()
+            if i:
+                folders[i - 1].drop_weights()  # again, where a kill came before it
             student, track.model = None, result.get("model", track.model)
         else:
             start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
             student = start() if student is None else student
-            console.print(f"[bold]{step.name}[/]")
+            console.print(step.name, style="bold")
             if isinstance(step, Train):
                 track.enter(step.name, tokens_before, steps_before)
             student, result = _do(step, student, start, taught, text, recipe, folder, track, watch, batches)
             if isinstance(step, Train):
                 result["model"] = fingerprint(student)
-            folder.finish(student, result)
+            result = folder.finish(student, result)
             if isinstance(step, Train):
                 track.made(result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]})
             if "layers" in result:
-                write_json(out / "layers.json", result["layers"])
+                with manifest.renewing(out, "layers.json"):
+                    write_json(out / "layers.json", result["layers"])
             if i:
                 folders[i - 1].drop_weights()
-            console.print(f"[dim]{step.name}: perplexity {result['perplexity_after']:.3f}[/]")
+            console.print(f"{step.name}: perplexity {result['perplexity_after']:.3f}", style="dim")
         results.append(result)
         if stop.requested:
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
@@ -195,6 +221,8 @@ def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepF
         measure=look,
     )  # fmt: skip
     rows = track.rows(step.name)
+    if not rows:
+        raise UserError(f"{track.file} has no line of step {step.name}, which was trained. Put back a copy, or start again with --fresh.")
     losses = [row["train/loss"] for row in rows]
     few = max(1, len(losses) // 20)
     return student, {
@@ -213,7 +241,7 @@ def seed_of(recipe: Recipe) -> int:
 
 
 def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
-    console.print("[bold]measure[/]")
+    console.print("measure", style="bold")
     handovers = [r["handover"] for r in results if r.get("handover")]
     stages = [r for r in results if r["tokens"]]
     return final.numbers(student, taught, text, final.held_out(text, recipe)) | {
@@ -228,7 +256,7 @@ def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings:
 
 def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
     """A loss can be fine and the writing rotten: the tasks by both readings."""
-    console.print("[bold]evaluate[/]")
+    console.print("evaluate", style="bold")
     models = {"teacher": taught.model, "student": student}
     found = evaluation.evaluate_tasks(
         models, taught.tokenizer, evaluation.chosen(None, taught.tokenizer), limit=recipe.questions, file=out / "answers.jsonl"
@@ -257,7 +285,13 @@ def versions() -> dict[str, str | None]:
 def _commit() -> str | None:
     try:
         here = Path(__file__).parent
-        asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        asked = subprocess.run(  # the optional lock would be a file of ours in somebody's repository
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
     except OSError:
         return None
     return asked.stdout.strip() or None
@@ -275,7 +309,7 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict 
     """The report of a finished run of just this, else None."""
     if not (out / "report.json").exists():
         return None
-    report = json.loads((out / "report.json").read_text())
+    report = records.report(out)
     source = resolve(teacher)
     steps = json.loads(json.dumps([recipes.describe(step) for step in recipe.steps]))
     asked = {"teacher": _whole_name(teacher, source), "target": recipe.target, "data": data or source.data, "steps": steps}

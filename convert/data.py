@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sysconfig
 import tempfile
@@ -15,9 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.errors import UserError
+from convert.files import parse_json, sealed, sha256, unsealed, write_text
+from convert.places import cache_folder, path_of
 from convert.teachers import is_hub_reachable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+ARRAYS = ("train", "train_starts", "held_out", "held_out_starts")
 HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
 
 # What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
@@ -60,12 +62,21 @@ class Corpus:
             elif text.strip():
                 yield key, text
 
+    def places(self) -> list[Path]:
+        """On this machine: what a run's folder must be apart from."""
+        if self.hub:
+            return [Path(self.hub[0])]
+        if self.spec == "stdlib":
+            return [self.root]
+        inside = {file.parent for file in self.files if file.parent != self.root} | {file for file in self.files if file.is_symlink()}
+        return [path_of(self.spec, "--data"), *inside]
+
     def fingerprint(self) -> str:
         """Changes when any of the text does; for a hub data set, when its name or configuration does."""
         digest = hashlib.sha256(repr(self.hub).encode())
         for file in self.files:
-            digest.update(file.relative_to(self.root).as_posix().encode() + b"\0")
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            digest.update(_bytes(file.relative_to(self.root).as_posix()) + b"\0")
+            digest.update(bytes.fromhex(sha256(file)))
         return digest.hexdigest()[:16]
 
 
@@ -82,11 +93,13 @@ def corpus(spec: str) -> Corpus:
         if not name:
             raise UserError(f"A hub data set is written hub:NAME or hub:NAME:CONFIG; got {spec!r}.")
         return Corpus(spec, hub=(name, config or None))
-    path = Path(spec).expanduser()
+    path = path_of(spec, "--data")
     if not path.exists():
         raise UserError(f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME.")
     root = path if path.is_dir() else path.parent
     files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]
+    if files == [path] and not path.is_file():  # a pipe would be waited for, a device never ends
+        raise UserError(f"Data is read from files and folders; {spec!r} is neither. Write it to a file first.")
     if not files:
         raise UserError(f"The folder {spec!r} has no {', '.join(TEXT_SUFFIXES)} files.")
     if files[0].suffix not in TEXT_SUFFIXES:
@@ -95,8 +108,9 @@ def corpus(spec: str) -> Corpus:
 
 
 def _read_text(file: Path) -> str:
+    """Without the mark that some editors put at the start (U+FEFF)."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"Data must be UTF-8 text; {file} is not (byte {error.start}). Convert or remove it.") from None
     if "\0" in text:
@@ -105,13 +119,15 @@ def _read_text(file: Path) -> str:
 
 
 def _json_text(file: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"Line {number} of {file} is not JSON: {error}.") from None
+    where = f"Line {number} of {file}"
+    row = parse_json(line, where, parse_int=float)  # a number may have thousands of digits: only the text counts
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
-        raise UserError(f'Line {number} of {file} must be a string or an object with a "text" field.')
+        raise UserError(f'{where} must be a string or an object with a "text" field.')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Mend or remove it.") from None
     return text
 
 
@@ -124,10 +140,18 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
     try:
         with hub_offline(datasets.config, when=unreachable):
             rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        empty = 0
         for number, row in enumerate(rows):
             if "text" not in row:
                 raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
-            yield f"{number}", row["text"]
+            if row["text"] is None:  # a stream is long: what was read so far is worth more than the row
+                empty += 1
+            elif isinstance(row["text"], str):
+                yield f"{number}", row["text"]
+            else:
+                raise UserError(f"The 'text' of data set {name} must be strings; row {number} has a {type(row['text']).__name__}.")
+        if empty:
+            print(f"{empty:,} rows of {name} have no text (null); they were left out.")
     except UserError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:  # ValueError: no such configuration
@@ -168,14 +192,14 @@ class TokenData:
     text_bytes: int
 
 
-def cache_folder() -> Path:
-    base = os.environ.get("CONVERT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "conversion-workbench"
-    return Path(base)
-
-
 def is_held_out(key: str) -> bool:
     """Whether a document belongs to the held-out split: by a hash of its key, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64 < HELD_OUT_SHARE
+    return int.from_bytes(hashlib.sha256(_bytes(key)).digest()[:8]) / 2**64 < HELD_OUT_SHARE
+
+
+def _bytes(name: str) -> bytes:
+    """Of a file's name, also of one that is not UTF-8, the same in every locale."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -202,7 +226,7 @@ def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
             raise UserError(
                 f"The tokens must be cached, and {folder.parent} cannot take them ({error}). Free some space, or set CONVERT_CACHE."
             ) from error
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     parts = [
         Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_starts.npy")) for part in ("train", "held_out")
     ]
@@ -231,9 +255,9 @@ def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> 
             np.save(aside / f"{name}.npy", array)
         for part in raw:
             (aside / part).unlink()
-        digests = {name: _digest(aside / f"{name}.npy") for name in arrays}
+        digests = {name: sha256(aside / f"{name}.npy") for name in arrays}
         meta = {"source": source.spec, "text_bytes": text_bytes, "sha256": digests}
-        (aside / "meta.json").write_text(json.dumps(meta | {"check": _meta_check(meta)}))
+        write_text(aside / "meta.json", json.dumps(sealed(meta)))
         if not folder.exists():  # another process may have finished first, with the same content
             aside.rename(folder)
     finally:
@@ -268,21 +292,12 @@ def _write_raw(source: Corpus, tokenizer, limit: int | None, aside: Path, dtype)
     return starts, text_bytes
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _meta_check(meta: dict) -> str:
-    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-
-
 def _cache_damage(folder: Path) -> str | None:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta.pop("check") != _meta_check(meta):
+        meta = unsealed(parse_json((folder / "meta.json").read_bytes(), "meta.json"))
+        if not isinstance(meta["text_bytes"], int):
             return "meta.json changed"
-        changed = [name for name, digest in meta["sha256"].items() if _digest(folder / f"{name}.npy") != digest]
+        changed = [f"{name}.npy" for name in ARRAYS if sha256(folder / f"{name}.npy") != meta["sha256"][name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(changed)} changed" if changed else None

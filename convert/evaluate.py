@@ -4,13 +4,13 @@ python -m convert.evaluate runs/neox-nano-mamba2
 """
 
 import argparse
-from pathlib import Path
 
 from convert.errors import quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
     from convert.evaluation import LIMIT, evaluate
-    from convert.page import write_page
+    from convert.page import Run, write_report_page
+    from convert.places import path_of
     from convert.run import fail_in_words
     from convert.tasks import TASKS
 
@@ -30,13 +30,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
+        run = path_of(args.folder, "The folder")
+        has_page = (run / "report.json").exists() and path_of(args.out or run, "--out") == run
+        if has_page:
+            Run.read(run)  # what cannot be shown is said before minutes of questions
         evaluate(
             args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
-        run = Path(args.folder)
-        if (run / "report.json").exists() and Path(args.out or run) == run:
-            write_page([run], run / "report.html")
+        if has_page:
+            write_report_page(run)
 
     return fail_in_words(work, args.debug)
 

@@ -6,7 +6,6 @@ Answers go to disk as they come, so that an evaluation that was killed goes on w
 import dataclasses
 import difflib
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +15,19 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert import harness, report, scores
-from convert.checkpoint import write_json
+from convert import harness, lines, manifest, records, report, scores
+from convert.checkpoint import locked
 from convert.console import console
 from convert.data import corpus, tokenize
-from convert.errors import UserError
+from convert.errors import UserError, files_in_words
+from convert.files import write_json
 from convert.final import held_out_of, numbers
+from convert.places import path_of
 from convert.prompts import has_chat_template
 from convert.readings import READINGS, Answer, fits, prompt_ids
+from convert.schemas import AnswerRow
 from convert.tasks import TASKS, Item, Task
-from convert.teachers import Teacher, fingerprint, load_teacher, pick_device, resolve
+from convert.teachers import Teacher, fingerprint, load_teacher, pick_device
 
 LIMIT = 48  # questions of each task (ours: three minutes for two small models on a laptop)
 
@@ -46,20 +48,16 @@ def chosen(names: str | None, tokenizer) -> list[Task]:
 
 
 class Answers:
-    """All answers so far, a line each in `file`. A line that a kill cut short is dropped; None keeps them in memory alone."""
+    """All answers so far, a line each in `file`. A line that a power cut left half is dropped; None keeps them in memory alone."""
 
     def __init__(self, file: Path | None):
         self.file, self.known = file, {}
-        lines = file.read_text().splitlines() if file is not None and file.exists() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-                self._put(row.pop("key"), Answer(**row | {"tokens": tuple(row["tokens"]), "nats": tuple(row["nats"])}))
-            except (ValueError, KeyError, TypeError):
-                continue
-        if lines and not file.read_text().endswith("\n"):
-            with file.open("a") as out:
-                out.write("\n")
+        if file is not None and file.exists():
+            manifest.check(file.parent, file.name)
+            lines.mend(file)
+            for row in records.rows(file, AnswerRow):
+                answer = Answer(row["item"], row["right"], row["said"], row["text"], tuple(row["tokens"]), tuple(row["nats"]))
+                self._put(row["key"], answer)
 
     def _put(self, key: str, answer: Answer) -> None:
         self.known.setdefault(key, {})[answer.item] = answer
@@ -68,9 +66,7 @@ class Answers:
         for answer in answers:
             self._put(key, answer)
         if self.file is not None:
-            lines = [json.dumps({"key": key} | dataclasses.asdict(answer)) + "\n" for answer in answers]
-            with self.file.open("a") as out:
-                out.write("".join(lines))
+            lines.append(self.file, [{"key": key} | dataclasses.asdict(answer) for answer in answers])
 
     def of(self, key: str) -> dict[int, Answer]:
         return self.known.get(key, {})
@@ -108,10 +104,11 @@ def evaluate_tasks(
 def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
     items = task.items(limit, seed)
     if (there := len({item.question for item in items})) < limit:
-        console.print(f"[yellow]{task.name}: there are {there} questions, fewer than the {limit} asked for.[/]")
+        console.print(f"{task.name}: there are {there} questions, fewer than the {limit} asked for.", style="yellow")
     room = set.intersection(*(set(fits(model, tokenizer, task, items)) for model in models.values()))
     if len(room) < len(items):
-        console.print(f"[yellow]{task.name}: {len(items) - len(room)} of {len(items)} prompts are too long for the model and left out.[/]")
+        left_out = f"{len(items) - len(room)} of {len(items)} prompts are too long for the model and left out."
+        console.print(f"{task.name}: {left_out}", style="yellow")
     return [items[i] for i in sorted(room)]
 
 
@@ -123,6 +120,8 @@ def _digest(tokenizer, task: Task, items: list[Item]) -> str:
 
 def _read(model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, key: str, bar: tqdm) -> list[Answer]:
     known = answers.of(key)
+    if known and max(known) >= len(items):
+        raise UserError(f"{answers.file} is damaged: it answers item {max(known)} of {len(items)}. {manifest.WAYS_OUT['answers.jsonl']}.")
     bar.update(len(known))
     for batch in READINGS[reading](model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
         bar.update(sum(answer.item not in known for answer in batch))
@@ -199,6 +198,7 @@ def _behind(gap: float) -> str:
     return f"{abs(gap):.1%} {'behind' if gap >= 0 else 'ahead'}"
 
 
+@files_in_words()
 def evaluate(
     folder: str | Path, *, tasks: str | None = None, limit: int | None = None, lm_eval: str | None = None, device: str = "auto",
     out: str | Path | None = None, trust_remote_code: bool = False,
@@ -212,49 +212,58 @@ def evaluate(
         raise UserError(f"--limit must be at least 1; got {limit}.")
     if lm_eval:
         harness.find(lm_eval)  # wrong names are said before anything is asked
-    device, run = pick_device(device), Path(folder)
+    device, run, old = pick_device(device), path_of(folder, "The folder"), {}
     if (run / "ledger.json").exists() or (run / "report.json").exists():
-        old = _stored(run)
-        taught = load_teacher(old["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
-        if fingerprint(taught.model) != old["settings"]["teacher_fingerprint"]:
-            raise UserError(
-                f"A student stands beside its own teacher; {old['settings']['teacher']} has other weights here than when {run} was made. "
-                "Evaluate where those are, or repeat the run."
-            )
-        student = load_teacher(str(run.absolute()), device=device).model  # not an alias of that name
-        models, out = {"teacher": taught.model, "student": student}, Path(out or run)
-        asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
-        new = old if tasks or lm_eval else old | _measured_again(models["student"], taught, old["settings"])
-        if new is not old:
-            report.show(new, console)
+        models, taught, old = _of_run(run, device, trust_remote_code)
+        out = path_of(out or run, "--out")
     else:
         taught = load_teacher(str(folder), device=device, trust_remote_code=trust_remote_code)
-        models, out, new = {"teacher": taught.model}, Path(out or f"runs/evaluation-{resolve(str(folder)).name}"), {}
-        asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
+        models, out = {"teacher": taught.model}, path_of(out or f"runs/evaluation-{taught.source.name}", "--out")
+    asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
     out.mkdir(parents=True, exist_ok=True)
-    found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit or LIMIT, file=out / "answers.jsonl")
-    if asked:
-        write(found, out / "evaluation.json")
-        show(found, console)
-    if lm_eval:
-        found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
-        write(found, out / "evaluation.json")
-        harness.show(found["lm_eval"], console)
-    console.print(f"[dim]{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.[/]")
-    return new | {"evaluation": found}
+    with locked(out):
+        earlier(out)  # damage is said before anything is asked
+        if old and not (tasks or lm_eval):
+            old |= _measured_again(models["student"], taught, old["settings"])
+            report.show(old, console)
+        found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit or LIMIT, file=out / "answers.jsonl")
+        if asked:
+            write(found, out / "evaluation.json")
+            show(found, console)
+        if lm_eval:
+            found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
+            write(found, out / "evaluation.json")
+            harness.show(found["lm_eval"], console)
+    console.print(f"{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.", style="dim")
+    return old | {"evaluation": found}
+
+
+def _of_run(run: Path, device: str, trust_remote_code: bool) -> tuple[dict[str, PreTrainedModel], Teacher, dict]:
+    """Both models, and the report."""
+    found = records.report(run)
+    taught = load_teacher(found["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
+    if fingerprint(taught.model) != found["settings"]["teacher_fingerprint"]:
+        raise UserError(
+            f"A student stands beside its own teacher; {found['settings']['teacher']} has other weights here than when {run} was made. "
+            "Evaluate where those are, or repeat the run."
+        )
+    student = load_teacher(str(run.absolute()), device=device).model  # not an alias of that name
+    return {"teacher": taught.model, "student": student}, taught, found
+
+
+def earlier(folder: Path) -> dict:
+    """What an evaluation in this folder found before."""
+    return records.evaluation(folder) or {}
 
 
 def write(found: dict, file: Path) -> None:
     """Together with what earlier evaluations of the same models found: of each task what was asked most questions."""
-    try:
-        earlier = json.loads(file.read_text())
-    except (OSError, ValueError):
-        earlier = {}
-    merged = dict(found)
-    if earlier.get("models") == found["models"]:
+    before, merged = earlier(file.parent), dict(found)
+    if before.get("models") == found["models"]:
         for key in ("rows", "gaps", "lm_eval"):
-            merged[key] = _most(earlier.get(key, []), found.get(key, []))
-    write_json(file, merged)
+            merged[key] = _most(before.get(key, []), found.get(key, []))
+    with manifest.renewing(file.parent, file.name, "answers.jsonl"):
+        write_json(file, merged)
 
 
 def _most(earlier: list[dict], later: list[dict]) -> list[dict]:
@@ -264,24 +273,10 @@ def _most(earlier: list[dict], later: list[dict]) -> list[dict]:
     return [row for row in earlier if row["task"] in kept] + [row for row in later if row["task"] not in kept]
 
 
-def _stored(run: Path) -> dict:
-    if not (run / "report.json").exists():
-        raise UserError(f"A finished run has a report.json; {run} has none. Finish it by repeating its convert.run command.")
-    try:
-        stored = json.loads((run / "report.json").read_text())
-        return stored if stored["settings"]["teacher"] and stored["settings"]["teacher_fingerprint"] else {}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"The report {run / 'report.json'} is damaged. Repeat the run's convert.run command: it writes the report again."
-        ) from None
-
-
 def _measured_again(student, taught: Teacher, settings: dict) -> dict:
     trains = [step["settings"] for step in settings["steps"] if step["kind"] == "Train"]
     tokens = sum(train["tokens"] for train in trains)
     text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=tokens)
     if text.fingerprint != settings["data_fingerprint"]:
-        console.print(
-            f"The data {settings['data']} changed since the run, so its held-out text is another one.", markup=False, style="yellow"
-        )
+        console.print(f"The data {settings['data']} changed since the run, so its held-out text is another one.", style="yellow")
     return numbers(student, taught, text, held_out_of(text, tokens, trains[-1]["seq_len"], trains[-1]["micro_tokens"]))

@@ -9,12 +9,12 @@ from pathlib import Path
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from convert import charts, evaluation, report
-from convert.console import duration, size
-from convert.errors import UserError
+from convert import charts, evaluation, manifest, records, report
+from convert.console import duration, size, visible
+from convert.files import write_text
+from convert.schemas import LENGTH
 from convert.tasks import LETTERS
 
-LENGTH = "8192"  # of the context at which caches are compared
 POINTS = 300  # of a curve
 
 
@@ -30,35 +30,25 @@ class Run:
 
     @staticmethod
     def read(folder: Path) -> "Run":
-        if not (folder / "report.json").exists():
-            raise UserError(
-                f"A finished run has a report.json; {folder} has none. Give run folders, or finish it by repeating its command."
-            )
-        found = _json(folder / "report.json", {})
-        told = _json(folder / "evaluation.json", found.get("evaluation", {"rows": [], "gaps": []}))
-        metrics = tuple(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-        return Run(folder.name, found, told, metrics, _json(folder / "context.json", {}))
-
-
-def _json(file: Path, otherwise: dict) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else otherwise
-    except ValueError as error:
-        raise UserError(
-            f"{file} must be JSON and is damaged ({error}). Remove it, or make it again with the command that wrote it."
-        ) from None
+        found = records.report(folder)
+        told = records.evaluation(folder) or found["evaluation"]
+        return Run(visible(folder.name or folder.resolve().name), found, told, tuple(records.metrics(folder)), records.context(folder))
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:
     runs = [Run.read(folder) for folder in folders]
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".writing")
-    aside.write_text(page(runs), encoding="utf-8")
-    aside.replace(out)
+    write_text(out, page(runs))
+
+
+def write_report_page(run: Path) -> None:
+    """The page of a run, in its folder."""
+    with manifest.renewing(run, "report.html"):
+        write_page([run], run / "report.html")
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The HTML."""
+    """The HTML. All that is not Markup is escaped, by the template."""
     environment = Environment(autoescape=True, trim_blocks=False)
     template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     one = runs[0] if len(runs) == 1 else None
@@ -117,7 +107,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _chart(title: str, svg: str) -> dict:
+def _chart(title: str, svg: Markup) -> dict:
     return {"title": title, "svg": svg}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -210,9 +209,9 @@ def check_space(plan: Plan, folder: Path) -> str | None:
 
 def show(plan: Plan, console: Console) -> None:
     """The table a person reads before starting."""
-    console.print(f"[bold]{escape(plan.teacher)}[/] -> [bold]{plan.target}[/]   data {escape(plan.data)}, device {plan.device}")
+    console.print(f"{plan.teacher} -> {plan.target}   data {plan.data}, device {plan.device}", style="bold")
     for reason in plan.refusals:
-        console.print(f"[red]refused:[/] {escape(reason)}")
+        console.print(f"refused: {reason}", style="red")
     if plan.refusals:
         return
     table = Table(box=box.SIMPLE_HEAD)
@@ -228,7 +227,7 @@ def show(plan: Plan, console: Console) -> None:
         f"teacher {count(plan.parameters_teacher)} parameters, student {count(plan.parameters_student)}; about {duration(total)} of training, {size(plan.disk_bytes)} of disk"
     )
     for line in plan.assumptions:
-        console.print(f"[dim]assumes {line}[/]")
+        console.print(f"assumes {line}", style="dim")
 
 
 def physical_memory() -> int:

@@ -9,12 +9,12 @@ import re
 import sys
 import traceback
 
-from convert.errors import Interrupted, UserError, quick_to_stop
+from convert.errors import Interrupted, UserError, files_in_words, quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
     from convert import plan as planning
     from convert import recipes
-    from convert.console import console
+    from convert.console import console, visible
     from convert.conversion import default_recipe, run
     from convert.data import corpus
     from convert.teachers import pick_device, read_config, resolve
@@ -32,7 +32,8 @@ def number_of_tokens(text: str) -> int:
 def fail_in_words(work, debug: bool) -> int:
     """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user."""
     try:
-        work()
+        with files_in_words():
+            work()
         return 0
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -43,17 +44,12 @@ def fail_in_words(work, debug: bool) -> int:
     except Exception as error:
         if debug or os.environ.get("CONVERT_DEBUG"):
             traceback.print_exc()
-        outside = isinstance(error, OSError) and error.errno is not None  # disks and permissions, not our code
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        elif outside:
-            print(f"error: A file cannot be read or written: {error}. Mend that; the same command goes on from there.", file=sys.stderr)
-        else:
-            print(
-                f"error: This is a defect of ours: {type(error).__name__}: {error} (CONVERT_DEBUG=1 before the command shows where)",
-                file=sys.stderr,
-            )
-        return 2 if isinstance(error, UserError) or outside else 1
+            print(f"error: {visible(str(error))}", file=sys.stderr)
+            return 2
+        what = visible(f"{type(error).__name__}: {error}", keep="\n\t")
+        print(f"error: This is a defect of ours: {what} (CONVERT_DEBUG=1 before the command shows where)", file=sys.stderr)
+        return 1
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,32 +4,33 @@ import shutil
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from convert import native, report
 from convert.console import console
 from convert.data import TokenData
-from convert.errors import UserError
+from convert.errors import UserError, disk_reason
 from convert.export import check_in_clean_process, export, export_native
 from convert.teachers import Teacher
 
 
 def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
     """Write model/, and read it back in a process that does not know this project."""
-    console.print("[bold]export[/]")
+    console.print("export", style="bold")
     export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
     found = _checked(student, folder, text, trust_remote_code=True) | {"dtype": str(taught.dtype).removeprefix("torch.")}
     if reason := native.obstacle(student):
-        console.print(f"[dim]transformers has no architecture for this student ({reason}): model/ brings its code along.[/]")
+        console.print(f"transformers has no architecture for this student ({reason}): model/ brings its code along.", style="dim")
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
         export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
         checked = _checked(student, beside, text, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
-        console.print(f"[yellow]native/ could not be made: {escape(str(error))}[/]")
+        if disk_reason(error):
+            raise
+        console.print(f"native/ could not be made: {error}", style="yellow")
         return found | {"native": {"obstacle": f"the export as a {kind} failed: {error}"}}
-    console.print(f"[dim]native/ is the same student as a {kind}, without code of ours.[/]")
+    console.print(f"native/ is the same student as a {kind}, without code of ours.", style="dim")
     return found | {"native": {"model_type": kind} | checked}
 
 

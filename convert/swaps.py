@@ -44,7 +44,7 @@ def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, i
     kept = sorted(ranked[: step.keep.count(len(before))])
     selection.put(student, before)
     student = swap(student, step.mixer, step.options, tuple(layer for layer in before if layer not in kept), inputs).eval()
-    console.print(f"[dim]kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}[/]")
+    console.print(f"kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}", style="dim")
     return student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}}
 
 
@@ -68,13 +68,14 @@ def _exact_swap(step: Swap, student, start: Callable, text: TokenData, edited: t
     change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
     checked = {"tokens": length, "max_abs_logit": worst, "allowed": max(1e-4, 1e-5 * largest), "perplexity_change": change}
     console.print(
-        f"[dim]hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity by {change:.1e}[/]"
+        f"hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity by {change:.1e}",
+        style="dim",
     )
     fine = worst <= checked["allowed"]
     if not fine and student.device.type != "mps":  # which has no float64
         checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch, edited, inputs)
         fine = checked["max_abs_logit_float64"] <= checked["allowed"]
-        console.print(f"[dim]in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}[/]")
+        console.print(f"in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}", style="dim")
     if not (fine and change < 1e-4):
         raise UserError(
             f"The hand-over to {step.mixer} must not change the function, and it did: {checked}. If you set {step.name}.exact, or options that "

@@ -1,13 +1,13 @@
 """What is measured while a run goes: a JSON line for each step, always; Weights & Biases beside it."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from convert import lines, manifest, records
 from convert.console import console
 from convert.dashboard import Dashboard
 from convert.errors import UserError
+from convert.schemas import Metric, Text
 
 
 class Track:
@@ -17,6 +17,9 @@ class Track:
     def __init__(self, folder: Path, *, mode: str | None, config: dict, name: str):
         self.file = folder / "metrics.jsonl"
         self.texts = folder / "generations.jsonl"
+        for file, kind in ((self.file, Metric), (self.texts, Text)):
+            lines.mend(file)
+            all(records.rows(file, kind))  # damage is said before anything is trained
         self.written: list[dict] = []
         self.stage = ""
         self.tokens_before = self.steps_before = 0
@@ -30,26 +33,27 @@ class Track:
 
     def resume(self, step: int) -> None:
         """The stage goes on after `step` (0: from its start): its lines after that, from before a crash, are dropped."""
-        for file in (self.file, self.texts):
-            if file.exists():
-                rows = [line for line in file.read_text().splitlines() if _stays(line, self.stage, step)]
-                aside = file.with_suffix(".writing")
-                aside.write_text("".join(row + "\n" for row in rows))
-                os.replace(aside, file)
+        with manifest.renewing(self.file.parent, self.file.name, self.texts.name):
+            for file in (self.file, self.texts):
+                lines.keep(file, lambda row: row["stage"] != self.stage or row["step"] <= step)
+        lost = sorted(set(range(1, step + 1)) - {row["step"] for row in self.rows(self.stage)})
+        if lost:
+            console.print(
+                f"{self.file} lacks {len(lost)} of the {step} lines of {self.stage}, from step {lost[0]} on: its curve has a gap there.",
+                style="yellow",
+            )
 
     def rows(self, stage: str) -> list[dict]:
         """The lines of one stage."""
-        return [row for row in map(json.loads, self.file.read_text().splitlines()) if row["stage"] == stage]
+        return [row for row in lines.read(self.file) if row["stage"] == stage]
 
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         row = {"stage": self.stage, "step": step, "global_step": self.steps_before + step, "tokens": self.tokens_before + tokens} | numbers
         place = {key: row[key] for key in ("stage", "step", "global_step", "tokens")}
         if self.written:
-            with self.texts.open("a") as file:
-                file.writelines(json.dumps(place | text) + "\n" for text in self.written)
-        with self.file.open("a") as file:
-            print(json.dumps(row), file=file)
-        texts = [json.loads(line) for line in self.texts.read_text().splitlines()] if self.dashboard and self.written else []
+            lines.append(self.texts, [place | text for text in self.written])
+        lines.append(self.file, [row])
+        texts = lines.read(self.texts) if self.dashboard and self.written else []
         self._tell(lambda board: board.log(row, numbers, texts))
         self.written = []
 
@@ -78,15 +82,5 @@ class Track:
         except UserError:
             raise
         except Exception as error:
-            console.print(
-                f"W&B failed ({type(error).__name__}: {error}); the run goes on without it, metrics.jsonl has everything.", markup=False
-            )
+            console.print(f"W&B failed ({type(error).__name__}: {error}); the run goes on without it, metrics.jsonl has everything.")
             self.dashboard = None
-
-
-def _stays(line: str, stage: str, resume_step: int) -> bool:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # the line that a kill cut short
-        return False
-    return row["stage"] != stage or row["step"] <= resume_step

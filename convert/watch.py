@@ -80,7 +80,7 @@ class Watch:
             numbers |= {"held_out/generation": sum(shares) / len(shares), "held_out/generation_gap": sum(gaps) / len(gaps)}
         self.stopped_by = next((rule for rule in self.rules if rule.holds(numbers)), None)
         if self.stopped_by:
-            console.print(f"[yellow]The run stops here, by --stop-when {self.stopped_by.text}.[/]")
+            console.print(f"The run stops here, by --stop-when {self.stopped_by.text}.", style="yellow")
         return numbers
 
     def _questions(self) -> list[tuple[Task, list[Item]]]:

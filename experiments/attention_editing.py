@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from convert import recipes, run
+from convert.console import Console
 from convert.conversion import finished
 from convert.recipes import Recipe, Train, with_setting
 from convert.run import number_of_tokens

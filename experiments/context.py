@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ from transformers.cache_utils import Cache
 from convert import load_teacher, measure
 from convert.batches import held_out_batches
 from convert.cache import StateLayer, layer_bytes
-from convert.console import duration, size
+from convert.console import Console, duration, size
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.mixers import MLA

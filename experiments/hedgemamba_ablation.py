@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from convert import load_teacher, recipes, stages
 from convert.batches import Batches, held_out_batches
+from convert.console import Console
 from convert.data import corpus, tokenize
 from convert.final import held_out
 from convert.measure import perplexity

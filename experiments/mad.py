@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from convert.console import Console
 from convert.errors import UserError
 from convert.mixers import MIXERS
 from convert.mixers.parts import project_gradients

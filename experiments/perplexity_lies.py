@@ -16,10 +16,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from convert import charts, load_teacher, recipes, run
+from convert.console import Console
 from convert.conversion import finished
 from convert.evaluation import chosen, evaluate_tasks
 from convert.recipes import Recipe, with_setting

@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from convert.console import Console
 from convert.evaluation import chosen, evaluate_tasks
 from convert.harness import run_harness
 from convert.run import fail_in_words

@@ -12,12 +12,12 @@ import dataclasses
 import time
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from convert import load_teacher, recipes, stages
 from convert.batches import Batches
+from convert.console import Console
 from convert.data import corpus, tokenize
 from convert.model import swap
 from convert.recipes import Train

@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from convert import run
+from convert.console import Console
 from convert.conversion import default_recipe, finished
 from convert.dashboard import PROJECT, has_key, is_reachable
 from convert.errors import UserError

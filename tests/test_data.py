@@ -182,7 +182,7 @@ def test_a_failure_leaves_no_partial_cache(step, folder, tokenizer, cache, monke
         if step in ("first file", "last file"):
             m.setattr(np, "save", fail(np.save, 1 if step == "first file" else 4))
         elif step == "meta":
-            m.setattr(data.Path, "write_text", fail(data.Path.write_text, 1))
+            m.setattr(data, "write_text", fail(data.write_text, 1))
         else:
             m.setattr(data.Path, "rename", fail(data.Path.rename, 1))
         with pytest.raises(UserError, match="cannot take them .No space left"):

@@ -12,6 +12,8 @@ OURS = ("kernels", "convert", "experiments")
 RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("kernels",),
     ("convert.errors", "convert.console", "convert.network", "convert.fields"),
+    ("convert.files", "convert.places"),
+    ("convert.lines", "convert.manifest"),
     ("convert.projections",),
     ("convert.mixers",),
     ("convert.cache",),
@@ -21,6 +23,8 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.objectives", "convert.prompts", "convert.data", "convert.teachers", "convert.teacher_files"),
     ("convert.batches",),
     ("convert.tasks",),
+    ("convert.schemas",),
+    ("convert.records",),
     ("convert.readings", "convert.stages"),
     ("convert.recipes", "convert.calibration", "convert.measure"),
     ("convert.dashboard", "convert.checkpoint", "convert.report", "convert.refusals", "convert.selection", "convert.native"),

@@ -112,7 +112,7 @@ def test_a_damaged_file_is_a_sentence(finished_run, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(finished_run, mine)
     (mine / "context.json").write_text('{"costs": [')
-    with pytest.raises(UserError, match=r"context\.json must be JSON and is damaged"):
+    with pytest.raises(UserError, match=r"context\.json is damaged: it is not JSON: .* Remove it, and measure again"):
         write_page([mine], tmp_path / "page.html")
 
 

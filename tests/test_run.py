@@ -356,7 +356,7 @@ def test_a_checkpoint_without_room_for_its_digest_leaves_nothing_behind(tmp_path
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sha256", full)
+    monkeypatch.setattr(checkpoint, "sha256", full)
     folder = checkpoint.StepFolder(tmp_path, 2, "distill")
     with pytest.raises(UserError, match="Free some space; the same command goes on from the last one."):
         folder.save(1, {"step": 1})
