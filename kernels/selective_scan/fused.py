@@ -27,12 +27,6 @@ def _through(a, x):
 
 
 @triton.jit
-def _both(a, b):
-    """The decay of two steps."""
-    return tl.where((a < 0) | (b < 0), -1.0, a * b)
-
-
-@triton.jit
 def _one(a, x, b, y):
     """Step (a, x), h -> a h + x, then step (b, y)."""
     return a * b, x * b + y
@@ -45,12 +39,15 @@ def _two(a, x, v, b, y, w):
 
 @triton.jit
 def _one_of_documents(a, x, b, y):
-    return _both(a, b), _through(b, x) + y
+    """The same where a decay may be -1: two steps that a document starts in let nothing through."""
+    anew = b < 0  # calls inside a scan would be slow in the interpreter, so `_through` is spelled out
+    return tl.where(anew | (a < 0), -1.0, a * b), tl.where(anew, 0.0, x * b) + y
 
 
 @triton.jit
 def _two_of_documents(a, x, v, b, y, w):
-    return _both(a, b), _through(b, x) + y, _through(b, v) + w
+    anew = b < 0
+    return tl.where(anew | (a < 0), -1.0, a * b), tl.where(anew, 0.0, x * b) + y, tl.where(anew, 0.0, v * b) + w
 
 
 @triton.jit
