@@ -1,4 +1,4 @@
-"""Compiling a kernel's C++ for this machine's CPU: plain g++ or clang++, once, into a cache.
+"""Compiling a kernel's C++ for this machine's CPU: plain g++ or clang++, once, into a cache (trust.py).
 
 The library is written beside its place and renamed: a killed build leaves nothing that a later one waits for.
 """
@@ -20,16 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kernels.trust import cache, close_to_others, keep, why_no_folder, why_not_sound
+
 LOCK = threading.RLock()  # around the first use, which compiles
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
-
-
-def cache() -> Path:
-    """Where libraries are kept: CONVERT_KERNELS, else a folder of CONVERT_CACHE or of ~/.cache/conversion-workbench."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(
-        os.environ.get("CONVERT_KERNELS") or Path(os.environ.get("CONVERT_CACHE") or Path(caches) / "conversion-workbench") / "kernels"
-    )
 
 
 @functools.cache
@@ -44,15 +38,32 @@ def library(source: Path) -> ctypes.CDLL | str:
     texts = [file.read_bytes() for file in (source, *sorted(source.parent.parent.glob("*.h")))]
     facts = repr((texts, compiler, version, torch.__version__, _processor(), FLAGS))
     target = cache() / f"{source.parent.name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
-    for _ in range(2):
-        if not target.exists() and (problem := _compile(compiler, source, target)):
+    return _cached(target, lambda: _compile(compiler, source, target))
+
+
+def _cached(target: Path, make: Callable[[], str | None]) -> ctypes.CDLL | str:
+    """The library, made anew if it is not there or must not be loaded; or a sentence that says why there is none."""
+    try:
+        was_open = target.parent.exists() and close_to_others(target.parent)
+        if problem := why_no_folder(target.parent):
             return problem
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError as error:  # damaged: made again, once
-            problem = f"{target} does not load ({error}); delete it"
-            target.unlink(missing_ok=True)
-    return problem
+        problem = "was in a folder that other users could write to" if was_open else why_not_sound(target)
+        for again in (False, True):
+            if problem is None:
+                try:
+                    return ctypes.CDLL(str(target))
+                except OSError as error:
+                    problem = f"does not load ({error})"
+            if again:
+                break
+            if os.path.lexists(target):
+                print(f"The compiled library {target} {problem}, so it is not used.", file=sys.stderr)
+            if failure := make():
+                return failure
+            problem = why_not_sound(target)
+    except OSError as error:
+        problem = f"cannot be read ({error})"
+    return f"{target} {problem}; delete it"
 
 
 def why_not_compiled(device: str, dtype: torch.dtype, native: Callable[[], ctypes.CDLL | str]) -> str | None:
@@ -99,15 +110,12 @@ def lanes(found: ctypes.CDLL, t: Tensor) -> int:
 def _compile(compiler: str, source: Path, target: Path) -> str | None:
     print(f"Compiling {source.parent.name} for this processor (once, about 10 seconds).", file=sys.stderr)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as side:
             aside = Path(side) / target.name
             for openmp in (["-fopenmp"], []):  # Apple's clang has none: one thread then
                 done = subprocess.run([compiler, *FLAGS, *openmp, str(source), "-o", str(aside)], capture_output=True, text=True)
                 if done.returncode == 0:
-                    with aside.open("rb") as file:
-                        os.fsync(file.fileno())
-                    aside.replace(target)
+                    keep(aside, target)
                     return None
                 if "omp" not in done.stderr:
                     break

@@ -4,6 +4,10 @@ The lists beside the kernels hold what `python -m kernels.audit` found to compil
 """
 
 import os
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -23,3 +27,9 @@ def tuned(*choices: tuple[int, int], key: list[str], restore: tuple[str, ...] = 
 def bucket(length: int) -> int:
     """Sequences up to the same power of two, from 256 on, share a choice."""
     return max(256, triton.next_power_of_2(length))
+
+
+def on_device_of(t: Tensor):
+    """Triton launches on the current device, so it must be that of t (autograd sets it for a backward pass). torch.compile does that by
+    itself, and could not look into torch.cuda.device_of."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(t)

@@ -4,7 +4,7 @@ Four kernels: `carry` walks over the chunks and leaves the state at each (backwa
 all chunks at once. What has to be added up over blocks goes to a slice of its own and is summed afterwards: no atomics, one order.
 
 Q steps of a chunk · N state · P channel · r reading · F log of the decay since the chunk's start, as a sum of two float32
-into: state to t · out: t to the chunk's end · keep: state to the chunk's end
+into: state to t · out: t to the chunk's end · keep: state to the chunk's end; all three -1 where a document starts between
 """
 
 import os
@@ -20,7 +20,7 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
-from kernels.tune import bucket, tuned
+from kernels.tune import bucket, on_device_of, tuned
 
 WHOLE = 16  # columns: rows that start at whole vectors need half the registers
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -50,13 +50,30 @@ def _store(base, rows, columns, row_stride, real_rows, real_columns, values):
 
 
 @triton.jit
+def _through(decay, values):
+    """Nothing where a document starts between (decay < 0), not even a NaN."""
+    return tl.where(decay < 0, 0.0, decay * values)
+
+
+@triton.jit
+def _seen_sum(weights, values, seen):
+    """weights values, over the values [rows, columns] that each row sees; one that is not finite makes those rows NaN, and no other."""
+    finite = tl.abs(values.to(tl.float32)) < float("inf")
+    result = _dot(weights.to(values.dtype), tl.where(finite, values, 0.0).to(values.dtype))
+    if tl.min(finite.to(tl.int32)) == 0:
+        reached = _dot(seen.to(values.dtype), tl.where(finite, 0.0, 1.0).to(values.dtype))
+        result = tl.where(reached > 0, float("nan"), result)
+    return result
+
+
+@triton.jit
 def _decays(high, low, ids, q, DOCUMENTS: tl.constexpr):
-    """exp(F_t - F_s) [t, s]; 0 where s > t, or in another document."""
+    """exp(F_t - F_s) [t, s], and whether t sees s: not where s > t, or in another document."""
     fall = (tl.load(high + q)[:, None] - tl.load(high + q)[None, :]) + (tl.load(low + q)[:, None] - tl.load(low + q)[None, :])
     seen = q[:, None] >= q[None, :]
     if DOCUMENTS:
         seen = seen & (tl.load(ids + q)[:, None] == tl.load(ids + q)[None, :])
-    return tl.exp(tl.where(seen, fall, -float("inf")))
+    return tl.exp(tl.where(seen, fall, -float("inf"))), seen
 
 
 @triton.jit
@@ -88,11 +105,12 @@ def carry_kernel(
         _store(states + (head * chunks + c) * N * P, n, p, P, N, P, state)
         rows, row = L - c * Q, (b * L + c * Q) * H + h
         scale_Q = tl.load(scale + (head * chunks + c) * Q + q)
-        state *= tl.load(keep + head * chunks + c)
+        state = _through(tl.load(keep + head * chunks + c), state)
         for r in tl.range(0, R, num_stages=1):
             left_QN = _tile(left + (row * R + r) * N, q, n, H * R * N, rows, N)
             right_QP = _tile(right + (row * R + r) * P, q, p, H * R * P, rows, P)
-            state += _dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
+            left_QN = tl.where(scale_Q[:, None] < 0, 0.0, left_QN).to(left_QN.dtype)
+            state += _dot(tl.trans(left_QN), _through(scale_Q[:, None], right_QP).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
@@ -107,7 +125,7 @@ def outputs_kernel(
     b, h = head // H, head % H
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
     rows, row, step = L - c * Q, (b * L + c * Q) * H + h, (head * chunks + c) * Q
-    decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     x_QP = _tile(x + row * P, q, p, H * P, rows, P)
     into_Q = tl.load(into + step + q)
     for r in tl.range(0, R, num_stages=1):
@@ -117,7 +135,7 @@ def outputs_kernel(
             C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
             scores_QQ += _dot(C_QN, tl.trans(_tile(B + row * N, q, n, H * N, rows, N)))
             y_QP += _dot(C_QN, _tile(states + (head * chunks + c) * N * P, n, p, P, N, P))
-        y_QP = y_QP * into_Q[:, None] + _dot((scores_QQ * decay_QQ).to(x_QP.dtype), x_QP)
+        y_QP = _through(into_Q[:, None], y_QP) + _seen_sum(tl.where(seen, scores_QQ * decay_QQ, 0.0), x_QP, seen)
         _store(y + (row * R + r) * P, q, p, H * R * P, rows, P, y_QP)
 
 
@@ -142,19 +160,20 @@ def values_gradient_kernel(
         dS_NP = _tile(dstates + state, n, p, P, N, P)
         dx_QP += _dot(_tile(B + row * N, q, n, H * N, rows, N), dS_NP)
         carried_P += tl.sum(dS_NP.to(tl.float32) * _tile(states + state, n, p, P, N, P).to(tl.float32), 0)
-    dx_QP *= tl.load(out + step + q)[:, None]
+    dx_QP = _through(tl.load(out + step + q)[:, None], dx_QP)
     through_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
     after = q[:, None] > q[None, :]
     E_QQ = tl.zeros((Q, Q), tl.float32)
-    decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, rows, N, Q, BLOCK_N) * decay_QQ
+        G_QQ = tl.where(seen, G_QQ, 0.0)
         dy_QP = _tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P)
-        dx_QP += _dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
-        E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
+        dx_QP += _seen_sum(tl.trans(G_QQ), dy_QP, tl.trans(seen))
+        E_QQ += tl.where(seen, G_QQ * _dot(dy_QP, tl.trans(x_QP)), 0.0)
     _store(dx + row * P, q, p, H * P, rows, P, dx_QP)
     dlog_Q = tl.sum(tl.where(after, tl.cumsum(E_QQ, 0, reverse=True) + through_Q[None, :], 0.0), 1)
-    tl.store(dlog + slice_P * Q + step + q, dlog_Q + tl.load(keep + head * chunks + c) * tl.sum(carried_P, 0))
+    tl.store(dlog + slice_P * Q + step + q, dlog_Q + _through(tl.load(keep + head * chunks + c), tl.sum(carried_P, 0)))
 
 
 @tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
@@ -174,20 +193,21 @@ def keys_gradient_kernel(
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         dB_QN += _dot(_tile(x + row * P, q, p, H * P, rows, P), tl.trans(_tile(dstates + state, n, p, P, N, P)))
-    dB_QN *= out_Q[:, None]
-    decay_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    dB_QN = _through(out_Q[:, None], dB_QN)
+    decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     of_into_Q = tl.zeros((Q,), tl.float32)
     for r in tl.range(0, R, num_stages=1):
         dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             dC_QN += _dot(_tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P), tl.trans(_tile(states + state, n, p, P, N, P)))
-        dC_QN *= into_Q[:, None]
+        dC_QN = _through(into_Q[:, None], dC_QN)
         C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
         of_into_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
         H_QQ = (_scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, rows, P, Q, BLOCK_P) * decay_QQ).to(B_QN.dtype)
-        dC_QN += _dot(H_QQ, B_QN)
-        dB_QN += _dot(tl.trans(H_QQ), C_QN)
+        H_QQ = tl.where(seen, H_QQ, 0.0).to(B_QN.dtype)
+        dC_QN += _seen_sum(H_QQ, B_QN, seen)
+        dB_QN += _seen_sum(tl.trans(H_QQ), C_QN, tl.trans(seen))
         _store(dC + (row * R + r) * N, q, n, H * R * N, rows, N, dC_QN)
     _store(dB + row * N, q, n, H * N, rows, N, dB_QN)
     slice_N = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks
@@ -207,7 +227,9 @@ class _Chunks(NamedTuple):
 
 def _chunks(log_decay: Tensor, document_ids: Tensor | None, Q: int) -> _Chunks:
     extra = -log_decay.shape[1] % Q
-    fall = F.pad(log_decay.mT.double(), (0, extra)).unflatten(2, (-1, Q)).cumsum(3)  # [batch, H, chunks, Q]
+    log_decay = F.pad(log_decay.mT, (0, extra)).unflatten(2, (-1, Q))  # [batch, H, chunks, Q]
+    finite = log_decay.isfinite()  # one that is not is NaN at its step alone: in the sum it would reach the chunk's other documents
+    fall = log_decay.masked_fill(~finite, 0).double().cumsum(3) + (log_decay - log_decay)
     into, out = fall.exp(), (fall[..., -1:] - fall).exp()
     keep = into[..., -1]
     if document_ids is None:
@@ -215,7 +237,8 @@ def _chunks(log_decay: Tensor, document_ids: Tensor | None, Q: int) -> _Chunks:
     else:
         ids = F.pad(document_ids.double(), (0, extra), mode="replicate").int().unflatten(1, (-1, Q))[:, None]
         before = torch.cat([ids[:, :, :1, 0], ids[:, :, :-1, -1]], 2)
-        into, out, keep = into * (ids == before[..., None]), out * (ids == ids[..., -1:]), keep * (ids[..., -1] == before)
+        into, out = into.masked_fill(ids != before[..., None], -1), out.masked_fill(ids != ids[..., -1:], -1)
+        keep = keep.masked_fill(ids[..., -1] != before, -1)
     high = fall.float()
     return _Chunks(*(t.contiguous() for t in (high, (fall - high).float(), ids, into.float(), out.float(), keep.float())))
 
@@ -277,6 +300,6 @@ def chunk_scan_triton(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor,
     P, N = x.shape[-1], B.shape[-1]
     x, B, C = (F.pad(t, (0, -t.shape[-1] % WHOLE)) for t in (x, B, C))
     S = F.pad(S, (0, -P % WHOLE, 0, -N % WHOLE))
-    with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it for the backward pass
+    with on_device_of(x):
         y, S = FusedScan.apply(x, log_decay, B, C, S, document_ids)
     return y[..., :P], S[..., :N, :P]

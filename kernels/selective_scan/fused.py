@@ -14,10 +14,16 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
-from kernels.tune import bucket, tuned
+from kernels.tune import bucket, on_device_of, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _through(a, x):
+    """What a step of decay a lets through: nothing where a document starts (a < 0), not even a NaN."""
+    return tl.where(a < 0, 0.0, a * x)
 
 
 @triton.jit
@@ -32,39 +38,58 @@ def _two(a, x, v, b, y, w):
 
 
 @triton.jit
-def _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES: tl.constexpr):
-    """The states after each step of a chunk that starts from h (and from ones): [T, N] each."""
-    x = (delta_T * u_T)[:, None] * B_TN
-    if ONES:
-        fall, h, ones = tl.associative_scan((a_TN, x, delta_T[:, None] * B_TN), 0, _two)
-        ones += fall * ones_N[None, :]
-    else:
-        fall, h = tl.associative_scan((a_TN, x), 0, _one)
-        ones = h
-    return h + fall * h_N[None, :], ones
+def _one_of_documents(a, x, b, y):
+    """The same where a decay may be -1: two steps that a document starts in let nothing through."""
+    anew = b < 0  # calls inside a scan would be slow in the interpreter, so `_through` is spelled out
+    return tl.where(anew | (a < 0), -1.0, a * b), tl.where(anew, 0.0, x * b) + y
 
 
 @triton.jit
-def _kept(a_TN, delta_T, u_T, B_TN, h_N, ones_N, first, ONES: tl.constexpr):
+def _two_of_documents(a, x, v, b, y, w):
+    anew = b < 0
+    return tl.where(anew | (a < 0), -1.0, a * b), tl.where(anew, 0.0, x * b) + y, tl.where(anew, 0.0, v * b) + w
+
+
+@triton.jit
+def _scan(a, x, v, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, REVERSE: tl.constexpr):
+    """The recurrence over axis 0, driven by x and, if there are ones, by v: (decay, from x, from v) of all steps so far."""
+    if ONES and DOCUMENTS:
+        fall, h, ones = tl.associative_scan((a, x, v), 0, _two_of_documents, reverse=REVERSE)
+    elif ONES:
+        fall, h, ones = tl.associative_scan((a, x, v), 0, _two, reverse=REVERSE)
+    elif DOCUMENTS:
+        fall, h = tl.associative_scan((a, x), 0, _one_of_documents, reverse=REVERSE)
+        ones = h
+    else:
+        fall, h = tl.associative_scan((a, x), 0, _one, reverse=REVERSE)
+        ones = h
+    return fall, h, ones
+
+
+@triton.jit
+def _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The states after each step of a chunk that starts from h (and from ones): [T, N] each."""
+    fall, h, ones = _scan(a_TN, (delta_T * u_T)[:, None] * B_TN, delta_T[:, None] * B_TN, ONES, DOCUMENTS, False)
+    return h + _through(fall, h_N[None, :]), ones + _through(fall, ones_N[None, :])
+
+
+@triton.jit
+def _kept(a_TN, delta_T, u_T, B_TN, h_N, ones_N, first, ONES: tl.constexpr, DOCUMENTS: tl.constexpr):
     """What each step of a chunk keeps of the state before it, a_t h_{t-1} = a_t (kept_{t-1} + x_{t-1} B_{t-1}); delta, u and B are of
     the step before, and the `first` one starts from h. A state minus what its step added would lose the digits of a strong decay."""
-    x = a_TN * tl.where(first, h_N[None, :], (delta_T * u_T)[:, None] * B_TN)
-    if ONES:
-        v = a_TN * tl.where(first, ones_N[None, :], delta_T[:, None] * B_TN)
-        _, kept, ones = tl.associative_scan((a_TN, x, v), 0, _two)
-    else:
-        _, kept = tl.associative_scan((a_TN, x), 0, _one)
-        ones = kept
+    x = _through(a_TN, tl.where(first, h_N[None, :], (delta_T * u_T)[:, None] * B_TN))
+    v = _through(a_TN, tl.where(first, ones_N[None, :], delta_T[:, None] * B_TN))
+    _, kept, ones = _scan(a_TN, x, v, ONES, DOCUMENTS, False)
     return kept, ones
 
 
 @triton.jit
 def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
-    """delta [T] and exp(delta A) [T, N], which is 0 where a document starts, and 1 beyond the end."""
+    """delta [T] and exp(delta A) [T, N], which is -1 where a document starts, and 1 beyond the end."""
     delta = tl.load(delta_ptr + t, mask=t < L, other=0.0)
     a = tl.exp2(delta[:, None] * (A_N * LOG2E)[None, :])
     if DOCUMENTS:
-        a = tl.where((tl.load(starts_ptr + t, mask=t < L, other=0) != 0)[:, None], 0.0, a)
+        a = tl.where((tl.load(starts_ptr + t, mask=t < L, other=0) != 0)[:, None], -1.0, a)
     return delta, a
 
 
@@ -95,9 +120,9 @@ def forward_kernel(
                 tl.store(begins + size * tl.cdiv(L, BLOCK_T) + kept, ones_N, mask=real)
         delta_T, a_TN = _decays(delta + (b * D + d) * L, starts + b * L, A_N, t, L, DOCUMENTS)
         u_T = tl.load(u + (b * D + d) * L + t, mask=t < L, other=0.0)
-        tile, inside = t[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
+        tile, inside = t.to(tl.int64)[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
         B_TN = tl.load(B + (b * G + g) * L * N + tile, mask=inside, other=0.0)
-        h_TN, ones_TN = _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES)
+        h_TN, ones_TN = _states(a_TN, delta_T, u_T, B_TN, h_N, ones_N, ONES, DOCUMENTS)
         for r in tl.static_range(R):
             C_TN = tl.load(C + ((b * G + g) * R + r) * L * N + tile, mask=inside, other=0.0)
             to = y + ((((block * K * batch + b) * G + g) * R + r) * per_group + within) * L + t
@@ -136,7 +161,7 @@ def backward_kernel(
         chunk = chunks - 1 - backwards
         steps = tl.arange(0, BLOCK_T)
         t = chunk * BLOCK_T + steps
-        tile, inside = t[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
+        tile, inside = t.to(tl.int64)[:, None] * N + n[None, :], (t < L)[:, None] & real[None, :]
         first, end = (steps == 0)[:, None], (steps == BLOCK_T - 1)[:, None]
         B_TN = tl.load(B + (b * G + g) * L * N + tile, mask=inside, other=0.0)
         before = (steps > 0) & (t <= L)  # of the step before
@@ -153,7 +178,7 @@ def backward_kernel(
             u_T = tl.load(u + row + t, mask=t < L, other=0.0)
             before_delta_T = tl.load(delta + row + t - 1, mask=before, other=0.0)
             before_u_T = tl.load(u + row + t - 1, mask=before, other=0.0)
-            kept_TN, kept_ones_TN = _kept(a_TN, before_delta_T, before_u_T, before_TN, h_N, ones_N, first, ONES)
+            kept_TN, kept_ones_TN = _kept(a_TN, before_delta_T, before_u_T, before_TN, h_N, ones_N, first, ONES, DOCUMENTS)
             x_T = delta_T * u_T
             h_TN = kept_TN + x_T[:, None] * B_TN
             g_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -175,24 +200,22 @@ def backward_kernel(
             # what later steps add to a state's gradient comes back through the decay of the step after it
             _, after_TN = _decays(delta + row, starts + b * L, A_N, t + 1, L, DOCUMENTS)
             g_N = tl.load(dh + state, mask=real, other=0.0)
+            go_N = tl.load(dh + size + state, mask=real, other=0.0) if ONES else g_N
+            tl.debug_barrier()  # all threads have read what some of them overwrite below
             g_TN += tl.where(end, g_N[None, :], 0.0)  # carried over, or of the last state: its decay is in it
-            after_TN = tl.where(end, 0.0, after_TN)
-            if ONES:
-                go_N = tl.load(dh + size + state, mask=real, other=0.0)
-                go_TN += tl.where(end, go_N[None, :], 0.0)
-                _, g_TN, go_TN = tl.associative_scan((after_TN, g_TN, go_TN), 0, _two, reverse=True)
-            else:
-                _, g_TN = tl.associative_scan((after_TN, g_TN), 0, _one, reverse=True)
+            go_TN += tl.where(end, go_N[None, :], 0.0)
+            _, g_TN, go_TN = _scan(tl.where(end, 0.0, after_TN), g_TN, go_TN, ONES, DOCUMENTS, True)
             through_T = tl.sum(g_TN * B_TN, 1)  # gradient of delta u
             dB_TN += g_TN * x_T[:, None]
             e_TN = g_TN * kept_TN
-            tl.store(dh + state, tl.sum(tl.where(first, g_TN * a_TN, 0.0), 0), mask=real)
+            tl.store(dh + state, tl.sum(tl.where(first, _through(a_TN, g_TN), 0.0), 0), mask=real)
             dd_T = through_T * u_T
             if ONES:
                 dB_TN += go_TN * delta_T[:, None]
                 e_TN += go_TN * kept_ones_TN
                 dd_T += tl.sum(go_TN * B_TN, 1)
-                tl.store(dh + size + state, tl.sum(tl.where(first, go_TN * a_TN, 0.0), 0), mask=real)
+                tl.store(dh + size + state, tl.sum(tl.where(first, _through(a_TN, go_TN), 0.0), 0), mask=real)
+            e_TN = tl.where((t < L)[:, None] & (a_TN >= 0), e_TN, 0.0)  # of the decays that are used
             dd_T += tl.sum(e_TN * A_N[None, :], 1)
             part = block * batch * D * L + row + t
             tl.store(du + part, through_T * delta_T, mask=t < L)
@@ -251,6 +274,6 @@ class FusedScan(torch.autograd.Function):
 
 def selective_scan_triton(u, delta, A, B, C, h, starts=None) -> tuple[tuple[Tensor, ...], Tensor]:
     """As selective_scan_reference."""
-    with torch.cuda.device_of(u):  # Triton launches on the current device; autograd sets it for the backward pass
+    with on_device_of(u):
         y, last = FusedScan.apply(u, delta, A, B, C, h, starts)
     return y.unbind(0), last

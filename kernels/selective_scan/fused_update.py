@@ -9,7 +9,7 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
-from kernels.tune import tuned
+from kernels.tune import on_device_of, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,7 +22,7 @@ def update_kernel(
 ):  # fmt: skip
     """state [batch, heads, P, N]; x, dt, z, y [batch, heads, P]; A [heads, P, N]; D, dt_bias [heads, P]; B, C [batch, groups, N].
     All contiguous; a program has BLOCK_P channels of one head."""
-    row, p = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row, p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     b, head, real = row // heads, row % heads, p < P
     x_P = tl.load(x + row * P + p, mask=real, other=0.0).to(tl.float32)
     dt_P = tl.load(dt + row * P + p, mask=real, other=0.0).to(tl.float32)
@@ -59,7 +59,7 @@ def update_triton(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tenso
     y = x.new_empty(batch, heads, P, dtype=state.dtype)
     block_n = min(128, triton.next_power_of_2(N))
     block_p = max(1, min(triton.next_power_of_2(P), 1024 // block_n))
-    with torch.cuda.device_of(state):  # Triton launches on the current device
+    with on_device_of(state):
         update_kernel[(batch * heads, triton.cdiv(P, block_p))](
             state, x, dt, A, B, C, *(x if t is None else t for t in (D, z, dt_bias)), y, heads, B.shape[1], P, N, HAS_D=D is not None,
             HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, BLOCK_P=block_p, BLOCK_N=block_n,

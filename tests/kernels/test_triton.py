@@ -42,7 +42,7 @@ def test_every_case(name, options, length):
 LEAST = {"selective_scan": dict(channels=2), "chunk_scan": {}}  # the interpreter's associative scan is a loop over elements
 
 
-@pytest.mark.parametrize("name, length", [("selective_scan", 17), ("chunk_scan", 127)])
+@pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 127)])
 @pytest.mark.parametrize("N", [16, 70])
 def test_states_in_several_blocks(name, length, N):
     """70 is two blocks of 64, the second hardly used; the last chunk is not full."""
@@ -52,7 +52,7 @@ def test_states_in_several_blocks(name, length, N):
 @pytest.mark.parametrize("length", [127, 1000])
 @pytest.mark.parametrize("name", SCANS)
 def test_many_chunks(name, length):
-    compare(name, length, N=3, normalize=True, documents=True, **LEAST[name])
+    compare(name, length, N=3, normalize=True, documents=name == "chunk_scan" or length < 1000, **LEAST[name])
 
 
 def test_channels_in_several_blocks():
