@@ -295,8 +295,9 @@ def swap(
 
     def read(layer: int) -> Projections:
         old = attention_of(blocks[layer])
-        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
-        return projections if inputs is None else dataclasses.replace(projections, inputs=inputs[layer])
+        rotary = host.base_model.rotary_emb
+        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old, rotary)
+        return dataclasses.replace(projections, rotary_scale=rotary.attention_scaling, inputs=None if inputs is None else inputs[layer])
 
     for layer, fitted in zip(layers, kind.fit(map(read, layers), options), strict=True):
         projections = read(layer)
