@@ -145,6 +145,8 @@ def refusal(config) -> str | None:
     for field, name in features.items():
         if config.to_dict().get(field):
             return f"Attention must be plain causal softmax attention; this teacher has {name} ({field}={config.to_dict()[field]})."
+    if config.to_dict().get("is_causal") is False:
+        return "Attention must be plain causal softmax attention; this teacher looks ahead (is_causal=False)."
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ("default", "linear", "llama3", "yarn"):
         return f"Rotary positions must not depend on the length of the text; this teacher's are {rope!r}."

@@ -111,6 +111,7 @@ REFUSED = {
     "bert": (lambda: config("bert"), r"this one is 'bert'"),
     "soft-capping": (lambda: config(attn_logit_softcapping=50.0), r"soft-capped attention logits \(attn_logit_softcapping=50.0\)"),
     "alibi": (lambda: config(alibi=True), r"plain causal softmax attention; this teacher has ALiBi positions \(alibi=True\)"),
+    "looking-ahead": (lambda: config(is_causal=False), r"looks ahead \(is_causal=False\)"),
     "cross-attention": (lambda: config(add_cross_attention=True), r"cross-attention"),
     "chunked": (lambda: config(attention_chunk_size=64), r"chunked attention \(attention_chunk_size=64\)"),
     "quantised": (lambda: config(quantization_config=dict(quant_method="gptq", bits=4)), r"plain weights; this one is quantised. Take the unquantised"),
