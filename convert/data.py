@@ -235,7 +235,7 @@ def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
 
 def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> None:
     """Tokens go to disk as they come: a data set may be larger than the memory."""
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32  # ids may be larger than their number
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
     try:

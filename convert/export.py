@@ -23,10 +23,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM
 from convert.native import to_native
+from convert.portable import make_rotary_portable, make_tokenizer_portable
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("convert", "kernels")  # packages; their own __init__ stays at home
 MAIN = "convert.model"
+OLDEST = (5, 23)  # version of transformers that the code runs in; setup.py asks for the same
 NATIVE_MARK = ".converted"  # an empty file that says who wrote the folder
 AUTO_MAP = {"AutoConfig": "convert_model.ConvertedConfig", "AutoModelForCausalLM": "convert_model.ConvertedForCausalLM"}
 
@@ -45,7 +47,12 @@ def export_native(
 ) -> None:
     """The same as an architecture of transformers, without code; `native.obstacle` says whether there is one."""
     model = to_native(student)
-    _replace(folder, NATIVE_MARK, lambda side: _write(model, model.config, tokenizer, side, card, dtype, {NATIVE_MARK: ""}))
+
+    def write(side: Path) -> None:
+        _write(model, model.config, tokenizer, side, card, dtype, {NATIVE_MARK: ""})
+        make_rotary_portable(side)
+
+    _replace(folder, NATIVE_MARK, write)
 
 
 def _replace(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
@@ -84,6 +91,7 @@ def _write(
         (folder / name).write_text(source, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder, tokenizer)
     config.architectures = [type(model).__name__]
     config.dtype = dtype or model.dtype
     config.save_pretrained(folder)
@@ -113,7 +121,23 @@ def model_code() -> dict[str, str]:
         source, imported = flatten(path.read_text(encoding="utf-8"), module)
         code[name] = f"# Generated from {path.relative_to(ROOT).as_posix()}: edit that file, not this one.\n{source}"
         modules += sorted(imported - set(modules))
+    main = f"{_flat(MAIN)}.py"
+    comment, source = code[main].split("\n", 1)
+    code[main] = f"{comment}\n{_guard([name.removesuffix('.py') for name in code if name != main])}{source}"
     return code
+
+
+def _guard(names: list[str]) -> str:
+    """The head of the file that transformers runs first. An older one copies only the files that this one names, without those that they
+    name, and would fail before it ran any."""
+    version = ".".join(map(str, OLDEST))
+    files = "".join(f"    from .{name} import *\n" for name in names)
+    return (
+        "import transformers\n\n"
+        f"if tuple(int(part) for part in transformers.__version__.split('.')[:2]) < {OLDEST}:\n"
+        f"    raise ImportError('This model needs transformers {version} or later, and this is ' + transformers.__version__ + '.')\n"
+        f"if False:  # all files of this model, for versions that copy only what is named here\n{files}\n"
+    )
 
 
 def flatten(source: str, module: str) -> tuple[str, set[str]]:

@@ -72,11 +72,18 @@ class Slot(nn.Module):
         self.layer = layer
 
     def forward(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], call: Call, cache=None, past_key_values=None,
-        layer_past=None, attention_mask=None, position_ids=None, use_cache=None, output_hidden_states=None, output_attentions=None,
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], call: Call | None = None, cache=None, past_key_values=None,
+        layer_past=None, attention_mask=None, position_ids=None, use_cache=None, is_causal=True, output_hidden_states=None,
+        output_attentions=None,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The cache has another name in each version of transformers. Masks and positions are in `call` and the rotary table, the other
         names mean nothing to a mixer, and what has none here is refused: it may mean something."""
+        if call is None:
+            raise TypeError(
+                "A mixer is told by ConvertedForCausalLM where padding and documents are: call that, not the host inside of it."
+            )
+        if is_causal is False:
+            raise TypeError("A mixer cannot look ahead, as is_causal=False asks.")
         given = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
         if given is not call.cache:
             raise TypeError(
@@ -184,6 +191,8 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As a causal language model of transformers. `past_key_values` and `cache`: the two names of one argument. `others` are refused
         if they ask for anything."""
+        if others.get("output_attentions") is None:
+            others["output_attentions"] = self.config.output_attentions
         _refuse(others)
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names of one argument; give one of them.")
@@ -295,8 +304,9 @@ def swap(
 
     def read(layer: int) -> Projections:
         old = attention_of(blocks[layer])
-        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old)
-        return projections if inputs is None else dataclasses.replace(projections, inputs=inputs[layer])
+        rotary = host.base_model.rotary_emb
+        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old, rotary)
+        return dataclasses.replace(projections, rotary_scale=rotary.attention_scaling, inputs=None if inputs is None else inputs[layer])
 
     for layer, fitted in zip(layers, kind.fit(map(read, layers), options), strict=True):
         projections = read(layer)

@@ -3,7 +3,8 @@
 H query heads · G key/value heads · K head size · D width
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Inputs:
 
     mean [D], moment [D, D]: the means of x and x x^T, half over all tokens alike and half weighted by the squared attention they get, which
     is how much an error in their keys and values matters if errors are independent (ours). uniform [D, D]: over all tokens alike. drift [R / 2]: for each rotary frequency the mean of cos(angle)
-    between query and key, weighted by squared attention: what is left of a product of two rotated pairs if neither is rotated."""
+    between query and key, weighted by squared attention, times the squared scale of the rotary table: what is left of a product of two rotated pairs if neither is."""
 
     mean: Tensor
     moment: Tensor
@@ -65,37 +66,38 @@ class Projections:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     scale: float = 1.0  # of the softmax
+    rotary_scale: float = 1.0  # of the rotary table: queries and keys are longer by it where they are rotated (YaRN)
     window: int | None = None
     feature_maps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     inputs: Inputs | None = None
 
     @classmethod
-    def of(cls, attention: nn.Module) -> "Projections":
-        """Of a transformers attention module of one of FAMILIES."""
-        if attention.config.model_type == "gpt_neox":
-            return cls._of_gpt_neox(attention)
-        return cls._of_llama_like(attention)
+    def of(cls, attention: nn.Module, rotary: nn.Module | None = None) -> "Projections":
+        """Of a transformers attention module of one of FAMILIES, and the model's rotary embedding; None: as its class makes it of the
+        configuration, whose words alone say too little (a llama's partial_rotary_factor is not read there)."""
+        if rotary is None:
+            kind = type(attention).__name__.replace("Attention", "RotaryEmbedding")
+            rotary = getattr(sys.modules[type(attention).__module__], kind)(attention.config)
+        read = cls._of_gpt_neox if attention.config.model_type == "gpt_neox" else cls._of_llama_like
+        return replace(read(attention, 2 * rotary.inv_freq.shape[0]), rotary_scale=rotary.attention_scaling)
 
     @classmethod
-    def _of_gpt_neox(cls, attention) -> "Projections":
+    def _of_gpt_neox(cls, attention, rotary_dim: int) -> "Projections":
         config, fused = attention.config, attention.query_key_value
         heads = config.num_attention_heads
         head_dim = config.hidden_size // heads
         q, k, v = weight_of(fused).unflatten(0, (heads, 3, head_dim)).unbind(1)
         biases = fused.bias.unflatten(0, (heads, 3, head_dim)).unbind(1) if fused.bias is not None else (None,) * 3
-        shape = Shape(
-            config.hidden_size, heads, heads, head_dim, attention.rotary_ndims, fused.bias is not None, attention.dense.bias is not None
-        )
+        shape = Shape(config.hidden_size, heads, heads, head_dim, rotary_dim, fused.bias is not None, attention.dense.bias is not None)
         o = weight_of(attention.dense).unflatten(1, (heads, head_dim))
         return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)
 
     @classmethod
-    def _of_llama_like(cls, attention) -> "Projections":
+    def _of_llama_like(cls, attention, rotary_dim: int) -> "Projections":
         config, head_dim = attention.config, attention.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         normed = config.model_type == "qwen3"
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        rotary_dim = int(head_dim * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
         shape = Shape(
             config.hidden_size, heads, kv_heads, head_dim, rotary_dim, projections[0].bias is not None,
             attention.o_proj.bias is not None, attention.q_norm.variance_epsilon if normed else None,
@@ -150,6 +152,8 @@ def refusal(config) -> str | None:
     for field, name in features.items():
         if config.to_dict().get(field):
             return f"Attention must be plain causal softmax attention; this teacher has {name} ({field}={config.to_dict()[field]})."
+    if config.to_dict().get("is_causal") is False:
+        return "Attention must be plain causal softmax attention; this teacher looks ahead (is_causal=False)."
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ("default", "linear", "llama3", "yarn"):
         return f"Rotary positions must not depend on the length of the text; this teacher's are {rope!r}."

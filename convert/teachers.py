@@ -277,9 +277,9 @@ def _load_tokenizer(source: Source, vocab_size: int, trust: bool, local: bool) -
         raise UserError(f"A teacher needs a fast tokenizer (tokenizer.json); that of {source.where} is a {type(tokenizer).__name__}.")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for some families where there is none
         raise UserError(f"{source.where} has no tokenizer, or one without words. Put its tokenizer.json there.")
-    if len(tokenizer) > vocab_size:
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:  # a trimmed vocabulary keeps its ids, which are more than its tokens
         raise UserError(
-            f"A teacher's tokenizer must fit its embedding; that of {source.where} has {len(tokenizer)} tokens for {vocab_size} rows. "
+            f"A teacher's tokenizer must fit its embedding; that of {source.where} has ids up to {largest} for {vocab_size} rows. "
             "Take the tokenizer that the model was trained with."
         )
     tokenizer.decode(tokenizer("some words")["input_ids"])  # a tokenizer that cannot do this much fails here, as the stranger's it is

@@ -7,11 +7,12 @@ import inspect
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 from transformers.utils import TransformersKwargs
 
 from convert.cache import CACHE_NAME
 from convert.model import ConvertedForCausalLM, swap
-from tests.conftest import FAMILIES, assert_close, tiny_teacher, token_ids
+from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 from tests.test_model import CACHED
 
 IDS = token_ids(2, 12)
@@ -125,6 +126,25 @@ def test_every_argument_of_the_host_is_in_these_tables(family):
     assert arguments - ours - set(REFUSED) <= {"kwargs", "args"}
 
 
+@torch.no_grad()
+def test_attention_weights_asked_for_by_the_configuration():
+    host = tiny_teacher("llama")
+    host.set_attn_implementation("eager")
+    host.config.output_attentions, host.config.is_causal = True, True  # of the teacher: means nothing to its student
+    student = swap(host, "mamba2", layers=(1,))
+    assert student(IDS).attentions is None
+    student.config.output_attentions = True
+    with pytest.raises(TypeError, match="does not take output_attentions: a mixer has no attention weights"):
+        student(IDS)
+
+
+@pytest.mark.parametrize("asked, words", [({}, "call that, not the host"), (dict(is_causal=False), "call that, not the host")])
+def test_the_host_inside_is_not_called_alone(asked, words):
+    """It would not say where padding is."""
+    with pytest.raises(TypeError, match=words):
+        swap(tiny_teacher("llama"), "mamba2").host(IDS, use_cache=False, **asked)
+
+
 def test_neither_or_both_inputs_are_refused():
     student = swap(tiny_teacher("llama"), "mamba2")
     for given in (dict(), dict(input_ids=IDS, inputs_embeds=student.get_input_embeddings()(IDS))):
@@ -153,6 +173,34 @@ def test_losses_of_a_trainer_add_up():
     for row in range(2):
         student(IDS[row : row + 1], labels=LABELS[row : row + 1], num_items_in_batch=targets).loss.backward()
     assert_close([p.grad for p in student.parameters() if p.grad is not None], whole, 1e-4)
+
+
+class Texts(torch.utils.data.Dataset):
+    """Eight, of which each has fewer targets than the one before."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = token_ids(1, 16, seed=i)[0]
+        return {"input_ids": ids, "labels": torch.where(torch.arange(16) < 2 * i, -100, ids)}
+
+
+def test_a_trainer_accumulates(tmp_path):
+    """One step of eight texts at once, in twos, one by one."""
+    found = []
+    for rows in (8, 2, 1):
+        student = swap(tiny_teacher("llama"), "gate-swa", layers=(1,))
+        how = TrainingArguments(
+            tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows, max_steps=1, learning_rate=1.0, optim="sgd",
+            max_grad_norm=0, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        )  # fmt: skip
+        before = [p.detach().clone() for p in student.parameters()]
+        Trainer(student, how, train_dataset=Texts()).train()
+        found.append([p.detach() - b for p, b in zip(student.parameters(), before, strict=True)])
+    assert rms(found[0][0]) > 0
+    for moved in found[1:]:
+        assert_close(moved, found[0], 1e-4, floor=1e-4)
 
 
 def test_the_output_carries_its_cache_by_every_name():

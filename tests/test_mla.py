@@ -262,3 +262,23 @@ def test_calibration_sees_what_the_layers_see(documents):
     angles = batch.position_ids[0][:, None] * 10000.0 ** (-torch.arange(4) / 4)
     between = (angles[:, None] - angles).cos()  # [query, key, frequency]
     assert_close(found.drift, torch.einsum("bqt,qtf->f", got, between) / got.sum(), 1e-5)
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("start", ["svd", "calibrated"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rope_dim", [4, None])
+@torch.no_grad()
+def test_a_scaled_rotary_table(family, start, rope_dim):
+    """YaRN makes queries and keys longer where they are rotated. What is no longer rotated keeps its length: where all tokens are at position
+    0, nothing turns, and a student of full rank is its teacher, whichever pairs it still rotates."""
+    teacher, ids, zero = tiny_teacher(family, rope_parameters=YARN), token_ids(2, 30), torch.zeros(2, 30, dtype=torch.long)
+    given = dict(attention_mask=torch.ones_like(ids), position_ids=zero, use_cache=False)
+    expected, seen = teacher(ids, **given).logits, None
+    if start == "calibrated":
+        seen = inputs_of(teacher, [Batch(b.input_ids, b.labels, torch.zeros_like(b.position_ids)) for b in batches(30)])
+    student = swap(teacher, "mla", MLA.Options(start=start, rope_dim=rope_dim), None, seen)
+    assert_close(student(ids, **given).logits, expected, EXACT)
+    assert_close(swap(tiny_teacher(family, rope_parameters=YARN), "linear", layers=())(ids, **given).logits, expected, EXACT)

@@ -23,6 +23,7 @@ CASES = {
     "half of the frequencies": ("llama", {}, dict(rope_dim=4)),
     "low-rank queries": ("llama", {}, dict(q_rank=9)),
     "mistral": ("mistral", {}, {}),
+    "another theta": ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), {}),
     "linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), {}),
     "llama3 rope": ("llama", dict(rope_parameters=LLAMA3), dict(rope_dim=4)),
 }

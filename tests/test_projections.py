@@ -111,6 +111,7 @@ REFUSED = {
     "bert": (lambda: config("bert"), r"this one is 'bert'"),
     "soft-capping": (lambda: config(attn_logit_softcapping=50.0), r"soft-capped attention logits \(attn_logit_softcapping=50.0\)"),
     "alibi": (lambda: config(alibi=True), r"plain causal softmax attention; this teacher has ALiBi positions \(alibi=True\)"),
+    "looking-ahead": (lambda: config(is_causal=False), r"looks ahead \(is_causal=False\)"),
     "cross-attention": (lambda: config(add_cross_attention=True), r"cross-attention"),
     "chunked": (lambda: config(attention_chunk_size=64), r"chunked attention \(attention_chunk_size=64\)"),
     "quantised": (lambda: config(quantization_config=dict(quant_method="gptq", bits=4)), r"plain weights; this one is quantised. Take the unquantised"),
@@ -138,3 +139,17 @@ ACCEPTED = {family: (lambda family=family: tiny_teacher(family).config) for fami
 @pytest.mark.parametrize("make", ACCEPTED.values(), ids=ACCEPTED)
 def test_what_can_be_read_is_not_refused(make):
     assert refusal(make()) is None
+
+
+def test_the_rotary_table_is_read_where_it_lives():
+    """What a configuration says and the model does not do counts for nothing; what scales the table is in the record."""
+    teacher = tiny_teacher("llama")
+    teacher.config.rope_parameters["partial_rotary_factor"] = 0.5  # a llama rotates whole heads
+    attention, rotary = teacher.model.layers[0].self_attn, teacher.model.rotary_emb
+    for p in (Projections.of(attention), Projections.of(attention, rotary)):
+        assert p.shape.rotary_dim == 8 and p.rotary_scale == 1
+    half = tiny_teacher("gpt_neox", rotary_pct=0.5)
+    assert Projections.of(half.gpt_neox.layers[0].attention).shape.rotary_dim == 4
+    yarn = tiny_teacher("llama", rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64))
+    for p in (Projections.of(yarn.model.layers[0].self_attn), Projections.of(yarn.model.layers[0].self_attn, yarn.model.rotary_emb)):
+        assert p.rotary_scale == yarn.model.rotary_emb.attention_scaling > 1.1

@@ -10,11 +10,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from convert import teachers
+from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.export import export
 from convert.model import ConvertedForCausalLM, swap
@@ -244,7 +245,7 @@ def test_pickles_are_refused_unless_trusted(folder):
 def test_tokenizers_that_do_not_fit(folder, monkeypatch):
     forbid_weights(monkeypatch)
     write_tokenizer(folder, words=120)
-    with pytest.raises(UserError, match="must fit its embedding.* 120 tokens for 99 rows"):
+    with pytest.raises(UserError, match="must fit its embedding.* ids up to 119 for 99 rows"):
         load_teacher(str(folder))
     write_tokenizer(folder, eos=None)
     with pytest.raises(UserError, match="must have an end-of-text token"):
@@ -400,3 +401,24 @@ def test_check_device():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"\(cpu\); got 'cuda'"):
             load_teacher("neox-nano", device="cuda")
+
+
+def trimmed(folder: Path, last: int) -> None:
+    """A tokenizer of 90 tokens whose last one has this id."""
+    words = {f"w{i}": i for i in range(89)} | {"w89": last}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w1", eos_token="w2").save_pretrained(folder)
+
+
+def test_ids_may_be_larger_than_their_number(folder, tmp_path, monkeypatch):
+    trimmed(folder, 98)
+    assert load_teacher(str(folder)).tokenizer("w89")["input_ids"] == [98]
+    trimmed(folder, 99)
+    with pytest.raises(UserError, match="must fit its embedding.* ids up to 99 for 99 rows"):
+        load_teacher(str(folder))
+    monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
+    trimmed(folder, 70_000)
+    (tmp_path / "text.txt").write_text("w89 w3 " * 40)
+    tokens = tokenize(corpus(str(tmp_path / "text.txt")), PreTrainedTokenizerFast.from_pretrained(folder))
+    assert {3, 70_000} <= set(tokens.train.ids.tolist())

@@ -28,14 +28,12 @@ ABSORBED_QUERIES = 16  # at most, in one call (ours)
 NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
 
 
-class SplitNorm(nn.Module):
-    """The RMSNorm of a head, applied to parts of it: `inverse_rms` [...] is of the whole, or None where only the weight is wanted."""
+class SplitNorm(HeadNorm):
+    """The RMSNorm of a head, also of a part of it: `inverse_rms` [...] is of the whole, or None where only the weight is wanted."""
 
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor, part: slice, inverse_rms: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, part: slice | None = None, inverse_rms: Tensor | None = None) -> Tensor:
+        if part is None:
+            return super().forward(x)
         weight = self.weight[part]
         return x * weight.to(x.dtype) if inverse_rms is None else x * inverse_rms[..., None] * weight
 
@@ -86,7 +84,7 @@ class MLA(Mixer):
         self.k_up = nn.Linear(options.kv_rank, groups * self.nope_dim, bias=shape.qkv_bias) if self.nope_dim else None
         self.v_up = nn.Linear(options.kv_rank, groups * head_dim, bias=shape.qkv_bias)
         self.q_norm = HeadNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
-        self.k_norm = SplitNorm(head_dim) if shape.norm_eps is not None else None
+        self.k_norm = SplitNorm(head_dim, eps=shape.norm_eps) if shape.norm_eps is not None else None
         self.out = nn.Linear(heads * head_dim, shape.width, bias=shape.out_bias)
         self.register_buffer("frequencies", torch.arange(self.rope_dim // 2))  # of the teacher's rotary table
 

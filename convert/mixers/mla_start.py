@@ -64,8 +64,9 @@ class Metric:
             )
             self.steady = torch.linalg.solve(self.moment, p.inputs.mean.to(eye))
         self.q, self.k, self.v = (t.to(eye) for t in (p.q, p.k, p.v))
-        drift = p.inputs.drift.to(eye) if calibrated else eye.new_ones(p.shape.rotary_dim // 2)
-        self.changed = 1 - drift.square() if calibrated else drift
+        longer = p.rotary_scale**2  # a product of two rotated pairs
+        drift = p.inputs.drift.to(eye) if calibrated else eye.new_full((p.shape.rotary_dim // 2,), longer)
+        self.changed = 1 - (drift / longer).square() if calibrated else drift
         self.left = torch.cat([drift, drift, eye.new_ones(p.shape.head_dim - p.shape.rotary_dim)])  # of a product that is not rotated
         plain = torch.eye(p.shape.head_dim).to(eye).expand(groups, -1, -1)
         self.of_keys = self._of_keys(p) if calibrated else plain
