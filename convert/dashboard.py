@@ -38,7 +38,9 @@ class Dashboard:
             write_text(id_file, secrets.token_hex(4))
         self.id = id_file.read_text(encoding="utf-8").strip()
         if not re.fullmatch("[0-9a-f]{8}", self.id):
-            raise UserError(f"{id_file} is damaged: W&B's name of a run is eight hexadecimal digits. Remove it: the curves then begin anew.")
+            raise UserError(
+                f"{id_file} is damaged: W&B's name of a run is eight hexadecimal digits. Remove it: the curves then begin anew."
+            )
         self.run = None
 
     @staticmethod

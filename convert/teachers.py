@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from convert import manifest
 from convert.errors import UserError
 from convert.model import ConvertedConfig
 from convert.network import answers
@@ -157,7 +158,7 @@ def resolve(name: str) -> Source:
 def _data_of_run(path: Path) -> str:
     """What the run was trained on; damaged or missing, the default."""
     try:
-        return json.loads((path / "ledger.json").read_text())["data"]
+        return json.loads((path / "ledger.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError, TypeError):
         return FINEWEB
 
@@ -212,6 +213,7 @@ def load_teacher(
     if source.gguf:
         _check_gguf_packages()
     elif not source.is_remote:
+        manifest.check_model(Path(source.where))
         _check_weight_files(Path(source.where), trust)
     with _explained(source), _quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())
