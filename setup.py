@@ -28,7 +28,7 @@ setup(
         "kernels.selective_scan",
         "experiments",
     ],
-    package_data={"convert": ["page.html"], "convert.nano": ["*"]},
+    package_data={"convert": ["page.html", "sha256.json"], "convert.nano": ["*"]},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.23,<6",
@@ -39,6 +39,8 @@ setup(
         "tqdm",
         "jinja2",
         "matplotlib",
+        "pydantic>=2",  # types of what a run's folder holds
+        "typing_extensions",
         "tzdata",
         "wandb>=0.31",
     ],

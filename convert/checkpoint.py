@@ -154,6 +154,7 @@ class StepFolder:
             save_model(student, str(aside / "model.safetensors"))
             student.config.save_pretrained(aside)
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
         for file in aside.iterdir():
             sync(file)

@@ -4,20 +4,24 @@ Offline where no key is configured, silent, and never in the way: a server that 
 folder for `wandb sync`.
 """
 
+import hashlib
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from convert.console import console
+from convert.console import console, short, visible
 from convert.errors import UserError
+from convert.files import write_text
 from convert.network import answers
 
 PROJECT = "conversion-workbench"
 COLUMNS = ("stage", "global_step", "tokens", "task", "prompt", "teacher", "student", "reference")  # of the table of generations
 SCORES = ("task", "model", "reading", "score", "low", "high", "n", "unparsable")
+TAG = 64  # characters that W&B takes
 PATIENCE = {  # with a server that was there and is gone: seconds, not the library's hours
     "init_timeout": 20, "finish_timeout": 30, "x_graphql_retry_max": 3, "x_graphql_retry_wait_max_seconds": 5, "x_file_stream_retry_max": 3,
     "x_file_stream_retry_wait_max_seconds": 5, "x_file_transfer_retry_max": 3, "x_file_transfer_retry_wait_max_seconds": 5,
@@ -28,11 +32,15 @@ class Dashboard:
     """`mode`: "online" or "offline"."""
 
     def __init__(self, folder: Path, mode: str, config: dict, name: str, *, must_answer: bool = False):
-        self.folder, self.mode, self.config, self.name, self.must_answer = folder, mode, config, name, must_answer
+        self.folder, self.mode, self.config, self.name, self.must_answer = folder, mode, _shown(config), name, must_answer
         id_file = folder / "wandb-id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        self.id = id_file.read_text()
+            write_text(id_file, secrets.token_hex(4))
+        self.id = id_file.read_text(encoding="utf-8").strip()
+        if not re.fullmatch("[0-9a-f]{8}", self.id):
+            raise UserError(
+                f"{id_file} is damaged: W&B's name of a run is eight hexadecimal digits. Remove it: the curves then begin anew."
+            )
         self.run = None
 
     @staticmethod
@@ -46,7 +54,7 @@ class Dashboard:
         if chosen == "online" and not is_reachable():
             if mode == "online":
                 raise UserError(f"W&B must be reachable for --wandb online, and {_server()} is not. Leave the flag out: {LATER}.")
-            console.print(f"W&B does not answer; this run is tracked offline. {LATER.capitalize()}.", markup=False)
+            console.print(f"W&B does not answer; this run is tracked offline. {LATER.capitalize()}.")
             chosen = "offline"
         return Dashboard(folder, chosen, config, name, must_answer=mode == "online")
 
@@ -57,8 +65,9 @@ class Dashboard:
 
         def start(mode: str):
             return wandb.init(
-                project=PROJECT, dir=self.folder, id=f"{self.id}-{stage}", resume="allow", mode=mode, name=f"{self.name} {stage}",
-                group=f"{self.name} {self.id}", job_type=stage, tags=[t for t in (self.config.get("target"), self._teacher()) if t],
+                project=PROJECT, dir=self.folder, id=_plain(f"{self.id}-{stage}"), resume="allow", mode=mode, name=short(f"{self.name} {stage}", 128),
+                group=f"{short(self.name, 100)} {self.id}", job_type=_plain(stage),
+                tags=[short(tag, TAG) for tag in (self.config.get("target"), self._teacher()) if tag],
                 config=self.config, settings=wandb.Settings(silent=True, console="off", **PATIENCE),
             )  # fmt: skip
 
@@ -68,7 +77,7 @@ class Dashboard:
             reason = str(error).strip().splitlines()[0]
             if self.must_answer:
                 raise UserError(f"W&B must be reachable for --wandb online ({reason}). Leave the flag out: {LATER}.") from None
-            console.print(f"W&B does not answer ({reason}); this run is tracked offline. {LATER.capitalize()}.", markup=False)
+            console.print(f"W&B does not answer ({reason}); this run is tracked offline. {LATER.capitalize()}.")
             self.mode = "offline"
             wandb.teardown()  # whoever is still trying holds the run's id
             self.run = start("offline")
@@ -95,10 +104,10 @@ class Dashboard:
 
         if not self.run.offline:  # W&B takes no inputs offline: there a student's metadata name what it was made from
             self.run.use_artifact(wandb.Artifact(f"model-{source}", "model", metadata={"name": self._teacher()}))
-        artifact = wandb.Artifact(f"model-{model}", "model", metadata=facts | {"made_from": f"model-{source}", "in": self.name})
+        artifact = wandb.Artifact(f"model-{model}", "model", metadata=_shown(facts | {"made_from": f"model-{source}", "in": self.name}))
         if folder is not None:
             artifact.add_reference(folder.absolute().as_uri(), checksum=False)
-        self.run.log_artifact(artifact, aliases=[self.run.job_type, str(facts.get("architecture", "student"))])
+        self.run.log_artifact(artifact, aliases=[self.run.job_type, _plain(str(facts.get("architecture", "student")))])
 
     def finish(self, found: dict, page: Path, numbers: dict[str, float]) -> None:
         """The rows of evaluation.json as a table, each score and gap as a number, and the page."""
@@ -114,6 +123,21 @@ class Dashboard:
         if self.run:
             self.run.finish()
         self.run = None
+
+
+def _shown(found):
+    """With no half surrogates in it: a path that is not UTF-8 is no text to W&B."""
+    if isinstance(found, dict):
+        return {_shown(key): _shown(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_shown(value) for value in found]
+    return visible(found, keep="\n\t") if isinstance(found, str) else found
+
+
+def _plain(name: str) -> str:
+    """Fit for an address: W&B takes no others for ids, kinds of job and aliases. Names stay different."""
+    plain = re.sub(r"[^\w ,.-]+", "-", short(name, TAG), flags=re.ASCII).strip() or "-"
+    return plain if plain == name else f"{plain[: TAG - 7]}-{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:6]}"
 
 
 LATER = "offline runs can be uploaded later with `wandb sync`"

@@ -85,7 +85,7 @@ def evaluate_tasks(
             found = {}
             for name, model in models.items():
                 for reading in READINGS:
-                    bar.set_description(f"{task.name}, {name}, {reading}")
+                    bar.set_description(f"{task.name}, {name}, {reading}", refresh=False)  # shown with the next answers
                     key = f"{weights[name]} {task.name} {reading} {_digest(tokenizer, task, items)}"
                     found[name, reading] = _read(model, tokenizer, task, items, reading, answers, key, bar)
             rows += _rows(task, items, found)

@@ -70,7 +70,9 @@ def _read(folder: Path) -> dict[str, dict]:
     if not file.exists():
         return {}
     try:
-        entries = unsealed(parse_json(file.read_bytes(), str(file)))["files"]
+        found = parse_json(file.read_bytes(), str(file))
+        found["check"]  # it was always sealed
+        entries = unsealed(found)["files"]
         return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

@@ -240,5 +240,7 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return next(
+            int(line.split()[1]) * 1024 for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable")
+        )
     return physical_memory()

@@ -53,6 +53,8 @@ def checked(found, kind, where: str, way_out: str):
     """`found` as this type, or a UserError that begins with `where` and names the first key that is wrong."""
     try:
         return _adapter(kind).validate_python(found)
+    except UnicodeEncodeError:  # of pydantic's own message
+        raise UserError(f"{where} is damaged: a word in it holds half of a surrogate pair. {way_out}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     place, reason = ".".join(str(part) for part in first["loc"]), "is missing"

@@ -1,14 +1,14 @@
 """The report that a person reads, and the model card, from the numbers of a run."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from convert.console import count, duration, size
+from convert.console import Console, count, duration, size, visible
 
 HALF_LIFE_LINES = 8
 
@@ -129,8 +129,37 @@ def _tokens(value: float | None) -> str:
     return "never" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
+def _escaped(found):
+    """All texts in it as Markdown that shows them as they are: no markup, HTML, link or further line comes of a name."""
+    if isinstance(found, dict):
+        return {key: _escaped(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_escaped(value) for value in found]
+    if not isinstance(found, str):
+        return found
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", visible(found))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+
+
+def _code(text: str) -> str:
+    """In a line, between more backticks than it holds in a row."""
+    text = visible(text)
+    fence = "`" * (_most_backticks(text) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text or ' '}`"
+
+
+def _block(text: str) -> str:
+    fence = "`" * max(3, _most_backticks(text) + 1)
+    return f"{fence}\n{visible(text, keep=chr(10) + chr(9))}\n{fence}"
+
+
+def _most_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def markdown(report: dict) -> str:
     """report.md; its first half is the model card."""
+    written, settings, report = report["continuations"], report["settings"], _escaped(report)
     ppl, parts = report["perplexity"], []
     parts.append(f"# {report['teacher']} converted to {report['target']}\n")
     parts.append(
@@ -156,15 +185,12 @@ def markdown(report: dict) -> str:
     parts.append("\n".join(rows) + "\n")
     parts.append("\n".join(f"* {line}" for line in facts(report)) + "\n")
     parts += _answers(report["evaluation"])
-    if report["continuations"]:
+    if written:
         parts.append("## Greedy continuations of held-out text\n")
-        for row in report["continuations"]:
-            for who in ("prompt", "teacher", "student"):
-                parts.append(f"**{who}**\n\n```\n{row[who].replace('```', '` ` `')}\n```\n")
-    settings = report["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+        parts += [f"**{who}**\n\n{_block(row[who])}\n" for row in written for who in ("prompt", "teacher", "student")]
+    versions = ", ".join(f"{_escaped(name)} {version}" for name, version in report["versions"].items() if version)
     parts.append(
-        f"## Provenance\n\nTeacher `{settings['teacher']}`; data `{settings['data']}` (fingerprint {settings['data_fingerprint']}); seed {report['seed']}; "
+        f"## Provenance\n\nTeacher {_code(settings['teacher'])}; data {_code(settings['data'])} (fingerprint {_code(settings['data_fingerprint'])}); seed {report['seed']}; "
         f"{versions}; commit {report['commit'] or 'unknown'}. Every setting is in `report.json`.\n"
     )
     return "\n".join(parts)

@@ -246,7 +246,7 @@ class Report(Open):
     kl: Divergence
     cache_bytes: Annotated[CacheBytes, AfterValidator(_same_lengths)]
     contexts: NotRequired[Contexts]
-    half_lives: Annotated[dict[str, dict[Quantile, Rate | None]], AfterValidator(_same_quantiles)]
+    half_lives: Annotated[dict[Length, dict[Quantile, Rate | None]], AfterValidator(_same_quantiles)]
     layers: Layers
     handover: Annotated[
         Handover, _needs("allowed", "tokens", "perplexity_change", when=lambda handover: handover["max_abs_logit"] is not None)

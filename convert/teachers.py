@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from convert import gguf_file, teacher_files
+from convert import gguf_file, manifest, teacher_files
 from convert.errors import Interrupted, UserError
 from convert.fields import Place, checked, shown
 from convert.model import ConvertedConfig
@@ -162,7 +162,7 @@ def resolve(name: Place) -> Source:
 def _data_of_run(path: Path) -> str:
     """What the run was trained on; damaged or missing, the default."""
     try:
-        return json.loads((path / "ledger.json").read_text())["data"]
+        return json.loads((path / "ledger.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError, TypeError):
         return FINEWEB
 
@@ -235,6 +235,7 @@ def load_teacher(
     if source.gguf:
         _check_gguf_packages()
     elif not source.is_remote:
+        manifest.check_model(Path(source.where))
         _check_weight_files(Path(source.where), trust)
     with _explained(source), _quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())

@@ -13,7 +13,6 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,15 +22,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from convert import load_teacher, measure
+from convert import load_teacher, manifest, measure
 from convert.batches import held_out_batches
 from convert.cache import StateLayer, layer_bytes
+from convert.checkpoint import locked
 from convert.console import Console, duration, size
 from convert.data import corpus, tokenize
 from convert.errors import UserError
+from convert.files import write_json
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
-from convert.page import write_page
+from convert.page import Run, write_report_page
 from convert.plan import free_memory
 from convert.readings import READINGS, prompt_ids
 from convert.run import fail_in_words
@@ -218,12 +219,6 @@ def show_use(console: Console, positions: dict[str, dict[int, float]], found: li
     console.print(table)
 
 
-def settings_of(run: Path) -> dict:
-    if not (run / "report.json").exists():
-        raise UserError(f"A finished run has a report.json; {run} has none. Give a run folder, or repeat its convert.run command.")
-    return json.loads((run / "report.json").read_text())["settings"]
-
-
 def numbers(text: str, flag: str) -> list[int]:
     if not all(length.isdecimal() and int(length) > 0 for length in text.split(",")):
         raise UserError(f"{flag} takes numbers of tokens, as 1024,8192; got {text!r}.")
@@ -239,7 +234,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=8, help="for each length and depth; 0: none")
     args = parser.parse_args()
     lengths = numbers(args.lengths, "--lengths") if args.lengths else None
-    settings = [settings_of(run) for run in args.runs]
+    settings = [Run.read(run).report["settings"] for run in args.runs]  # all that its page needs, before anything is measured
     names = [run.name for run in args.runs]
     if len({*names, "teacher"}) <= len(names):
         raise UserError(f"Runs are told apart by their folders' names, and teacher is none; these are {', '.join(names)}. Rename some.")
@@ -260,8 +255,9 @@ def main() -> None:
         mine = {"costs": rows, "needles": found}
         mine = {key: [row | {"model": who[row["model"]]} for row in some if row["model"] in who] for key, some in mine.items()}
         mine["perplexity_by_position"] = {who[name]: positions[name] for name in who}
-        (run / "context.json").write_text(json.dumps(mine, indent=1))
-        write_page([run], run / "report.html")
+        with locked(run), manifest.renewing(run, "context.json"):
+            write_json(run / "context.json", mine)
+        write_report_page(run)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from convert import load_teacher, recipes, stages
+from convert import lines, load_teacher, recipes, stages
 from convert.batches import Batches, held_out_batches
 from convert.console import Console
 from convert.data import corpus, tokenize
@@ -118,7 +118,8 @@ def main() -> None:
     source = resolve(args.teacher)
     teacher, config = load_teacher(source), read_config(source)
     text = tokenize(corpus("stdlib"), teacher.tokenizer)
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    lines.mend(results)
+    done = lines.read(results)
     base = recipes.budget(source.name, config, args.tokens)
     batches = held_out(text, recipes.to_mamba(base, args.mixer))
     baseline = perplexity(teacher.model, batches)
@@ -132,8 +133,7 @@ def main() -> None:
             if name == "full, 10/90":
                 row["reset"] = {part: perplexity(reset(student, part), batches) for part in ("decay", "conv", "gate", "Delta", "skip")}
                 row["beyond"] = beyond(student, text)
-            with results.open("a") as file:
-                print(json.dumps(row), file=file)
+            lines.append(results, [row])
             done.append(json.loads(json.dumps(row)))
     show(done, baseline, beyond(teacher.model, text))
 

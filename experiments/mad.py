@@ -11,7 +11,6 @@ shifted inputs, the test counts only what can be known.
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.console import Console
 from convert.errors import UserError
+from convert.files import write_json
 from convert.mixers import MIXERS
 from convert.mixers.parts import project_gradients
 from convert.model import ConvertedForCausalLM, swap
@@ -155,7 +155,7 @@ def main() -> None:
             mixer, task = waits[done]
             found.setdefault(mixer, {})[task] = done.result()
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"settings": dataclasses.asdict(s), "difficulties": difficulties, "scores": found}, indent=1))
+            write_json(args.out, {"settings": dataclasses.asdict(s), "difficulties": difficulties, "scores": found})
     table = Table("mixer", *tasks, "mean", title="accuracy on unseen sequences", title_justify="left")
     for mixer, row in sorted(found.items(), key=lambda item: -sum(item[1].values())):
         table.add_row(mixer, *(f"{row[task]:.1%}" for task in tasks), f"{sum(row.values()) / len(row):.1%}")

@@ -11,7 +11,6 @@ by luck, a written answer none.
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from convert import charts, load_teacher, recipes, run
 from convert.console import Console
 from convert.conversion import finished
 from convert.evaluation import chosen, evaluate_tasks
+from convert.files import write_json
 from convert.recipes import Recipe, with_setting
 from convert.run import fail_in_words, number_of_tokens
 from convert.teachers import read_config, resolve
@@ -155,7 +155,7 @@ def main() -> None:
             report = finished(place, args.teacher, recipe, None) or run(args.teacher, recipe, place, wandb="disabled")
             found = gaps(teacher, load_teacher(str(place)), args.limit, args.out / "answers.jsonl")
             rows.setdefault(name, []).append({"ratio": report["perplexity"]["ratio"]} | found)
-            (args.out / "gaps.json").write_text(json.dumps(rows, indent=1))
+            write_json(args.out / "gaps.json", rows)
     show(Console(), rows)
     points = [(name, 100 * _mean(some, "likelihood"), 100 * _mean(some, "generation")) for name, some in rows.items()]
     charts.write(charts.readings("perplexity-lies", points), args.out / "gaps.svg")

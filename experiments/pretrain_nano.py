@@ -19,8 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from convert import lines, manifest
 from convert.batches import Batches, held_out_batches
 from convert.data import HELD_OUT_SHARE, corpus, is_held_out, tokenize
+from convert.files import write_text
 
 END = "<|endoftext|>"
 BATCH_TOKENS = 8192
@@ -94,7 +96,7 @@ def main() -> None:
             opt.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"])
-    log = (args.out / "metrics.jsonl").open("a")
+    log = (args.out / "metrics.jsonl").open("a", encoding="utf-8")
     start = time.time() - seconds
     while step < total_steps:
         left = (total_steps - step) / total_steps
@@ -155,7 +157,7 @@ def install(model, tokenizer, data, out: Path) -> None:
     dropout, model.config.hidden_dropout = model.config.hidden_dropout, 0.0
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = lines.read(out / "metrics.jsonl")
     measured = [row for row in rows if "held_out_512" in row]
     constant = [row for row in measured if row["lr"] == LEARNING_RATE][-4:]
     last, config = measured[-1], model.config
@@ -167,7 +169,8 @@ def install(model, tokenizer, data, out: Path) -> None:
         at_2048=math.exp(last["held_out_2048"]),
         before=", ".join(f"{row['held_out_512']:.3f} nats at {row['tokens'] / 1e6:.1f} M tokens" for row in constant),
     )  # fmt: skip
-    (folder / "README.md").write_text(card)
+    write_text(folder / "README.md", card)
+    manifest.record(folder.parent, folder.name)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from convert.console import Console
 from convert.evaluation import chosen, evaluate_tasks
+from convert.files import write_text
 from convert.harness import run_harness
 from convert.run import fail_in_words
 from convert.tasks import Task
@@ -60,13 +61,15 @@ def right(name):
 def write_local_tasks(tasks: list[Task], folder: Path, limit: int, seed: int = 0) -> None:
     """Two tasks of lm-evaluation-harness for each of ours: NAME_generation and NAME_likelihood."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "answers.py").write_text(ANSWERS + "".join(f'{task.name} = right("{task.name}")\n' for task in tasks))
+    (folder / "answers.py").write_text(ANSWERS + "".join(f'{task.name} = right("{task.name}")\n' for task in tasks), encoding="utf-8")
     for task in tasks:
         data = (folder / f"{task.name}.jsonl").resolve()
         rows = [{"prompt": i.prompt, "answer": i.answer, "choices": list(i.choices), "gold": i.gold} for i in task.items(limit, seed)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
         for reading, text in (("likelihood", LIKELIHOOD), ("generation", GENERATION)):
-            (folder / f"{task.name}_{reading}.yaml").write_text(text.format(name=task.name, data=data, tokens=task.max_new_tokens))
+            (folder / f"{task.name}_{reading}.yaml").write_text(
+                text.format(name=task.name, data=data, tokens=task.max_new_tokens), encoding="utf-8"
+            )
 
 
 def compare(model: str, tasks: str | None, limit: int, folder: Path) -> list[tuple[str, str, float, float]]:

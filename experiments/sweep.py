@@ -20,6 +20,7 @@ from convert.console import Console
 from convert.conversion import default_recipe, finished
 from convert.dashboard import PROJECT, has_key, is_reachable
 from convert.errors import UserError
+from convert.files import write_json
 from convert.recipes import Recipe, Swap, Train, with_setting
 from convert.run import fail_in_words, number_of_tokens
 from convert.teachers import read_config, resolve
@@ -130,7 +131,7 @@ def main() -> None:
             except UserError as error:  # a rate that is too high is an answer, too
                 Console().print(f"{dials}: {error}", markup=False, style="yellow")
                 continue
-            (out / "trials.json").write_text(json.dumps([{"dials": d} | found for d, found in rows], indent=1))
+            write_json(out / "trials.json", [{"dials": d} | found for d, found in rows])
         if not rows:
             raise UserError("No trial ended; the lines above say why.")
         show(Console(), rows)

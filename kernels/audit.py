@@ -290,7 +290,7 @@ def main() -> None:
         console.print(f"{call.__name__}, where a case says nothing else: {' '.join(sizes)}", highlight=False)
     console.print(table(rows, args.verbose), highlight=False)
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     ours = [row for row in rows if row.case not in {str(case) for case in cases if case.peer}]
     wrong = [f"{row.case} · {row.kernel}[{row.configuration}] · {row.target}: {fault}" for row in ours for fault in row.faults]
     print(f"{len(ours)} compiled kernels of ours, {len(wrong)} faults", *wrong, sep="\n")

@@ -292,7 +292,7 @@ def main(words: list[str] | None = None) -> None:
         if args.scaling:
             rows += table(growing(case, args.size, args.seconds, rates))
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine, "ceilings": rates, "rows": rows}, indent=1))
+            args.json.write_text(json.dumps({"machine": machine, "ceilings": rates, "rows": rows}, indent=1), encoding="utf-8")
     if args.plot:
         plot(rows, args.plot)
 

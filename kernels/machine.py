@@ -48,7 +48,7 @@ class Peak:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def give_back() -> None:
@@ -61,7 +61,7 @@ def stay_within_memory() -> None:
     """A contender that needs more than three quarters of what is free now fails, instead of having another process killed."""
     listed = Path("/proc/meminfo")
     if DEVICE == "cpu" and listed.exists():
-        available = next(line.split()[1] for line in listed.read_text().splitlines() if line.startswith("MemAvailable"))
+        available = next(line.split()[1] for line in listed.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable"))
         resource.setrlimit(resource.RLIMIT_DATA, 2 * (int(available) * 768,))  # of kB
 
 
@@ -110,7 +110,11 @@ def _exponentials(at_least: float) -> float:
 def facts(packages: tuple[str, ...]) -> dict:
     """Of this machine, and the versions of those packages that are installed."""
     listed = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in listed.read_text().splitlines() if "model name" in line] if listed.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in listed.read_text(encoding="utf-8").splitlines() if "model name" in line]
+        if listed.exists()
+        else []
+    )
     return {
         "cpu": names[0] if names else platform.processor(),
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,

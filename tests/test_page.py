@@ -1,13 +1,18 @@
 """report.html: one file, nothing from outside, whatever a model writes; and a browser shows it without an error, light, dark and narrow."""
 
 import dataclasses
+import io
+import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 
-from convert import page
+from convert import charts, evaluation, page, report
+from convert.console import Console
 from convert.errors import UserError
 from convert.evaluate import main
 from convert.page import Run, write_page
@@ -122,6 +127,81 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+NASTY = """"><script>document.title="OWNED"</script><img src=x onerror='document.title="OWNED"'>`|*_[red]$\\foo$ {{7*7}} :boom: \x1b[31m\ud800\n# """
+STRUCTURE = ("reading", "model", "kind", "perplexity_by_position")  # words that are checked, not shown
+
+
+def spoilt(found, key=""):
+    """With every text that a stranger could write replaced."""
+    if isinstance(found, dict):
+        return {name: spoilt(value, name) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return type(found)(spoilt(value, key) for value in found)
+    return f"{NASTY}{found}" if isinstance(found, str) and key not in STRUCTURE else found
+
+
+@pytest.fixture(scope="module")
+def hostile(finished_run, tmp_path_factory):
+    """A stranger's run folder, with such texts in every file and in its own name, as it is read."""
+    folder = tmp_path_factory.mktemp("strangers") / NASTY.replace("/", "").replace("\ud800", "")
+    folder.mkdir()
+    found = json.loads((finished_run / "report.json").read_text())
+    told = json.loads((finished_run / "evaluation.json").read_text())
+    row = {"task": "a", "model": NASTY, "reading": "likelihood", "metric": "m", "score": 0.25, "error": 0.01, "n": 9}
+    letters = {"letters": dict.fromkeys("ABCD", 0.25), "stickiness": 0.7}
+    told |= {"lm_eval": [row], "rows": [row | letters for row in told["rows"]]}
+    found["export"] = {"native": {"obstacle": "none"}}
+    found["versions"] = {NASTY: "1"}
+    found["layers"] = {"kept": [1], "kl_when_edited_alone": [0.5, 0.25]}
+    needles = [{"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75} for who in ("teacher", "student")]
+    for name, content in (("report", found), ("evaluation", told), ("context", {"needles": needles})):
+        (folder / f"{name}.json").write_text(json.dumps(spoilt(content)))
+    rows = [spoilt(json.loads(line)) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Run.read(folder)
+
+
+def test_no_text_of_a_stranger_becomes_markup_of_the_page(hostile):
+    text = page.page([hostile]) + page.page([hostile, dataclasses.replace(hostile, name="other" + NASTY)])
+    assert text.count("OWNED") > 100
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.extend([tag, *(name for name, _ in attributes)])
+    parser.feed(text)
+    assert {"svg", "table"} < set(found) and not [name for name in found if name in ("script", "img") or name.startswith("on")]
+    assert "{{7*7}}" in text
+    labels = re.findall(r'aria-label="([^"]*)"', text)
+    assert labels and all("<" not in label for label in labels)
+    ids = re.findall(r'\sid="([^"]*)"', text.split("</html>")[0])
+    assert len(ids) == len(set(ids)) and all(re.fullmatch(r"[\w.-]+", one) for one in ids)
+
+
+def test_no_text_of_a_stranger_becomes_markup_of_the_report(hostile):
+    """As a reader of Markdown that lets HTML through shows it."""
+    written = report.markdown(hostile.report | {"evaluation": hostile.evaluation})
+    shown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(written)
+    assert shown.count("OWNED") > 20 and not re.search(r"<(script|img|a |em>|s>)", shown)
+    assert len(re.findall("<h1>", shown)) == 1 and shown.count("<table>") == 3
+    for row in re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL):
+        assert len(re.findall("<t[hd]", row)) in (6, 9)
+    assert "\x1b" not in written
+
+
+def test_no_text_of_a_stranger_moves_the_cursor(hostile):
+    console = Console(file=io.StringIO(), width=5000, force_terminal=True, color_system=None)
+    report.show(hostile.report, console)
+    evaluation.show(hostile.evaluation, console)
+    shown = console.file.getvalue()
+    assert "[red]" in shown and ":boom:" in shown and "\x1b[31m" not in shown and "\\x1b[31m" in shown
+
+
+@pytest.mark.parametrize("name", ["a$\\foo$", "_hidden", "$x", "__", "文字", "x" * 3000, "a\nb", "\ud800", ""])
+def test_every_run_is_in_the_legend(name):
+    svg = charts.curves("loss", [(name, [1, 2], [1.0, 0.5]), ("other", [1, 2], [1.0, 0.5])], "loss", log=True)
+    wanted = name.replace("\n", "\\n").replace("\ud800", "\\ud800")[:39]
+    assert wanted in svg and "other" in svg and "mathdefault" not in svg
+
+
 PROBE = """<script>
 window.onerror = (message) => { document.title = "ERROR " + message; };
 window.onload = () => { document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth; };
@@ -129,10 +209,12 @@ window.onload = () => { document.title += " WIDTH " + document.documentElement.s
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [1100, 500])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it(told, tmp_path, width, scheme):
-    (tmp_path / "page.html").write_text(page.page([told]).replace("</head>", PROBE + "</head>"))
+@pytest.mark.parametrize(
+    "run, width, scheme", [("told", 1100, "light"), ("told", 500, "dark"), ("hostile", 1100, "light"), ("hostile", 500, "dark")]
+)
+def test_a_browser_shows_it(request, run, tmp_path, width, scheme):
+    shown = page.page([request.getfixturevalue(run)]).replace("</head>", PROBE + "</head>")
+    (tmp_path / "page.html").write_text(shown, errors="backslashreplace")
     more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     shown = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", *more,
@@ -140,6 +222,7 @@ def test_a_browser_shows_it(told, tmp_path, width, scheme):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "CONSOLE" not in shown.stderr
-    title = re.search(r"<title>(.*?)</title>", shown.stdout)[1]
+    title = re.search(r"<title>(.*?)</title>", shown.stdout, re.DOTALL)[1]
+    assert not title.startswith(("ERROR", "OWNED")) and "<img" not in shown.stdout
     wide, window = map(int, re.search(r"WIDTH (\d+) OF (\d+)", title).groups())
     assert wide <= window, "nothing sticks out"

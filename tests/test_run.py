@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -178,6 +179,12 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
+def keys(found, path=""):
+    """Of everything in it, with where it is."""
+    inside = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    return {path}.union(*(keys(value, f"{path}.{key}") for key, value in inside))
+
+
 INSTANTS = ["before a checkpoint's rename", "after a checkpoint", "after the weights, before DONE", "between two steps", "in the export"]
 
 
@@ -193,6 +200,10 @@ def test_killed_and_repeated_is_bit_identical(instant, teacher, text, tmp_path, 
     assert straight.keys() == resumed.keys()
     for name in straight:
         assert torch.equal(straight[name], resumed[name]), name
+    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("straight", "killed")]
+    assert keys(reports[0]) == keys(reports[1])  # a resumed run tells the same, no more and no less
+    left = [{str(file.relative_to(tmp_path / run)) for file in (tmp_path / run / "steps").rglob("*")} for run in ("straight", "killed")]
+    assert left[0] == left[1] and len([name for name in left[0] if name.endswith("student")]) == 1
     losses = [
         [json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("straight", "killed")
@@ -245,10 +256,78 @@ def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch,
         assert torch.equal(value, weights(tmp_path / "run")[name]), name
 
 
-def test_a_full_disk_is_one_sentence(teacher, text, tmp_path, monkeypatch, capsys):
-    def full(state, file):
-        raise OSError(28, "No space left on device")
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
 
+
+def full_in_rust(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_in_torch(*_, **__):
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+WRITERS = {  # in the order in which a run writes
+    "tokens": ("convert.data.np.save", full), "ledger": ("convert.checkpoint.write_json", full), "metrics": ("convert.lines.append", full),
+    "checkpoint": ("convert.checkpoint.torch.save", full_in_torch), "student": ("convert.checkpoint.save_model", full_in_rust),
+    "answers": ("convert.evaluation.lines.append", full), "evaluation": ("convert.evaluation.write_json", full),
+    "model": ("convert.export.save_torch_state_dict", full_in_rust),
+    "check": ("convert.shipping.check_in_clean_process", full_in_torch), "report": ("convert.conversion.write_json", full),
+    "page": ("convert.page.write_text", full), "hashes": ("convert.manifest.write_json", full),
+}  # fmt: skip
+
+
+def test_a_disk_that_is_full_at_any_writer_is_a_sentence_and_the_same_command_goes_on(teacher, text, tmp_path, capsys):
+    arguments = command(teacher, text, tmp_path / "run", "--set", "align.save_every=0", "--set", "distill.save_every=0")
+    for writer, (name, failure) in WRITERS.items():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(name, failure)
+            assert main(arguments) == 2, writer
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("error: ") and ("goes on" in said or "Free some space" in said) and "defect" not in said, (writer, said)
+        assert not list(tmp_path.rglob("*.writing")), writer
+    assert main(arguments) == 0
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 6
+
+
+@pytest.mark.parametrize("out, data, words", [
+    ("first", "text", "is the teacher"), ("first/next", "text", "lies inside the teacher"), ("text/new", "text", "lies inside the data"),
+    ("first", "first/data.txt", "is the teacher"), ("holder", "holder/data", "holds the data"), ("holder", "link", "holds the data"),
+])  # fmt: skip
+def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypatch, capsys, out, data, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, "first/model")
+    for folder in ("text", "holder/data"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "a.txt").write_text("some words to read. " * 500)
+    Path("first/data.txt").write_text("some words to read. " * 500)
+    Path("link").symlink_to("holder/data")
+    for folder in ("first", "holder"):
+        Path(folder, "ledger.json").write_text("{}")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    for more in ([], ["--fresh"]):
+        assert main(command("first", data, out, *more, to="linear")) == 2
+        said = capsys.readouterr().err
+        assert "--out must be apart from what a run reads" in said and words in said or (not more and "is a run" in said), said
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch, capsys):
+    folder = checkpoint.StepFolder(tmp_path, 2, "distill")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as a GPU's storages are tagged
+        folder.save(3, {"step": 3, "parameters": [torch.ones(4)]})
+    assert folder.load()["parameters"][0].device.type == "cpu" and capsys.readouterr().out == ""
+    file = folder.folder / "checkpoint-3.pt"
+    torch.save({"code": Path("x")}, file)  # whole, and nothing that may be loaded
+    file.with_suffix(".sha256").write_text(checkpoint.sha256(file))
+    with pytest.raises(UserError, match="is what was written and cannot be read here"):
+        folder.load()
+    assert file.exists()
+
+
+def test_a_full_disk_is_one_sentence(teacher, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint.torch, "save", full)
     assert main(command(teacher, text, tmp_path / "run", "--set", "align.save_every=0")) == 2
     assert "Free some space; the same command goes on from the last one." in capsys.readouterr().err

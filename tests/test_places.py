@@ -1,0 +1,78 @@
+"""Paths that a user gives, the cache without a home, and a run's folder apart from what it reads."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert import places
+from convert.errors import UserError
+from convert.places import cache_folder, path_of, refuse_overlap
+
+ROOT = Path(places.__file__).parent.parent
+
+
+def test_paths_begin_at_home_and_hold_no_nul(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("~/runs/x", "--out") == tmp_path / "runs" / "x"
+    for wrong in ("a\0b", "", "~nobody-of-that-name/x"):
+        with pytest.raises(UserError, match="^--out "):
+            path_of(wrong, "--out")
+
+
+def test_the_cache_is_where_it_is_said_or_in_a_place_of_this_user_alone(monkeypatch, tmp_path):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "CONVERT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(tmp_path))
+    found = cache_folder()
+    assert found.parent == tmp_path and stat.S_IMODE(found.stat().st_mode) == 0o700 and cache_folder() == found
+    found.chmod(0o777)
+    with pytest.raises(UserError, match="must belong to this user alone"):
+        cache_folder()
+    found.rename(tmp_path / "other")
+    found.symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="must belong to this user alone"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert cache_folder() == Path("/there/conversion-workbench")
+    monkeypatch.setenv("CONVERT_CACHE", "/here")
+    assert cache_folder() == Path("/here")
+
+
+WAYS = {  # out, as it is given -> the relation
+    "teacher": "is", "./teacher/": "is", "x/../teacher": "is", "link": "is", "teacher/runs/new": "lies inside", "link/new": "lies inside",
+    ".": "holds", "holder": "holds", "beside": None, "teacher-2": None, "beside/new/deep": None, "linked-file-holder": "holds",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("out, relation", WAYS.items())
+def test_a_run_is_apart_from_what_it_reads_however_that_is_written(out, relation, tmp_path, monkeypatch):
+    for name in ("teacher", "beside", "teacher-2", "x", "linked-file-holder"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("teacher")
+    (tmp_path / "holder").symlink_to(".")
+    (tmp_path / "linked-file-holder" / "blob").write_text("weights")
+    (tmp_path / "teacher" / "weights").symlink_to(tmp_path / "linked-file-holder" / "blob")
+    monkeypatch.chdir(tmp_path)
+    kept = [("teacher", Path("teacher")), ("teacher", Path("teacher/weights")), ("data", Path("gone"))]
+    if relation is None:
+        return refuse_overlap(Path(out), kept)
+    with pytest.raises(UserError, match=rf"^--out must be apart from what a run reads; .* {relation} the teacher .* Give another --out\.$"):
+        refuse_overlap(Path(out), kept)
+
+
+def test_libraries_keep_what_they_keep_in_our_cache_unless_told_otherwise(tmp_path):
+    script = "import convert, os; print(os.environ['MPLCONFIGDIR'], os.environ['WANDB_CACHE_DIR'], os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    clean = {name: value for name, value in os.environ.items() if not name.endswith(("_DIR", "CONFIGDIR"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean | {"CONVERT_CACHE": str(tmp_path), "WANDB_CACHE_DIR": "/mine"}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [f"{tmp_path}/matplotlib", "/mine", f"{tmp_path}/torchinductor"]
