@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from convert.errors import UserError
+from convert.fields import Place, checked
 from convert.teachers import is_hub_reachable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
@@ -69,8 +72,10 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def corpus(spec: str) -> Corpus:
+@checked
+def corpus(spec: Place) -> Corpus:
     """ "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]"."""
+    spec = str(spec)
     if spec == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [p for name in STDLIB for p in (root / f"{name}.py", root / name) if p.exists()]
@@ -184,7 +189,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps([state, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
 
-def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
+@checked
+def tokenize(source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, (1, 1e14)] | None = None) -> TokenData:
     """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens.
 
     A damaged cache is set aside and rebuilt."""

@@ -52,7 +52,9 @@ class Distill:
     forward_kl: Annotated[float, (0, 1e6)] = 1.0
     reverse_kl: Annotated[float, (0, 1e6)] = 0.0
     temperature: Annotated[float, (0.01, 100)] = 1.0
-    feature_matching: Annotated[float, (0, 1e3)] = 0.0  # of the cosine distance of the layers' outputs, on average (Attention Editing; weak: 0.01 to 0.1)
+    feature_matching: Annotated[float, (0, 1e3)] = (
+        0.0  # of the cosine distance of the layers' outputs, on average (Attention Editing; weak: 0.01 to 0.1)
+    )
 
     __post_init__ = check
 

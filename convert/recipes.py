@@ -118,7 +118,9 @@ class Budget:
     schedule: Literal["wsd", "cosine"] = "wsd"  # of the last stage
     noise: Annotated[float, (0, 1)] = 0.0  # in the last stage
     window: Annotated[int, (1, 1e7)] = 512  # of sliding-window attention (ours)
-    latent_shape: Literal["exact", "native"] = "exact"  # of latent attention; native where the teacher's attention has neither biases nor q/k norm
+    latent_shape: Literal["exact", "native"] = (
+        "exact"  # of latent attention; native where the teacher's attention has neither biases nor q/k norm
+    )
     edit_lr: Annotated[float, (0, 10)] = 1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
     seed: Annotated[int, (0, 2**63 - 1)] = 0
     questions: Annotated[int, (1, 100_000)] = 16  # of each task at the end (ours)
@@ -127,10 +129,14 @@ class Budget:
     __post_init__ = check
 
 
-
 @checked
 def budget(
-    teacher: Text, config: PreTrainedConfig, tokens: int | None = None, seq_len: int | None = None, batch_tokens: int | None = None, seed: int = 0
+    teacher: Text,
+    config: PreTrainedConfig,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_tokens: int | None = None,
+    seed: int = 0,
 ) -> Budget:
     """The defaults for a teacher, by its name and configuration, but for what is given."""
     host = config.host_config() if config.model_type == "converted" else config
@@ -218,6 +224,7 @@ def to_mamba2(budget: Budget) -> Recipe:
 
 FULL = OneIn(5)  # layers that keep full attention (a fifth of the cache: Attention Editing's 80 % less, its windows not counted)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
+HANDOVER_TOKENS = 2048  # over which an exact swap is checked (ours)
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 
 

@@ -76,7 +76,9 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where the device is fast at it
     noise: Annotated[float, (0, 1)] = 0.0  # share of the input tokens replaced by others of the batch, for teacher and student alike
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
-    loss_chunk: Annotated[int, (1, 2**27)] = 512  # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
+    loss_chunk: Annotated[int, (1, 2**27)] = (
+        512  # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
+    )
     evaluate_every: Annotated[int, (0, 1e18)] = 0  # tokens between two measurements of held-out perplexity; 0: none
     save_every: Annotated[float, (0, 1e12)] = 60.0  # seconds between two checkpoints
 

@@ -244,5 +244,7 @@ def _check_mixer(mixer: dict[str, Any], where: str) -> None:
         require(dict[str, Any], mixer[part], f"{where}.{part}")
         known = {field.name for field in fields(record)}
         if not mixer[part].keys() <= known:
-            raise UserError(f"{where}.{part} may have {', '.join(sorted(known))}; it has {shown(sorted(mixer[part]))}. Repeat the run that made it.")
+            raise UserError(
+                f"{where}.{part} may have {', '.join(sorted(known))}; it has {shown(sorted(mixer[part]))}. Repeat the run that made it."
+            )
         record(**mixer[part])

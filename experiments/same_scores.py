@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from convert.arguments import whole_number
 from convert.evaluation import chosen, evaluate_tasks
 from convert.harness import run_harness
 from convert.run import fail_in_words
@@ -89,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tasks")
-    parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--limit", type=whole_number(1, 100_000), default=48)
     parser.add_argument("--out", type=Path, default=Path("runs/same-scores"))
     args = parser.parse_args()
     table = Table("task", "reading", "ours", "lm-evaluation-harness", "", title=args.model, title_justify="left")
