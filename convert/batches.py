@@ -5,6 +5,7 @@ B sequences · T tokens of a sequence
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from convert.data import Tokens
 from convert.errors import UserError
+from convert.fields import check
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Batches:
     """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch."""
 
     tokens: Tokens
-    seq_len: int
-    num_sequences: int
-    seed: int = 0
+    seq_len: Annotated[int, (1, 2**24)]
+    num_sequences: Annotated[int, (1, 2**27)]
+    seed: Annotated[int, (0, 2**63 - 1)] = 0
 
     def __post_init__(self):
+        check(self)
         if len(self.tokens) < 2 * self.seq_len + 1:
             raise UserError(
                 f"Training needs at least two sequences of {self.seq_len} tokens; the data has {len(self.tokens)} tokens. "

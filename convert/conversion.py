@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from convert import evaluation, final, manifest, measure, recipes, records, report
 from convert import plan as planning
@@ -20,6 +22,7 @@ from convert.checkpoint import LOGS, StepFolder, StopRequest, check_out, locked,
 from convert.console import console, size
 from convert.data import TokenData, corpus, tokenize
 from convert.errors import Interrupted, UserError, files_in_words
+from convert.fields import Place, Text, checked
 from convert.files import write_json, write_text
 from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
@@ -36,15 +39,17 @@ SHIPPED = ("model", "native", "report.json", "report.md", "report.html", "evalua
 
 
 @files_in_words()
+@checked
 def run(
-    teacher: str, recipe: str | Recipe, out: str | Path | None = None, *, data: str | None = None, device: str = "auto", fresh: bool = False,
-    wandb: str | None = None, stop_when: Sequence[str] = (), trust_remote_code: bool = False,
+    teacher: Place, recipe: Text | Recipe, out: Place | None = None, *, data: Place | None = None, device: Text = "auto", fresh: bool = False,
+    wandb: Literal["online", "offline", "disabled"] | None = None, stop_when: Sequence[Text] = (), trust_remote_code: bool = False,
 ) -> dict:  # fmt: skip
     """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; returns the report.
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured. `stop_when`: rules
     like "generation<0.2", looked at whenever a stage measures."""
     started, rules = time.monotonic(), [Rule.of(rule) for rule in stop_when]
+    teacher, data = str(teacher), None if data is None else str(data)
     source = resolve(teacher)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if isinstance(recipe, str):
@@ -316,7 +321,10 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict 
     return report if asked.items() <= report["settings"].items() else None
 
 
-def default_recipe(source: Source, config, target: str, *, tokens=None, seq_len=None, batch_tokens=None, seed=0) -> Recipe:
+@checked
+def default_recipe(
+    source: Source, config: PreTrainedConfig, target: Text, *, tokens=None, seq_len=None, batch_tokens=None, seed=0
+) -> Recipe:
     """The recipe of a target with the defaults of this teacher, but for what is given."""
     if target not in recipes.RECIPES:
         near = difflib.get_close_matches(target, recipes.RECIPES, 3, 0.3) or list(recipes.RECIPES)

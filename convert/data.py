@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from convert.errors import UserError
+from convert.fields import Place, checked
 from convert.files import parse_json, sealed, sha256, unsealed, write_text
 from convert.places import cache_folder, path_of
 from convert.teachers import is_hub_reachable
@@ -80,8 +83,10 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def corpus(spec: str) -> Corpus:
+@checked
+def corpus(spec: Place) -> Corpus:
     """ "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]"."""
+    spec = str(spec)
     if spec == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [p for name in STDLIB for p in (root / f"{name}.py", root / name) if p.exists()]
@@ -208,7 +213,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps([state, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
 
-def tokenize(source: Corpus, tokenizer, limit: int | None = None) -> TokenData:
+@checked
+def tokenize(source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, (1, 1e14)] | None = None) -> TokenData:
     """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens.
 
     A damaged cache is set aside and rebuilt."""

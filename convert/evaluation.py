@@ -8,18 +8,20 @@ import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert import harness, lines, manifest, records, report, scores
 from convert.checkpoint import locked
 from convert.console import console
 from convert.data import corpus, tokenize
 from convert.errors import UserError, files_in_words
+from convert.fields import Place, Text, checked
 from convert.files import write_json
 from convert.final import held_out_of, numbers
 from convert.places import path_of
@@ -72,8 +74,10 @@ class Answers:
         return self.known.get(key, {})
 
 
+@checked
 def evaluate_tasks(
-    models: dict[str, PreTrainedModel], tokenizer, tasks: Sequence[Task], *, limit: int = LIMIT, seed: int = 0, file: Path | None = None
+    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
+    limit: Annotated[int, (1, 100_000)] = LIMIT, seed: Annotated[int, (0, 2**63 - 1)] = 0, file: Path | None = None,
 ) -> dict:  # fmt: skip
     """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts in the same batches."""
     answers, rows, gaps = Answers(file), [], []
@@ -199,9 +203,10 @@ def _behind(gap: float) -> str:
 
 
 @files_in_words()
+@checked
 def evaluate(
-    folder: str | Path, *, tasks: str | None = None, limit: int | None = None, lm_eval: str | None = None, device: str = "auto",
-    out: str | Path | None = None, trust_remote_code: bool = False,
+    folder: Place, *, tasks: Text | None = None, limit: Annotated[int, (1, 100_000)] | None = None, lm_eval: Text | None = None,
+    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
 ) -> dict:  # fmt: skip
     """Of a finished run: the final measurements again, and the tasks by both readings; of any other model: the tasks. Writes
     evaluation.json into `out` (the run's folder, or runs/evaluation-NAME) and returns it; of a run without `tasks`, in its report.

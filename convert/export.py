@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.errors import UserError
+from convert.fields import Place, checked
 from convert.model import ConvertedForCausalLM
 from convert.native import to_native
 from convert.portable import make_rotary_portable, make_tokenizer_portable
@@ -33,17 +34,19 @@ NATIVE_MARK = ".converted"  # an empty file that says who wrote the folder
 AUTO_MAP = {"AutoConfig": "convert_model.ConvertedConfig", "AutoModelForCausalLM": "convert_model.ConvertedForCausalLM"}
 
 
+@checked
 def export(
-    student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, dtype: torch.dtype | None = None
+    student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Place, *, card: str, dtype: torch.dtype | None = None
 ) -> None:
     """Write `folder`, with the weights in `dtype` (None: as they are) and our code beside them; the student stays as it is."""
     config = copy.deepcopy(student.config)
     config.auto_map = dict(AUTO_MAP)
-    _replace(folder, f"{_flat(MAIN)}.py", lambda side: _write(student, config, tokenizer, side, card, dtype, model_code()))
+    _replace(Path(folder), f"{_flat(MAIN)}.py", lambda side: _write(student, config, tokenizer, side, card, dtype, model_code()))
 
 
+@checked
 def export_native(
-    student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, dtype: torch.dtype | None = None
+    student: ConvertedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Place, *, card: str, dtype: torch.dtype | None = None
 ) -> None:
     """The same as an architecture of transformers, without code; `native.obstacle` says whether there is one."""
     model = to_native(student)
@@ -52,7 +55,7 @@ def export_native(
         _write(model, model.config, tokenizer, side, card, dtype, {NATIVE_MARK: ""})
         make_rotary_portable(side)
 
-    _replace(folder, NATIVE_MARK, write)
+    _replace(Path(folder), NATIVE_MARK, write)
 
 
 def _replace(folder: Path, mark: str, write: Callable[[Path], None]) -> None:

@@ -31,13 +31,14 @@ class Written:
         return re.fullmatch(self.pattern, str(value), re.DOTALL) is not None
 
 
+PATH = Written(r"[^\0]{1,4096}", "1 to 4,096 characters without NUL")  # bytes that are no UTF-8 are half surrogates there
 TEXT = Written(r"[^\0\ud800-\udfff]{1,4096}", "1 to 4,096 characters that UTF-8 can hold, and no NUL")
 NAME = Written(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "1 to 64 letters, digits, dots, dashes and underscores, and begin with one of the first two"
 )
 
 Text = Annotated[str, TEXT]
-Place = Annotated[str | Path, TEXT]  # a file, a folder, or what else a teacher's name stands for
+Place = Annotated[str | Path, PATH]  # a file, a folder, or what else a teacher's name stands for
 Name = Annotated[str, NAME]  # fits the name of a folder
 
 WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", type(None): "None", Path: "a path"}
@@ -51,8 +52,8 @@ def broken(hint, value) -> str | None:
     if origin is Annotated:
         return broken(args[0], value) or next((rule for limit in args[1:] if (rule := _broken_limit(limit, value))), None)
     if origin in (Union, types.UnionType):
-        rules = [broken(each, value) for each in args]
-        return None if None in rules else " or ".join(dict.fromkeys(rules))
+        rules = [broken(each, value) for each in args if each is not type(None)]
+        return None if None in rules or (value is None and type(None) in args) else " or ".join(dict.fromkeys(rules))
     if origin is Literal:
         return (
             None if any(value is each or (type(value) is str and value == each) for each in args) else f"one of {', '.join(map(str, args))}"
@@ -93,7 +94,11 @@ def _broken_limit(limit, value) -> str | None:
 
 
 def _words_of(limit) -> str:
-    return limit.words if isinstance(limit, Written) else f"within {limit[0]:g} .. {limit[1]:g}"
+    return limit.words if isinstance(limit, Written) else f"within {_number(limit[0])} .. {_number(limit[1])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value < 1e15 else f"{value:g}"
 
 
 def shown(value) -> str:

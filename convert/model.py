@@ -4,6 +4,8 @@ B batch · T tokens of this call · D width
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from convert.cache import CACHE_NAME, StudentCache, check_cache
+from convert.errors import UserError
+from convert.fields import checked, require, shown
 from convert.mixers import MIXERS
 from convert.mixers.base import Context, Mixer
 from convert.projections import Inputs, Projections, Shape, attention_name
@@ -284,15 +288,26 @@ def documents_of(position_ids: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(jumps.long().cumsum(1), (1, 0)) if bool(jumps.any()) else None
 
 
+def projections_of(model: PreTrainedModel, layer: int) -> Projections:
+    """Of the attention, or the mixer, of one layer."""
+    host = model.host if isinstance(model, ConvertedForCausalLM) else model
+    old, rotary = attention_of(host.base_model.layers[layer]), host.base_model.rotary_emb
+    found = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old, rotary)
+    return dataclasses.replace(found, rotary_scale=rotary.attention_scaling)
+
+
+@checked
 @torch.no_grad()
 def swap(
-    model: PreTrainedModel, name: str, options=None, layers: tuple[int, ...] | None = None, inputs: list[Inputs] | None = None
-) -> ConvertedForCausalLM:
+    model: PreTrainedModel, name: Literal[tuple(MIXERS)], options=None, layers: Sequence[Annotated[int, (0, 1000)]] | None = None,
+    inputs: Sequence[Inputs] | None = None,
+) -> ConvertedForCausalLM:  # fmt: skip
     """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is consumed.
 
     `inputs`: what a calibration saw, layer by layer."""
     kind = MIXERS[name]
     options = kind.Options() if options is None else options
+    require(kind.Options, options, f"swap(): options of {name}")
     if isinstance(model, ConvertedForCausalLM):
         host, config = model.host, model.config
         specs = list(config.mixers)
@@ -301,12 +316,12 @@ def swap(
         specs = [None] * model.config.num_hidden_layers
     blocks = host.base_model.layers
     layers = tuple(range(len(blocks))) if layers is None else layers
+    if len(set(layers)) < len(layers) or max(layers, default=0) >= len(blocks):
+        raise UserError(f"swap(): layers must be within 0 .. {len(blocks) - 1}, each once; got {shown(layers)}.")
 
     def read(layer: int) -> Projections:
-        old = attention_of(blocks[layer])
-        rotary = host.base_model.rotary_emb
-        projections = old.mixer.projections() if isinstance(old, Slot) else Projections.of(old, rotary)
-        return dataclasses.replace(projections, rotary_scale=rotary.attention_scaling, inputs=None if inputs is None else inputs[layer])
+        projections = projections_of(model, layer)
+        return projections if inputs is None else dataclasses.replace(projections, inputs=inputs[layer])
 
     for layer, fitted in zip(layers, kind.fit(map(read, layers), options), strict=True):
         projections = read(layer)

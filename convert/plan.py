@@ -12,14 +12,15 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.console import count, duration, size
 from convert.errors import UserError
+from convert.mixers import MIXERS
 from convert.mixers.parts import DecayRate
-from convert.model import ConvertedForCausalLM, swap
+from convert.model import ConvertedForCausalLM, projections_of, swap
 from convert.projections import Inputs
-from convert.recipes import RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
+from convert.recipes import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
 from convert.refusals import refusals
 from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
@@ -67,9 +68,7 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     for step in recipe.steps:
         if isinstance(step, Swap):
             try:
-                student = swap(
-                    student, step.mixer, step.options, step.edited(num_layers), [SEEN] * num_layers if step.looks_first else None
-                )
+                student = _swapped(step, student, num_layers)
             except UserError as error:
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (f"Step {step.name}: {error}",))
             rows.append(_swap_plan(step, student, num_teacher, flops, num_layers, recipe))
@@ -96,6 +95,22 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
             f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution, Delta, decay and gate start anew",
         )
     return Plan(teacher, recipe.target, data, device, num_teacher, num_student, tuple(rows), disk, assumptions, ())
+
+
+def _swapped(step: Swap, student: PreTrainedModel, num_layers: int) -> ConvertedForCausalLM:
+    """The student after the swap. Raises UserError where that cannot be, or where it should be exact and theory says that it is not."""
+    layers, tokens = step.edited(num_layers), min(HANDOVER_TOKENS, student.config.max_position_embeddings)
+    before = {layer: projections_of(student, layer) for layer in layers}
+    slots = student.slots() if isinstance(student, ConvertedForCausalLM) else {}
+    partial = {layer for layer, slot in slots.items() if not slot.mixer.whole}
+    student = swap(student, step.mixer, step.options, layers, [SEEN] * num_layers if step.looks_first else None)
+    for layer in layers if step.exact else ():
+        reason = MIXERS[step.mixer].inexact(before[layer], student.slots()[layer].mixer.options, tokens)
+        if layer in partial:
+            reason = "the mixer it has now computes more than the new one takes over; swap in linear attention and align it first"
+        if reason:
+            raise UserError(f"An exact edit must not change the function, and that of layer {layer} would: {reason}, or set exact=false.")
+    return student
 
 
 def _swap_plan(step: Swap, student: ConvertedForCausalLM, num_teacher: int, flops: float, num_layers: int, recipe: Recipe) -> StepPlan:

@@ -224,6 +224,7 @@ def to_mamba2(budget: Budget) -> Recipe:
 
 FULL = OneIn(5)  # layers that keep full attention (a fifth of the cache: Attention Editing's 80 % less, its windows not counted)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
+HANDOVER_TOKENS = 2048  # over which an exact swap is checked (ours)
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 
 

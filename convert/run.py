@@ -5,7 +5,6 @@ python -m convert.run neox-nano --to mamba
 
 import argparse
 import os
-import re
 import sys
 import traceback
 
@@ -14,19 +13,11 @@ from convert.errors import Interrupted, UserError, files_in_words, quick_to_stop
 with quick_to_stop(__name__ == "__main__"):
     from convert import plan as planning
     from convert import recipes
+    from convert.arguments import number_of_tokens
     from convert.console import console, visible
     from convert.conversion import default_recipe, run
     from convert.data import corpus
     from convert.teachers import pick_device, read_config, resolve
-
-SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
-
-
-def number_of_tokens(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text)
-    if not found or float(found[1]) * SUFFIXES[found[2]] < 1:
-        raise UserError(f"A number of tokens is written 20000, 500k, 12M or 1B; got {text!r}.")
-    return int(float(found[1]) * SUFFIXES[found[2]])
 
 
 def fail_in_words(work, debug: bool) -> int:
@@ -93,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         source = resolve(args.teacher)
         config = read_config(source, trust_remote_code=args.trust_remote_code)
-        tokens = number_of_tokens(args.tokens) if args.tokens else None
-        if args.tiny and (tokens or args.seq_len or args.batch_tokens):
+        tokens = None if args.tokens is None else number_of_tokens(args.tokens)
+        if args.tiny and any(size is not None for size in (tokens, args.seq_len, args.batch_tokens)):
             raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
         recipe = default_recipe(
             source, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens, seed=args.seed
@@ -103,13 +94,13 @@ def main(argv: list[str] | None = None) -> int:
         for assignment in args.settings:
             recipe = recipes.with_setting(recipe, assignment)
         if args.plan:
-            text = corpus(args.data or source.data)  # refuses what does not exist
+            text = corpus(source.data if args.data is None else args.data)  # refuses what does not exist
             plan = planning.make_plan(source.name, config, recipe, text.spec, pick_device(args.device))
             planning.show(plan, console)
             if plan.refusals:
                 raise UserError(plan.refusals[0])
             return
-        out = args.out or f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "")
+        out = f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "") if args.out is None else args.out
         run(
             args.teacher, recipe, out, data=args.data, device=args.device, fresh=args.fresh, wandb=args.wandb,
             stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,

@@ -12,10 +12,8 @@ from convert.calibration import inputs_of
 from convert.data import TokenData
 from convert.errors import UserError
 from convert.model import ConvertedForCausalLM, swap
-from convert.recipes import RANKING_TOKENS, OneIn, Recipe, Swap, Train
+from convert.recipes import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
 from convert.stages import hidden_states, layers_of
-
-HANDOVER_TOKENS = 2048
 
 
 @torch.no_grad()

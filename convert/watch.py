@@ -6,11 +6,13 @@ A loss can fall while the writing rots.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from convert import measure, scores
 from convert.batches import Batch
 from convert.console import console
 from convert.errors import UserError
+from convert.fields import Text, check, checked, shown
 from convert.prompts import has_chat_template
 from convert.readings import Answer, by_generation, fits
 from convert.tasks import TASKS, Item, Task
@@ -25,17 +27,20 @@ SHOWN = 2  # of each, in the table of generations
 class Rule:
     """`generation<0.2`: the run stops when this holds at a measurement."""
 
-    text: str
-    name: str
-    sign: str
-    bound: float
+    text: Text
+    name: Literal["perplexity", "generation", "generation_gap"]
+    sign: Literal["<", ">"]
+    bound: Annotated[float, (-1e9, 1e9)]
+
+    __post_init__ = check
 
     @staticmethod
+    @checked
     def of(text: str) -> "Rule":
-        found = re.fullmatch(r"\s*(perplexity|generation|generation_gap)\s*([<>])\s*(\d*\.?\d+)\s*", text)
+        found = re.fullmatch(r"\s*(perplexity|generation|generation_gap)\s*([<>])\s*(-?[0-9]{0,9}\.?[0-9]{1,9})\s*", text)
         if not found:
             raise UserError(
-                f"--stop-when takes perplexity, generation or generation_gap, < or >, and a number, as generation<0.2; got {text!r}."
+                f"--stop-when takes perplexity, generation or generation_gap, < or >, and a number, as generation<0.2; got {shown(text)}."
             )
         return Rule(text, found[1], found[2], float(found[3]))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from tqdm import tqdm
 
+from convert.arguments import whole_number
 from convert.console import console
 from convert.errors import UserError
 from convert.evaluation import chosen
@@ -79,10 +80,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("--tasks")
-    parser.add_argument("--limit", type=int, default=48, help="questions of each task")
+    parser.add_argument("--limit", type=whole_number(1, 100_000), default=48, help="questions of each task")
     args = parser.parse_args()
-    if args.limit < 1:
-        raise UserError(f"--limit must be at least 1; got {args.limit}.")
     loaded = load_teacher(args.model)
     table = Table("task", "asked", title=f"{args.model}, by generation", title_justify="left")
     for column in ("answers/s", "reading, s", "writing, tokens/s", "right", "texts that differ"):

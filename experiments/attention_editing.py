@@ -18,10 +18,11 @@ from pathlib import Path
 from rich.table import Table
 
 from convert import recipes, run
+from convert.arguments import number_of_tokens, whole_number
 from convert.console import Console
 from convert.conversion import finished
 from convert.recipes import Recipe, Train, with_setting
-from convert.run import number_of_tokens
+from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("teacher", nargs="?", default="neox-nano")
     parser.add_argument("--tokens", default="400k")
     parser.add_argument("--seq-len", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--only", help="this variant, or those whose names begin so", default="")
     parser.add_argument("--out", default="runs/attention-editing", type=Path)
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(fail_in_words(main, debug=False))

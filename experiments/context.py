@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher, manifest, measure
+from convert.arguments import real_number, whole_number
 from convert.batches import held_out_batches
 from convert.cache import StateLayer, layer_bytes
 from convert.checkpoint import locked
 from convert.console import Console, duration, size
 from convert.data import corpus, tokenize
 from convert.errors import UserError
+from convert.fields import shown
 from convert.files import write_json
 from convert.mixers import MLA
 from convert.model import ConvertedForCausalLM
@@ -220,8 +223,8 @@ def show_use(console: Console, positions: dict[str, dict[int, float]], found: li
 
 
 def numbers(text: str, flag: str) -> list[int]:
-    if not all(length.isdecimal() and int(length) > 0 for length in text.split(",")):
-        raise UserError(f"{flag} takes numbers of tokens, as 1024,8192; got {text!r}.")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
+        raise UserError(f"{flag} takes numbers of tokens, as 1024,8192; got {shown(text)}.")
     return [int(length) for length in text.split(",")]
 
 
@@ -229,9 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders of one teacher")
     parser.add_argument("--lengths", help="of the contexts that are timed, as 1024,8192; default as far as memory and time go")
-    parser.add_argument("--minutes", type=float, default=2.0, help="that one prefill may take, without --lengths")
+    parser.add_argument("--minutes", type=real_number(0.001, 1e6), default=2.0, help="that one prefill may take, without --lengths")
     parser.add_argument("--needle-lengths", default="512,1024,2048", help="in tokens; those that the models have positions for")
-    parser.add_argument("--needles", type=int, default=8, help="for each length and depth; 0: none")
+    parser.add_argument("--needles", type=whole_number(0, 10_000), default=8, help="for each length and depth; 0: none")
     args = parser.parse_args()
     lengths = numbers(args.lengths, "--lengths") if args.lengths else None
     settings = [Run.read(run).report["settings"] for run in args.runs]  # all that its page needs, before anything is measured

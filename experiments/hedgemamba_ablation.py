@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 from convert import lines, load_teacher, recipes, stages
+from convert.arguments import whole_number
 from convert.batches import Batches, held_out_batches
 from convert.console import Console
 from convert.data import corpus, tokenize
@@ -27,6 +28,7 @@ from convert.measure import perplexity
 from convert.model import swap
 from convert.objectives import Distill
 from convert.recipes import Train
+from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -109,8 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
     parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2"))
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=whole_number(1, 10**14), default=400_000)
+    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/hedgemamba-ablation"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -165,4 +167,4 @@ def _spread(values: list[float]) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(fail_in_words(main, debug=False))

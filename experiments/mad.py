@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from convert.arguments import whole_number
 from convert.console import Console
 from convert.errors import UserError
 from convert.files import write_json
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--mixers", default=",".join(("attention", *MIXERS)))
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--paper", action="store_true", help="the paper's sizes, rates and epochs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/mad.json"))
     args = parser.parse_args()

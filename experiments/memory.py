@@ -18,10 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert import stages
+from convert.arguments import whole_number
 from convert.batches import Batches
 from convert.data import Tokens
+from convert.mixers import MIXERS
 from convert.model import swap
 from convert.objectives import Distill, cosine_distance
+from convert.run import fail_in_words
 from convert.stages import Settings
 from convert.teachers import read_config, resolve
 from kernels.machine import Peak
@@ -72,8 +75,8 @@ def in_a_process(*words) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("depth", "head", "pythia-1b", "align", "distill"))
-    parser.add_argument("numbers", nargs="*", type=int)
-    parser.add_argument("--mixer", default="mamba2")
+    parser.add_argument("numbers", nargs="*", type=whole_number(1, 2**30))
+    parser.add_argument("--mixer", default="mamba2", choices=MIXERS)
     args = parser.parse_args()
     if args.what == "depth":
         for layers in (6, 24):
@@ -127,4 +130,4 @@ def pythia(mixer: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(fail_in_words(main, debug=False))

@@ -18,12 +18,13 @@ from pathlib import Path
 from rich.table import Table
 
 from convert import charts, load_teacher, recipes, run
+from convert.arguments import number_of_tokens, whole_number
 from convert.console import Console
 from convert.conversion import finished
 from convert.evaluation import chosen, evaluate_tasks
 from convert.files import write_json
 from convert.recipes import Recipe, with_setting
-from convert.run import fail_in_words, number_of_tokens
+from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 from experiments.attention_editing import only
 
@@ -142,8 +143,8 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=64, help="questions of each task")
+    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
+    parser.add_argument("--limit", type=whole_number(1, 100_000), default=64, help="questions of each task")
     parser.add_argument("--out", type=Path, default=Path("runs/perplexity-lies"))
     args = parser.parse_args()
     rows: dict[str, list[dict]] = {}

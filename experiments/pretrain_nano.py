@@ -20,9 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from convert import lines, manifest
+from convert.arguments import number_of_tokens
 from convert.batches import Batches, held_out_batches
 from convert.data import HELD_OUT_SHARE, corpus, is_held_out, tokenize
 from convert.files import write_text
+from convert.run import fail_in_words
 
 END = "<|endoftext|>"
 BATCH_TOKENS = 8192
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="24M")
     parser.add_argument("--install", action="store_true")
     args = parser.parse_args()
-    total_steps = math.ceil(float(args.tokens.rstrip("M")) * 1e6 / BATCH_TOKENS)
+    total_steps = math.ceil(number_of_tokens(args.tokens) / BATCH_TOKENS)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(args.out)
     data = tokenize(corpus("stdlib"), tokenizer)
@@ -174,4 +176,4 @@ def install(model, tokenizer, data, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(fail_in_words(main, debug=False))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from convert.arguments import whole_number
 from convert.console import Console
 from convert.evaluation import chosen, evaluate_tasks
 from convert.files import write_text
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tasks")
-    parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--limit", type=whole_number(1, 100_000), default=48)
     parser.add_argument("--out", type=Path, default=Path("runs/same-scores"))
     args = parser.parse_args()
     table = Table("task", "reading", "ours", "lm-evaluation-harness", "", title=args.model, title_justify="left")

@@ -16,11 +16,13 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from convert import load_teacher, recipes, stages
+from convert.arguments import whole_number
 from convert.batches import Batches
 from convert.console import Console
 from convert.data import corpus, tokenize
 from convert.model import swap
 from convert.recipes import Train
+from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 from kernels import chunk_scan, selective_scan
 
@@ -114,7 +116,7 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=whole_number(1, 100_000), default=8)
     parser.add_argument("--profile", choices=TARGETS, help="where the time goes, instead of how fast")
     args = parser.parse_args()
     for table in where(args.teacher, args.profile) if args.profile else [speeds(args.teacher, args.steps)]:
@@ -122,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(fail_in_words(main, debug=False))

@@ -16,13 +16,14 @@ import numpy as np
 from rich.table import Table
 
 from convert import run
+from convert.arguments import number_of_tokens, whole_number
 from convert.console import Console
 from convert.conversion import default_recipe, finished
 from convert.dashboard import PROJECT, has_key, is_reachable
 from convert.errors import UserError
 from convert.files import write_json
 from convert.recipes import Recipe, Swap, Train, with_setting
-from convert.run import fail_in_words, number_of_tokens
+from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 
 METRIC = "gap/generation"
@@ -107,16 +108,14 @@ def main() -> None:
     parser.add_argument("--to", default="mamba2")
     parser.add_argument("--tokens")
     parser.add_argument("--data")
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--trials", type=whole_number(1, 10_000), default=8)
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of the draws")
     parser.add_argument("--online", action="store_true", help="as a W&B sweep")
     parser.add_argument("--print", action="store_true", help="the definition as JSON, and nothing else")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.trials < 1:
-        raise UserError(f"--trials must be at least 1; got {args.trials}.")
     source = resolve(args.teacher)
-    recipe = default_recipe(source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens else None)
+    recipe = default_recipe(source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None)
     out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
     if args.print:
         print(json.dumps(definition(recipe), indent=1))

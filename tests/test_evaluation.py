@@ -103,7 +103,7 @@ def test_a_run_is_evaluated_beside_its_own_teacher_and_under_any_name(finished_r
 REFUSALS = {
     "an unknown task": (["neox-nano", "--tasks", "nams"], "There is no task 'nams'. Nearest: names"),
     "a chat without a template": (["neox-nano", "--tasks", "facts"], "this model has no chat template"),
-    "no questions": (["neox-nano", "--limit", "0"], "--limit must be at least 1; got 0"),
+    "no questions": (["neox-nano", "--limit", "0"], "limit must be within 1 .. 100,000; got 0"),
     "a folder that is no model": (["tests"], "A teacher's folder holds config.json"),
     "an unknown name": (["nope"], "Unknown teacher 'nope'"),
 }

@@ -11,7 +11,7 @@ OURS = ("kernels", "convert", "experiments")
 
 RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("kernels",),
-    ("convert.errors", "convert.console", "convert.network", "convert.fields"),
+    ("convert.errors", "convert.console", "convert.network", "convert.fields", "convert.arguments"),
     ("convert.files", "convert.places"),
     ("convert.lines", "convert.manifest"),
     ("convert.projections",),

@@ -372,7 +372,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
         (["--set", "distill.objective=energy_mse"], "distill compares distributions; its objective cannot be energy_mse"),
         (["--set", "handover.conv=0"], "conv must be within 1 .. 64; got 0"),
         (["--set", "forget.rate=-1"], "rate must be within 0 .. 10; got -1"),
-        (["--seed", "-1"], "--seed must be at least 0; got -1"),
+        (["--seed", "-1"], "--seed must be within 0 .. 9.22337e+18; got -1"),
         (["--tokens", "0.5"], "A number of tokens is written"),
         (["--tokens", "1k"], "--tiny chooses the sizes itself"),
         (["--device", "cuda:9"], "cuda:9"),

@@ -53,6 +53,7 @@ class Mixer(nn.Module, ABC):
 
     Options: type
     narrow = 0  # so many of the state's first parts are keys, values or latents, in the dtype of the model
+    whole = False  # whether its projections say all that it computes
     decays = False  # whether it forgets at rates of its own (DecayRate)
 
     shape: Shape
@@ -66,6 +67,12 @@ class Mixer(nn.Module, ABC):
     def fit(cls, layers: Iterable[Projections], options) -> list:
         """The options of each layer, where they depend on what all of these layers hold."""
         return [options for _ in layers]
+
+    @classmethod
+    @abstractmethod
+    def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
+        """Why a start from this layer is another function of so many tokens, and the way out; None where theory says that it is the same.
+        `options`: as `fit` leaves them."""
 
     @classmethod
     @abstractmethod

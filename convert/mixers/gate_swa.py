@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from convert.errors import UserError
 from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.parts import QKV, wide
+from convert.mixers.parts import NO_SOFTMAX, QKV, wide
 from convert.projections import Projections, Shape, weight_of
 
 EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing fills yet
@@ -52,6 +52,18 @@ class GateSWA(Mixer):
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, options.gate_bias)
+
+    @classmethod
+    def inexact(cls, projections: Projections, options: Options, tokens: int) -> str | None:
+        if projections.feature_maps is not None:
+            return NO_SOFTMAX
+        theirs = tokens if projections.window is None else min(projections.window, tokens)
+        if theirs == tokens:
+            reach = options.window + options.sinks
+            return None if reach >= tokens else f"it sees {reach:,} of {tokens:,} tokens; raise the window"
+        if options.window < theirs:
+            return f"its window of {options.window:,} is shorter than the teacher's of {theirs:,}; raise it"
+        return f"the teacher has no sinks behind its window of {theirs:,}; set sinks to 0" if options.sinks else None
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":

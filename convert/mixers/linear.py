@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.parts import HedgehogHeads
+from convert.mixers.parts import NO_MAPS, HedgehogHeads
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
 
 class LinearAttention(Mixer):
     """State: sums [B, G, 2 K, K + 1] of phi(k) v, and of phi(k) in the last column."""
+
+    whole = True
 
     @dataclass(frozen=True)
     class Options:
@@ -25,6 +27,10 @@ class LinearAttention(Mixer):
         super().__init__()
         self.shape, self.options = shape, options
         self.heads = HedgehogHeads(shape)
+
+    @classmethod
+    def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
+        return None if projections.feature_maps is not None else NO_MAPS
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "LinearAttention":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.parts import DecayRate, MambaBlock
+from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock
 from convert.projections import Projections, Shape
 from kernels.selective_scan import selective_scan
 
@@ -35,6 +35,10 @@ class Mamba(Mixer):
         kv_inner = shape.num_kv_heads * shape.head_dim
         self.block = MambaBlock(shape, options.conv, options.dt_rank, kv_inner)
         self.rate = DecayRate(kv_inner, 2 * shape.head_dim)
+
+    @classmethod
+    def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
+        return None if projections.feature_maps is not None else NO_MAPS
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "Mamba":

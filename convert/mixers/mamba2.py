@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.parts import DecayRate, MambaBlock, wide
+from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock, wide
 from convert.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
@@ -33,6 +33,10 @@ class Mamba2(Mixer):
         self.shape, self.options = shape, options
         self.block = MambaBlock(shape, options.conv, options.dt_rank, shape.num_kv_heads)
         self.rate = DecayRate(shape.num_kv_heads)
+
+    @classmethod
+    def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
+        return None if projections.feature_maps is not None else NO_MAPS
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "Mamba2":

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from convert.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.mla_sizes import choose_ranks
+from convert.mixers.mla_sizes import choose_ranks, left_out
 from convert.mixers.mla_start import Start, start
-from convert.mixers.parts import HeadNorm, rotate, wide
+from convert.mixers.parts import NO_SOFTMAX, HeadNorm, rotate, wide
 from convert.projections import Projections, Shape
 
 ABSORBED_QUERIES = 16  # at most, in one call (ours)
@@ -95,6 +95,10 @@ class MLA(Mixer):
     @classmethod
     def fit(cls, layers: Iterable[Projections], options: Options) -> list["MLA.Options"]:
         return choose_ranks(list(layers), options)
+
+    @classmethod
+    def inexact(cls, projections: Projections, options: Options, tokens: int) -> str | None:
+        return NO_SOFTMAX if projections.feature_maps is not None else left_out(projections.shape, options)
 
     @classmethod
     def from_projections(cls, projections: Projections, options: Options) -> "MLA":

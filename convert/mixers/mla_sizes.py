@@ -28,6 +28,22 @@ def choose_ranks(layers: list[Projections], options) -> list:
     return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
 
 
+def left_out(shape: Shape, options) -> str | None:
+    """What latent attention of these sizes cannot say of a teacher of this shape, and the way out; None: nothing."""
+    if options.shape == "native":
+        return "its one rotary key and its norms are not the teacher's; take shape=exact"
+    if options.start == "random":
+        return "it starts at random; take start=svd or start=calibrated"
+    if options.rope_dim < shape.rotary_dim:
+        return f"it rotates {options.rope_dim} of {shape.rotary_dim} dimensions; set cache_budget=none and no rope_dim"
+    if options.kv_rank < _full_rank(shape, options):
+        return f"its latent has {options.kv_rank} of {_full_rank(shape, options)} numbers; set cache_budget=none and no kv_rank"
+    full = min(shape.width, shape.num_heads * shape.head_dim)
+    if options.q_rank is not None and options.q_rank < full:
+        return f"its queries have the rank {options.q_rank} of {full}; set no q_rank"
+    return None
+
+
 def _full_rank(shape: Shape, options) -> int:
     """Where nothing is left out: more latents than inputs would be of no use."""
     nope = shape.head_dim if options.shape == "native" else shape.head_dim - options.rope_dim

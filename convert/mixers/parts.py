@@ -11,6 +11,8 @@ from convert.mixers.base import Context
 from convert.projections import Projections, Shape, weight_of
 
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
+NO_MAPS = "its feature maps have yet to learn the softmax; swap in linear attention and align it first"  # why a start is not exact
+NO_SOFTMAX = "the layer is linear attention, which no softmax equals; start from the first teacher"
 
 
 def wide(x: Tensor) -> Tensor:
