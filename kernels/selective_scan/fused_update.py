@@ -1,6 +1,5 @@
 """One step of the selective scan on a GPU, in Triton: each state is read and written once."""
 
-import torch
 from torch import Tensor
 
 try:

@@ -115,7 +115,9 @@ def test_other_owners_are_not_trusted(load, kept, capfd, monkeypatch):
 
 
 def _as_if_nobody_were_root(check):
-    return lambda path: check(path) or (None if path.lstat().st_uid == os.geteuid() else f"belongs to another user (number {path.lstat().st_uid})")
+    return lambda path: (
+        check(path) or (None if path.lstat().st_uid == os.geteuid() else f"belongs to another user (number {path.lstat().st_uid})")
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_said(load, tmp_path):
