@@ -16,7 +16,7 @@ def pick(operator: str, impl: str, device: str, dtype: torch.dtype, ways: Ways) 
     """`impl`, or for "auto" the first of `ways` that runs on this device in this dtype, which is said once per process.
 
     Raises ValueError for a name that is not there, or that cannot run here, with the reason."""
-    if impl not in ways and impl != "auto":
+    if not isinstance(impl, str) or (impl not in ways and impl != "auto"):
         raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, ways))}; got {impl!r}.")
     reasons = []
     automatic = [name for name in ways if name != "triton" or device != "cpu"]  # Triton's interpreter only runs when asked for

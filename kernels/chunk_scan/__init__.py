@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_tensors, check_types
+from kernels.check import check_decay, check_documents, check_flags, check_plain, check_tensors
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
@@ -31,6 +31,8 @@ def chunk_scan(
     Computed in float32 (float64 if x is; without `normalize`, "triton" multiplies bfloat16 as it is); `impl`: "auto", "triton",
     "cpu" (compiled), "chunked" (PyTorch operators) or "reference"; "auto" takes the first that runs here.
     """
+    check_flags(return_final_states=return_final_states, normalize=normalize)
+    check_plain(dict(x=x, dt=dt, A=A, B=B, C=C), dict(D=D, initial_states=initial_states, document_ids=document_ids))
     _check(x, dt, A, B, C)
     _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -75,7 +77,6 @@ def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
 
 def _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize) -> None:
     batch, L, H, P = x.shape
-    check_types(dict(D=D, initial_states=initial_states))
     outputs = max(H, C.shape[2])
     if D is not None and D.shape not in ((outputs,), (outputs, P)):
         raise ValueError(f"D must be {(outputs,)} or {(outputs, P)}; got {tuple(D.shape)}.")
@@ -88,7 +89,6 @@ def _check_rest(x, dt, A, B, C, D, initial_states, document_ids, normalize) -> N
 
 
 def _check(x, dt, A, B, C) -> None:
-    check_types(dict(x=x, dt=dt, A=A, B=B, C=C))
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be [batch, L, H, P], not empty; got {tuple(x.shape)}.")
     batch, L, H, _ = x.shape

@@ -19,7 +19,7 @@ CHUNK = 64  # steps: at N and P about 64 the two parts cost the same (ours)
 def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
     """As chunk_scan_reference. A value that is not finite reaches what it reaches there; where a look at values costs nothing (on a CPU)
     it is also of the same kind, else infinity may become NaN."""
-    if has_values(x) and not all(bool(t.sum().isfinite()) for t in (x, log_decay, B, C, S)):
+    if has_values(x) and not all(bool(t.detach().sum().isfinite()) for t in (x, log_decay, B, C, S)):
         return _step_by_step(x, log_decay, B, C, S, document_ids)
     length, readings = x.shape[1], C.shape[3]
     Q = min(CHUNK, length)

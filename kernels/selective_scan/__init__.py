@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_tensors, check_types
+from kernels.check import check_decay, check_documents, check_flags, check_plain, check_tensors
 from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
@@ -34,8 +34,11 @@ def selective_scan(
     States are [batch, D, N]. Computed in float32 (float64 if u is); `impl`: "auto", "triton", "cpu" (compiled), "chunked" (PyTorch operators) or
     "reference"; "auto" takes the first that runs here.
     """
+    check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state, normalize=normalize)
+    states = _states(initial_state, normalize)
+    check_plain(dict(u=u, delta=delta, A=A, B=B, C=C), dict(D=D, z=z, delta_bias=delta_bias, document_ids=document_ids) | states)
     _check(u, delta, A, B, C)
-    _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize)
+    _check_rest(u, delta, A, B, C, D, z, delta_bias, states, document_ids)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     out_dtype = u.dtype
     u, delta, A, B, C = (t.to(dtype) for t in (u, delta, A, B, C))
@@ -47,7 +50,7 @@ def selective_scan(
     if initial_state is None:
         h = u.new_zeros(1 + normalize, *u.shape[:2], A.shape[1])
     else:
-        h = torch.stack(list(initial_state)) if normalize else initial_state[None]
+        h = torch.stack([h.to(dtype) for h in states.values()])
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
@@ -84,21 +87,26 @@ def _pick(impl: str, device: str, dtype: torch.dtype) -> str:
     return pick("selective_scan", impl, device, dtype, WAYS)
 
 
-def _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids, normalize) -> None:
+def _states(initial_state, normalize: bool) -> dict[str, object]:
+    """The initial states by name: one, or two with `normalize`."""
+    if not normalize or initial_state is None:
+        return {"initial_state": initial_state}
+    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+        got = tuple(initial_state.shape) if isinstance(initial_state, Tensor) else type(initial_state).__name__
+        raise ValueError(f"initial_state must be a pair (num, den) with normalize=True; got {got}.")
+    for part in initial_state:
+        if not isinstance(part, Tensor):
+            raise ValueError(f"initial_state must be a pair of tensors with normalize=True; got {type(part).__name__}.")
+    return {f"initial_state of {name}": h for name, h in zip(("num", "den"), initial_state, strict=True)}
+
+
+def _check_rest(u, delta, A, B, C, D, z, delta_bias, states, document_ids) -> None:
     batch, channels, L = u.shape
     groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
     outputs = channels * groups_C // groups_B
     expected = {
         "D": (D, (outputs,)), "z": (z, (batch, outputs, L)), "delta_bias": (delta_bias, (channels,)),
-    }  # fmt: skip
-    if normalize and initial_state is not None:
-        if isinstance(initial_state, Tensor) or len(initial_state) != 2:
-            got = tuple(initial_state.shape) if isinstance(initial_state, Tensor) else f"{len(initial_state)} items"
-            raise ValueError(f"initial_state must be a pair (num, den) with normalize=True; got {got}.")
-        expected |= {f"initial_state of {name}": (h, (batch, *A.shape)) for name, h in zip(("num", "den"), initial_state, strict=True)}
-    else:
-        check_types(dict(initial_state=initial_state))
-        expected["initial_state"] = initial_state, (batch, *A.shape)
+    } | {name: (h, (batch, *A.shape)) for name, h in states.items()}  # fmt: skip
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
@@ -108,7 +116,6 @@ def _check_rest(u, delta, A, B, C, D, z, delta_bias, initial_state, document_ids
 
 
 def _check(u, delta, A, B, C) -> None:
-    check_types(dict(u=u, delta=delta, A=A, B=B, C=C))
     if u.ndim != 3 or delta.shape != u.shape:
         raise ValueError(f"u and delta must both be [batch, D, L]; got {tuple(u.shape)} and {tuple(delta.shape)}.")
     batch, D, L = u.shape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_tensors, check_types
+from kernels.check import check_decay, check_flags, check_plain, check_tensors
 from kernels.native import loaded
 from kernels.pick import anywhere, pick, why_not_triton
 from kernels.selective_scan.cpu import SOURCE, native, why_not
@@ -28,6 +28,7 @@ def selective_state_update(
     tensors = state, x, dt, A, B, C, D, z, dt_bias
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise ValueError("selective_state_update has no gradients; call it under torch.no_grad(), or selective_scan to train.")
+    check_flags(dt_softplus=dt_softplus)
     plain = type(state) is Tensor and not torch.compiler.is_compiling()  # not a fake tensor, which has no memory
     layout = _layout(impl, tensors) if plain else None
     known = DIRECT.get(layout) if plain else None
@@ -54,7 +55,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def _layout(impl: str, tensors: tuple[Tensor | None, ...]) -> tuple:
     """What decides how the arguments are read. Anything but a plain tensor is its type."""
-    return impl, *[(t.shape, t.dtype, t.device, t.is_contiguous()) if type(t) in PLAIN else type(t) for t in tensors]
+    return impl if isinstance(impl, str) else type(impl), *[_layout_of(t) if type(t) in PLAIN else type(t) for t in tensors]
+
+
+def _layout_of(t: Tensor) -> tuple:
+    strided = t.layout is torch.strided and not t.is_nested
+    return (t.shape, t.dtype, t.is_cpu, t.is_contiguous()) if strided else (t.layout,)
 
 
 def _remember(layout: tuple, tensors: tuple[Tensor | None, ...], groups: int) -> None:
@@ -67,10 +73,12 @@ def _remember(layout: tuple, tensors: tuple[Tensor | None, ...], groups: int) ->
 
 
 def _direct(tensors: tuple[Tensor | None, ...], update: Callable, sizes: tuple[int, ...], threaded: bool, softplus: bool) -> Tensor | None:
-    """The compiled step of contiguous tensors of one dtype; None where a mode makes every new tensor a fake one."""
+    """The compiled step of contiguous tensors of one dtype; None where a mode makes every new tensor a fake one, or one has no numbers."""
     out = torch.empty_like(tensors[1])
     if type(out) is not Tensor:
         return None
+    if any(t is not None and (t.is_neg() or t._is_zerotensor()) for t in tensors):
+        return None  # its numbers are not in memory; refused elsewhere
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     if not update(ARGUMENTS.pack(*sizes, softplus, torch.get_num_threads() if threaded else 1, *pointers, out.data_ptr())):
         raise ValueError(
@@ -81,7 +89,7 @@ def _direct(tensors: tuple[Tensor | None, ...], update: Callable, sizes: tuple[i
 
 def _per_head(state, x, dt, A, B, C, D, z, dt_bias) -> list[Tensor | None]:
     """The same with heads, checked."""
-    check_types(dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias))
+    check_plain(dict(state=state, x=x, dt=dt, A=A, B=B, C=C), dict(D=D, z=z, dt_bias=dt_bias))
     if state.ndim not in (3, 4):
         raise ValueError(f"state must be [batch, D, N] or [batch, heads, P, N]; got {tuple(state.shape)}.")
     heads = state.ndim == 4
