@@ -36,7 +36,7 @@ def disk_reason(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return str(error) if error.errno is not None else None
     text = (str(error).strip().splitlines() or [""])[-1]
-    if re.search(r"\(os error \d+\)", text) or "PytorchStreamWriter failed" in str(error):
+    if re.search(r"\(os error \d+\)", text) or "inline_container.cc" in str(error):  # torch.save: "unexpected pos", where a disk is full
         return text
     if isinstance(error, RuntimeError) and any(f"[Errno {number}]" in text for number in FULL):
         return text

@@ -1,6 +1,8 @@
 """Text becomes the same tokens every time, or one sentence says why not."""
 
+import os
 import shutil
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -233,6 +235,51 @@ def test_json_lines_end_at_newlines_only(tmp_path, character):
     assert [text for _, text in corpus(str(tmp_path)).documents()] == [f"one{character}two"]
 
 
+@pytest.mark.parametrize("name, text", [("a.txt", "one\r\n\r\ntwo"), ("a.jsonl", '{"text": "one"}\r\n"two"'), ("a.py", "x = 1\n")])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, text):
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / name).write_bytes(mark + text.encode())
+        found.append(list(corpus(str(tmp_path / name)).documents()))
+    assert found[0] == found[1] and found[0]
+
+
+def test_numbers_beside_the_text_may_be_long(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"n": ' + "9" * 6000 + ', "text": "one", "big": 1e999}\n')
+    assert [text for _, text in corpus(str(tmp_path)).documents()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9.txt", b"\xff\xfe.md", "naïve 文字.txt".encode(), b"a\nb\x1b[31m.txt", b"-rf.txt", b" .txt", b"..jsonl.txt"]
+)
+def test_files_have_any_name_and_the_same_place_in_any_locale(tmp_path, tokenizer, name):
+    root = tmp_path / "odd"
+    root.mkdir()
+    with open(bytes(root) + b"/" + name, "w") as file:
+        file.write("some text to read. " * 200)
+    assert len(tokenize(corpus(str(root)), tokenizer).train) > 100
+    as_ascii = name.decode("ascii", "surrogateescape")  # how a locale of ASCII would see it
+    assert is_held_out(as_ascii) == is_held_out(name.decode("utf-8", "surrogateescape"))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
+    """A pipe would be waited for, a device never ends."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.txt")
+        for name in ("pipe.txt", "device.txt", "socket.txt"):
+            with pytest.raises(UserError, match=f"Data is read from files and folders; '{name}' is neither"):
+                corpus(name)
+        (tmp_path / "folder.txt").mkdir()
+        (tmp_path / "real.txt").write_text("text")
+        assert [key for key, _ in corpus(str(tmp_path)).documents()] == ["real.txt"]
+    for wrong in ("a\0b", ""):
+        with pytest.raises(UserError, match="^--data must be a path"):
+            corpus(wrong)
+
+
 WRONG = {
     "missing": (None, "", r"There is no data at .*nowhere.*Give 'stdlib', a file or folder of .txt, .md, .py, .jsonl, or hub:NAME"),
     "empty-folder": (".", None, r"The folder .* has no .txt, .md, .py, .jsonl files"),
@@ -240,6 +287,9 @@ WRONG = {
     "not-utf-8": ("latin.txt", b"caf\xe9 au lait", r"must be UTF-8 text; .*latin.txt is not \(byte 3\). Convert or remove it"),
     "binary": ("image.txt", b"PNG\x00\x01", r"must be text; .*image.txt holds NUL bytes, so it looks binary. Remove it"),
     "bad-json": ("rows.jsonl", b'{"text": "fine"}\n{"text": \n', r"Line 2 of .*rows.jsonl is not JSON: "),
+    "half-a-character": ("rows.jsonl", b'"fine"\n{"text": "a \\ud83d b"}\n', r"Line 2 of .*rows.jsonl holds half of a surrogate pair"),
+    "too-deep": ("rows.jsonl", b'"fine"\n' + b'{"text":' * 50_000, r"Line 2 of .*rows.jsonl is not JSON: it is nested too deeply"),
+    "nothing-but-digits": ("rows.jsonl", b"9" * 6000, r"Line 1 of .*rows.jsonl must be a string or an object"),
     "json-number": ("rows.jsonl", b"3\n", r'Line 1 of .*rows.jsonl must be a string or an object with a "text" field'),
     "json-other-field": ("rows.jsonl", b'{"content": "x"}', r'Line 1 of .*rows.jsonl must be a string or an object with a "text" field'),
     "blank": ("blank.txt", b" \n\n", r"The data .* holds no text"),
@@ -288,6 +338,19 @@ def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(rea
     with pytest.raises(UserError, match=rf"^The data set 'not/there' could not be read \({reason}\)\. Without network use --data stdlib"):
         list(corpus("hub:not/there").documents())
     assert settings.HF_HUB_OFFLINE is False
+
+
+def test_rows_of_the_hub_without_text_are_left_out_and_counted(monkeypatch, capsys):
+    """A stream is long: what was read before such a row is not lost."""
+    rows = [{"text": "one"}, {"text": None}, {"text": ""}, {"text": None}, {"text": "two"}]
+    exceptions, settings = SimpleNamespace(DatasetNotFoundError=KeyError), SimpleNamespace(HF_HUB_OFFLINE=True)
+    sets = {"some/set": rows, "other/set": [{"text": "one"}, {"text": [1]}]}
+    fake = SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=lambda name, *_, **__: sets[name])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert list(corpus("hub:some/set").documents()) == [("0", "one"), ("2", ""), ("4", "two")]
+    assert "2 rows of some/set have no text (null); they were left out." in capsys.readouterr().out
+    with pytest.raises(UserError, match="The 'text' of data set other/set must be strings; row 1 has a list"):
+        list(corpus("hub:other/set").documents())
 
 
 def test_stdlib_is_source_without_tests():

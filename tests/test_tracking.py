@@ -46,6 +46,50 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_cut_line_is_mended_at_opening_and_damage_is_named_before_anything_is_trained(tmp_path, capsys):
+    track = Track(tmp_path, mode="disabled", config={}, name="x")
+    track.enter("align")
+    for step in (1, 2, 3):
+        track.log(step, 10 * step, {"train/loss": float(step)})
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    again = Track(tmp_path, mode="disabled", config={}, name="x")
+    assert "line 3 was cut short" in capsys.readouterr().out
+    again.enter("align")
+    again.resume(3)  # as from a checkpoint whose lines are lost
+    assert "lacks 1 of the 3 lines of align, from step 3 on" in capsys.readouterr().out
+    again.log(4, 40, {"train/loss": 4.0})
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4]
+    for damage, words in (
+        (b"\0" * 50, "Line 1 of .* is not JSON"),
+        (b'{"stage": "align", "step": "1", "tokens": 2}', "row 1, is damaged: step should be"),
+    ):
+        file.write_bytes(damage + b"\n" + whole)
+        with pytest.raises(UserError, match=words):
+            Track(tmp_path, mode="disabled", config={}, name="x")
+
+
+NAMES = ["x" * 70, "a/b:c\\#?%", "\udcff\udcfe", "名前" * 80, " ", "[red]", "a\nb\x1b[31m", "x" * 300, "..", ""]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_runs_are_tracked_under_any_name(tmp_path, capsys):
+    """Of the teacher's folder, the target, the run, the stage and the architecture."""
+    for number, name in enumerate(NAMES[1:6]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = {"teacher": f"/models/{name}", "target": name or "mamba", "size": 10**30, "rate": float("nan")}
+        track = Track(folder, mode="offline", config=config, name=name)
+        track.enter(f"align {name}")
+        track.log(1, 128, {"train/loss": 1.0})
+        track.made("abc", {"architecture": name}, folder)
+        assert track.dashboard is not None and track.dashboard.run is not None, name
+        track.close()
+    assert "W&B failed" not in capsys.readouterr().out
+    assert len({dashboard._plain(name) for name in NAMES}) == len(NAMES) and all(0 < len(dashboard._plain(name)) <= 64 for name in NAMES)
+
+
 def read_back(file: Path) -> dict:
     """The summary of a run's file, by W&B's own reader."""
     wandb = Path(sys.executable).with_name("wandb")
