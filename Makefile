@@ -13,6 +13,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python $(PYTEST)
 
+fuzz: $(VENV)/installed-test
+	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -n auto --dist loadfile tests/fuzz
+
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +38,4 @@ $(NEWEST)/installed-newest: setup.py constraints.txt
 	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/torch.txt --upgrade --upgrade-strategy eager --editable '.[test]'
 	touch $@
 
-.PHONY: demo test check check-newest
+.PHONY: demo test fuzz check check-newest

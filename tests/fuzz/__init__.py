@@ -1,47 +1,35 @@
 """Inputs that nobody would give on purpose. A command answers each with exit code 0 or 2, never 1 and never a traceback, and loses nothing.
 
-In the suite every test takes the same examples for a few seconds; `make fuzz` takes others for minutes (FUZZ_SECONDS, of each test)."""
+In the suite every test takes the same few examples each time; `make fuzz` takes others, and FUZZ times as many."""
 
 import contextlib
-import functools
+import copy
 import hashlib
 import io
+import json
 import os
+import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-SUITE_SECONDS = 8
-SECONDS = float(os.environ.get("FUZZ_SECONDS", SUITE_SECONDS))
-LONG = "FUZZ_SECONDS" in os.environ
+TIMES = int(os.environ.get("FUZZ", 0))  # as many examples as in the suite, and other ones each time
 
 
 class Reached(Exception):
     """What is stubbed was reached: the input was accepted."""
 
 
-def fuzz(**strategies) -> Callable:
-    """A test over examples of these, until its time is over; what is drawn afterwards is not tried."""
-
-    def wrap(test: Callable) -> Callable:
-        ends = []
-
-        @functools.wraps(test)
-        def timed(*args, **kwargs):
-            ends.append(time.monotonic() + SECONDS) if not ends else None
-            if time.monotonic() < ends[0]:
-                test(*args, **kwargs)
-
-        return settings(
-            max_examples=100_000 if LONG else 300, derandomize=not LONG, deadline=None, database=None, print_blob=True,
-            phases=(Phase.explicit, Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
-        )(given(**strategies)(timed))  # fmt: skip
-
-    return wrap
+def fuzz(examples: int, **strategies) -> Callable:
+    """A test over so many examples of these."""
+    how = settings(
+        max_examples=examples * (TIMES or 1), derandomize=not TIMES, deadline=None, database=None, print_blob=True,
+        phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    return lambda test: how(given(**strategies)(test))
 
 
 def run_command(main: Callable, argv: list[str], program: str | None = None) -> tuple[int, str]:
@@ -83,61 +71,44 @@ WORDS = st.sampled_from([
     "[/]", "%s%n", "$x", "{}", "é", "漢字", "\u202e", "🦀", "../../evil", "neox-nano", "stdlib", "hub:", "hub:x", "a/b", "cpu", "auto", "cuda", "cuda:99",
     "mps", "x.gguf", "/dev/null", "/dev/zero", "/proc/self/mem", "all", "names", "names,keys", "<script>",
 ])  # fmt: skip
+SEED = st.integers(0, 2**32)
 TEXTS = st.one_of(NUMBERS, WORDS, st.text(max_size=20))
-JSON = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.sampled_from(["", "x", "\ud800", "\0", "a" * 5000, "default", "converted"]),
-        st.sampled_from([0, 1, -1, 2, 10**9, 1e400, float("nan"), 0.5]),
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "content", "id", "name", "type", "model_type"]), inner, max_size=3),
-    max_leaves=6,
+LEAVES = (
+    None, True, False, 0, 1, -1, 2, 7, 10**9, 2**63, 2**70, -(2**70), 0.5, -0.5, 1e400, float("nan"), "", "x", "2", "\ud800", "\0", "a" * 5000, "default",
+    "converted", "evil/evil", [], {}, [0], ["x"], {"a": 1}, {"content": 5}, {"type": "yarn"}, [[]], [None],
 )  # fmt: skip
+MORE = ("auto_map", "attn_implementation", "num_labels", "to_dict", "__class__", "", "x", "per_layer_config")
 
 
-@st.composite
-def mutated(draw, content):
+def mutated(content, seed: int):
     """A JSON value with one to three of its nodes replaced, removed or doubled."""
-    content = draw(st.just(content).map(copy_of))
-    for _ in range(draw(st.integers(1, 3))):
-        content = _mutate(draw, content)
+    rng, content = random.Random(seed), json.loads(json.dumps(content))
+    for _ in range(rng.randint(1, 3)):
+        content = _mutate(rng, content)
     return content
 
 
-def copy_of(content):
-    if isinstance(content, dict):
-        return {key: copy_of(value) for key, value in content.items()}
-    return [copy_of(value) for value in content] if isinstance(content, list) else content
+def _mutate(rng: random.Random, node):
+    if not isinstance(node, dict | list) or not node or rng.random() < 0.05:
+        return copy.deepcopy(rng.choice(LEAVES))
+    how, keys = rng.choice(("in", "in", "in", "drop", "add")), list(range(len(node))) if isinstance(node, list) else sorted(node)
+    key, node = rng.choice(keys), copy.deepcopy(node)
+    if how == "in":
+        node[key] = _mutate(rng, node[key])
+    elif how == "drop":
+        del node[key]
+    elif isinstance(node, list):
+        node.append(node[key])
+    else:
+        node[rng.choice(MORE)] = copy.deepcopy(rng.choice(LEAVES))
+    return node
 
 
-def _mutate(draw, node):
-    if not isinstance(node, dict | list) or not node or draw(st.integers(0, 5)) == 0:
-        return draw(JSON)
-    if isinstance(node, list):
-        i = draw(st.integers(0, len(node) - 1))
-        how = draw(st.sampled_from(["in", "in", "drop", "double"]))
-        if how == "in":
-            return [*node[:i], _mutate(draw, node[i]), *node[i + 1 :]]
-        return node[:i] + node[i + 1 :] if how == "drop" else node + [node[i]]
-    key = draw(st.sampled_from(sorted(node)))
-    how = draw(st.sampled_from(["in", "in", "drop", "add"]))
-    if how == "drop":
-        return {k: v for k, v in node.items() if k != key}
-    if how == "add":
-        return node | {
-            draw(st.sampled_from(["auto_map", "attn_implementation", "num_labels", "to_dict", "__class__", "", "x"])): draw(JSON)
-        }
-    return node | {key: _mutate(draw, node[key])}
-
-
-def damaged(good: bytes):
-    """Bytes of a file that was cut, overwritten or replaced."""
-    return st.one_of(
-        st.integers(0, len(good)).map(lambda n: good[:n]),
-        st.tuples(st.integers(0, max(0, len(good) - 1)), st.binary(min_size=1, max_size=8)).map(
-            lambda t: good[: t[0]] + t[1] + good[t[0] + len(t[1]) :]
-        ),
-        st.sampled_from(
-            [b"", b"\xef\xbb\xbf" + good, good + good, b"\xff\xfe", b"[" * 100_000, b"null", b"\0" * 1000, good.replace(b"\n", b"\r\n")]
-        ),
-        st.binary(max_size=200),
-    )
+def damaged(good: bytes, seed: int) -> bytes:
+    """The bytes of a file that was cut, overwritten or replaced."""
+    rng = random.Random(seed)
+    at = rng.randrange(len(good) + 1)
+    return rng.choice([
+        good[:at], good[:at] + rng.randbytes(rng.randint(1, 8)) + good[at:], good[:at] + good[at + rng.randint(1, 8) :], good + good, rng.randbytes(200),
+        b"", b"\xef\xbb\xbf" + good, b"\xff\xfe", b"[" * 100_000, b"null", b"\0" * 1000, good.replace(b"\n", b"\r\n"), good.replace(b'"', b"'"),
+    ])  # fmt: skip

@@ -12,7 +12,7 @@ from convert.recipes import RECIPES
 from convert.run import fail_in_words
 from convert.run import main as run
 from convert.teachers import NANO
-from tests.fuzz import NUMBERS, TEXTS, Reached, behaves, contents, fuzz
+from tests.fuzz import NUMBERS, TEXTS, TIMES, Reached, behaves, contents, fuzz
 
 
 def reached(*args, **kwargs):
@@ -49,18 +49,18 @@ OPTION = st.one_of(
     st.tuples(st.sampled_from(["--data", "--device", "--wandb", "--stop-when", "--out"]), TEXTS),
     st.tuples(st.just("--stop-when"), st.builds("{}{}{}".format, st.sampled_from(["generation", "perplexity", "x"]), st.sampled_from("<>="), NUMBERS)),
     st.tuples(st.just("--set"), SETTING),
-    st.sampled_from([("--tiny",), ("--fresh",), ("--debug",), ("--nonsense",), ("--trust-remote-code",)]),
+    st.sampled_from([("--tiny",), ("--fresh",), ("--nonsense",), ("--trust-remote-code",)]),
 )  # fmt: skip
 TEACHER = st.one_of(st.just("neox-nano"), st.just("neox-nano"), TEXTS)
 TARGET = st.one_of(st.sampled_from(list(RECIPES)), TEXTS)
 
 
-@fuzz(teacher=TEACHER, target=st.one_of(st.sampled_from(list(RECIPES)), TARGET), options=st.lists(OPTION, max_size=4))
+@fuzz(60, teacher=TEACHER, target=st.one_of(st.sampled_from(list(RECIPES)), TARGET), options=st.lists(OPTION, max_size=4))
 def test_plans(teacher, target, options):
     behaves(run, [teacher, "--to", target, "--data", "words.txt", *(word for option in options for word in option), "--plan"])
 
 
-@fuzz(target=st.sampled_from(list(RECIPES)), options=st.lists(OPTION, max_size=3))
+@fuzz(12, target=st.sampled_from(list(RECIPES)), options=st.lists(OPTION, max_size=3))
 def test_runs(target, options, place):
     before = contents(NANO), (place / "words.txt").read_bytes()
     behaves(
@@ -82,24 +82,23 @@ def test_runs(target, options, place):
 
 ASKING = st.one_of(
     st.tuples(st.just("--limit"), NUMBERS),
-    st.tuples(st.sampled_from(["--tasks", "--device", "--out", "--lm-eval"]), TEXTS),
-    st.just(("--debug",)),
+    st.tuples(st.sampled_from(["--tasks", "--device", "--out", *["--lm-eval"] * bool(TIMES)]), TEXTS),
 )
 
 
-@fuzz(folder=TEACHER, options=st.lists(ASKING, max_size=3))
+@fuzz(20, folder=TEACHER, options=st.lists(ASKING, max_size=3))
 def test_evaluations(folder, options):
     behaves(evaluate, [folder, *(word for option in options for word in option)])
 
 
 WRITING = st.one_of(
-    st.tuples(st.sampled_from(["--temperature", "--seed"]), NUMBERS),
-    st.tuples(st.just("--device"), TEXTS),
-    st.sampled_from([("--raw",), ("--debug",)]),
+    st.tuples(st.sampled_from(["--temperature", "--seed"]), NUMBERS), st.tuples(st.just("--device"), TEXTS), st.just(("--raw",))
 )
 
 
-@fuzz(folder=TEACHER, prompt=TEXTS, length=st.sampled_from(["1", "2", "0", "-1", "x", "1e3", "٣"]), options=st.lists(WRITING, max_size=2))
+@fuzz(
+    20, folder=TEACHER, prompt=TEXTS, length=st.sampled_from(["1", "2", "0", "-1", "x", "1e3", "٣"]), options=st.lists(WRITING, max_size=2)
+)
 def test_generations(folder, prompt, length, options):
     behaves(generate, [folder, prompt, "--max-new-tokens", length, *(word for option in options for word in option)])
 
@@ -129,7 +128,7 @@ def experiment(draw):
     return name, draw(st.lists(st.one_of(TEXTS, st.sampled_from(["neox-nano", "depth", "head"])), max_size=2)) + words
 
 
-@fuzz(command=experiment())
+@fuzz(25, command=experiment())
 def test_experiments(command):
     name, argv = command
     module = importlib.import_module(f"experiments.{name}")

@@ -81,11 +81,11 @@ def agrees(kernel, arguments, flags):
                 )
 
 
-@fuzz(arguments=call(selective), normalize=st.booleans(), softplus=st.booleans())
+@fuzz(100, arguments=call(selective), normalize=st.booleans(), softplus=st.booleans())
 def test_selective_scan(arguments, normalize, softplus):
     agrees(selective_scan, arguments, {"normalize": normalize, "delta_softplus": softplus})
 
 
-@fuzz(arguments=call(chunk), normalize=st.booleans())
+@fuzz(100, arguments=call(chunk), normalize=st.booleans())
 def test_chunk_scan(arguments, normalize):
     agrees(chunk_scan, arguments, {"normalize": normalize})

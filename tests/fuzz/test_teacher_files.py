@@ -12,7 +12,7 @@ from convert.generate import main as generate
 from convert.run import main as run
 from convert.teachers import NANO
 from tests.conftest import tiny_teacher
-from tests.fuzz import behaves, contents, damaged, fuzz, mutated
+from tests.fuzz import SEED, behaves, contents, damaged, fuzz, mutated
 from tests.fuzz.test_commands import reached
 from tests.test_teachers import write_tokenizer
 
@@ -57,29 +57,29 @@ def loads(teacher, place, plan):
 
 
 @fuzz(
-    name=st.sampled_from(["nano", "llama", "qwen3", "mistral", "student"]), file=st.sampled_from(FILES), data=st.data(), plan=st.booleans()
+    20, name=st.sampled_from(["nano", "llama", "qwen3", "mistral", "student"]), file=st.sampled_from(FILES), seed=SEED, plan=st.booleans()
 )
-def test_senseless_values(name, file, data, plan, teachers, place):
+def test_senseless_values(name, file, seed, plan, teachers, place):
     teacher = copied(teachers, name, place)
     good = json.loads((teacher / file).read_text()) if (teacher / file).exists() else {}
-    (teacher / file).write_text(json.dumps(data.draw(mutated(good))))
+    (teacher / file).write_text(json.dumps(mutated(good, seed)))
     loads(teacher, place, plan and file == "config.json")
 
 
-@fuzz(name=st.sampled_from(["nano", "student", "llama"]), file=st.sampled_from([*FILES, "tokenizer.json"]), data=st.data())
-def test_damaged_files(name, file, data, teachers, place):
+@fuzz(20, name=st.sampled_from(["nano", "student", "llama"]), file=st.sampled_from([*FILES, "tokenizer.json"]), seed=SEED)
+def test_damaged_files(name, file, seed, teachers, place):
     teacher = copied(teachers, name, place)
     good = (teacher / file).read_bytes() if (teacher / file).exists() else b"{}"
-    (teacher / file).write_bytes(data.draw(damaged(good)))
+    (teacher / file).write_bytes(damaged(good, seed))
     loads(teacher, place, False)
 
 
-@fuzz(data=st.data())
-def test_damaged_weights(data, teachers, place):
+@fuzz(8, seed=SEED)
+def test_damaged_weights(seed, teachers, place):
     teacher = copied(teachers, "llama", place)
     good = (teacher / "model.safetensors").read_bytes()
     head = 8 + int.from_bytes(good[:8], "little")
-    (teacher / "model.safetensors").write_bytes(data.draw(damaged(good[:head])) + good[head:])
+    (teacher / "model.safetensors").write_bytes(damaged(good[:head], seed) + good[head:])
     loads(teacher, place, False)
 
 
