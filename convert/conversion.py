@@ -19,7 +19,7 @@ from convert import evaluation, final, manifest, measure, recipes, records, repo
 from convert import plan as planning
 from convert.batches import Batch, Batches
 from convert.checkpoint import LOGS, StepFolder, StopRequest, check_out, locked, open_run
-from convert.console import console, size
+from convert.console import console, duration, size
 from convert.data import TokenData, corpus, tokenize
 from convert.errors import Interrupted, UserError, files_in_words
 from convert.fields import Place, Text, checked
@@ -74,6 +74,7 @@ def run(
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
     text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
     final.held_out(text, recipe)  # and too little text before the folder is taken
+    evaluation.chosen(None, taught.tokenizer)  # and a chat template that renders nothing
     for step in recipe.steps:
         if isinstance(step, Train):
             Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
@@ -87,7 +88,7 @@ def run(
     open_run(out, settings, fresh)
     with locked(out):
         _check_what_is_read_back(out)
-        numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started)
+        numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started, plan)
     report.show(numbers, console)
     evaluation.show(numbers["evaluation"], console)
     console.print(
@@ -97,12 +98,13 @@ def run(
 
 
 def _locked_run(
-    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, settings: dict, wandb: str | None, rules: Sequence[Rule], started: float
-) -> dict:
+    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, settings: dict, wandb: str | None, rules: Sequence[Rule], started: float,
+    plan: planning.Plan,
+) -> dict:  # fmt: skip
     track = Track(out, mode=wandb, config=settings, name=out.name)
     try:
         with StopRequest() as stop:
-            student, results = _steps(recipe, taught, text, out, track, stop, rules)
+            student, results = _steps(recipe, taught, text, out, track, stop, rules, plan)
         _round(student, taught.dtype)
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["evaluation"] = _ask(student, taught, recipe, out)
@@ -137,7 +139,7 @@ def _check_what_is_read_back(out: Path) -> None:
 
 
 def _steps(
-    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, track: Track, stop: StopRequest, rules: Sequence[Rule]
+    recipe: Recipe, taught: Teacher, text: TokenData, out: Path, track: Track, stop: StopRequest, rules: Sequence[Rule], plan: planning.Plan
 ) -> tuple[ConvertedForCausalLM, list[dict]]:
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
@@ -169,7 +171,9 @@ def _steps(
                     write_json(out / "layers.json", result["layers"])
             if i:
                 folders[i - 1].drop_weights()
-            console.print(f"{step.name}: perplexity {result['perplexity_after']:.3f}", style="dim")
+            left = planning.time_left(plan, [*results, result])
+            ahead = f"; about {duration(left)} of training left" if left else ""
+            console.print(f"{step.name}: perplexity {result['perplexity_after']:.3f}{ahead}", style="dim")
         results.append(result)
         if stop.requested:
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from convert.errors import UserError
-from convert.fields import Place, checked
+from convert.fields import checked
 from convert.files import parse_json, sealed, sha256, unsealed, write_text
 from convert.places import cache_folder, path_of
+from convert.prompts import leading
 from convert.teachers import is_hub_reachable
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
@@ -84,7 +85,7 @@ class Corpus:
 
 
 @checked
-def corpus(spec: Place) -> Corpus:
+def corpus(spec: str | Path) -> Corpus:
     """ "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]"."""
     spec = str(spec)
     if spec == "stdlib":
@@ -219,7 +220,7 @@ def tokenize(source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotate
 
     A damaged cache is set aside and rebuilt."""
     limit = limit if source.hub else None
-    key = hashlib.sha256(f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 1".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 2".encode()).hexdigest()[:20]
     folder = cache_folder() / "tokens" / key
     if folder.exists() and (damage := _cache_damage(folder)):
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.damaged-"))
@@ -273,12 +274,15 @@ def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> 
 def _write_raw(source: Corpus, tokenizer, limit: int | None, aside: Path, dtype) -> tuple[dict[str, list[int]], int]:
     """Files `train` and `held_out` of bare ids. Where their documents start, and the end; the bytes of text read."""
     starts, text_bytes, keys, texts = {"train": [0], "held_out": [0]}, 0, [], []
+    front = leading(tokenizer)
     with ExitStack() as stack:
         files = {part: stack.enter_context((aside / part).open("wb")) for part in starts}
         bar = stack.enter_context(tqdm(total=limit, unit="tok", unit_scale=True, desc="tokenise", delay=3))
 
         def flush():
-            for key, ids in zip(keys, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True):
+            found = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"] if texts else []
+            for key, ids in zip(keys, found, strict=True):
+                ids = front + ids
                 if ids[-1:] != [tokenizer.eos_token_id]:
                     ids = ids + [tokenizer.eos_token_id]
                 part = "held_out" if is_held_out(key) else "train"

@@ -25,7 +25,7 @@ from convert.fields import Place, Text, checked
 from convert.files import write_json
 from convert.final import held_out_of, numbers
 from convert.places import path_of
-from convert.prompts import has_chat_template
+from convert.prompts import chat_text, has_chat_template
 from convert.readings import READINGS, Answer, fits, prompt_ids
 from convert.schemas import AnswerRow
 from convert.tasks import TASKS, Item, Task
@@ -36,6 +36,8 @@ LIMIT = 48  # questions of each task (ours: three minutes for two small models o
 
 def chosen(names: str | None, tokenizer) -> list[Task]:
     """The tasks of these names; without names all that this model can be asked."""
+    if has_chat_template(tokenizer):
+        chat_text(tokenizer, "Is anybody there?")  # a template that renders nothing is said now, not after hours
     if names is None:
         return [task for task in TASKS.values() if not task.chat or has_chat_template(tokenizer)]
     found = []

@@ -4,7 +4,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,6 +210,14 @@ def _finish(device: torch.device) -> None:
     """Wait for all that the device was asked to do."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
+
+
+def time_left(plan: Plan, results: Sequence[dict]) -> float:
+    """Seconds of training after these finished steps: the plan's, times how much longer than planned they took."""
+    planned = [step.seconds for step in plan.steps]
+    done, left = sum(planned[: len(results)]), sum(planned[len(results) :])
+    trained = sum(result["seconds"] for result, seconds in zip(results, planned, strict=False) if seconds)
+    return left * (trained / done if done else 1.0)
 
 
 def check_space(plan: Plan, folder: Path) -> str | None:

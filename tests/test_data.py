@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from convert import data
@@ -358,3 +358,17 @@ def test_stdlib_is_source_without_tests():
     keys = [file.relative_to(source.root).as_posix() for file in source.files]
     assert {"argparse.py", "json/decoder.py"} <= set(keys) and len(keys) == len(set(keys)) > 300
     assert not [key for key in keys if {"test", "tests", "__pycache__", "site-packages"} & set(key.split("/"))]
+
+
+@pytest.mark.parametrize("template, front", [("<turn> $A <turn>", 1), ("$A <turn>", 0), ("<turn> $A <end>", 1)])
+def test_what_a_tokenizer_adds_behind_is_no_text(template, front, folder):
+    """Documents begin as the tokenizer begins a text, and end with the end token alone."""
+    tokenizer = make_tokenizer()
+    turn, end = tokenizer.convert_tokens_to_ids(["<turn>", "<end>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<turn>", turn), ("<end>", end)]
+    )
+    found = tokenize(corpus(str(folder)), tokenizer).train
+    for start, stop in zip(found.starts, [*found.starts[1:], len(found)], strict=True):
+        ids = found.ids[start:stop].tolist()
+        assert [i for i in ids if i in (turn, end)] == [turn] * front + [end] and ids[-1] == end

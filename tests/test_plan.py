@@ -73,3 +73,13 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
 @pytest.mark.parametrize("number, shown", [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (5e9, "5 GB"), (2e12, "2 TB")])
 def test_sizes(number, shown):
     assert size(number) == shown
+
+
+def test_the_time_left_goes_by_what_the_steps_before_took():
+    plan = plan_of("neox-nano", "mamba2")
+    align, distill = (step.seconds for step in plan.steps if step.tokens)
+    before = next(i for i, step in enumerate(plan.steps) if step.tokens)
+    rows = [{"seconds": 0.1}] * before
+    assert planning.time_left(plan, rows) == align + distill
+    assert planning.time_left(plan, [*rows, {"seconds": 3 * align}]) == pytest.approx(3 * distill)
+    assert planning.time_left(plan, [{"seconds": 1.0}] * len(plan.steps)) == 0
