@@ -1,11 +1,15 @@
-# make demo: the main job on the embedded teacher.   make test: the tests.   make check: style.
-# make check-newest: the tests of models with the newest versions that setup.py allows (torch alone as pinned).   make fuzz: bad inputs, for long.
+# make demo: the main job on the embedded teacher.   make test: the tests.   make check: style.   make fuzz: odd inputs for long (FUZZ=20 times the suite's).
+# make check-newest: the tests of models with the newest versions that setup.py allows (torch alone as pinned).
+# make check-oldest: what we export, read by the oldest transformers that serving engines still use.
 PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
+OLDEST ?= .venv-oldest
+FUZZ ?= 20
 BIN = $(VENV)/bin
 PYTEST = -m pytest -n auto --dist loadfile
-MODELS = $(addprefix tests/test_,model.py mixers.py mla.py gate_swa.py projections.py export.py native.py selection.py stages.py readings.py prompts.py teachers.py)
+MODELS = $(addprefix tests/test_,model.py cache.py mixers.py mla.py gate_swa.py around_modules.py configuration.py projections.py export.py \
+	native.py portable.py weights.py gguf_file.py selection.py stages.py readings.py prompts.py teachers.py)
 
 demo: $(VENV)/installed
 	$(BIN)/python -m convert.run neox-nano --to mamba
@@ -14,7 +18,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python $(PYTEST)
 
 fuzz: $(VENV)/installed-test
-	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -n auto --dist loadfile tests/fuzz
+	FUZZ=$(FUZZ) $(BIN)/python $(PYTEST) tests/fuzz
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -22,6 +26,10 @@ check: $(VENV)/installed-test
 
 check-newest: $(NEWEST)/installed-newest
 	$(NEWEST)/bin/python $(PYTEST) $(MODELS)
+
+check-oldest: $(VENV)/installed-test $(OLDEST)/installed-oldest
+	$(BIN)/python -m tests.oldest_native write $(OLDEST)/exports
+	$(OLDEST)/bin/python tests/oldest_native.py read $(OLDEST)/exports
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +46,9 @@ $(NEWEST)/installed-newest: setup.py constraints.txt
 	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/torch.txt --upgrade --upgrade-strategy eager --editable '.[test]'
 	touch $@
 
-.PHONY: demo test fuzz check check-newest
+$(OLDEST)/installed-oldest: constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers==4.57.*'
+	touch $@
+
+.PHONY: demo test fuzz check check-newest check-oldest
