@@ -1,4 +1,4 @@
-"""Peak memory of the stages, each measured in a process of its own.
+"""Peak memory of the stages, each measured in a process of its own; a GPU's where there is one.
 
 python -m experiments.memory depth        # align at 6 and 24 layers: what the pass itself needs must not grow
 python -m experiments.memory head         # distill with and without the chunked loss, on a vocabulary of 50 k
@@ -27,7 +27,16 @@ from convert.objectives import Distill, cosine_distance
 from convert.run import fail_in_words
 from convert.stages import Settings
 from convert.teachers import read_config, resolve
-from kernels.machine import Peak
+from kernels.machine import DEVICE, Peak
+
+COMMAND = """
+import sys, torch
+from convert.run import main
+code = main(sys.argv[1:])
+if torch.cuda.is_available():
+    print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+sys.exit(code)
+"""
 
 
 def settings(stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk) -> Settings:
@@ -42,8 +51,9 @@ def random_text(vocabulary: int, length: int) -> Tokens:
 def measure(stage: str, config, mixer: str, one: Settings) -> int:
     """Peak above parameters, gradients and moments: a first step has allocated those."""
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    student = swap(AutoModelForCausalLM.from_config(config), mixer)
+    with torch.device(DEVICE):
+        teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        student = swap(AutoModelForCausalLM.from_config(config), mixer)
     batches = Batches(random_text(config.vocab_size, 4 * one.batch_tokens), one.seq_len, one.num_sequences)
 
     class Watch(stages.Silent):
@@ -53,7 +63,7 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
             if step > 1:
                 self.peak.__exit__()
                 self.peaks.append(self.peak.bytes)
-            self.peak = Peak().__enter__()
+            self.peak = Peak(DEVICE).__enter__()
 
     watch = Watch()
     stages.STAGES[stage](student, teacher, batches, one, track=watch)
@@ -108,7 +118,6 @@ def pythia(mixer: str) -> None:
 
         load_teacher("neox-nano").tokenizer.save_pretrained(folder)
         words = [
-            "convert.run",
             folder,
             "--to",
             mixer,
@@ -124,7 +133,7 @@ def pythia(mixer: str) -> None:
             "disabled",
         ]
         sets = ["align.tokens=2048", "distill.tokens=2048", "align.save_every=1e9", "distill.save_every=1e9"]
-        subprocess.run([sys.executable, "-m", *map(str, words), *(w for s in sets for w in ("--set", s))], check=True)
+        subprocess.run([sys.executable, "-c", COMMAND, *map(str, words), *(w for s in sets for w in ("--set", s))], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"peak resident memory of the run: {peak / 1e9:.2f} GB")
 

@@ -3,7 +3,7 @@
     python -m experiments.speed                       # neox-nano, every target, both stages
     python -m experiments.speed --profile mamba       # one step of both stages of one target, by operator
 
-"Without" is the same stage on the scans' PyTorch operators, which was all there was before the kernels.
+On a GPU where there is one. "Without" is the same stage on the scans' PyTorch operators, which was all there was before the kernels.
 """
 
 import argparse
@@ -25,10 +25,12 @@ from convert.recipes import Train
 from convert.run import fail_in_words
 from convert.teachers import read_config, resolve
 from kernels import chunk_scan, selective_scan
+from kernels.machine import DEVICE
 
+KERNELS = "triton" if DEVICE == "cuda" else "cpu"  # the implementation that is measured
 TARGETS = ("linear", "mamba", "mamba2")
 KINDS = {  # words in an operator's name; the first that fit
-    "scan (ours)": ("workbench",),
+    "scan (ours)": ("workbench", "forward_kernel", "backward_kernel", "carry_kernel", "outputs_kernel", "gradient_kernel"),
     "matrix products": ("mm", "linear", "matmul"),
     "attention (teacher)": ("scaled_dot", "attention"),
     "convolution": ("conv",),
@@ -46,12 +48,19 @@ class Clock(stages.Silent):
         self.ends = []
 
     def log(self, step, tokens, numbers):
+        wait()
         self.ends.append(time.perf_counter())
+
+
+def wait() -> None:
+    """Until the device has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def prepare(name: str, target: str, stage: str):
     """The teacher, the student that the recipe has in this stage (linear attention in align), batches and settings of the stage."""
-    teacher = load_teacher(name)
+    teacher = load_teacher(name, device=DEVICE)
     budget = recipes.budget(name, read_config(resolve(name)))
     settings = next(s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train) and s.stage.__name__ == stage)
     student = swap(copy.deepcopy(teacher.model), "linear")
@@ -71,21 +80,26 @@ def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> lis
 
 def speeds(name: str, steps: int) -> Table:
     table = Table(
-        "target", "stage", "kernels, tokens/s", "PyTorch operators, tokens/s", "ratio", title=f"{name}, {torch.get_num_threads()} threads"
+        "target",
+        "stage",
+        "kernels, tokens/s",
+        "PyTorch operators, tokens/s",
+        "ratio",
+        title=f"{name}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else f'{torch.get_num_threads()} threads'}",
     )
-    compiled = {module: module.WAYS["cpu"] for module in (chunk_scan, selective_scan)}
+    compiled = {module: module.WAYS[KERNELS] for module in (chunk_scan, selective_scan)}
     for target in TARGETS:
         for stage in stages.STAGES:
             found = []
             for use in (True, False):
                 for module, way in compiled.items():
-                    module.WAYS["cpu"] = way if use else (lambda device, dtype: "it is left out of this measurement")
+                    module.WAYS[KERNELS] = way if use else (lambda device, dtype: "it is left out of this measurement")
                 teacher, student, batches, settings = prepare(name, target, stage)
                 seconds = sorted(steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3))
                 found.append(settings.batch_tokens / seconds[len(seconds) // 2])
             table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
     for module, way in compiled.items():
-        module.WAYS["cpu"] = way
+        module.WAYS[KERNELS] = way
     return table
 
 
@@ -95,14 +109,16 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
     for stage in stages.STAGES:
         teacher, student, batches, settings = prepare(name, target, stage)
         steps_of(stage, teacher, student, batches, settings, 3)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
+        with profile(activities=kinds) as seen:
             start = time.perf_counter()
             steps_of(stage, teacher, student, batches, settings, steps)
+            wait()
             total = time.perf_counter() - start
         sums = dict.fromkeys(KINDS, 0.0)
         for event in seen.key_averages():
             kind = next(kind for kind, words in KINDS.items() if any(word in event.key for word in words))
-            sums[kind] += event.self_cpu_time_total / 1e6
+            sums[kind] += (event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total) / 1e6
         table = Table(
             "kind", "share", "ms a step", title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler"
         )

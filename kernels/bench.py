@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from kernels.contenders import CASES, PEERS, Cost, Run, Work, gradient_of, why_not
+from kernels.contenders import CASES, ON_A_GPU, PEERS, Cost, Run, Work, gradient_of, why_not
 from kernels.machine import DEVICE, Peak, ceilings, facts, give_back, seconds, stay_within_memory
 
 WRONG = 1e-3  # relative RMS error from which a result is called wrong
+WRONG_IN_TF32 = 1e-2  # of a peer that multiplies float32 in tf32, whose 10 bits make 5e-4 to 2e-3 of it
 PHASES = ("forward", "backward", "both")
 QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 PATIENCE = 600  # seconds that one contender may take, its check and all its times together
@@ -51,7 +52,12 @@ def one(case: str, contender: str, size: dict, at_least: float) -> dict:
     row = {"case": case, "contender": contender, "size": work.size, "check_size": work.check, "peak_bytes": peak.bytes}
     row["error"] = _error_of(found, CASES[case](work.check))
     del found  # as much as all gradients
-    return row | _times(work, run, arguments, at_least) if row["error"] < WRONG else row
+    return row | _times(work, run, arguments, at_least) if row["error"] < bound(contender, DEVICE) else row
+
+
+def bound(contender: str, device: str) -> float:
+    """The relative RMS error from which a contender's result is called wrong."""
+    return WRONG_IN_TF32 if device == "cuda" and contender.split(",")[0] in ON_A_GPU else WRONG
 
 
 def _error_of(found: list[torch.Tensor], check: Work) -> float:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.check import has_values
-from kernels.chunk_scan.products import product, scores_of, weighted_sum
+from kernels.chunk_scan.products import product, running_sums, scores_of, weighted_sum
 from kernels.chunk_scan.reference import chunk_scan_reference
 
 CHUNK = 64  # steps: at N and P about 64 the two parts cost the same (ours)
@@ -72,7 +72,7 @@ def _fall(log_decay: Tensor) -> Tensor:
     """Log of the decay from before the chunk to t, [b, c, H, Q]; in double, as its differences cancel. One step's that is not finite is
     NaN at that step alone: summed up it would reach the chunk's other documents."""
     finite = log_decay.isfinite()
-    return log_decay.masked_fill(~finite, 0).double().cumsum(-1) + (log_decay - log_decay)
+    return running_sums(log_decay.masked_fill(~finite, 0).double()) + (log_decay - log_decay)
 
 
 def _step_by_step(x, log_decay, B, C, S, document_ids) -> tuple[Tensor, Tensor]:

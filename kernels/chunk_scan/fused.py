@@ -20,9 +20,11 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
+from kernels.chunk_scan.products import running_sums
 from kernels.tune import bucket, on_device_of, tuned
 
 WHOLE = 16  # columns: rows that start at whole vectors need half the registers
+MOST_STEPS = 64  # of a chunk; times the numbers of a row, all heads of a step, it is counted in 32 bits
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -50,19 +52,20 @@ def _store(base, rows, columns, row_stride, real_rows, real_columns, values):
 
 
 @triton.jit
-def _through(decay, values):
-    """Nothing where a document starts between (decay < 0), not even a NaN."""
-    return tl.where(decay < 0, 0.0, decay * values)
+def _through(decay, values, DOCUMENTS: tl.constexpr):
+    """decay values; nothing where a document starts between (decay < 0), not even a NaN."""
+    return tl.where(decay < 0, 0.0, decay * values) if DOCUMENTS else decay * values
 
 
 @triton.jit
 def _seen_sum(weights, values, seen):
-    """weights values, over the values [rows, columns] that each row sees; one that is not finite makes those rows NaN, and no other."""
+    """weights values, over the values [rows, columns] that each row sees; one that is not finite makes those rows NaN, and no other.
+    For outputs: in the gradients this would cost more registers than there are, and a NaN reaches all steps of its chunk."""
     finite = tl.abs(values.to(tl.float32)) < float("inf")
     result = _dot(weights.to(values.dtype), tl.where(finite, values, 0.0).to(values.dtype))
-    if tl.min(finite.to(tl.int32)) == 0:
-        reached = _dot(seen.to(values.dtype), tl.where(finite, 0.0, 1.0).to(values.dtype))
-        result = tl.where(reached > 0, float("nan"), result)
+    odd = tl.where(finite, 0.0, 1.0)
+    if tl.max(tl.max(odd, 1), 0) > 0:
+        result = tl.where(_dot(seen.to(values.dtype), odd.to(values.dtype)) > 0, float("nan"), result)
     return result
 
 
@@ -86,11 +89,11 @@ def _scores(a, a_stride, b, b_stride, q, rows, size, Q: tl.constexpr, BLOCK: tl.
     return scores
 
 
-@tuned((8, 2), (8, 3), key=["N", "P", "R", "REVERSE", "lengths"])
+@tuned((8, 2), (8, 3), key=["N", "P", "R", "REVERSE", "DOCUMENTS", "lengths"])
 @triton.jit
 def carry_kernel(
     left, right, scale, keep, first, states, last, L, H, N, P, chunks, lengths,
-    R: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    R: tl.constexpr, REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """state <- keep state + sum_r left_r^T (scale right_r), chunk after chunk, and what it was before each.
 
@@ -105,12 +108,13 @@ def carry_kernel(
         _store(states + (head * chunks + c) * N * P, n, p, P, N, P, state)
         rows, row = L - c * Q, (b * L + c * Q) * H + h
         scale_Q = tl.load(scale + (head * chunks + c) * Q + q)
-        state = _through(tl.load(keep + head * chunks + c), state)
+        state = _through(tl.load(keep + head * chunks + c), state, DOCUMENTS)
         for r in tl.range(0, R, num_stages=1):
             left_QN = _tile(left + (row * R + r) * N, q, n, H * R * N, rows, N)
             right_QP = _tile(right + (row * R + r) * P, q, p, H * R * P, rows, P)
-            left_QN = tl.where(scale_Q[:, None] < 0, 0.0, left_QN).to(left_QN.dtype)
-            state += _dot(tl.trans(left_QN), _through(scale_Q[:, None], right_QP).to(left_QN.dtype))
+            if DOCUMENTS:
+                left_QN = tl.where(scale_Q[:, None] < 0, 0.0, left_QN).to(left_QN.dtype)
+            state += _dot(tl.trans(left_QN), _through(scale_Q[:, None], right_QP, DOCUMENTS).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
@@ -135,7 +139,7 @@ def outputs_kernel(
             C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
             scores_QQ += _dot(C_QN, tl.trans(_tile(B + row * N, q, n, H * N, rows, N)))
             y_QP += _dot(C_QN, _tile(states + (head * chunks + c) * N * P, n, p, P, N, P))
-        y_QP = _through(into_Q[:, None], y_QP) + _seen_sum(tl.where(seen, scores_QQ * decay_QQ, 0.0), x_QP, seen)
+        y_QP = _through(into_Q[:, None], y_QP, DOCUMENTS) + _seen_sum(tl.where(seen, scores_QQ * decay_QQ, 0.0), x_QP, seen)
         _store(y + (row * R + r) * P, q, p, H * R * P, rows, P, y_QP)
 
 
@@ -160,20 +164,19 @@ def values_gradient_kernel(
         dS_NP = _tile(dstates + state, n, p, P, N, P)
         dx_QP += _dot(_tile(B + row * N, q, n, H * N, rows, N), dS_NP)
         carried_P += tl.sum(dS_NP.to(tl.float32) * _tile(states + state, n, p, P, N, P).to(tl.float32), 0)
-    dx_QP = _through(tl.load(out + step + q)[:, None], dx_QP)
+    dx_QP = _through(tl.load(out + step + q)[:, None], dx_QP, DOCUMENTS)
     through_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
     after = q[:, None] > q[None, :]
     E_QQ = tl.zeros((Q, Q), tl.float32)
     decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, rows, N, Q, BLOCK_N) * decay_QQ
-        G_QQ = tl.where(seen, G_QQ, 0.0)
         dy_QP = _tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P)
-        dx_QP += _seen_sum(tl.trans(G_QQ), dy_QP, tl.trans(seen))
-        E_QQ += tl.where(seen, G_QQ * _dot(dy_QP, tl.trans(x_QP)), 0.0)
+        dx_QP += _dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
+        E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
     _store(dx + row * P, q, p, H * P, rows, P, dx_QP)
     dlog_Q = tl.sum(tl.where(after, tl.cumsum(E_QQ, 0, reverse=True) + through_Q[None, :], 0.0), 1)
-    tl.store(dlog + slice_P * Q + step + q, dlog_Q + _through(tl.load(keep + head * chunks + c), tl.sum(carried_P, 0)))
+    tl.store(dlog + slice_P * Q + step + q, dlog_Q + _through(tl.load(keep + head * chunks + c), tl.sum(carried_P, 0), DOCUMENTS))
 
 
 @tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
@@ -193,7 +196,7 @@ def keys_gradient_kernel(
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         dB_QN += _dot(_tile(x + row * P, q, p, H * P, rows, P), tl.trans(_tile(dstates + state, n, p, P, N, P)))
-    dB_QN = _through(out_Q[:, None], dB_QN)
+    dB_QN = _through(out_Q[:, None], dB_QN, DOCUMENTS)
     decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     of_into_Q = tl.zeros((Q,), tl.float32)
     for r in tl.range(0, R, num_stages=1):
@@ -201,13 +204,12 @@ def keys_gradient_kernel(
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             dC_QN += _dot(_tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P), tl.trans(_tile(states + state, n, p, P, N, P)))
-        dC_QN = _through(into_Q[:, None], dC_QN)
+        dC_QN = _through(into_Q[:, None], dC_QN, DOCUMENTS)
         C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
         of_into_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
         H_QQ = (_scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, rows, P, Q, BLOCK_P) * decay_QQ).to(B_QN.dtype)
-        H_QQ = tl.where(seen, H_QQ, 0.0).to(B_QN.dtype)
-        dC_QN += _seen_sum(H_QQ, B_QN, seen)
-        dB_QN += _seen_sum(tl.trans(H_QQ), C_QN, tl.trans(seen))
+        dC_QN += _dot(H_QQ, B_QN)
+        dB_QN += _dot(tl.trans(H_QQ), C_QN)
         _store(dC + (row * R + r) * N, q, n, H * R * N, rows, N, dC_QN)
     _store(dB + row * N, q, n, H * N, rows, N, dB_QN)
     slice_N = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks
@@ -229,7 +231,7 @@ def _chunks(log_decay: Tensor, document_ids: Tensor | None, Q: int) -> _Chunks:
     extra = -log_decay.shape[1] % Q
     log_decay = F.pad(log_decay.mT, (0, extra)).unflatten(2, (-1, Q))  # [batch, H, chunks, Q]
     finite = log_decay.isfinite()  # one that is not is NaN at its step alone: in the sum it would reach the chunk's other documents
-    fall = log_decay.masked_fill(~finite, 0).double().cumsum(3) + (log_decay - log_decay)
+    fall = running_sums(log_decay.masked_fill(~finite, 0).double()) + (log_decay - log_decay)
     into, out = fall.exp(), (fall[..., -1:] - fall).exp()
     keep = into[..., -1]
     if document_ids is None:
@@ -264,7 +266,9 @@ class FusedScan(torch.autograd.Function):
         states, last = B.new_empty(batch, H, chunks, N, P), torch.empty_like(S)
         y = S.new_empty(*C.shape[:4], P)
         sizes = L, H, N, P, chunks, bucket(L)
-        carry_kernel[(batch * H, blocks_n, blocks_p)](B, x, of.out, of.keep, S, states, last, *sizes, R=1, REVERSE=False, **blocks)
+        carry_kernel[(batch * H, blocks_n, blocks_p)](
+            B, x, of.out, of.keep, S, states, last, *sizes, R=1, REVERSE=False, DOCUMENTS=document_ids is not None, **blocks
+        )
         outputs_kernel[(batch * H, chunks, blocks_p)](
             x, B, C, of.high, of.low, of.ids, of.into, states, y, *sizes, R=R, DOCUMENTS=document_ids is not None, **blocks
         )
@@ -284,9 +288,8 @@ class FusedScan(torch.autograd.Function):
         dstates, dS_first = torch.empty_like(states), torch.empty_like(dS)
         dx, dB, dC = (torch.empty_like(t) for t in (x, B, C))
         dlog_values, dlog_keys = (dS.new_empty(n, batch, H, chunks * Q) for n in (blocks_p, blocks_n))
-        sizes, options = (L, H, N, P, chunks, bucket(L)), dict(R=R, **ctx.blocks)
+        sizes, options = (L, H, N, P, chunks, bucket(L)), dict(R=R, DOCUMENTS=document_ids is not None, **ctx.blocks)
         carry_kernel[(batch * H, blocks_n, blocks_p)](C, dy, of.into, of.keep, dS, dstates, dS_first, *sizes, REVERSE=True, **options)
-        options["DOCUMENTS"] = document_ids is not None
         within = x, B, C, dy, of.high, of.low, of.ids
         values = *within, of.out, of.keep, states, dstates, dx, dlog_values
         values_gradient_kernel[(batch * H, chunks, blocks_p)](*values, *sizes, **options)
@@ -298,6 +301,10 @@ class FusedScan(torch.autograd.Function):
 def chunk_scan_triton(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
     """As chunk_scan_reference; x, B and C float32 or bfloat16, the rest float32. N and P are filled up with zeros to whole vectors."""
     P, N = x.shape[-1], B.shape[-1]
+    if MOST_STEPS * C.shape[2] * C.shape[3] * (max(P, N) + WHOLE) >= 1 << 31:
+        raise ValueError(
+            f"impl='triton' takes rows of at most {(1 << 31) // MOST_STEPS} numbers; got H {C.shape[2]}, R {C.shape[3]}, P {P}, N {N}."
+        )
     x, B, C = (F.pad(t, (0, -t.shape[-1] % WHOLE)) for t in (x, B, C))
     S = F.pad(S, (0, -P % WHOLE, 0, -N % WHOLE))
     with on_device_of(x):

@@ -9,6 +9,7 @@ a [..., rows, K] · b [..., columns, K] or values [..., columns, P] · seen [...
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.check import has_values
 
@@ -69,3 +70,19 @@ def weighted_sum(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b, of matrices with the same leading dimensions."""
     return _Product.apply(a, b)
+
+
+def running_sums(t: Tensor) -> Tensor:
+    """Of the last dimension. torch promises no determinism of its own on a GPU, and warns or raises where it is asked for."""
+    if t.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return t.cumsum(-1)
+    return sums_by_doubling(t)
+
+
+def sums_by_doubling(t: Tensor) -> Tensor:
+    """Running sums in passes of twice the reach each."""
+    reach = 1
+    while reach < t.shape[-1]:
+        t = t + F.pad(t, (reach, 0))[..., :-reach]
+        reach *= 2
+    return t

@@ -140,6 +140,13 @@ def test_gradients_do_not_depend_on_where_backward_is_called(name, impl, compile
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("length", [1, 2, 33, 64])
+def test_running_sums_without_cumsum(length):
+    """As a GPU makes them in deterministic mode, where torch's own would warn, and warnings are errors here."""
+    t = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(products.sums_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("what", [products.scores_of, products.weighted_sum])
 def test_products_can_be_differentiated_twice(what):
     g = torch.Generator().manual_seed(0)
