@@ -4,11 +4,8 @@ import copy
 import difflib
 import functools
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +25,7 @@ from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM
 from convert.page import write_page
 from convert.places import path_of, refuse_overlap
+from convert.provenance import commit, versions
 from convert.recipes import Forget, Recipe, Swap, Train
 from convert.shipping import ship
 from convert.swaps import do_swap
@@ -259,7 +257,7 @@ def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings:
         "seconds": {"total": sum(r["seconds"] for r in results)},
         "tokens": {"total": sum(r["tokens"] for r in stages)},
         "stages": stages, "steps": results, "layers": next((r["layers"] for r in results if "layers" in r), {"kept": []}),
-        "versions": versions(), "commit": _commit(), "seed": seed_of(recipe), "device": str(student.device),
+        "versions": versions(), "commit": commit(), "seed": seed_of(recipe), "device": str(student.device),
     }  # fmt: skip
 
 
@@ -279,31 +277,6 @@ def _round(student, dtype: torch.dtype) -> None:
     """The weights as the export will hold them, so that what is measured is what is shipped."""
     for p in student.parameters():
         p.copy_(p.to(dtype))
-
-
-def versions() -> dict[str, str | None]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "wandb"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _commit() -> str | None:
-    try:
-        here = Path(__file__).parent
-        asked = subprocess.run(  # the optional lock would be a file of ours in somebody's repository
-            ["git", "--no-optional-locks", "describe", "--always", "--dirty"],
-            cwd=here,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
 
 
 # --- defaults

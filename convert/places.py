@@ -12,8 +12,11 @@ OURS = "conversion-workbench"
 
 def path_of(text: str | Path, what: str) -> Path:
     """The path that a user gave; `what` names it in an error."""
-    if "\0" in str(text) or not str(text):
-        raise UserError(f"{what} must be a path; {str(text)!r} is {'empty' if not str(text) else 'one with a NUL byte'}. Give another.")
+    written = str(text)
+    if (
+        not written or "\0" in written or any("\ud800" <= c <= "\udfff" for c in written)
+    ):  # tokenizers and weights are read by UTF-8 names alone
+        raise UserError(f"{what} must be a path in UTF-8 without NUL, and not empty; got {written!r}. Give another.")
     try:
         return Path(text).expanduser()
     except RuntimeError:

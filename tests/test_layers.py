@@ -13,7 +13,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("kernels",),
     ("convert.errors", "convert.console", "convert.network", "convert.fields", "convert.arguments"),
     ("convert.files", "convert.places"),
-    ("convert.lines", "convert.manifest"),
+    ("convert.lines", "convert.manifest", "convert.provenance"),
     ("convert.projections",),
     ("convert.mixers",),
     ("convert.cache",),

@@ -18,7 +18,7 @@ ROOT = Path(places.__file__).parent.parent
 def test_paths_begin_at_home_and_hold_no_nul(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path_of("~/runs/x", "--out") == tmp_path / "runs" / "x"
-    for wrong in ("a\0b", "", "~nobody-of-that-name/x"):
+    for wrong in ("a\0b", "", "caf\udce9", "~nobody-of-that-name/x"):
         with pytest.raises(UserError, match="^--out "):
             path_of(wrong, "--out")
 

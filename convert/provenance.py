@@ -1,0 +1,31 @@
+"""What a report says of the software that made it."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "wandb"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        asked = subprocess.run(  # the optional lock would be a file of ours in somebody's repository
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError:
+        return None
+    return asked.stdout.strip() or None
