@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convert.data import Tokens
 from convert.errors import UserError
-from convert.fields import check
+from convert.fields import check, checked
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Batches:
                 "Give more data or a smaller --seq-len."
             )
 
-    def __call__(self, step: int) -> Batch:
+    @checked
+    def __call__(self, step: Annotated[int, (0, 2**53)]) -> Batch:
         per_epoch = len(self.tokens) // self.seq_len - 1
         rows = []
         for i in range(step * self.num_sequences, (step + 1) * self.num_sequences):

@@ -104,7 +104,7 @@ def _number(value: float) -> str:
 def shown(value) -> str:
     """For a sentence: short, and whatever the value is."""
     try:
-        text = ascii(value) if isinstance(value, str) and not TEXT.holds(value) else repr(value)
+        text = ascii(value) if isinstance(value, str) and not TEXT.holds(value) else " ".join(repr(value).split())
     except Exception:  # of an object, or a number of 5,000 digits: its own code
         return f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."

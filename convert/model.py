@@ -318,6 +318,8 @@ def swap(
     layers = tuple(range(len(blocks))) if layers is None else layers
     if len(set(layers)) < len(layers) or max(layers, default=0) >= len(blocks):
         raise UserError(f"swap(): layers must be within 0 .. {len(blocks) - 1}, each once; got {shown(layers)}.")
+    if inputs is not None and len(inputs) != len(blocks):
+        raise UserError(f"swap(): inputs must be one for each of {len(blocks)} layers; got {len(inputs)}.")
 
     def read(layer: int) -> Projections:
         projections = projections_of(model, layer)

@@ -397,7 +397,7 @@ def _number(kind: type, value: str, assignment: str):
     try:
         if kind is int and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
             return int(value)  # a float would round a seed
-        number = float(value)
+        number = float(value if value.isascii() else "digits of another script")
         if kind is int and number != int(number):
             raise ValueError
         return kind(number)

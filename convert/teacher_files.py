@@ -3,6 +3,7 @@
 The folder may be damaged, senseless or hostile: nothing in it is believed further than the records here say. Bounds are ours, several times
 beyond the largest published model, so that what passes fits a computer's memory and arithmetic."""
 
+import copy
 import inspect
 import json
 import math
@@ -193,7 +194,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     if config is not host:
         _check_layers(config, host, where)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it notes its attention there
     host_model = model.host if config is not host else model
     rotary = type(host_model.base_model.rotary_emb)(config=host)
     if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling) and rotary.inv_freq.numel()):

@@ -1,6 +1,8 @@
 """Plans from configurations alone: counts that are right, for every alias, without network or weights."""
 
+import dataclasses
 import io
+import re
 import socket
 
 import pytest
@@ -83,3 +85,60 @@ def test_the_time_left_goes_by_what_the_steps_before_took():
     assert planning.time_left(plan, rows) == align + distill
     assert planning.time_left(plan, [*rows, {"seconds": 3 * align}]) == pytest.approx(3 * distill)
     assert planning.time_left(plan, [{"seconds": 1.0}] * len(plan.steps)) == 0
+
+
+def refused(target, *settings, name="neox-nano"):
+    config = read_config(resolve(name))
+    recipe = recipes.RECIPES[target](recipes.budget(name, config, 100_000))
+    for setting in settings:
+        recipe = recipes.with_setting(recipe, setting)
+    return make_plan(name, config, recipe, "stdlib", "cpu").refusals
+
+
+INEXACT = [
+    ("mla", [], "rotates 6 of 12 dimensions|latent has"), ("mla", ["edit.cache_budget=none", "edit.start=random"], "starts at random"),
+    ("mla", ["edit.cache_budget=none", "edit.kv_rank=100"], "latent has 100 of"), ("mla", ["edit.cache_budget=none", "edit.rope_dim=6"], "rotates 6 of 12"),
+    ("mla", ["edit.cache_budget=none", "edit.q_rank=8"], "queries have the rank 8 of 192"), ("gate-swa", [], "sees 68 of 2,048 tokens"),
+    ("gate-swa", ["edit.window=1024", "edit.sinks=1023"], "sees 2,047 of 2,048"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target, settings, words", INEXACT)
+def test_an_edit_that_theory_knows_not_to_be_exact_is_refused(target, settings, words):
+    (reason,) = refused(target, *settings, "edit.exact=true")
+    assert re.search(f"An exact edit must not change the function, and that of layer 0 would: .*({words})", reason)
+    assert not refused(target, *settings) or "shorter than the training sequences" in refused(target, *settings)[0]
+
+
+@pytest.mark.parametrize(
+    "target, settings",
+    [
+        ("mla", ["edit.cache_budget=none"]), ("mla", ["edit.cache_budget=1"]), ("mla", ["edit.cache_budget=none", "edit.start=svd", "edit.calibration=0"]),
+        ("gate-swa", ["edit.window=2048"]), ("gate-swa", ["edit.window=1024", "edit.sinks=1024", "edit.gate=head"]), ("gate-swa", ["edit.window=4096", "edit.keep=none"]),
+    ],
+)  # fmt: skip
+def test_an_edit_that_theory_knows_to_be_exact_is_planned(target, settings):
+    assert not refused(target, *settings, "edit.exact=true")
+
+
+def test_the_native_shape_is_never_exact():
+    (reason,) = refused("mla", "edit.exact=true", "edit.cache_budget=none", name="llama-3.2-1b")
+    assert "one rotary key and its norms are not the teacher's; take shape=exact, or set exact=false" in reason
+
+
+def test_softmax_is_not_linear_attention_until_that_has_learnt():
+    recipe = recipes.to_mamba(recipes.budget("neox-nano", read_config(resolve("neox-nano")), 100_000))
+    hasty = dataclasses.replace(recipe, steps=recipe.steps[2:])
+    (reason,) = make_plan("x", read_config(resolve("neox-nano")), hasty, "stdlib", "cpu").refusals
+    assert "feature maps have yet to learn the softmax" in reason
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [(slice(0, 1), "a step that trains"), (slice(1, None), "swap a mixer in before it"), (slice(3, None), "no mixer has one there")],
+)
+def test_steps_that_do_not_follow_from_each_other_are_refused(keep, words):
+    config = read_config(resolve("neox-nano"))
+    recipe = recipes.to_mamba(recipes.budget("neox-nano", config, 100_000))
+    reasons = make_plan("x", config, dataclasses.replace(recipe, steps=recipe.steps[keep]), "stdlib", "cpu").refusals
+    assert any(words in reason for reason in reasons)

@@ -96,3 +96,19 @@ def test_defaults_fit_every_teacher(name):
 
 def test_selectors_and_stages_are_found_by_their_names():
     assert stages.SELECTORS["all_but_embeddings"] is stages.all_but_embeddings and stages.STAGES["align"] is stages.align
+
+
+@pytest.mark.parametrize("setting", [
+    "edit.window=nan", "edit.window=inf", "edit.window=1e30", "edit.window=" + "9" * 5000, "edit.window=", "edit.window==1", "edit.window=1_0e", "edit.window=٣e٣",
+    "edit.calibration=1e9", "distill.tokens=1e30", "distill.lr=nan", "distill.lr=1e400", "distill.seed=18446744073709551616", "edit.keep=0,,1", "edit.keep=٣",
+    "edit.keep=every:0", "edit.keep=every:99999999999999999999", "edit.keep=-1", "edit.keep=", "edit.exact=1", "distill.loss_chunk=1e12", "distill.trains=", ".=", "=", "edit.", "edit.name=x",
+    "edit.window=1\0", "\ud800.x=1", "x" * 10_000,
+])  # fmt: skip
+def test_values_without_sense_are_refused(setting):
+    with pytest.raises(UserError, match=r"\.$"):
+        with_setting(RECIPES["gate-swa"](BUDGET), setting)
+
+
+def test_a_seed_is_not_rounded():
+    seed = 2**63 - 1
+    assert with_setting(RECIPES["mla"](BUDGET), f"distill.seed={seed}").steps[-1].settings.seed == seed
