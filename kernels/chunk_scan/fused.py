@@ -114,7 +114,7 @@ def carry_kernel(
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
-@tuned((4, 2), (8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
+@tuned((8, 2), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def outputs_kernel(
     x, B, C, high, low, ids, into, states, y, L, H, N, P, chunks, lengths,
@@ -126,6 +126,7 @@ def outputs_kernel(
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
     rows, row, step = L - c * Q, (b * L + c * Q) * H + h, (head * chunks + c) * Q
     decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    decay_QQ = tl.where(seen, decay_QQ, -1.0)
     x_QP = _tile(x + row * P, q, p, H * P, rows, P)
     finite = tl.abs(x_QP.to(tl.float32)) < float("inf")
     odd, x_QP = tl.sum(tl.sum(tl.where(finite, 0, 1), 1), 0), tl.where(finite, x_QP, 0.0).to(x_QP.dtype)
@@ -137,10 +138,12 @@ def outputs_kernel(
             C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
             scores_QQ += _dot(C_QN, tl.trans(_tile(B + row * N, q, n, H * N, rows, N)))
             y_QP += _dot(C_QN, _tile(states + (head * chunks + c) * N * P, n, p, P, N, P))
-        y_QP = _through(into_Q[:, None], y_QP, DOCUMENTS) + _dot(tl.where(seen, scores_QQ * decay_QQ, 0.0).to(x_QP.dtype), x_QP)
+        y_QP = _through(into_Q[:, None], y_QP, DOCUMENTS) + _dot(_through(decay_QQ, scores_QQ, True).to(x_QP.dtype), x_QP)
         if odd > 0:  # a value that is not finite reaches the steps that see it, in its channel
             again = _tile(x + row * P, q, p, H * P, rows, P).to(tl.float32)
-            reached = _dot(tl.where(seen, 1.0, 0.0).to(tl.bfloat16), tl.where(tl.abs(again) < float("inf"), 0.0, 1.0).to(tl.bfloat16))
+            reached = _dot(
+                tl.where(decay_QQ < 0, 0.0, 1.0).to(tl.bfloat16), tl.where(tl.abs(again) < float("inf"), 0.0, 1.0).to(tl.bfloat16)
+            )
             y_QP = tl.where(reached > 0, float("nan"), y_QP)
         _store(y + (row * R + r) * P, q, p, H * R * P, rows, P, y_QP)
 
