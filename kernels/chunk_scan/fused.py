@@ -5,6 +5,8 @@ all chunks at once. What has to be added up over blocks goes to a slice of its o
 
 Q steps of a chunk · N state · P channel · r reading · F log of the decay since the chunk's start, as a sum of two float32
 into: state to t · out: t to the chunk's end · keep: state to the chunk's end; all three -1 where a document starts between
+
+A value that is not finite reaches the outputs that it reaches in the reference, as infinity or NaN; the gradients of all of its chunk.
 """
 
 import os
@@ -41,7 +43,13 @@ def _dot(a, b):
 @triton.jit
 def _tile(base, rows, columns, row_stride, real_rows, real_columns):
     """base[rows, columns], 0 outside. Within a tile 32 bits are enough; `base` is beyond them."""
-    inside = (rows < real_rows)[:, None] & (columns < real_columns)[None, :]
+    return _rows(base, rows, columns, row_stride, rows < real_rows, real_columns)
+
+
+@triton.jit
+def _rows(base, rows, columns, row_stride, read, real_columns):
+    """Those rows that are to be read, 0 in the others."""
+    inside = read[:, None] & (columns < real_columns)[None, :]
     return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
 
 
@@ -55,18 +63,6 @@ def _store(base, rows, columns, row_stride, real_rows, real_columns, values):
 def _through(decay, values, DOCUMENTS: tl.constexpr):
     """decay values; nothing where a document starts between (decay < 0), not even a NaN."""
     return tl.where(decay < 0, 0.0, decay * values) if DOCUMENTS else decay * values
-
-
-@triton.jit
-def _seen_sum(weights, values, seen):
-    """weights values, over the values [rows, columns] that each row sees; one that is not finite makes those rows NaN, and no other.
-    For outputs: in the gradients this would cost more registers than there are, and a NaN reaches all steps of its chunk."""
-    finite = tl.abs(values.to(tl.float32)) < float("inf")
-    result = _dot(weights.to(values.dtype), tl.where(finite, values, 0.0).to(values.dtype))
-    odd = tl.where(finite, 0.0, 1.0)
-    if tl.max(tl.max(odd, 1), 0) > 0:
-        result = tl.where(_dot(seen.to(values.dtype), odd.to(values.dtype)) > 0, float("nan"), result)
-    return result
 
 
 @triton.jit
@@ -107,18 +103,18 @@ def carry_kernel(
         c = chunks - 1 - i if REVERSE else i
         _store(states + (head * chunks + c) * N * P, n, p, P, N, P, state)
         rows, row = L - c * Q, (b * L + c * Q) * H + h
-        scale_Q = tl.load(scale + (head * chunks + c) * Q + q)
+        scale_Q, read = tl.load(scale + (head * chunks + c) * Q + q), q < rows
+        if DOCUMENTS:
+            read = read & (scale_Q >= 0)
         state = _through(tl.load(keep + head * chunks + c), state, DOCUMENTS)
         for r in tl.range(0, R, num_stages=1):
-            left_QN = _tile(left + (row * R + r) * N, q, n, H * R * N, rows, N)
-            right_QP = _tile(right + (row * R + r) * P, q, p, H * R * P, rows, P)
-            if DOCUMENTS:
-                left_QN = tl.where(scale_Q[:, None] < 0, 0.0, left_QN).to(left_QN.dtype)
-            state += _dot(tl.trans(left_QN), _through(scale_Q[:, None], right_QP, DOCUMENTS).to(left_QN.dtype))
+            left_QN = _rows(left + (row * R + r) * N, q, n, H * R * N, read, N)
+            right_QP = _rows(right + (row * R + r) * P, q, p, H * R * P, read, P)
+            state += _dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
-@tuned((4, 2), (8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
+@tuned((8, 2), key=["N", "P", "R", "DOCUMENTS", "lengths"])
 @triton.jit
 def outputs_kernel(
     x, B, C, high, low, ids, into, states, y, L, H, N, P, chunks, lengths,
@@ -130,7 +126,10 @@ def outputs_kernel(
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
     rows, row, step = L - c * Q, (b * L + c * Q) * H + h, (head * chunks + c) * Q
     decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    decay_QQ = tl.where(seen, decay_QQ, -1.0)
     x_QP = _tile(x + row * P, q, p, H * P, rows, P)
+    finite = tl.abs(x_QP.to(tl.float32)) < float("inf")
+    odd, x_QP = tl.sum(tl.sum(tl.where(finite, 0, 1), 1), 0), tl.where(finite, x_QP, 0.0).to(x_QP.dtype)
     into_Q = tl.load(into + step + q)
     for r in tl.range(0, R, num_stages=1):
         y_QP, scores_QQ = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, Q), tl.float32)
@@ -139,7 +138,13 @@ def outputs_kernel(
             C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
             scores_QQ += _dot(C_QN, tl.trans(_tile(B + row * N, q, n, H * N, rows, N)))
             y_QP += _dot(C_QN, _tile(states + (head * chunks + c) * N * P, n, p, P, N, P))
-        y_QP = _through(into_Q[:, None], y_QP, DOCUMENTS) + _seen_sum(tl.where(seen, scores_QQ * decay_QQ, 0.0), x_QP, seen)
+        y_QP = _through(into_Q[:, None], y_QP, DOCUMENTS) + _dot(_through(decay_QQ, scores_QQ, True).to(x_QP.dtype), x_QP)
+        if odd > 0:  # a value that is not finite reaches the steps that see it, in its channel
+            again = _tile(x + row * P, q, p, H * P, rows, P).to(tl.float32)
+            reached = _dot(
+                tl.where(decay_QQ < 0, 0.0, 1.0).to(tl.bfloat16), tl.where(tl.abs(again) < float("inf"), 0.0, 1.0).to(tl.bfloat16)
+            )
+            y_QP = tl.where(reached > 0, float("nan"), y_QP)
         _store(y + (row * R + r) * P, q, p, H * R * P, rows, P, y_QP)
 
 
@@ -164,11 +169,11 @@ def values_gradient_kernel(
         dS_NP = _tile(dstates + state, n, p, P, N, P)
         dx_QP += _dot(_tile(B + row * N, q, n, H * N, rows, N), dS_NP)
         carried_P += tl.sum(dS_NP.to(tl.float32) * _tile(states + state, n, p, P, N, P).to(tl.float32), 0)
-    dx_QP = _through(tl.load(out + step + q)[:, None], dx_QP, DOCUMENTS)
+    dx_QP *= tl.maximum(tl.load(out + step + q), 0.0)[:, None]
     through_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
     after = q[:, None] > q[None, :]
     E_QQ = tl.zeros((Q, Q), tl.float32)
-    decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    decay_QQ, _ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, rows, N, Q, BLOCK_N) * decay_QQ
         dy_QP = _tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P)
@@ -176,7 +181,7 @@ def values_gradient_kernel(
         E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
     _store(dx + row * P, q, p, H * P, rows, P, dx_QP)
     dlog_Q = tl.sum(tl.where(after, tl.cumsum(E_QQ, 0, reverse=True) + through_Q[None, :], 0.0), 1)
-    tl.store(dlog + slice_P * Q + step + q, dlog_Q + _through(tl.load(keep + head * chunks + c), tl.sum(carried_P, 0), DOCUMENTS))
+    tl.store(dlog + slice_P * Q + step + q, dlog_Q + tl.maximum(tl.load(keep + head * chunks + c), 0.0) * tl.sum(carried_P, 0))
 
 
 @tuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "lengths"])
@@ -190,21 +195,21 @@ def keys_gradient_kernel(
     b, h = head // H, head % H
     q, n = tl.arange(0, Q), n0 + tl.arange(0, BLOCK_N)
     rows, row, step, state = L - c * Q, (b * L + c * Q) * H + h, (head * chunks + c) * Q, (head * chunks + c) * N * P
-    into_Q, out_Q = tl.load(into + step + q), tl.load(out + step + q)
+    into_Q, out_Q = tl.maximum(tl.load(into + step + q), 0.0), tl.maximum(tl.load(out + step + q), 0.0)
     B_QN = _tile(B + row * N, q, n, H * N, rows, N)
     dB_QN = tl.zeros((Q, BLOCK_N), tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         dB_QN += _dot(_tile(x + row * P, q, p, H * P, rows, P), tl.trans(_tile(dstates + state, n, p, P, N, P)))
-    dB_QN = _through(out_Q[:, None], dB_QN, DOCUMENTS)
-    decay_QQ, seen = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+    dB_QN *= out_Q[:, None]
+    decay_QQ, _ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     of_into_Q = tl.zeros((Q,), tl.float32)
     for r in tl.range(0, R, num_stages=1):
         dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             dC_QN += _dot(_tile(dy + (row * R + r) * P, q, p, H * R * P, rows, P), tl.trans(_tile(states + state, n, p, P, N, P)))
-        dC_QN = _through(into_Q[:, None], dC_QN, DOCUMENTS)
+        dC_QN *= into_Q[:, None]
         C_QN = _tile(C + (row * R + r) * N, q, n, H * R * N, rows, N)
         of_into_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
         H_QQ = (_scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, rows, P, Q, BLOCK_P) * decay_QQ).to(B_QN.dtype)

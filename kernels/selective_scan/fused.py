@@ -93,7 +93,7 @@ def _decays(delta_ptr, starts_ptr, A_N, t, L, DOCUMENTS: tl.constexpr):
     return delta, a
 
 
-@tuned((2, 1), (1, 1), (8, 1), key=["N", "R", "ONES", "DOCUMENTS", "KEEP", "lengths"])
+@tuned((2, 1), key=["N", "R", "ONES", "DOCUMENTS", "KEEP", "lengths"])
 @triton.jit
 def forward_kernel(
     u, delta, A, B, C, starts, h, y, begins, last, batch, D, L, N, per_group, lengths,
