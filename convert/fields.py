@@ -31,7 +31,8 @@ class Written:
         return re.fullmatch(self.pattern, str(value), re.DOTALL) is not None
 
 
-PATH = Written(r"[^\0]{1,4096}", "1 to 4,096 characters without NUL")  # bytes that are no UTF-8 are half surrogates there
+# Bytes of a path that are no UTF-8 are \udc80 to \udcff in Python
+PATH = Written(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4096}", "1 to 4,096 characters without NUL, as a file's name may have them")
 TEXT = Written(r"[^\0\ud800-\udfff]{1,4096}", "1 to 4,096 characters that UTF-8 can hold, and no NUL")
 NAME = Written(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "1 to 64 letters, digits, dots, dashes and underscores, and begin with one of the first two"

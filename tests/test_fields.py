@@ -31,7 +31,7 @@ BREAKS = [
     (SIZE | None, 0, "within 1 .. 64"), (SIZE, None, "a whole number"), (SHARE, math.nan, "a finite number"), (SHARE, math.inf, "a finite number"),
     (SHARE, 10**400, "within 0 .. 1"), (SHARE, False, "a finite number"), (bool, 1, "True or False"), (Literal["a", "b"], "c", "one of a, b"),
     (Literal["a"], [], "one of a"), (Name, "../../evil", "letters"), (Name, "", "letters"), (Name, "a" * 65, "letters"), (Text, "a\0", "NUL"), (Text, "", "1 to 4,096"),
-    (Text, "\ud800", "UTF-8"), (Place, "a\0", "NUL"), (Place, Path("a\0"), "NUL"), (Place, 5, "text or a path"), (tuple[SIZE, ...], [1], "a tuple, each a whole number"),
+    (Text, "\ud800", "UTF-8"), (Place, "a\0", "NUL"), (Place, "a\ud800", "a file's name"), (Place, Path("a\0"), "NUL"), (Place, 5, "text or a path"), (tuple[SIZE, ...], [1], "a tuple, each a whole number"),
     (tuple[SIZE, ...], (0,), "within 1 .. 64"), (dict[str, int], {1: 1}, "a dictionary"), (Place, "a" * 5000, "4,096"),
 ]  # fmt: skip
 
