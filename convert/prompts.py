@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from convert.errors import UserError
 
 LONGEST = 1_000_000  # characters of a message in its chat template (ours)
 RENDER_SECONDS = 5.0  # that a chat template may take for one message (ours)
+RENDER_BYTES = 1 << 30  # of memory, likewise (ours)
 
 
 def encode(tokenizer, prompt: str, continuation: str = "", *, chat: bool = False) -> list[int]:
@@ -41,7 +43,7 @@ def chat_text(tokenizer, message: str) -> str:
     """A user's message in the chat template, up to where the answer begins. Models that can think first are asked not to: a short answer would
     end inside the thought."""
     try:
-        with _limited(RENDER_SECONDS):
+        with _seconds(RENDER_SECONDS), _memory(RENDER_BYTES):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
@@ -61,7 +63,25 @@ def chat_text(tokenizer, message: str) -> str:
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def _memory(more: int) -> Iterator[None]:
+    """Raises MemoryError in here where so many bytes more are taken than the process has. On Linux alone."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    import resource  # Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(statm.read_text().split()[0]) * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def _seconds(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in here after so many seconds. In the main thread alone: others get no signals."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

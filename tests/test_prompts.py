@@ -66,7 +66,7 @@ STRANGE = {
     "undefined": "{{ foo.bar.baz }}", "raises": "{{ raise_exception('roles must alternate') }}", "syntax": "{% if %}", "unclosed": "{% for m in messages %}",
     "silent": "{% for m in messages %}{% endfor %}", "blank": "  \n ", "number": 5, "list": ["x"], "no default": {"tool_use": "x"}, "divides": "{{ 1 / 0 }}",
     "range": "{% for i in range(10**9) %}a{% endfor %}", "endless": "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}x",
-    "long": "{{ 'a' * 5_000_000 }}", "attribute": "{{ messages.__class__.__mro__ }}", "include": "{% include '/etc/passwd' %}",
+    "long": "{{ 'a' * 5_000_000 }}", "huge": "{{ 'a' * 10**10 }}", "growing": "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}", "attribute": "{{ messages.__class__.__mro__ }}", "include": "{% include '/etc/passwd' %}",
 }  # fmt: skip
 
 
