@@ -72,7 +72,7 @@ def _memory(more: int) -> Iterator[None]:
     import resource  # Windows has none
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = int(statm.read_text().split()[0]) * resource.getpagesize() + more
+    wanted = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
     try:
         yield
