@@ -23,7 +23,7 @@ def files_in_words() -> Iterator[None]:
     """Around all work: what a disk refuses (full, read-only, gone) is a UserError, whichever library wrote."""
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):  # the second: whoever read our output has gone
         raise
     except Exception as error:
         if reason := disk_reason(error):

@@ -215,8 +215,6 @@ def evaluate(
 
     `tasks`: names with commas, and then nothing else is measured. `lm_eval`: likewise, of lm-evaluation-harness; its rows are
     found["lm_eval"]."""
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1; got {limit}.")
     if lm_eval:
         harness.find(lm_eval)  # wrong names are said before anything is asked
     device, run, old = pick_device(device), path_of(folder, "The folder"), {}

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 LONGEST = 1_000_000  # tokens of an answer (ours)
+COLDEST = 1e-6  # above 0, which is greedy: a division by less leaves float32 (ours)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -42,7 +43,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("The prompt must not be empty.")
     for name, value, low, high in (
         ("--max-new-tokens", args.max_new_tokens, 1, LONGEST),
-        ("--temperature", args.temperature, 0, 1000),
+        ("--temperature", args.temperature or COLDEST, COLDEST, 1000),
         ("--seed", args.seed, 0, 2**63 - 1),
     ):
         if not low <= value <= high:

@@ -21,7 +21,7 @@ with quick_to_stop(__name__ == "__main__"):
 
 
 def fail_in_words(work, debug: bool) -> int:
-    """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user."""
+    """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user, 141 when nobody reads on."""
     try:
         with files_in_words():
             work()
@@ -32,6 +32,9 @@ def fail_in_words(work, debug: bool) -> int:
     except KeyboardInterrupt:
         print("Stopped at once; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python itself complains while it ends
+        return 141
     except Exception as error:
         if debug or os.environ.get("CONVERT_DEBUG"):
             traceback.print_exc()

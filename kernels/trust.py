@@ -17,15 +17,23 @@ def cache() -> Path:
     """CONVERT_KERNELS, else `kernels` in CONVERT_CACHE, in conversion-workbench of XDG_CACHE_HOME or ~/.cache, or, for a user without a
     home, in a folder of theirs among the temporary ones."""
     if own := os.environ.get("CONVERT_KERNELS"):
-        return Path(own)
+        return _written(own)
     if base := os.environ.get("CONVERT_CACHE"):
-        return Path(base) / "kernels"
+        return _written(base) / "kernels"
     if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "conversion-workbench" / "kernels"
+        return _written(caches) / "conversion-workbench" / "kernels"
     try:
         return Path.home() / ".cache" / "conversion-workbench" / "kernels"
     except RuntimeError:  # no HOME, and no entry in the list of users
         return _temporary() / "kernels"
+
+
+def _written(path: str) -> Path:
+    """As a user wrote it, with `~` for a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such home: the folder that is then asked for says so
+        return Path(path).absolute()
 
 
 def why_no_folder(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ import pytest
 from convert import places
 from convert.errors import UserError
 from convert.places import cache_folder, path_of, refuse_overlap
+from kernels import trust
 
 ROOT = Path(places.__file__).parent.parent
 
@@ -76,3 +77,14 @@ def test_libraries_keep_what_they_keep_in_our_cache_unless_told_otherwise(tmp_pa
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == [f"{tmp_path}/matplotlib", "/mine", f"{tmp_path}/torchinductor"]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("CONVERT_CACHE", "~/ours"), ("CONVERT_CACHE", "/ours"), ("XDG_CACHE_HOME", "~/all"), ("HOME", "/home/me")]
+)
+def test_compiled_kernels_are_kept_in_the_same_cache(name, value, monkeypatch):
+    """kernels imports nothing of ours, so it knows the rule by itself."""
+    for other in ("CONVERT_KERNELS", "CONVERT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    assert trust.cache() == places.cache_folder() / "kernels" and "~" not in str(trust.cache())

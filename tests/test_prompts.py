@@ -1,7 +1,10 @@
 """Prompts as ids, for tokenizers that add special tokens in front, behind or both, and for chat templates of strangers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -123,6 +126,7 @@ def test_published_generation_settings_do_not_change_greedy_text(nano_folder, ca
         (["x", "--temperature", "nan"], "--temperature must be within"),
         (["x", "--temperature", "inf"], "--temperature must be within"),
         (["x", "--temperature", "-1"], "--temperature must be within"),
+        (["x", "--temperature", "1e-45"], "--temperature must be within"),
         (["x", "--seed", str(2**70)], "--seed must be within"),
         (["x", "--seed", "-1"], "--seed must be within"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens must be within"),
@@ -140,3 +144,17 @@ def test_sampling_follows_its_seed(capsys):
         assert generate.main([str(NANO), "def add(", "--max-new-tokens", "12", "--temperature", "1.5", "--seed", seed]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_whoever_stops_reading_is_no_fault(tmp_path):
+    """`convert.generate ... | true`: no words, and the exit code that a shell gives to such a command."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.generate", str(NANO), "def add(", "--max-new-tokens", "4"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == 141 and "error" not in done.stderr and "Traceback" not in done.stderr

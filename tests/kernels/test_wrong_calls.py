@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from kernels.check import check_decay
 from kernels.chunk_scan import cases as chunk_cases
 from kernels.chunk_scan import chunk_scan
 from kernels.selective_scan import cases as selective_cases
@@ -141,3 +142,14 @@ def test_other_layouts_and_dtypes_change_nothing(operator, kind, impl):
             torch.testing.assert_close(
                 call(**make() | {name: SAME[kind](value)}, impl=impl), wanted, rtol=1e-4, atol=1e-4, check_dtype=False
             )
+
+
+@pytest.mark.parametrize("dtype, value", [(torch.float16, -40.0), (torch.float32, -1e36)])
+def test_finite_rates_whose_sum_is_not_are_taken(dtype, value):
+    """The rates of 2,048 channels in half precision, as an ordinary Mamba has them, sum to less than -65,504."""
+    A = torch.full((2048,), value).to(dtype)
+    check_decay(A)
+    assert not A.sum().isfinite()
+    A[7] = -torch.inf
+    with pytest.raises(ValueError, match="A must be finite; got 0 NaN and 1 infinities of 2048"):
+        check_decay(A)
