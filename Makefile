@@ -1,10 +1,12 @@
 # make demo: the main job on the embedded teacher.   make test: the tests.   make check: style.   make fuzz: odd inputs for long (FUZZ=20 times the suite's).
 # make check-newest: the tests of models with the newest versions that setup.py allows (torch alone as pinned).
 # make check-oldest: what we export, read by the oldest transformers that serving engines still use.
+# make check-triton: the Triton kernels, compiled for every GPU by the oldest Triton that setup.py allows (no GPU needed; some minutes).
 PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
 OLDEST ?= .venv-oldest
+OLDEST_TRITON ?= .venv-triton
 FUZZ ?= 20
 BIN = $(VENV)/bin
 PYTEST = -m pytest -n auto --dist loadfile
@@ -31,6 +33,9 @@ check-oldest: $(VENV)/installed-test $(OLDEST)/installed-oldest
 	$(BIN)/python -m tests.oldest_native write $(OLDEST)/exports
 	$(OLDEST)/bin/python tests/oldest_native.py read $(OLDEST)/exports
 
+check-triton: $(VENV)/installed-test $(OLDEST_TRITON)/installed
+	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=$(OLDEST_TRITON)/cache $(BIN)/python -W ignore -m kernels.audit
+
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
@@ -51,4 +56,8 @@ $(OLDEST)/installed-oldest: constraints.txt
 	$(OLDEST)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)" 'transformers==4.57.*'
 	touch $@
 
-.PHONY: demo test fuzz check check-newest check-oldest
+$(OLDEST_TRITON)/installed: setup.py
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "$$(grep -o 'triton>=[0-9.]*' setup.py | head -n 1 | sed s/'>'/=/)"
+	touch $@
+
+.PHONY: demo test fuzz check check-newest check-oldest check-triton

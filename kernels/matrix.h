@@ -2,7 +2,7 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int ROWS = BYTES == 64 ? 8 : 4;  // of a block of sums held in registers, times two vectors
+constexpr int ROWS = BYTES == 64 ? 8 : BYTES == 32 ? 6 : 4;  // of a block of sums held in registers, times two vectors
 
 template <typename T> static int64_t padded(int64_t n) { return (n + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }
 
@@ -31,6 +31,9 @@ static inline void rows(int64_t columns, int64_t depth, const T* A, int64_t row_
     for (; j < columns; j += W) block<T, M, 1>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
 }
 
+// Of `left` rows, as many as the next block has: 8 and 9 rows are two blocks of 4, because single rows leave most registers idle.
+static inline int64_t rows_at_once(int64_t left) { return left >= ROWS && !(ROWS == 6 && left / 4 == 2) ? ROWS : left >= 4 ? 4 : 1; }
+
 enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // which triangle is all that is wanted, or all there is
 
 // C [count, columns] (+)= A [count, depth] B [depth, columns]; A by any strides; B, C by rows padded to whole vectors.
@@ -38,13 +41,12 @@ template <typename T>
 static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C,
                      int64_t row_C, bool add, Part part = ALL) {
     for (int64_t i = 0; i < count;) {
-        bool whole = i + ROWS <= count;
-        int64_t end = whole ? i + ROWS : i + 1;
+        int64_t some = rows_at_once(count - i), end = i + some;
         int64_t wide = part == LOWER_OUT && padded<T>(end) < columns ? padded<T>(end) : columns;
         int64_t first = part == UPPER_A ? i : 0, deep = (part == LOWER_A && end < depth ? end : depth) - first;
         const T *a = A + i * row_A + first * step_A, *b = B + first * row_B;
-        if (whole) rows<T, ROWS>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
-        else rows<T, 1>(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
+        auto take = some == ROWS ? rows<T, ROWS> : some == 4 ? rows<T, 4> : rows<T, 1>;
+        take(wide, deep, a, row_A, step_A, b, row_B, C + i * row_C, row_C, add);
         i = end;
     }
 }

@@ -146,7 +146,7 @@ template <typename T, int D = WIDTH<T> / 2> static inline void transpose_square(
     }
 }
 
-// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0. `ahead` steps on is what the
+// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0. `ahead` numbers on is what the
 // next tile takes: fetched now, it is there when the arithmetic of this one is done.
 template <typename T>
 static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels, int steps, int64_t ahead) {
@@ -157,7 +157,7 @@ static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int
     }
     if (channels < W) memset(tile, 0, sizeof(T) * W * steps);
     for (int t0 = 0; t0 < steps; t0 += W) {
-        for (int c = 0; c < channels; c++) __builtin_prefetch(from + c * channel_stride + (t0 + ahead) * time_stride);
+        for (int c = 0; c < channels; c++) __builtin_prefetch(from + c * channel_stride + t0 * time_stride + ahead);
         if (time_stride == 1 && channels == W && t0 + W <= steps) {
             Vec<T> v[W];
             for (int c = 0; c < W; c++) v[c] = load<T>(from + c * channel_stride + t0);
@@ -177,7 +177,7 @@ static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int6
         return;
     }
     for (int t0 = 0; t0 < steps; t0 += W) {
-        for (int c = 0; c < channels; c++) __builtin_prefetch(to + c * channel_stride + (t0 + ahead) * time_stride, 1);
+        for (int c = 0; c < channels; c++) __builtin_prefetch(to + c * channel_stride + t0 * time_stride + ahead, 1);
         if (time_stride == 1 && channels == W && t0 + W <= steps) {
             Vec<T> v[W];
             for (int t = 0; t < W; t++) v[t] = load<T>(tile + (t0 + t) * W);

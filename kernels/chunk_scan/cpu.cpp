@@ -154,7 +154,7 @@ template <typename T> static void forward(const Scan& s) {
             }
             k.scale(steps, k.x, k.out, k.xs);
             for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.keep);
-            multiply<T>(k.N, k.Pp, steps, k.B(t0), 1, k.H * k.N, k.xs, k.Pp, k.next, k.Pp, true);
+            multiply<T>(k.N, k.Pp, steps, k.Bt, STEPS, 1, k.xs, k.Pp, k.next, k.Pp, true);
             if (finite && all_finite(k.N * k.Pp, k.next)) std::swap(k.S, k.next);
             else forward_by_steps(k, t0, steps);
         }
@@ -243,13 +243,18 @@ template <typename T> static void backward(const Scan& s) {
             bool finite = true;
             for (int64_t r = 0; r < R; r++) {
                 for (int t = 0; t < steps; t++) memcpy(k.dy + t * Pp, (const T*)s.y + k.row_of_C(t0 + t, r) * P, sizeof(T) * P);
+                k.score(steps, t0, r);
+                // the rows of B and C are not padded and far apart, so the matrices that products walk down are copies
+                T* right = k.Bt;  // done with; [STEPS][Np] fits where N is a whole number of vectors, else `side`
+                std::vector<Vec<T>> side;
+                if (Np != N) side.assign(STEPS * Np / W, Vec<T>{}), right = (T*)side.data();
+                for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.C(t0 + t, r), sizeof(T) * N);
                 // from the state that enters: dC = into dy S^T, D += C^T into dy
                 k.scale(steps, k.dy, k.into, k.xs);
                 multiply<T>(steps, Np, P, k.xs, Pp, 1, k.ST, Np, k.row, Np, false);
                 for (int t = 0; t < steps; t++) dF[t] += dot(N, k.C(t0 + t, r), k.row + t * Np);
-                multiply<T>(N, Pp, steps, k.C(t0, r), 1, H * R * N, k.xs, Pp, k.next, Pp, true);
+                multiply<T>(N, Pp, steps, right, 1, Np, k.xs, Pp, k.next, Pp, true);
                 // inside the chunk: products = dy x^T
-                k.score(steps, t0, r);
                 multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
                 Wide<T> fallen[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
                 for (int t = 0; t < steps; t++) {
@@ -266,11 +271,6 @@ template <typename T> static void backward(const Scan& s) {
                 }
                 for (int t = 0; t < steps; t++) dF[t] -= fallen[t / W][t % W];
                 multiply<T>(steps, Pp, steps, k.scores, 1, STEPS, k.dy, Pp, dx, Pp, true, UPPER_A);
-                // the rows of B and C are not padded, so the right-hand sides are copies
-                T* right = k.Bt;  // done with; [STEPS][Np] fits where N is a whole number of vectors, else `side`
-                std::vector<Vec<T>> side;
-                if (Np != N) side.assign(STEPS * Np / W, Vec<T>{}), right = (T*)side.data();
-                for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.C(t0 + t, r), sizeof(T) * N);
                 multiply<T>(steps, Np, steps, k.products, 1, STEPS, right, Np, dB, Np, true, UPPER_A);
                 for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.B(t0 + t), sizeof(T) * N);
                 multiply<T>(steps, Np, steps, k.products, STEPS, 1, right, Np, k.row, Np, true, LOWER_A);

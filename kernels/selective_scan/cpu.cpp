@@ -12,6 +12,7 @@
 #include "../vectors.h"
 
 constexpr int STEPS = 64;  // of a chunk: the states at its start are kept for the backward pass, those inside are recomputed
+constexpr int ABREAST = 8, ABREAST_BYTES = 1 << 16;  // blocks of channels that walk through time together at most, and their states
 template <bool ONES> constexpr int STATES = ONES ? 4 : 8;  // at once: what fits in registers, gradients included
 
 struct Sizes {
@@ -30,7 +31,8 @@ struct Scan {  // shapes: README.md
 
 template <typename T> static T* at(const Strided& s, int64_t b, int64_t channel) { return (T*)s.data + b * s.batch + channel * s.channel; }
 
-// One block of channels of one batch entry, and what all its loops need.
+// Blocks of channels of one batch entry, and what all loops over one of them need. Some blocks go through a chunk one after another
+// before the next chunk: its B and C, and their gradients, then stay in the nearest cache, whatever the length is.
 template <typename T> struct Block {
     static constexpr int W = WIDTH<T>;
     const Scan& scan;
@@ -38,21 +40,36 @@ template <typename T> struct Block {
     int lanes;
     typename Lanes<T>::bits is_channel;  // by lane: -1, or 0
     int64_t L, N, R, per_group, channel;  // channel: first, among all
+    int64_t next_channel, next_time;      // from this tile to the one after it
     std::unique_ptr<Vec<T>[]> memory;  // aligned
     T *state, *A2, *delta, *u, *x, *y;  // [inputs][N][W], [N][W], tiles [STEPS][W]; y [readings][inputs][STEPS][W]
 
     Block(const Scan& s, int64_t b_, int64_t g_) : scan(s), b(b_), g(g_), L(s.size.length), N(s.size.states), R(s.size.readings) {
         int64_t K = s.size.inputs;
         per_group = s.size.channels / s.size.groups;
-        memory.reset(new Vec<T>[K * N + N + STEPS * (3 + R * K)]);
-        state = (T*)memory.get(), A2 = state + W * K * N, delta = A2 + W * N;
+        memory.reset(new Vec<T>[ABREAST * (K + 1) * N + STEPS * (3 + R * K)]);
+        delta = (T*)(memory.get() + ABREAST * (K + 1) * N);
         u = delta + W * STEPS, x = u + W * STEPS, y = x + W * STEPS;
     }
+    static int64_t abreast(const Sizes& size) {
+        int64_t fit = ABREAST_BYTES / (int64_t)((size.inputs + 1) * size.states * sizeof(Vec<T>));
+        return fit < 1 ? 1 : fit < ABREAST ? fit : ABREAST;
+    }
+    // What `each` does, with every one of the blocks from .. to in place; `step`: to the next chunk
+    template <typename Each> void for_blocks(int64_t from, int64_t to, int64_t step, Each each) {
+        for (int64_t block = from; block < to; block++) {
+            state = (T*)memory.get() + (block - from) * (scan.size.inputs + 1) * N * W, A2 = state + scan.size.inputs * N * W;
+            first = block * W, channel = g * per_group + first;
+            lanes = per_group - first < W ? per_group - first : W;
+            for (int c = 0; c < W; c++) is_channel[c] = -(c < lanes);
+            bool last = block + 1 == to;
+            next_channel = last ? (from - block) * W : W, next_time = last ? step : 0;
+            each();
+        }
+    }
+    int64_t ahead(const Strided& s) { return next_channel * s.channel + next_time * s.time; }
 
-    void begin(int64_t first_) {
-        first = first_, channel = g * per_group + first;
-        lanes = per_group - first < W ? per_group - first : W;
-        for (int c = 0; c < W; c++) is_channel[c] = -(c < lanes);
+    void load_decays() {
         memset(A2, 0, sizeof(T) * W * N);
         for (int c = 0; c < lanes; c++)
             for (int64_t n = 0; n < N; n++) A2[n * W + c] = ((const T*)scan.A2)[(channel + c) * N + n];
@@ -74,10 +91,10 @@ template <typename T> struct Block {
             for (int c = 0; c < lanes; c++)
                 for (int64_t n = 0; n < N; n++) outside(scan.state, i, c)[n] = state[(i * N + n) * W + c];
     }
-    int load_inputs(int64_t t0, int ahead) {
+    int load_inputs(int64_t t0) {
         int steps = L - t0 < STEPS ? L - t0 : STEPS;
-        load_tile(delta, at<T>(scan.delta, b, channel) + t0 * scan.delta.time, scan.delta.channel, scan.delta.time, lanes, steps, ahead);
-        load_tile(u, at<T>(scan.u, b, channel) + t0 * scan.u.time, scan.u.channel, scan.u.time, lanes, steps, ahead);
+        load_tile(delta, at<T>(scan.delta, b, channel) + t0 * scan.delta.time, scan.delta.channel, scan.delta.time, lanes, steps, ahead(scan.delta));
+        load_tile(u, at<T>(scan.u, b, channel) + t0 * scan.u.time, scan.u.channel, scan.u.time, lanes, steps, ahead(scan.u));
         for (int t = 0; t < steps; t++) store(x + t * W, load<T>(delta + t * W) * load<T>(u + t * W));
         return steps;
     }
@@ -151,25 +168,30 @@ template <typename T, bool ONES> static void forward_chunk(Block<T>& k, int64_t 
 
 template <typename T> static void forward(const Scan& s) {
     constexpr int W = WIDTH<T>;
-    int64_t K = s.size.inputs, blocks = (s.size.channels / s.size.groups + W - 1) / W;
+    int64_t K = s.size.inputs, blocks = (s.size.channels / s.size.groups + W - 1) / W, pairs = s.size.batch * s.size.groups;
+    int64_t busy = pairs * blocks / (4 * s.size.threads), some = Block<T>::abreast(s.size);  // no sum here goes over blocks
+    some = some < busy ? some : busy > 1 ? busy : 1;
+    int64_t parts = (blocks + some - 1) / some;
 #pragma omp parallel for schedule(dynamic) num_threads(s.size.threads)
-    for (int64_t task = 0; task < s.size.batch * s.size.groups * blocks; task++) {
-        Block<T> k(s, task / blocks / s.size.groups, task / blocks % s.size.groups);
-        k.begin(task % blocks * W);
-        k.load_state();
-        for (int64_t t0 = 0; t0 < k.L; t0 += STEPS) {
-            if (s.begins) memcpy(k.begins(t0 / STEPS), k.state, sizeof(T) * W * K * k.N);
-            int steps = k.load_inputs(t0, STEPS);
-            memset(k.y, 0, sizeof(T) * W * STEPS * k.R * K);
-            if (K == 2) forward_chunk<T, true>(k, t0, steps);
-            else forward_chunk<T, false>(k, t0, steps);
-            for (int64_t r = 0; r < k.R; r++)
-                for (int64_t i = 0; i < K; i++) {
-                    const Strided& y = k.of_input(i);
-                    store_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps, STEPS);
-                }
-        }
-        k.store_state();
+    for (int64_t task = 0; task < pairs * parts; task++) {
+        int64_t pair = task / parts, from = task % parts * some, to = from + some < blocks ? from + some : blocks;
+        Block<T> k(s, pair / s.size.groups, pair % s.size.groups);
+        k.for_blocks(from, to, 0, [&] { k.load_decays(), k.load_state(); });
+        for (int64_t t0 = 0; t0 < k.L; t0 += STEPS)
+            k.for_blocks(from, to, STEPS, [&] {
+                if (s.begins) memcpy(k.begins(t0 / STEPS), k.state, sizeof(T) * W * K * k.N);
+                int steps = k.load_inputs(t0);
+                memset(k.y, 0, sizeof(T) * W * STEPS * k.R * K);
+                if (K == 2) forward_chunk<T, true>(k, t0, steps);
+                else forward_chunk<T, false>(k, t0, steps);
+                for (int64_t r = 0; r < k.R; r++)
+                    for (int64_t i = 0; i < K; i++) {
+                        const Strided& y = k.of_input(i);
+                        T* out = at<T>(y, k.b, k.output_channel(r)) + t0 * y.time;
+                        store_tile(k.y + (r * K + i) * STEPS * W, out, y.channel, y.time, k.lanes, steps, k.ahead(y));
+                    }
+            });
+        k.for_blocks(from, to, 0, [&] { k.store_state(); });
     }
 }
 
@@ -182,31 +204,33 @@ template <typename T> struct Gradients {
 };
 
 template <typename T, int COUNT, bool ONES>
-static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps, int64_t n0) {
+[[gnu::noinline]] static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps, int64_t n0) {
     constexpr int W = WIDTH<T>;
-    const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * k.L + t0 : nullptr;
-    const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0;
+    const int64_t N = k.N, R = k.R, L = k.L;
+    const uint8_t* starts = k.scan.starts ? k.scan.starts + k.b * L + t0 : nullptr;
+    const T *A2 = k.A2 + n0 * W, *B = k.B(t0) + n0, *C0 = k.C(0, t0) + n0, *delta = k.delta, *xs = k.x, *ys = k.y;
+    const bool full = k.lanes == W;
     // the states again; slot t holds what step t starts from, which is what step t - 1 left unless a document starts
     States<T, COUNT, ONES> now, g;  // g: their gradients
-    now.load_from(begin, n0, k.N);
+    now.load_from(begin, n0, N);
     for (int t = 0; t < steps; t++) {
-        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W), of_decay = d;
+        Vec<T> d = load<T>(delta + t * W), x = load<T>(xs + t * W), of_decay = d;
         if (starts && starts[t]) now.clear(), of_decay = Vec<T>{};
         for (int n = 0; n < COUNT; n++) {
             Vec<T> a = exp2_of(of_decay * load<T>(A2 + n * W));
             store(to.decay + (t * COUNT + n) * W, a);
             store(to.h + (t * COUNT + n) * W, now.h[n]);
             if (ONES) store(to.ones + (t * COUNT + n) * W, now.ones[n]);
-            now.advance(n, a, B[t * k.N + n], x, d);
+            now.advance(n, a, B[t * N + n], x, d);
         }
     }
     Vec<T> dA[COUNT] = {};
-    g.load_from(k.state, n0, k.N);
+    g.load_from(k.state, n0, N);
     for (int t = steps - 1; t >= 0; t--) {
-        Vec<T> d = load<T>(k.delta + t * W), x = load<T>(k.x + t * W);
+        Vec<T> d = load<T>(delta + t * W), x = load<T>(xs + t * W);
         Vec<T> sums[COUNT];
-        for (int64_t r = 0; r < k.R; r++) {  // now: after step t
-            const T *C = k.C(r, t0 + t) + n0, *y = k.y + (r * (1 + ONES) * STEPS + t) * W;
+        for (int64_t r = 0; r < R; r++) {  // now: after step t
+            const T *C = C0 + (r * L + t) * N, *y = ys + (r * (1 + ONES) * STEPS + t) * W;
             Vec<T> dy = load<T>(y), dy_ones{};
             if (ONES) dy_ones = load<T>(y + STEPS * W);
             for (int n = 0; n < COUNT; n++) {
@@ -215,14 +239,14 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
                 if (ONES) g.ones[n] += dy_ones * C[n];
                 if (ONES) sums[n] += dy_ones * now.ones[n];
             }
-            if (k.lanes < W) k.template clear_rest<COUNT>(sums);
-            add_lane_sums<T, COUNT>(sums, to.dC + (r * k.L + t0 + t) * k.N + n0);
+            if (!full) k.template clear_rest<COUNT>(sums);
+            add_lane_sums<T, COUNT>(sums, to.dC + (r * L + t0 + t) * N + n0);
         }
         Vec<T> of_x{}, of_ones{}, of_delta{};
         bool anew = starts && starts[t];
         auto gradients = [&](auto decays) {  // not where a document starts
             for (int n = 0; n < COUNT; n++) {
-                T b = B[t * k.N + n];
+                T b = B[t * N + n];
                 Vec<T> a = load<T>(to.decay + (t * COUNT + n) * W);
                 now.h[n] = load<T>(to.h + (t * COUNT + n) * W);
                 of_x += g.h[n] * b;
@@ -247,8 +271,8 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
         };
         if (anew) gradients(std::false_type{});
         else gradients(std::true_type{});
-        if (k.lanes < W) k.template clear_rest<COUNT>(sums);
-        add_lane_sums<T, COUNT>(sums, to.dB + (t0 + t) * k.N + n0);
+        if (!full) k.template clear_rest<COUNT>(sums);
+        add_lane_sums<T, COUNT>(sums, to.dB + (t0 + t) * N + n0);
         store(to.du + t * W, load<T>(to.du + t * W) + of_x);
         store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + of_ones + of_delta * (T)0.6931471805599453);
         if (anew) {  // what came before this step reached nothing after it
@@ -258,13 +282,13 @@ static void backward_states(Block<T>& k, Gradients<T>& to, const T* begin, int64
                     int64_t slot = ((t - 1) * COUNT + n) * W;
                     now.h[n] = load<T>(to.h + slot);
                     if (ONES) now.ones[n] = load<T>(to.ones + slot);
-                    now.advance(n, load<T>(to.decay + slot), B[(t - 1) * k.N + n], load<T>(k.x + (t - 1) * W), load<T>(k.delta + (t - 1) * W));
+                    now.advance(n, load<T>(to.decay + slot), B[(t - 1) * N + n], load<T>(xs + (t - 1) * W), load<T>(delta + (t - 1) * W));
                 }
         }
     }
-    g.store_to(k.state, n0, k.N);
+    g.store_to(k.state, n0, N);
     for (int n = 0; n < COUNT; n++)
-        for (int c = 0; c < k.lanes; c++) to.dA[(k.channel + c) * k.N + n0 + n] += dA[n][c];
+        for (int c = 0; c < k.lanes; c++) to.dA[(k.channel + c) * N + n0 + n] += dA[n][c];
 }
 
 template <typename T, bool ONES> static void backward_chunk(Block<T>& k, Gradients<T>& to, const T* begin, int64_t t0, int steps) {
@@ -274,10 +298,34 @@ template <typename T, bool ONES> static void backward_chunk(Block<T>& k, Gradien
     for (; n < k.N; n++) backward_states<T, 1, ONES>(k, to, begin, t0, steps, n);
 }
 
+template <typename T> static void backward_tile(Block<T>& k, Gradients<T>& to, int64_t t0) {
+    constexpr int W = WIDTH<T>;
+    const Scan& s = k.scan;
+    int64_t K = s.size.inputs;
+    int steps = k.load_inputs(t0);
+    for (int64_t r = 0; r < k.R; r++)
+        for (int64_t i = 0; i < K; i++) {
+            const Strided& y = k.of_input(i);
+            const T* from = at<T>(y, k.b, k.output_channel(r)) + t0 * y.time;
+            load_tile(k.y + (r * K + i) * STEPS * W, from, y.channel, y.time, k.lanes, steps, k.ahead(y));
+        }
+    memset(to.du, 0, sizeof to.du);
+    memset(to.ddelta, 0, sizeof to.ddelta);
+    if (K == 2) backward_chunk<T, true>(k, to, k.begins(t0 / STEPS), t0, steps);
+    else backward_chunk<T, false>(k, to, k.begins(t0 / STEPS), t0, steps);
+    for (int t = 0; t < steps; t++) {
+        Vec<T> dx = load<T>(to.du + t * W);
+        store(to.ddelta + t * W, load<T>(to.ddelta + t * W) + dx * load<T>(k.u + t * W));
+        store(to.du + t * W, dx * load<T>(k.delta + t * W));
+    }
+    store_tile(to.du, at<T>(s.du, k.b, k.channel) + t0 * s.du.time, s.du.channel, s.du.time, k.lanes, steps, k.ahead(s.du));
+    store_tile(to.ddelta, at<T>(s.ddelta, k.b, k.channel) + t0 * s.ddelta.time, s.ddelta.channel, s.ddelta.time, k.lanes, steps, k.ahead(s.ddelta));
+}
+
 // y, y_ones hold their gradients; `state` the gradient of the last state, and of the first when done.
 template <typename T> static void backward(const Scan& s) {
     constexpr int W = WIDTH<T>;
-    int64_t K = s.size.inputs, L = s.size.length, N = s.size.states, G = s.size.groups, S = s.size.slices;
+    int64_t L = s.size.length, N = s.size.states, G = s.size.groups, S = s.size.slices;
     int64_t blocks = (s.size.channels / G + W - 1) / W;
 #pragma omp parallel for schedule(dynamic) num_threads(s.size.threads)
     for (int64_t task = 0; task < s.size.batch * G * S; task++) {
@@ -287,29 +335,12 @@ template <typename T> static void backward(const Scan& s) {
         to->dB = (T*)s.dB + (slice * s.size.batch * G + pair) * L * N;
         to->dC = (T*)s.dC + (slice * s.size.batch * G + pair) * k.R * L * N;
         to->dA = (T*)s.dA + k.b * s.size.channels * N;
-        for (int64_t block = blocks * slice / S; block < blocks * (slice + 1) / S; block++) {
-            k.begin(block * W);
-            k.load_state();
-            for (int64_t t0 = (L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
-                int steps = k.load_inputs(t0, -STEPS);
-                for (int64_t r = 0; r < k.R; r++)
-                    for (int64_t i = 0; i < K; i++) {
-                        const Strided& y = k.of_input(i);
-                        load_tile(k.y + (r * K + i) * STEPS * W, at<T>(y, k.b, k.output_channel(r)) + t0 * y.time, y.channel, y.time, k.lanes, steps, -STEPS);
-                    }
-                memset(to->du, 0, sizeof to->du);
-                memset(to->ddelta, 0, sizeof to->ddelta);
-                if (K == 2) backward_chunk<T, true>(k, *to, k.begins(t0 / STEPS), t0, steps);
-                else backward_chunk<T, false>(k, *to, k.begins(t0 / STEPS), t0, steps);
-                for (int t = 0; t < steps; t++) {
-                    Vec<T> dx = load<T>(to->du + t * W);
-                    store(to->ddelta + t * W, load<T>(to->ddelta + t * W) + dx * load<T>(k.u + t * W));
-                    store(to->du + t * W, dx * load<T>(k.delta + t * W));
-                }
-                store_tile(to->du, at<T>(s.du, k.b, k.channel) + t0 * s.du.time, s.du.channel, s.du.time, k.lanes, steps, -STEPS);
-                store_tile(to->ddelta, at<T>(s.ddelta, k.b, k.channel) + t0 * s.ddelta.time, s.ddelta.channel, s.ddelta.time, k.lanes, steps, -STEPS);
-            }
-            k.store_state();
+        int64_t end = blocks * (slice + 1) / S, some = Block<T>::abreast(s.size);
+        for (int64_t from = blocks * slice / S; from < end; from += some) {
+            int64_t last = from + some < end ? from + some : end;
+            k.for_blocks(from, last, 0, [&] { k.load_decays(), k.load_state(); });
+            for (int64_t t0 = (L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) k.for_blocks(from, last, -STEPS, [&] { backward_tile(k, *to, t0); });
+            k.for_blocks(from, last, 0, [&] { k.store_state(); });
         }
     }
 }

@@ -226,9 +226,9 @@ def backward_kernel(
         tl.store(dB + ((slice_d * batch + b) * G + g) * L * N + tile, dB_TN, mask=inside)
 
 
-def _blocks(N: int, L: int) -> tuple[int, int]:
+def _blocks(N: int, L: int, inputs: int) -> tuple[int, int]:
     block_n = min(64, triton.next_power_of_2(N))
-    return min(max(2, triton.next_power_of_2(L)), max(16, 1024 // block_n)), block_n
+    return min(max(2, triton.next_power_of_2(L)), max(16, 1024 // inputs // block_n)), block_n
 
 
 class FusedScan(torch.autograd.Function):
@@ -240,7 +240,7 @@ class FusedScan(torch.autograd.Function):
         K, N, G = len(h), A.shape[1], B.shape[1]
         R = C.shape[1] // G
         u, delta, A, B, C, h = (t.contiguous() for t in (u, delta, A, B.mT, C.mT, h))
-        block_t, block_n = _blocks(N, L)
+        block_t, block_n = _blocks(N, L, K)
         blocks = triton.cdiv(N, block_n)
         keep = any(ctx.needs_input_grad)
         y, last = u.new_empty(blocks, K, batch, D * R, L), torch.empty_like(h)
@@ -258,7 +258,7 @@ class FusedScan(torch.autograd.Function):
         u, delta, A, B, C, begins, starts = ctx.saved_tensors
         batch, D, L = u.shape
         N, G = A.shape[1], B.shape[1]
-        block_t, block_n = _blocks(N, L)
+        block_t, block_n = _blocks(N, L, len(dh))
         blocks_n, block_d = triton.cdiv(N, block_n), min(64, D // G)
         blocks_d = triton.cdiv(D // G, block_d)
         dy, dh = dy.contiguous(), dh.clone(memory_format=torch.contiguous_format)

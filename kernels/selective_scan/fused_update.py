@@ -56,7 +56,7 @@ def update_triton(state, x, dt, A, B, C, D, z, dt_bias, softplus: bool) -> Tenso
     batch, heads, P, N = state.shape
     x, dt, A, B, C, D, z, dt_bias = (t if t is None else t.contiguous() for t in (x, dt, A, B, C, D, z, dt_bias))
     y = x.new_empty(batch, heads, P, dtype=state.dtype)
-    block_n = min(128, triton.next_power_of_2(N))
+    block_n = min(64, triton.next_power_of_2(N))
     block_p = max(1, min(triton.next_power_of_2(P), 1024 // block_n))
     with on_device_of(state):
         update_kernel[(batch * heads, triton.cdiv(P, block_p))](
