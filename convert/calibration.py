@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from convert.batches import Batch
 from convert.mixers.parts import QKV
-from convert.model import Slot, attention_of, documents_of
+from convert.model import Slot, attention_of
+from convert.positions import documents_of
 from convert.projections import Inputs, Projections
 from convert.stages import hidden_states, layers_of
 

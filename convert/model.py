@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -19,7 +19,10 @@ from convert.errors import UserError
 from convert.fields import checked, require, shown
 from convert.mixers import MIXERS
 from convert.mixers.base import Context, Mixer
+from convert.positions import documents_of, follows, locate
 from convert.projections import Inputs, Projections, Shape, attention_name
+
+OF_THE_SEARCH = ("tokenizer", "assistant_tokenizer")  # arguments of generate()
 
 
 def _of_host(name: str) -> property:
@@ -174,7 +177,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if cache is not None:
             cache.check(x.shape[0], len(self.config.mixers))
-        positions, real, document_ids = locate(x, attention_mask, position_ids, cache)
+        positions, real, document_ids = locate(x, attention_mask, position_ids, cache, self.config.keeps_attention)
         dummy = x.new_zeros(1, 1, 1, 1)  # a four-dimensional mask is passed on untouched: no T x T mask without attention
         outputs = self.host.base_model(
             inputs_embeds=x, attention_mask=attention_mask if self.config.keeps_attention else dummy, position_ids=positions,
@@ -185,6 +188,23 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
             cache.count(positions, real)
         return outputs
 
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, *args, **kwargs):
+        """As in transformers, with the cache of this model, which no other can stand for."""
+        asked = kwargs.get("cache_implementation")
+        for config in (generation_config, self.generation_config):
+            asked = asked or getattr(config, "cache_implementation", None)
+        if asked not in (None, "dynamic"):
+            raise ValueError(
+                f"The states of this model's mixers need its own cache, a StudentCache, which generate() makes; cache_implementation={asked!r} "
+                "asks for another. Leave it out."
+            )
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """What the search alone uses, transformers hands on to the model too: host models swallow it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in OF_THE_SEARCH}
+
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -194,13 +214,20 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None, ignore_index: int = -100, **others,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As a causal language model of transformers. `past_key_values` and `cache`: the two names of one argument. `others` are refused
-        if they ask for anything."""
+        if they ask for anything; `cache_position`, if it says anything but what follows from the cache."""
+        cache_position = others.pop("cache_position", None)  # not in the signature, for which transformers would make one at each step
         if others.get("output_attentions") is None:
             others["output_attentions"] = self.config.output_attentions
         _refuse(others)
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names of one argument; give one of them.")
         cache = self._cache_of_call(past_key_values if cache is None else cache, use_cache, attention_mask, position_ids)
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        if cache_position is not None and x is not None and not follows(cache_position, x, cache):
+            raise ValueError(
+                "Tokens follow those that the cache has seen: cache_position, which loops for transformers 4 pass, must count on from there. "
+                "Leave it out; position_ids places tokens elsewhere."
+            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self._outputs(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states)
@@ -241,7 +268,7 @@ def _refuse(others: dict) -> None:
     )
     for name, value in others.items():
         asks = value is False if name == "is_causal" else value is not None and value is not False
-        if name not in reasons or asks:
+        if asks or (name not in reasons and value is not None):
             raise TypeError(f"A converted model does not take {name}: {reasons.get(name, 'it is unknown here')}.")
 
 
@@ -257,35 +284,6 @@ def kept(hidden: Tensor, which: int | Tensor) -> Tensor:
 def attention_of(block: nn.Module) -> nn.Module:
     """The attention module, or the slot, of a decoder layer."""
     return block.attention if "attention" in block._modules else block.self_attn
-
-
-def locate(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: StudentCache | None):
-    """Positions [B, T], and where there are any: which tokens are real [B, T], and document ids [B, T].
-
-    Positions go on from the cache's count of each row's real tokens. A mask may cover all tokens so far or this call's.
-    As in transformers, positions that jump in a call without mask or cache are packed documents.
-    """
-    B, T = x.shape[:2]
-    real = None if attention_mask is None else attention_mask[:, -T:].bool()
-    if real is not None and bool(real.all()):
-        real = None
-    document_ids = None
-    if position_ids is None:
-        steps = torch.ones(B, T, dtype=torch.long, device=x.device) if real is None else real.long()
-        position_ids = (steps.cumsum(1) - 1).clamp(min=0)
-        if cache is not None and cache.rows is not None:
-            position_ids = position_ids + cache.rows[:, None]
-    else:
-        position_ids = position_ids.expand(B, T)
-        if attention_mask is None and cache is None:
-            document_ids = documents_of(position_ids)
-    return position_ids, real, document_ids
-
-
-def documents_of(position_ids: Tensor) -> Tensor | None:
-    """Document ids [B, T] of packed rows, whose positions start anew in each document; None where no row has two."""
-    jumps = position_ids.diff(dim=1) != 1
-    return torch.nn.functional.pad(jumps.long().cumsum(1), (1, 0)) if bool(jumps.any()) else None
 
 
 def projections_of(model: PreTrainedModel, layer: int) -> Projections:
@@ -337,6 +335,7 @@ def swap(
         config.mixers = specs
     student = ConvertedForCausalLM(config, host)
     student.generation_config = model.generation_config
+    student.generation_config.cache_implementation = None  # the teacher's own cache means nothing to its student
     return student.train(model.training)
 
 

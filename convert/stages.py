@@ -20,8 +20,9 @@ from convert.errors import Interrupted, UserError
 from convert.fields import check
 from convert.mixers.base import Context
 from convert.mixers.parts import FeatureMap, project_gradients
-from convert.model import ConvertedForCausalLM, attention_of, documents_of
+from convert.model import ConvertedForCausalLM, attention_of
 from convert.objectives import Distill, backward, backward_through_head, cosine_distance
+from convert.positions import documents_of
 
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)

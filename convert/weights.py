@@ -20,6 +20,11 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     if wrong:
         raise UserError(f"Weights must fit config.json; in {where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}.")
+    if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            f"A head that config.json ties to the embedding must equal it; {where} holds another beside it. Say tie_word_embeddings: false if "
+            "the head is what the model was trained with, or take it out of the file."
+        )
     refuse_left_over([name for name in found["unexpected_keys"] if not MASKS.search(name)], where)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from convert.cache import CACHE_NAME, CACHE_NAMES, StudentCache, check_cache
 from convert.errors import UserError
-from convert.model import ConvertedForCausalLM, attention_of
-from tests.conftest import FAMILIES, assert_close, token_ids
+from convert.model import ConvertedForCausalLM, attention_of, swap
+from tests.conftest import FAMILIES, assert_close, tiny_teacher, token_ids
 from tests.test_model import CACHED, logits_of, student_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -149,3 +149,29 @@ def test_a_cache_while_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_cache=False, or eval"):
         student(token_ids(), use_cache=True)
     student_of.cache_clear()
+
+
+@pytest.mark.parametrize("other", ["static", "offloaded", "quantized", "sliding_window", "offloaded_static", "hybrid", "paged"])
+def test_another_implementation_of_the_cache_is_refused(other):
+    """However it is asked for; transformers would say that it ignores it. None and "dynamic" are the cache of this model."""
+    student, ids = fresh("llama", (1,)), token_ids(1, 6)
+    expected = student.generate(ids, max_new_tokens=2)
+    assert torch.equal(student.generate(ids, max_new_tokens=2, cache_implementation="dynamic"), expected)
+    refused = pytest.raises(ValueError, match=f"its own cache, a StudentCache, .* cache_implementation='{other}' asks for another")
+    with refused:
+        student.generate(ids, max_new_tokens=2, cache_implementation=other)
+    how = GenerationConfig(max_new_tokens=2)
+    how.cache_implementation = other
+    with refused:
+        student.generate(ids, generation_config=how)
+    with refused:
+        student.generate(ids, how)
+    student.generation_config.cache_implementation = other
+    with refused:
+        student.generate(ids, max_new_tokens=2)
+
+
+def test_the_cache_of_the_teacher_means_nothing_to_its_student():
+    teacher = tiny_teacher("llama")
+    teacher.generation_config.cache_implementation = "static"
+    assert swap(teacher, "mamba2").generate(token_ids(1, 6), max_new_tokens=2).shape == (1, 8)

@@ -17,6 +17,7 @@ RANKS = (  # lowest first; a name stands for itself and what is inside it
     ("convert.projections",),
     ("convert.mixers",),
     ("convert.cache",),
+    ("convert.positions",),
     ("convert.model",),
     ("convert.weights",),
     ("convert.gguf_file",),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.errors import UserError
-from convert.model import ConvertedForCausalLM, swap
+from convert.model import swap
 from convert.teachers import load_teacher
 from tests.conftest import FAMILIES, WIDTH, options_of, tiny_teacher, token_ids
 from tests.test_model import logits_of
@@ -62,17 +62,18 @@ def test_buffers_of_old_checkpoints_are_no_weights(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_a_copy_of_tied_embeddings(family, tmp_path):
-    """An equal one is no weight of its own; another one is the head, whatever the configuration says, in the student's export too."""
+    """An equal one is no weight of its own; another one contradicts the configuration, a teacher's and a student's."""
     teacher = tiny_teacher(family, tie_word_embeddings=True)
     table, head = teacher.get_input_embeddings().weight.detach(), "lm_head.weight"
-    equal = load_teacher(saved(tmp_path / "equal", teacher, {head: table.clone()})).model
-    assert equal.get_input_embeddings().weight is equal.get_output_embeddings().weight and equal.config.tie_word_embeddings
-    other = load_teacher(saved(tmp_path / "other", teacher, {head: table.flip(0).contiguous()})).model
-    assert torch.equal(other.get_output_embeddings().weight, table.flip(0)) and torch.equal(other.get_input_embeddings().weight, table)
-    student = swap(other, "linear")
-    student.save_pretrained(tmp_path / "student")
-    loaded = ConvertedForCausalLM.from_pretrained(tmp_path / "student")
-    assert torch.equal(logits_of(loaded, token_ids()), logits_of(student, token_ids()))
+    student = swap(tiny_teacher(family, tie_word_embeddings=True), "linear")
+    for name, model, place in (("teacher", teacher, head), ("student", student, f"host.{head}")):
+        equal = load_teacher(saved(tmp_path / f"equal-{name}", model, {place: table.clone()})).model
+        assert equal.get_input_embeddings().weight is equal.get_output_embeddings().weight and equal.config.tie_word_embeddings
+        other = saved(tmp_path / f"other-{name}", model, {place: table.flip(0).contiguous()})
+        with pytest.raises(
+            UserError, match=rf"ties to the embedding must equal it; .*other-{name} holds another .* tie_word_embeddings: false"
+        ):
+            load_teacher(other)
 
 
 def test_a_student_is_loaded_whole_too(tmp_path):
