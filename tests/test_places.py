@@ -76,3 +76,16 @@ def test_libraries_keep_what_they_keep_in_our_cache_unless_told_otherwise(tmp_pa
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == [f"{tmp_path}/matplotlib", "/mine", f"{tmp_path}/torchinductor"]
+
+
+@pytest.mark.parametrize("cache", ["~nobody-of-that-name/x", "/" + "x" * 5000])
+def test_a_cache_that_cannot_be_is_said_by_commands_and_not_by_imports(cache, tmp_path):
+    def python(*words):
+        return subprocess.run(
+            [sys.executable, *words], env=os.environ | {"CONVERT_CACHE": cache, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert python("-c", "import convert").returncode == 0
+    done = python("-m", "convert.run", "neox-nano", "--to", "linear", "--data", "stdlib", "--plan")
+    assert done.returncode == 2 and done.stderr.startswith("error: CONVERT_CACHE ") and "Traceback" not in done.stderr
