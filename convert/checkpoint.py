@@ -120,7 +120,7 @@ class StepFolder:
     """What is kept of one step. Everything is written aside and renamed."""
 
     def __init__(self, run: Path, index: int, name: str, stop: StopRequest | None = None):
-        self.folder = run / "steps" / f"{index}-{name}"
+        self.folder, self.index = run / "steps" / f"{index}-{name}", index
         self.stop = stop
 
     # --- a finished step
@@ -141,7 +141,12 @@ class StepFolder:
         try:
             return unsealed(parse_json(done.read_bytes(), str(done)))
         except ValueError:
-            raise UserError(f"The result {done} is damaged. Delete that file to do the step again, or start again with --fresh.") from None
+            again = "Delete that file to do the step again, or start" if self._can_be_repeated() else "Start"
+            raise UserError(f"The result {done} is damaged. {again} again with --fresh; the old run is moved aside.") from None
+
+    def _can_be_repeated(self) -> bool:
+        """The first step starts from the teacher, another one from the weights of the step before, which a later step drops."""
+        return self.index == 0 or any(self.folder.parent.glob(f"{self.index - 1}-*/student/model.safetensors"))
 
     def finish(self, student: ConvertedForCausalLM, result: dict) -> dict:
         """Weights and configuration first, DONE last; then the checkpoints can go. The result as a later process reads it."""

@@ -12,6 +12,7 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -31,8 +32,8 @@ class Written:
         return re.fullmatch(self.pattern, str(value), re.DOTALL) is not None
 
 
-# Bytes of a path that are no UTF-8 are \udc80 to \udcff in Python
-PATH = Written(r"[^\0\ud800-\udc7f\udd00-\udfff]{1,4096}", "1 to 4,096 characters without NUL, as a file's name may have them")
+# Tokenizers and weights are read by names in UTF-8 alone; bytes that are none would be \udc80 to \udcff
+PATH = Written(r"[^\0\ud800-\udfff]{1,4096}", "a path of 1 to 4,096 characters in UTF-8, without NUL")
 TEXT = Written(r"[^\0\ud800-\udfff]{1,4096}", "1 to 4,096 characters that UTF-8 can hold, and no NUL")
 NAME = Written(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "1 to 64 letters, digits, dots, dashes and underscores, and begin with one of the first two"
@@ -60,12 +61,9 @@ def broken(hint, value) -> str | None:
             None if any(value is each or (type(value) is str and value == each) for each in args) else f"one of {', '.join(map(str, args))}"
         )
     if origin in (tuple, Sequence, list):
-        kinds, of = {tuple: tuple, list: list, Sequence: (list, tuple)}[origin], args[0]
-        return (
-            None
-            if isinstance(value, kinds) and all(broken(of, each) is None for each in value)
-            else f"a {origin.__name__.lower()}, each {words(of)}"
-        )
+        fits = isinstance(value, origin) and not isinstance(value, str | bytes | bytearray)
+        rule = f"a {origin.__name__.lower()}, each {words(args[0])}"
+        return None if fits and all(broken(args[0], each) is None for each in value) else rule
     if origin in (dict, Mapping):
         fits = isinstance(value, Mapping) and all(broken(args[0], k) is None and broken(args[1], v) is None for k, v in value.items())
         return None if fits else f"a dictionary of {words(args[0])} to {words(args[1])}"
@@ -84,9 +82,20 @@ def words(hint) -> str:
 
 
 def _is_a(kind: type, value) -> bool:
-    if kind in (int, float):
-        return isinstance(value, int | kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
     return isinstance(value, kind)
+
+
+def plain(value):
+    """Numbers of other libraries (numpy's) as Python's own, which JSON can hold; also those in lists and tuples."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool | int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _broken_limit(limit, value) -> str | None:
@@ -118,9 +127,12 @@ def require(hint, value, label: str) -> None:
 
 
 def check(record) -> None:
-    """The `__post_init__` of a dataclass: every field fits its annotation."""
+    """The `__post_init__` of a dataclass: every field fits its annotation, and holds Python's own numbers."""
     for field in dataclasses.fields(record):
-        require(field.type, getattr(record, field.name), f"{type(record).__qualname__}: {field.name}")
+        value = getattr(record, field.name)
+        require(field.type, value, f"{type(record).__qualname__}: {field.name}")
+        if (own := plain(value)) is not value:
+            object.__setattr__(record, field.name, own)  # the record may be frozen
 
 
 def checked(function: Function) -> Function:
@@ -135,6 +147,7 @@ def checked(function: Function) -> Function:
             raise UserError(f"{function.__name__}() takes {', '.join(signature.parameters)}: {error}.") from None
         for name, value in bound.arguments.items():
             require(signature.parameters[name].annotation, value, f"{function.__name__}(): {name}")
-        return function(*args, **kwargs)
+            bound.arguments[name] = plain(value)
+        return function(*bound.args, **bound.kwargs)
 
     return call

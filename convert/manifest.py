@@ -1,7 +1,8 @@
 """What was written, as hashes beside it: a bit that flips on a disk, or in a copy, is named where the file is read.
 
 RUN/sha256.json has the exports and what a page is made of; convert/sha256.json has the embedded teacher. A folder that is copied away
-without it loads as before. Of a file that grows (.jsonl) the part that was complete is known.
+without it loads as before, and a whole folder may be gone; one file may not, unless removing it is the way to have it made again. Of a file
+that grows (.jsonl) the part that was complete is known. A model's card is for people to edit, and is not known.
 
     python -m convert.manifest convert nano        # after the embedded teacher changed
 """
@@ -15,13 +16,15 @@ from convert.errors import UserError
 from convert.files import parse_json, sealed, sha256, unsealed, write_json
 
 NAME = "sha256.json"
+CARD = "README.md"
 AGAIN = "Repeat the run's convert.run command, which writes it again"
+REMOVE = "Remove it"
 WAYS_OUT = {  # how a file can be had again
     "metrics.jsonl": "Put back a copy, or start again with --fresh",
     "generations.jsonl": "Put back a copy, or start again with --fresh",
-    "answers.jsonl": "Remove it: the questions are asked again",
-    "evaluation.json": "Remove it, and evaluate again",
-    "context.json": "Remove it, and measure again with experiments.context",
+    "answers.jsonl": f"{REMOVE}: the questions are asked again",
+    "evaluation.json": f"{REMOVE}, and evaluate again",
+    "context.json": f"{REMOVE}, and measure again with experiments.context",
     "nano": "Install the project again",
 }
 
@@ -31,7 +34,9 @@ def record(folder: Path, *names: str) -> None:
     entries = _without(_read(folder), names)
     for name in names:
         place = folder / name
-        for file in sorted(f for f in place.rglob("*") if f.is_file()) if place.is_dir() else [place] if place.exists() else []:
+        for file in (
+            sorted(f for f in place.rglob("*") if f.is_file() and f.name != CARD) if place.is_dir() else [place] if place.exists() else []
+        ):
             entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_json(folder / NAME, sealed({"files": entries}))
 
@@ -47,16 +52,25 @@ def renewing(folder: Path, *names: str) -> Iterator[None]:
 
 
 def check(folder: Path, *names: str) -> None:
-    """Refuses the first of these files, or of those in these folders, that is not what was written."""
+    """Refuses the first of these files, or of those in these folders, that is not what was written, or is missing."""
     for name, known in _read(folder).items():
-        file = folder / name
-        if not any(name == wanted or name.startswith(f"{wanted}/") for wanted in names) or not file.exists():
+        top = name.split("/")[0]
+        if not any(name == wanted or name.startswith(f"{wanted}/") for wanted in names):
             continue
-        size, grows = file.stat().st_size, file.suffix == ".jsonl"
-        right = size >= known["bytes"] if grows else size == known["bytes"]
-        if not right or sha256(file, known["bytes"] if grows else None) != known["sha256"]:
-            way_out = WAYS_OUT.get(name) or WAYS_OUT.get(name.split("/")[0]) or AGAIN
-            raise UserError(f"{file} is not what was written: its hash in {folder / NAME} is another one. {way_out}.")
+        way_out = WAYS_OUT.get(name) or WAYS_OUT.get(top) or AGAIN
+        if (folder / name).exists():
+            reason = None if _is_right(folder / name, known) else f"its hash in {folder / NAME} is another one"
+        else:
+            whole_folder_gone = top != name and not (folder / top).exists()  # whoever loads it says so
+            reason = None if whole_folder_gone or way_out.startswith(REMOVE) else f"it is missing, and {folder / NAME} has its hash"
+        if reason:
+            raise UserError(f"{folder / name} is not what was written: {reason}. {way_out}.")
+
+
+def _is_right(file: Path, known: dict) -> bool:
+    size, grows = file.stat().st_size, file.suffix == ".jsonl"
+    right = size >= known["bytes"] if grows else size == known["bytes"]
+    return right and sha256(file, known["bytes"] if grows else None) == known["sha256"]
 
 
 def check_model(folder: Path) -> None:
@@ -73,7 +87,8 @@ def _read(folder: Path) -> dict[str, dict]:
         found = parse_json(file.read_bytes(), str(file))
         found["check"]  # it was always sealed
         entries = unsealed(found)["files"]
-        return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()}
+        known = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()}
+        return {name: entry for name, entry in known.items() if Path(name).name != CARD}  # earlier versions knew the card
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"The hashes in {file} are damaged, so nothing beside them can be checked. Remove that file if you trust the others."

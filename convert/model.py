@@ -20,7 +20,7 @@ from convert.fields import checked, require, shown
 from convert.mixers import MIXERS
 from convert.mixers.base import Context, Mixer
 from convert.positions import documents_of, follows, locate
-from convert.projections import Inputs, Projections, Shape, attention_name
+from convert.projections import Inputs, Projections, Shape, attention_name, refusal
 
 OF_THE_SEARCH = ("tokenizer", "assistant_tokenizer")  # arguments of generate()
 
@@ -312,6 +312,8 @@ def swap(
     else:
         host, config = model, None
         specs = [None] * model.config.num_hidden_layers
+    if reason := refusal(host.config):
+        raise UserError(f"swap(): {reason}")
     blocks = host.base_model.layers
     layers = tuple(range(len(blocks))) if layers is None else layers
     if len(set(layers)) < len(layers) or max(layers, default=0) >= len(blocks):

@@ -6,17 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from convert.errors import UserError
+from convert.fields import Place, require
 
 OURS = "conversion-workbench"
 
 
 def path_of(text: str | Path, what: str) -> Path:
     """The path that a user gave; `what` names it in an error."""
-    written = str(text)
-    if (
-        not written or "\0" in written or any("\ud800" <= c <= "\udfff" for c in written)
-    ):  # tokenizers and weights are read by UTF-8 names alone
-        raise UserError(f"{what} must be a path in UTF-8 without NUL, and not empty; got {written!r}. Give another.")
+    require(Place, text, what)
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -44,14 +41,19 @@ def _private(folder: Path) -> Path:
 
 
 def keep_libraries_inside() -> None:
-    """What matplotlib, W&B and torch's compilers keep goes into our cache, unless the user has said where."""
+    """What matplotlib, W&B and torch's compilers keep goes into our cache, unless the user has said where. Runs when we are imported, which
+    is no place to complain of a cache that cannot be: commands do that, and whatever uses it."""
+    try:
+        cache = cache_folder()
+    except (UserError, OSError):
+        return
     inside = {
         "MPLCONFIGDIR": "matplotlib", "WANDB_CACHE_DIR": "wandb", "WANDB_DATA_DIR": "wandb-data",
         "TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton",
     }  # fmt: skip
     for variable, name in inside.items():
         if not os.environ.get(variable):
-            os.environ[variable] = str(cache_folder() / name)
+            os.environ[variable] = str(cache / name)
 
 
 def refuse_overlap(out: Path, kept: Iterable[tuple[str, Path]]) -> None:

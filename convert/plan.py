@@ -21,7 +21,7 @@ from convert.mixers.parts import DecayRate
 from convert.model import ConvertedForCausalLM, projections_of, swap
 from convert.projections import Inputs
 from convert.recipes import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
-from convert.refusals import refusals
+from convert.refusals import bad_functions, refusals
 from convert.stages import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
@@ -75,6 +75,8 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
+            if reason := bad_functions(step, student):
+                return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (reason,))
             rows.append(_train_plan(step, student, num_teacher, flops, device))
             biggest = max(biggest, rows[-1].trainable)
     num_student = _count(student)

@@ -76,7 +76,10 @@ class Train:
     stage: Callable
     settings: Settings
 
-    __post_init__ = check
+    def __post_init__(self):
+        check(self)
+        if self.stage not in stages.STAGES.values():
+            raise UserError(f"Train: stage must be one of {', '.join(stages.STAGES)}; got {shown(self.stage)}.")
 
 
 Step = Swap | Forget | Train

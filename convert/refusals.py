@@ -1,8 +1,11 @@
 """Every reason why a recipe cannot work on a teacher, from configurations alone."""
 
+import torch
 from transformers import PreTrainedConfig
 
+from convert.fields import shown
 from convert.mixers import MIXERS
+from convert.model import ConvertedForCausalLM
 from convert.objectives import Distill
 from convert.projections import refusal
 from convert.recipes import Forget, OneIn, Recipe, Swap, Train, objective_of
@@ -40,6 +43,27 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
         if isinstance(s.objective, Distill) and not (s.objective.cross_entropy or s.objective.forward_kl or s.objective.reverse_kl):
             found.append(f"Step {step.name}: a loss needs a term; all three weights are 0.")
     return tuple(found + _bad_sequence(recipe, config))
+
+
+def bad_functions(step: Train, student: ConvertedForCausalLM) -> str | None:
+    """Why the functions of the step's settings cannot train this student, which may be without memory: both are tried."""
+    trains, objective = step.settings.trains, step.settings.objective
+    try:
+        chosen = list(trains(student))
+    except Exception as error:  # of the user's code
+        return f"Step {step.name}: trains must choose parameters of a student; {shown(trains)} fails with {shown(error)}."
+    own = {id(p) for p in student.parameters()}
+    if not chosen or not all(id(p) in own for p in chosen):
+        return f"Step {step.name}: trains must choose parameters of the student, one or more; {shown(trains)} gives {shown(chosen)}."
+    if isinstance(objective, Distill):
+        return None
+    try:
+        loss = objective(torch.ones(1, 2, 4, requires_grad=True), torch.ones(1, 2, 4))
+    except Exception as error:  # of the user's code
+        return f"Step {step.name}: an objective compares two outputs of a layer; {shown(objective)} fails with {shown(error)}."
+    if not (isinstance(loss, torch.Tensor) and loss.shape == () and loss.requires_grad):
+        return f"Step {step.name}: an objective must give one number to minimise, by its first argument; {shown(objective)} gives {shown(loss)}."
+    return None
 
 
 def _bad_sequence(recipe: Recipe, config: PreTrainedConfig) -> list[str]:

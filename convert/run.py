@@ -17,6 +17,7 @@ with quick_to_stop(__name__ == "__main__"):
     from convert.console import console, visible
     from convert.conversion import default_recipe, run
     from convert.data import corpus
+    from convert.places import cache_folder
     from convert.teachers import pick_device, read_config, resolve
 
 
@@ -24,6 +25,7 @@ def fail_in_words(work, debug: bool) -> int:
     """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user, 141 when nobody reads on."""
     try:
         with files_in_words():
+            cache_folder()  # one that cannot be is said before anything is done
             work()
         return 0
     except Interrupted as stop:

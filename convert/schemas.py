@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from convert.tasks import LETTERS
 
+ROUNDING = 1e-9
 LENGTH = "8192"  # of the context at which caches are compared
 
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -37,6 +38,18 @@ def _needs(*keys: str, when: Callable[[dict], bool] = lambda found: True) -> Aft
         if missing and when(found):
             raise ValueError(f"{missing[0]} is missing")
         return found
+
+    return AfterValidator(check)
+
+
+def _within(key: str) -> AfterValidator:
+    """A number lies in its interval. Both are means, which round by themselves: so little is no damage, and is taken out."""
+
+    def check(found: dict) -> dict:
+        value, low, high = found[key], found["low"], found["high"]
+        if not low - ROUNDING <= value <= high + ROUNDING:
+            raise ValueError(f"{key} is not within low and high")
+        return found | {"low": min(low, value), "high": max(high, value)}
 
     return AfterValidator(check)
 
@@ -81,8 +94,8 @@ class HarnessRow(Open):
 
 
 class _Evaluation(Open):
-    rows: list[Annotated[Row, _needs("stickiness", when=lambda row: "letters" in row)]]
-    gaps: list[Gap]
+    rows: list[Annotated[Row, _needs("stickiness", when=lambda row: "letters" in row), _within("score")]]
+    gaps: list[Annotated[Gap, _within("gap")]]
     lm_eval: NotRequired[list[HarnessRow]]
     models: NotRequired[dict[str, str]]
 

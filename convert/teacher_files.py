@@ -5,9 +5,8 @@ beyond the largest published model, so that what passes fits a computer's memory
 
 import copy
 import inspect
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from convert.errors import UserError
 from convert.fields import Written, require, shown
+from convert.files import parse_json
 from convert.mixers import MIXERS
 from convert.model import ConvertedConfig
 from convert.projections import FAMILIES, Shape, family_refusal
@@ -138,16 +138,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > largest:
         raise UserError(f"{file} must be at most {largest:,} bytes; it has {file.stat().st_size:,}. Take the original file.")
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} must be a JSON object; it is not a valid JSON file ({_short(error)}). Take the original file.") from None
+        content = parse_json(file.read_bytes(), "it")
+    except UserError as error:
+        raise UserError(f"{file} must be a JSON object; {str(error).rstrip('.')}. Take the original file.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} must be a JSON object; it holds {shown(content)}. Take the original file.")
     return content
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:100]}".rstrip(".")
 
 
 def check_folder(folder: Path) -> None:
@@ -197,6 +193,11 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it notes its attention there
     host_model = model.host if config is not host else model
     rotary = type(host_model.base_model.rotary_emb)(config=host)
+    for layer, mixer in enumerate(config.mixers if config is not host else ()):
+        if mixer and mixer["shape"]["rotary_dim"] != 2 * rotary.inv_freq.numel():
+            raise UserError(
+                f"{where}: mixers[{layer}].shape.rotary_dim must be its host's, {2 * rotary.inv_freq.numel()}; got {mixer['shape']['rotary_dim']}."
+            )
     if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling) and rotary.inv_freq.numel()):
         raise UserError(f"{where}: rotary positions must have finite frequencies; those of {shown(host.rope_parameters)} are not.")
 
@@ -205,10 +206,15 @@ def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) 
     """A student's mixers fit its host."""
     if len(config.mixers) != host.num_hidden_layers:
         raise UserError(f"{where}: mixers must be one for each of {host.num_hidden_layers} layers; got {len(config.mixers)}.")
-    sizes = host.hidden_size, host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
+    heads = host.num_attention_heads
+    sizes = {
+        "width": host.hidden_size, "num_heads": heads, "num_kv_heads": getattr(host, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(host, "head_dim", None) or host.hidden_size // heads,
+    }  # fmt: skip
     for layer, mixer in enumerate(config.mixers):
-        if mixer and (mixer["shape"]["width"], mixer["shape"]["num_heads"], mixer["shape"]["num_kv_heads"]) != sizes:
-            raise UserError(f"{where}: mixers[{layer}] must have width and heads of its host, {sizes}; got {shown(mixer['shape'])}.")
+        for name, size in sizes.items() if mixer else ():
+            if mixer["shape"][name] != size:
+                raise UserError(f"{where}: mixers[{layer}].shape.{name} must be that of its host, {size}; got {mixer['shape'][name]}.")
 
 
 def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -248,4 +254,9 @@ def _check_mixer(mixer: dict[str, Any], where: str) -> None:
             raise UserError(
                 f"{where}.{part} may have {', '.join(sorted(known))}; it has {shown(sorted(mixer[part]))}. Repeat the run that made it."
             )
-        record(**mixer[part])
+        if missing := {field.name for field in fields(record) if field.default is MISSING} - mixer[part].keys():
+            raise UserError(f"{where}.{part} must have {', '.join(sorted(missing))} too. Repeat the run that made it.")
+        try:
+            record(**mixer[part])
+        except UserError as error:
+            raise UserError(f"{where}.{part}: {error}") from None

@@ -8,7 +8,6 @@ import copy
 import difflib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -26,7 +25,8 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from convert import gguf_file, manifest, teacher_files
 from convert.errors import Interrupted, UserError
-from convert.fields import Place, checked, shown
+from convert.fields import Place, Text, broken, checked, shown
+from convert.files import parse_json, unsealed
 from convert.model import ConvertedConfig
 from convert.network import answers
 from convert.projections import refusal
@@ -161,10 +161,12 @@ def resolve(name: Place) -> Source:
 
 def _data_of_run(path: Path) -> str:
     """What the run was trained on; damaged or missing, the default."""
+    ledger = path / "ledger.json"
     try:
-        return json.loads((path / "ledger.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = unsealed(parse_json(ledger.read_bytes(), str(ledger))).get("data")
+    except (OSError, ValueError):
         return FINEWEB
+    return data if broken(Text, data) is None else FINEWEB
 
 
 def _packaged_smollm2() -> str | None:

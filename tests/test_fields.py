@@ -2,12 +2,18 @@
 
 import argparse
 import dataclasses
+import json
 import math
+from collections import deque
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert import evaluate, load_teacher, recipes, run
 from convert.arguments import number_of_tokens, real_number, whole_number
@@ -24,14 +30,16 @@ from tests.conftest import tiny_teacher
 SHARE, SIZE = Annotated[float, (0, 1)], Annotated[int, (1, 64)]
 FITS = [
     (SIZE, 1), (SIZE, 64), (SIZE | None, None), (SHARE, 0), (SHARE, 0.5), (bool, True), (Literal["a", "b"], "a"), (Name, "a-1.b_c"), (Text, "é \n"),
-    (Place, "x"), (Place, Path("x")), (Place, "caf\udce9"), (tuple[SIZE, ...], (1, 2)), (dict[str, int], {"a": 1}), (list[str] | str, ["a"]), (str, ""),
+    (Place, "x"), (Place, Path("x")), (tuple[SIZE, ...], (1, 2)), (dict[str, int], {"a": 1}), (list[str] | str, ["a"]), (str, ""),
+    (Sequence[int], range(3)), (Sequence[SIZE], [1, 2]), (Sequence[SIZE], (1,)), (Sequence[int], deque([1])), (SIZE, np.int64(3)), (SIZE, np.uint8(3)),
+    (SHARE, np.float32(0.5)), (SHARE, np.float64(1)), (SHARE, np.int32(1)), (SHARE, Fraction(1, 2)), (tuple[SIZE, ...], (np.int64(1),)),
 ]  # fmt: skip
 BREAKS = [
     (SIZE, 0, "within 1 .. 64"), (SIZE, 65, "within 1 .. 64"), (SIZE, True, "a whole number"), (SIZE, 1.0, "a whole number"), (SIZE, "1", "a whole number"),
     (SIZE | None, 0, "within 1 .. 64"), (SIZE, None, "a whole number"), (SHARE, math.nan, "a finite number"), (SHARE, math.inf, "a finite number"),
     (SHARE, 10**400, "within 0 .. 1"), (SHARE, False, "a finite number"), (bool, 1, "True or False"), (Literal["a", "b"], "c", "one of a, b"),
     (Literal["a"], [], "one of a"), (Name, "../../evil", "letters"), (Name, "", "letters"), (Name, "a" * 65, "letters"), (Text, "a\0", "NUL"), (Text, "", "1 to 4,096"),
-    (Text, "\ud800", "UTF-8"), (Place, "a\0", "NUL"), (Place, "a\ud800", "a file's name"), (Place, Path("a\0"), "NUL"), (Place, 5, "text or a path"), (tuple[SIZE, ...], [1], "a tuple, each a whole number"),
+    (Text, "\ud800", "UTF-8"), (Place, "a\0", "NUL"), (Place, "a\ud800", "in UTF-8"), (Place, "caf\udce9", "in UTF-8"), (Place, Path("caf\udce9"), "in UTF-8"), (Sequence[int], "12", "a sequence"), (Sequence[int], b"12", "a sequence"), (Sequence[SIZE], range(66), "within 1 .. 64"), (Sequence[int], {1: 2}, "a sequence"), (SIZE, np.int64(65), "within 1 .. 64"), (SIZE, np.float64(1), "a whole number"), (SIZE, np.bool_(True), "a whole number"), (SHARE, np.float32("nan"), "a finite number"), (SHARE, -math.inf, "a finite number"), (SHARE, 1j, "a finite number"), (Place, Path("a\0"), "NUL"), (Place, 5, "text or a path"), (tuple[SIZE, ...], [1], "a tuple, each a whole number"),
     (tuple[SIZE, ...], (0,), "within 1 .. 64"), (dict[str, int], {1: 1}, "a dictionary"), (Place, "a" * 5000, "4,096"),
 ]  # fmt: skip
 
@@ -67,6 +75,26 @@ def test_a_record_and_a_function_say_which_field_breaks_which_rule():
         double(1, again="no")
 
 
+def test_numbers_of_numpy_become_pythons():
+    @checked
+    def kinds(a: int, b: Sequence[float], c: float = 0.5) -> list[type]:
+        return [type(a), *map(type, b), type(c)]
+
+    assert kinds(np.int64(1), [np.float32(1), 2]) == [int, float, int, float] and kinds(1, (), c=np.float32(1)) == [int, float]
+    made = recipes.budget("x", tiny_teacher("llama").config, tokens=np.int64(4096), seq_len=np.int32(64), seed=np.uint8(3))
+    kept = dataclasses.replace(SWAP, keep=(np.int64(1),))
+    settings = dataclasses.replace(ALIGN.settings, lr=np.float32(0.5), tokens=made.tokens)
+    plain = [recipes.describe(kept), recipes.describe(dataclasses.replace(ALIGN, settings=settings)), made.seed]
+    assert json.loads(json.dumps(plain))[0]["keep"] == [1]
+
+
+def test_layers_may_be_a_range():
+    assert [mixer and mixer["name"] for mixer in swap(tiny_teacher("llama"), "linear", layers=range(1)).config.mixers][:2] == [
+        "linear",
+        None,
+    ]
+
+
 def test_any_value_can_be_shown():
     class Hostile:
         def __repr__(self):
@@ -100,7 +128,8 @@ WRONG_CALLS = {
     "a stage by name": lambda: recipes.Train("align", "align", ALIGN.settings), "a rate of nan": lambda: recipes.Forget("forget", math.nan),
     "a weight as text": lambda: recipes.Distill(forward_kl="1"), "one in none": lambda: recipes.OneIn(0), "no assignment": lambda: recipes.with_setting(RECIPE, None),
     "a hand-over to linear": lambda: recipes.to_mamba(budget(), "linear"), "no tokens": lambda: recipes.budget("x", tiny_teacher("llama").config, tokens=0),
-    "a dtype by name": lambda: load_teacher("neox-nano", dtype="float32"), "a dtype of integers": lambda: load_teacher("neox-nano", dtype=torch.int8),
+    "a family that is none": lambda: swap(GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8)), "linear"),
+    "a stage that is none": lambda: recipes.Train("align", print, ALIGN.settings), "a dtype by name": lambda: load_teacher("neox-nano", dtype="float32"), "a dtype of integers": lambda: load_teacher("neox-nano", dtype=torch.int8),
     "a number as data": lambda: corpus(5), "no tokenizer": lambda: tokenize(corpus("stdlib"), None), "sequences of none": lambda: Batches(SOME, 0, 1),
     "a list of tokens": lambda: Batches([1, 2], 1, 1), "a step before the first": lambda: Batches(SOME, 16, 1)(-1), "layer 99": lambda: swap(tiny_teacher("llama"), "mamba", layers=(99,)),
     "layer -1": lambda: swap(tiny_teacher("llama"), "mamba", layers=(-1,)), "inputs of no layer": lambda: swap(tiny_teacher("llama"), "mamba", inputs=[]),

@@ -1,5 +1,7 @@
 """What was written is known by its hash: a flipped bit is named, what grows may grow, and nothing is called damaged that a kill interrupted."""
 
+import json
+
 import pytest
 
 from convert import manifest
@@ -65,7 +67,48 @@ def test_a_folder_copied_away_is_not_held_to_anything(folder, tmp_path_factory):
     elsewhere = (folder / "model").rename(tmp_path_factory.mktemp("away") / "model")
     flip(elsewhere / "weights", 3)
     manifest.check_model(elsewhere)
-    manifest.check(folder, "model")  # what is gone is not called damaged
+    manifest.check(folder, "model")  # a whole folder that is gone is not called damaged
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_not_what_was_written(folder, name):
+    (folder / name).unlink()
+    manifest.check(folder, *{*FILES} - {name})
+    with pytest.raises(UserError, match=rf"^{folder / name} is not what was written: it is missing, .*\. \w.*\.$"):
+        manifest.check(folder, name.split("/")[0])
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "evaluation.json", "context.json"])
+def test_what_is_made_again_when_it_is_removed_may_be_missing(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    manifest.record(tmp_path, name)
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="Remove it"):
+        manifest.check(tmp_path, name)
+    (tmp_path / name).unlink()
+    manifest.check(tmp_path, name)
+
+
+def test_a_kill_before_a_file_is_there_again_is_no_damage(folder):
+    with pytest.raises(KeyboardInterrupt), manifest.renewing(folder, "report.json", "model"):
+        (folder / "report.json").unlink()
+        (folder / "model/weights").unlink()
+        raise KeyboardInterrupt
+    manifest.check(folder, *FILES, "model")
+
+
+def test_a_card_is_for_people_to_edit(folder):
+    card = folder / "model" / manifest.CARD
+    card.write_text("a card")
+    manifest.record(folder, "model")
+    earlier = folder / manifest.NAME
+    entries = unsealed(json.loads(earlier.read_text()))["files"]
+    assert f"model/{manifest.CARD}" not in entries
+    card.write_text("edited")
+    manifest.check(folder, "model")
+    entries[f"model/{manifest.CARD}"] = {"bytes": 6, "sha256": "0" * 64}  # as earlier versions recorded it
+    earlier.write_text(json.dumps(sealed({"files": entries})))
+    manifest.check(folder, "model")
 
 
 def test_a_flipped_bit_of_the_hashes_themselves_is_said(folder):
@@ -88,5 +131,7 @@ def test_what_is_sealed_shows_any_change():
 
 def test_the_embedded_teacher_is_as_it_was_recorded():
     """After a change of it: python -m convert.manifest convert nano."""
-    assert {f"nano/{file.name}" for file in NANO.iterdir() if file.is_file()} <= manifest._read(NANO.parent).keys()
+    assert {f"nano/{file.name}" for file in NANO.iterdir() if file.is_file() and file.name != manifest.CARD} <= manifest._read(
+        NANO.parent
+    ).keys()
     manifest.check_model(NANO)

@@ -88,3 +88,16 @@ def test_compiled_kernels_are_kept_in_the_same_cache(name, value, monkeypatch):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
     assert trust.cache() == places.cache_folder() / "kernels" and "~" not in str(trust.cache())
+
+
+@pytest.mark.parametrize("cache", ["~nobody-of-that-name/x", "/" + "x" * 5000])
+def test_a_cache_that_cannot_be_is_said_by_commands_and_not_by_imports(cache, tmp_path):
+    def python(*words):
+        return subprocess.run(
+            [sys.executable, *words], env=os.environ | {"CONVERT_CACHE": cache, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert python("-c", "import convert").returncode == 0
+    done = python("-m", "convert.run", "neox-nano", "--to", "linear", "--data", "stdlib", "--plan")
+    assert done.returncode == 2 and done.stderr.startswith("error: CONVERT_CACHE ") and "Traceback" not in done.stderr
