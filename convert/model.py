@@ -14,7 +14,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from convert.cache import CACHE_NAME, StudentCache, check_cache
+from convert.cache import CACHE_NAME, CACHE_NAMES, StudentCache, check_cache
 from convert.errors import UserError
 from convert.fields import checked, require, shown
 from convert.mixers import MIXERS
@@ -190,14 +190,19 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config: GenerationConfig | None = None, *args, **kwargs):
         """As in transformers, with the cache of this model, which no other can stand for."""
-        asked = kwargs.get("cache_implementation")
-        for config in (generation_config, self.generation_config):
-            asked = asked or getattr(config, "cache_implementation", None)
+
+        def setting(name: str):
+            settings = (getattr(config, name, None) for config in (generation_config, self.generation_config))
+            return kwargs.get(name) or next(filter(None, settings), None)
+
+        asked = setting("cache_implementation")
         if asked not in (None, "dynamic"):
             raise ValueError(
                 f"The states of this model's mixers need its own cache, a StudentCache, which generate() makes; cache_implementation={asked!r} "
                 "asks for another. Leave it out."
             )
+        if setting("prefill_chunk_size") and kwargs.get("use_cache") is not False and not set(CACHE_NAMES) & set(kwargs):
+            kwargs[CACHE_NAME] = StudentCache(self.config)  # transformers wants to see one before the first chunk
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):

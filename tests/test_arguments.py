@@ -291,11 +291,12 @@ def test_masks_of_a_call_that_goes_on():
 
 
 def words() -> PreTrainedTokenizerFast:
-    """Token n is the word "wn"; 0 pads, 1 begins and 2 ends."""
-    vocabulary = {f"w{i}": i for i in range(99)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    """Token n is the word "wn", but for those that pad, begin and end."""
+    special = ["<pad>", "<begin>", "<end>"]
+    vocabulary = {special[i] if i < 3 else f"w{i}": i for i in range(99)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", bos_token="w1", eos_token="w2", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<begin>", eos_token="<end>", padding_side="left")
 
 
 class Words(BaseStreamer):
@@ -364,7 +365,7 @@ def test_generation_as_the_host(name):
     kept, mixed = (generated(swap(tiny_teacher("llama"), "mamba2", layers=layers), given) for layers in ((), (1,)))
     if isinstance(expected, torch.Tensor):
         assert torch.equal(kept, expected) and type(mixed) is type(expected)
-        assert mixed.shape[0] == expected.shape[0] and mixed.shape[1] > IDS.shape[1] - (name == "token_healing")
+        assert mixed.shape[0] == expected.shape[0] and mixed.shape[1] > IDS.shape[1]
     elif isinstance(expected, tuple):
         assert kept[0] is mixed[0] is expected[0] and torch.equal(kept[1], expected[1])
         assert list(kept[2]) == list(expected[2]) and {n for n in mixed[2] if " " not in n} == {n for n in expected[2] if " " not in n}
