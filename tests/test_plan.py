@@ -142,3 +142,33 @@ def test_steps_that_do_not_follow_from_each_other_are_refused(keep, words):
     recipe = recipes.to_mamba(recipes.budget("neox-nano", config, 100_000))
     reasons = make_plan("x", config, dataclasses.replace(recipe, steps=recipe.steps[keep]), "stdlib", "cpu").refusals
     assert any(words in reason for reason in reasons)
+
+
+def minus(a, b):
+    return a - b
+
+
+def without_gradient(a, b):
+    return (a - b).square().mean().detach()
+
+
+@pytest.mark.parametrize("field, function", [
+    *(("trains", f) for f in (print, len, list, lambda student: [], lambda student: [student], lambda student: student.state_dict())),
+    *(("objective", f) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, recipes.objectives.cross_entropy)),
+])  # fmt: skip
+def test_functions_that_do_not_do_their_part_are_refused(field, function, capsys):
+    config = read_config(resolve("neox-nano"))
+    recipe = recipes.to_linear(recipes.budget("neox-nano", config))
+    swap, align, distill = recipe.steps
+    align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **{field: function}))
+    plan = make_plan("neox-nano", config, dataclasses.replace(recipe, steps=(swap, align, distill)), "stdlib", "cpu")
+    assert re.match(r"Step align: (trains|an objective) .*\.$", plan.refusals[0]) and "\n" not in plan.refusals[0]
+
+
+def test_functions_of_the_users_own_are_planned():
+    config = read_config(resolve("neox-nano"))
+    recipe = recipes.to_linear(recipes.budget("neox-nano", config))
+    swap, align, distill = recipe.steps
+    own = {"trains": lambda student: student.parameters(), "objective": lambda student, teacher: (student - teacher).abs().mean()}
+    align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **own))
+    assert not make_plan("neox-nano", config, dataclasses.replace(recipe, steps=(swap, align, distill)), "stdlib", "cpu").refusals

@@ -73,6 +73,20 @@ def test_every_part_that_is_missing_or_of_another_type_is_named_or_does_not_matt
     assert refused > len(paths) / 2 - 15
 
 
+@pytest.mark.parametrize("rows, key", [("rows", "score"), ("gaps", "gap")])
+def test_a_number_outside_its_interval_is_damage_and_rounding_is_none(folder, rows, key):
+    found = json.loads((folder / "evaluation.json").read_text())
+    row = found[rows][0]
+    for low, high in ((row[key] + 1e-3, row[key] + 1), (row[key] - 1, row[key] - 1e-3)):
+        damaged = changed(changed(found, (rows, 0, "low"), low), (rows, 0, "high"), high)
+        with pytest.raises(UserError, match=rf"^x is damaged: {rows}\.0: {key} is not within low and high\. y$"):
+            records.checked(damaged, schemas.Evaluation, "x", "y")
+    rounded = records.checked(
+        changed(changed(found, (rows, 0, "low"), row[key] + 1e-15), (rows, 0, "high"), row[key]), schemas.Evaluation, "x", "y"
+    )
+    assert rounded[rows][0]["low"] <= rounded[rows][0][key] <= rounded[rows][0]["high"]
+
+
 def test_the_way_out_names_the_key_and_what_writes_the_file_again(folder):
     found = json.loads((folder / "report.json").read_text())
     for path, how, words in (

@@ -407,7 +407,11 @@ def test_one_process_at_a_time(teacher, text, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, words",
-    [("DONE", "is damaged. Delete that file"), ("student/model.safetensors", "are damaged"), ("student/config.json", "are damaged")],
+    [
+        ("DONE", "is damaged. Start again with --fresh"),
+        ("student/model.safetensors", "are damaged"),
+        ("student/config.json", "are damaged"),
+    ],
 )
 def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys):
     arguments = command(teacher, text, tmp_path / "run", to="linear")
@@ -427,8 +431,12 @@ def test_a_damaged_result_is_named_wherever_it_is_read(tmp_path):
     folder = checkpoint.StepFolder(tmp_path, 2, "distill")
     folder.folder.mkdir(parents=True)
     (folder.folder / "DONE").write_text("{")
-    with pytest.raises(UserError, match="^The result .* is damaged. Delete that file to do the step again"):
+    with pytest.raises(UserError, match="^The result .* is damaged. Start again with --fresh; "):
         folder.student(tiny_teacher("gpt_neox"))
+    (tmp_path / "steps" / "1-align" / "student").mkdir(parents=True)
+    (tmp_path / "steps" / "1-align" / "student" / "model.safetensors").touch()  # what the step starts from is still there
+    with pytest.raises(UserError, match="^The result .* is damaged. Delete that file to do the step again, or start again with --fresh; "):
+        folder.result()
 
 
 def test_a_checkpoint_without_room_for_its_digest_leaves_nothing_behind(tmp_path, monkeypatch):

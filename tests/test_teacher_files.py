@@ -97,6 +97,9 @@ def test_a_student_is_read():
         ("mixers", None, "mixers must be"), ("mixers", [], "mixers must be one for each"), ("mixers.0.name", "rwkv", "one of"),
         ("mixers.0.options", {"conv": 0}, "within 1 .. 64"), ("mixers.0.options", {"speed": 1}, "may have conv, dt_rank"), ("mixers.0.shape.width", 64, "of its host"),
         ("mixers.0.shape.num_heads", "4", "a whole number"), ("mixers.0.more", 1, "must have name, shape and options"),
+        ("mixers.2.options.conv", 0, r"^x: mixers\[2\]\.options: Mamba2\.Options: conv must be"), ("mixers.0.shape", {"width": 8}, r"^x: mixers\[0\]\.shape must have head_dim, num_heads"),
+        ("mixers.2.shape.head_dim", 2, r"mixers\[2\]\.shape\.head_dim must be that of its host"), ("mixers.2.shape.head_dim", 64, r"head_dim must be that of its host"),
+        *(("mixers.0.shape.rotary_dim", size, r"^x: mixers\[0\]\.shape\.rotary_dim must be its host's") for size in (0, 2, 3, 64, 8192)),
     ],
 )  # fmt: skip
 def test_a_senseless_student(path, value, words):

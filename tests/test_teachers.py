@@ -18,6 +18,7 @@ from convert import teachers
 from convert.data import corpus, tokenize
 from convert.errors import UserError
 from convert.export import export
+from convert.files import sealed
 from convert.model import ConvertedForCausalLM, swap
 from convert.projections import refusal
 from convert.teachers import EMBEDDED, TEACHERS, Source, check_device, is_hub_reachable, load_teacher, read_config, resolve
@@ -422,3 +423,17 @@ def test_ids_may_be_larger_than_their_number(folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("w89 w3 " * 40)
     tokens = tokenize(corpus(str(tmp_path / "text.txt")), PreTrainedTokenizerFast.from_pretrained(folder))
     assert {3, 70_000} <= set(tokens.train.ids.tolist())
+
+
+@pytest.mark.parametrize("ledger", [
+    None, "", "[" * 100_000, "[]", "{}", '{"data": 5}', '{"data": null}', '{"data": ["x"]}', '{"data": ""}', '{"data": "a\\u0000b"}',
+    '{"data": "\\ud800"}', '{"data": "stdlib", "check": "0"}', b"\xff", '{"data": ' + "9" * 5000 + "}",
+])  # fmt: skip
+def test_a_damaged_ledger_leaves_the_data_to_the_default(ledger, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    if ledger is not None:
+        (tmp_path / "ledger.json").write_bytes(ledger if isinstance(ledger, bytes) else ledger.encode())
+    assert resolve(str(tmp_path)).data == teachers.FINEWEB
+    (tmp_path / "ledger.json").write_text(json.dumps(sealed({"data": "stdlib"})))
+    assert resolve(str(tmp_path)).data == "stdlib"
