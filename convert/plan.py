@@ -215,11 +215,11 @@ def _finish(device: torch.device) -> None:
 
 
 def time_left(plan: Plan, results: Sequence[dict]) -> float:
-    """Seconds of training after these finished steps: the plan's, times how much longer than planned they took."""
+    """Seconds of training after these finished steps: the plan's, times how much longer than planned they took, if they were a tenth of it."""
     planned = [step.seconds for step in plan.steps]
     done, left = sum(planned[: len(results)]), sum(planned[len(results) :])
     trained = sum(result["seconds"] for result, seconds in zip(results, planned, strict=False) if seconds)
-    return left * (trained / done if done else 1.0)
+    return left * trained / done if done > left / 10 else left  # a few seconds are mostly what comes between steps
 
 
 def check_space(plan: Plan, folder: Path) -> str | None:

@@ -83,7 +83,10 @@ def test_the_time_left_goes_by_what_the_steps_before_took():
     before = next(i for i, step in enumerate(plan.steps) if step.tokens)
     rows = [{"seconds": 0.1}] * before
     assert planning.time_left(plan, rows) == align + distill
-    assert planning.time_left(plan, [*rows, {"seconds": 3 * align}]) == pytest.approx(3 * distill)
+    assert distill > 10 * align  # too short to go by
+    assert planning.time_left(plan, [*rows, {"seconds": 3 * align}]) == pytest.approx(distill)
+    longer = dataclasses.replace(plan, steps=tuple(dataclasses.replace(s, seconds=distill) if s.name == "align" else s for s in plan.steps))
+    assert planning.time_left(longer, [*rows, {"seconds": 3 * distill}]) == pytest.approx(3 * distill)
     assert planning.time_left(plan, [{"seconds": 1.0}] * len(plan.steps)) == 0
 
 
