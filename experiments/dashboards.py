@@ -5,10 +5,15 @@
 Runs are grouped by conversion; each stage of one is a run of its own, so a curve goes on from stage to stage over one axis of tokens.
 """
 
+from __future__ import annotations
+
 import argparse
 
-import wandb_workspaces.reports.v2 as panels
-import wandb_workspaces.workspaces as ws
+try:
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as ws
+except ImportError:  # the extra [dashboards]: main() says so
+    panels = ws = None
 from wandb.errors import CommError, UsageError
 
 from convert.dashboard import PROJECT, is_reachable
@@ -66,6 +71,8 @@ def main() -> None:
     parser.add_argument("--entity", required=True, help="whose project it is")
     parser.add_argument("--project", default=PROJECT)
     args = parser.parse_args()
+    if panels is None:
+        raise UserError("A workspace is made by the package wandb-workspaces, which is missing: pip install -e '.[dashboards]'.")
     made = workspace(args.entity, args.project)
     if not is_reachable():
         raise UserError(
