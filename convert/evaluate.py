@@ -1,28 +1,34 @@
-"""Teacher and student on the same questions, by what they write and by what they rank first; and a run's final measurements again.
+"""Teacher and student on the same questions, by what they write and by what they rank first; and a run's final
+measurements again.
 
 python -m convert.evaluate runs/neox-nano-mamba2
 """
 
 import argparse
 
-from convert.errors import quick_to_stop
+from convert.core.errors import quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
-    from convert.evaluation import LIMIT, evaluate
-    from convert.page import Run, write_report_page
-    from convert.places import path_of
+    from convert.core.places import path_of
+    from convert.evaluation.runner import LIMIT, evaluate_run
+    from convert.evaluation.tasks import TASKS
+    from convert.reports.page import Run, write_report_page
     from convert.run import fail_in_words
-    from convert.tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m convert.evaluate", description="Teacher and student on the same questions, by generation and by likelihood."
+        prog="python -m convert.evaluate",
+        description="Teacher and student on the same questions, by generation and by likelihood.",
     )
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=int, help=f"questions of each task; default {LIMIT}, and all of a task of lm-evaluation-harness")
-    parser.add_argument("--lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness, or folders of such, with commas")
+    parser.add_argument(
+        "--limit", type=int, help=f"questions of each task; default {LIMIT}, and all of a task of lm-evaluation-harness"
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness, or folders of such, with commas"
+    )
     parser.add_argument("--out", help="where evaluation.json goes; default the run folder, or runs/evaluation-NAME")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="as for the run, if its teacher needed it")
@@ -34,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         has_page = (run / "report.json").exists() and path_of(args.out or run, "--out") == run
         if has_page:
             Run.read(run)  # what cannot be shown is said before minutes of questions
-        evaluate(
+        evaluate_run(
             args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip

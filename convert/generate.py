@@ -5,16 +5,16 @@ python -m convert.generate runs/neox-nano-mamba2 "def add("
 
 import argparse
 
-from convert.errors import UserError, quick_to_stop
+from convert.core.errors import UserError, quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
     import torch
     from transformers import TextStreamer
 
-    from convert.prompts import encode, has_chat_template
-    from convert.readings import end_ids, greedily
+    from convert.data.prompts import encode, has_chat_template
+    from convert.evaluation.scoring import end_ids, greedily
+    from convert.models.loading import load_teacher, pick_device
     from convert.run import fail_in_words
-    from convert.teachers import load_teacher, pick_device
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,11 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: drawn from all tokens at this temperature")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy; above: drawn from all tokens at this temperature"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", action="store_true", help="do not use the chat template of an instruct model")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the model"
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     args = parser.parse_args(argv)
     return fail_in_words(lambda: generate(args), args.debug)
@@ -54,12 +58,19 @@ def generate(args: argparse.Namespace) -> None:
     ids = torch.tensor([encode(tokenizer, args.prompt, chat=chat)], device=model.device)
     torch.manual_seed(args.seed)
     # the settings published with a model (beams, penalties, watermarks) would make it another text
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    )
     with greedily(model):
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_ids(model, tokenizer), streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True), **sampling,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=args.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_ids(model, tokenizer),
+            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+            **sampling,
+        )
 
 
 if __name__ == "__main__":

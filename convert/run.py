@@ -8,21 +8,22 @@ import os
 import sys
 import traceback
 
-from convert.errors import Interrupted, UserError, files_in_words, quick_to_stop
+from convert.core.errors import Interrupted, UserError, files_in_words, quick_to_stop
 
 with quick_to_stop(__name__ == "__main__"):
-    from convert import plan as planning
     from convert import recipes
-    from convert.arguments import number_of_tokens
-    from convert.console import console, visible
-    from convert.conversion import default_recipe, run
-    from convert.data import corpus
-    from convert.places import cache_folder
-    from convert.teachers import pick_device, read_config, resolve
+    from convert.cli import number_of_tokens
+    from convert.core.console import console, visible
+    from convert.core.places import cache_folder
+    from convert.data.text import corpus
+    from convert.models.loading import pick_device, read_config, resolve
+    from convert.pipeline import default_recipe, run_recipe
+    from convert.planning import plan as planning
 
 
 def fail_in_words(work, debug: bool) -> int:
-    """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user, 141 when nobody reads on."""
+    """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user, 141 when
+    nobody reads on."""
     try:
         with files_in_words():
             cache_folder()  # one that cannot be is said before anything is done
@@ -44,28 +45,40 @@ def fail_in_words(work, debug: bool) -> int:
             print(f"error: {visible(str(error))}", file=sys.stderr)
             return 2
         what = visible(f"{type(error).__name__}: {error}", keep="\n\t")
-        print(f"error: This is a defect of ours: {what} (CONVERT_DEBUG=1 before the command shows where)", file=sys.stderr)
+        print(
+            f"error: This is a defect of ours: {what} (CONVERT_DEBUG=1 before the command shows where)", file=sys.stderr
+        )
         return 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert.run", description="Convert a trained Transformer into a cheaper architecture.")
-    parser.add_argument("teacher", help="an alias (neox-nano, pythia-1b, ...), a hub id, a local folder, a run folder or a .gguf file")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.run", description="Convert a trained Transformer into a cheaper architecture."
+    )
+    parser.add_argument(
+        "teacher", help="an alias (neox-nano, pythia-1b, ...), a hub id, a local folder, a run folder or a .gguf file"
+    )
     parser.add_argument("--to", required=True, metavar="TARGET", help=f"one of {', '.join(recipes.RECIPES)}")
     parser.add_argument("--out", help="the run folder; default runs/TEACHER-TARGET")
-    parser.add_argument("--data", help="stdlib, a file or folder of text, or hub:NAME[:CONFIG]; the default depends on the teacher")
+    parser.add_argument(
+        "--data", help="stdlib, a file or folder of text, or hub:NAME[:CONFIG]; the default depends on the teacher"
+    )
     parser.add_argument("--tokens", help="in all training steps together: 20000, 500k, 12M, 1B")
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--plan", action="store_true", help="print what would happen and what it would cost; nothing is downloaded or trained"
+        "--plan",
+        action="store_true",
+        help="print what would happen and what it would cost; nothing is downloaded or trained",
     )
     parser.add_argument("--tiny", action="store_true", help="shrink the recipe to seconds, on the same path")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start anew")
     parser.add_argument(
-        "--wandb", choices=("online", "offline", "disabled"), help="default: online where a key is configured, else offline"
+        "--wandb",
+        choices=("online", "offline", "disabled"),
+        help="default: online where a key is configured, else offline",
     )
     parser.add_argument(
         "--set",
@@ -82,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="RULE",
         help="as generation<0.2: of perplexity, generation, generation_gap, whenever a stage measures; may be repeated",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the teacher")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the teacher"
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks")
     args = parser.parse_args(argv)
 
@@ -106,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(plan.refusals[0])
             return
         out = f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "") if args.out is None else args.out
-        run(
+        run_recipe(
             args.teacher, recipe, out, data=args.data, device=args.device, fresh=args.fresh, wandb=args.wandb,
             stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
         )  # fmt: skip

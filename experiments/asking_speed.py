@@ -2,10 +2,9 @@
 
     python -m experiments.asking_speed neox-nano
 
-The same questions, by the same readers; a batch of one against the batches of an evaluation. Reading is the time of the passes over prompts,
-which give the first token of every answer, too; writing is all the rest. A processor that reads at its full rate one by one does not read
-faster in batches: that bounds the whole.
-"""
+The same questions, by the same readers; a batch of one against the batches of an evaluation. Reading is the time of the
+passes over prompts, which give the first token of every answer, too; writing is all the rest. A processor that reads at
+its full rate one by one does not read faster in batches: that bounds the whole."""
 
 import argparse
 import dataclasses
@@ -16,14 +15,14 @@ from dataclasses import dataclass
 from rich.table import Table
 from tqdm import tqdm
 
-from convert.arguments import whole_number
-from convert.console import console
-from convert.errors import UserError
-from convert.evaluation import chosen
-from convert.readings import BATCH_ROWS, by_generation, fits
+from convert.cli import whole_number
+from convert.core.console import console
+from convert.core.errors import UserError
+from convert.evaluation.runner import chosen
+from convert.evaluation.scoring import BATCH_ROWS, by_generation, fits
+from convert.evaluation.tasks import Item, Task
+from convert.models.loading import Teacher, load_teacher
 from convert.run import fail_in_words
-from convert.tasks import Item, Task
-from convert.teachers import Teacher, load_teacher
 
 
 @dataclass
@@ -57,7 +56,9 @@ def ask(loaded: Teacher, task: Task, items: list[Item], rows: int) -> Asked:
         loaded.model.register_forward_hook(ends, with_kwargs=True),
     ]
     started = time.perf_counter()
-    answers = [answer for batch in by_generation(loaded.model, loaded.tokenizer, task, items, rows=rows) for answer in batch]
+    answers = [
+        answer for batch in by_generation(loaded.model, loaded.tokenizer, task, items, rows=rows) for answer in batch
+    ]
     seconds = time.perf_counter() - started
     for hook in hooks:
         hook.remove()
@@ -69,7 +70,9 @@ def ask(loaded: Teacher, task: Task, items: list[Item], rows: int) -> Asked:
 def rows_of(name: str, alone: Asked, batched: Asked) -> Iterator[list[str]]:
     numbers = [(a.answers / a.seconds, a.reading, a.written / (a.seconds - a.reading)) for a in (alone, batched)]
     differ = sum(a != b for a, b in zip(alone.texts, batched.texts, strict=True))
-    for how, asked, row, other in zip(("one by one", "in batches"), (alone, batched), numbers, ("", str(differ)), strict=True):
+    for how, asked, row, other in zip(
+        ("one by one", "in batches"), (alone, batched), numbers, ("", str(differ)), strict=True
+    ):
         yield [name, how, f"{row[0]:.1f}", f"{row[1]:.2f}", f"{row[2]:,.0f}", str(asked.right), other]
     (answers, reading, writing), batches = numbers
     faster = f"{batches[2] / writing:.1f}" if writing else ""  # answers of one token are read off the prompt
@@ -105,7 +108,10 @@ def main() -> None:
     for row in rows_of("all", alone, whole[BATCH_ROWS]):
         table.add_row(*row)
     console.print(table, soft_wrap=False)
-    print(f"If batches wrote in no time and read as one by one, they would be {alone.seconds / alone.reading:.1f} times as fast.")
+    print(
+        f"If batches wrote in no time and read as one by one, they would be {alone.seconds / alone.reading:.1f} times"
+        " as fast."
+    )
 
 
 if __name__ == "__main__":

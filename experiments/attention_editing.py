@@ -1,11 +1,12 @@
 """Which start, and which stages, for attention editing?
 
-    python -m experiments.attention_editing                                         # neox-nano, 400 k tokens, three seeds
+    python -m experiments.attention_editing                                         # neox-nano, 400 k tokens, three
+    seeds
     python -m experiments.attention_editing smollm2-135m --tokens 30k --seq-len 1024 --seeds 1
 
-Every variant is a run of its own under runs/attention-editing, with the same number of tokens; what is done is not done again.
-GateSWA here keeps one layer in six and windows of 256 tokens where the teacher is not tiny: a fifth of the cache at 8 k, windows counted.
-"""
+Every variant is a run of its own under runs/attention-editing, with the same number of tokens; what is done is not done
+again. GateSWA here keeps one layer in six and windows of 256 tokens where the teacher is not tiny: a fifth of the cache
+at 8 k, windows counted."""
 
 import argparse
 import dataclasses
@@ -17,13 +18,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from convert import recipes, run
-from convert.arguments import number_of_tokens, whole_number
-from convert.console import Console
-from convert.conversion import finished
-from convert.recipes import Recipe, Train, with_setting
+from convert import recipes, run_recipe
+from convert.cli import number_of_tokens, whole_number
+from convert.core.console import Console
+from convert.models.loading import read_config, resolve
+from convert.pipeline import finished
+from convert.recipes.language import Recipe, Train, with_setting
 from convert.run import fail_in_words
-from convert.teachers import read_config, resolve
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, 
 
 
 def show(console: Console, reports: dict[str, list[dict]]) -> None:
-    table = Table("variant", title="perplexity on held-out text: the teacher's, after the swap, after each stage", title_justify="left")
+    table = Table(
+        "variant",
+        title="perplexity on held-out text: the teacher's, after the swap, after each stage",
+        title_justify="left",
+    )
     for column in ("teacher", "swap", "align", "distill", "ratio", "spread", "KL", "cache at 8,192"):
         table.add_column(column, justify="right")
     for name, rows in reports.items():
@@ -114,11 +119,15 @@ def main() -> None:
     for name in chosen:
         for seed in range(args.seeds):
             place = args.out / f"{args.teacher}-{args.tokens}" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            make = partial(recipe_of, args.teacher, tokens=number_of_tokens(args.tokens), seq_len=args.seq_len, seed=seed)
+            make = partial(
+                recipe_of, args.teacher, tokens=number_of_tokens(args.tokens), seq_len=args.seq_len, seed=seed
+            )
             recipe = make(VARIANTS[name])
             if name not in (MLA, SWA) and recipe == make(VARIANTS[recipe.target]):
                 break  # this teacher's default already
-            report = finished(place, args.teacher, recipe, args.data) or run(args.teacher, recipe, place, data=args.data, wandb="disabled")
+            report = finished(place, args.teacher, recipe, args.data) or run_recipe(
+                args.teacher, recipe, place, data=args.data, wandb="disabled"
+            )
             reports.setdefault(name, []).append(report)
     show(console, reports)
 

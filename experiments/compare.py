@@ -6,8 +6,8 @@ python -m experiments.compare runs/neox-nano-mamba runs/neox-nano-mla --out runs
 import argparse
 from pathlib import Path
 
-from convert.console import console
-from convert.page import write_page
+from convert.core.console import console
+from convert.reports.page import write_page
 from convert.run import fail_in_words
 
 

@@ -1,9 +1,11 @@
-"""A W&B workspace for conversions: quality by generation first, then training, the insides of the new mixers, speed, and what was written.
+"""A W&B workspace for conversions: quality by generation first, then training, the insides of the new mixers, speed,
+and what was written.
 
-    pip install -e '.[dashboards]' && python -m experiments.dashboards --entity ME          # makes it, and prints its address
+    pip install -e '.[dashboards]' && python -m experiments.dashboards --entity ME          # makes it, and prints its
+    address
 
-Runs are grouped by conversion; each stage of one is a run of its own, so a curve goes on from stage to stage over one axis of tokens.
-"""
+Runs are grouped by conversion; each stage of one is a run of its own, so a curve goes on from stage to stage over one
+axis of tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ except ImportError:  # the extra [dashboards]: main() says so
     panels = ws = None
 from wandb.errors import CommError, UsageError
 
-from convert.dashboard import PROJECT, is_reachable
-from convert.errors import UserError
-from convert.evaluation import READINGS
+from convert.core.errors import UserError
+from convert.evaluation.runner import READINGS
+from convert.evaluation.tasks import TASKS
 from convert.run import fail_in_words
-from convert.tasks import TASKS
+from convert.runs.wandb_sink import PROJECT, is_reachable
 
 
 def line(title: str, *names: str, log: bool = False) -> panels.LinePlot:
@@ -33,37 +35,64 @@ def layers(title: str, prefix: str) -> panels.LinePlot:
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """As the names of `convert.tracking` and `convert.stages` are."""
+    """As the names of `convert.runs.tracking` and `convert.training.loop` are."""
     gaps = [
         panels.BarPlot(
-            title=f"Behind the teacher in {task}", metrics=[panels.SummaryMetric(f"gap/{task}/{reading}") for reading in READINGS]
+            title=f"Behind the teacher in {task}",
+            metrics=[panels.SummaryMetric(f"gap/{task}/{reading}") for reading in READINGS],
         )
         for task in TASKS
     ]
     sections = [
-        ws.Section("Quality", is_open=True, panels=[
-            panels.ScalarChart(title="Perplexity, of the teacher's", metric=panels.SummaryMetric("perplexity")),
-            panels.ScatterPlot(title="KL and perplexity", x=panels.SummaryMetric("kl"), y=panels.SummaryMetric("perplexity")),
-            *gaps,
-        ]),
-        ws.Section("Training", is_open=True, panels=[
-            line("Loss", "train/loss", log=True), line("Held-out perplexity", "held_out/perplexity", log=True),
-            line("Questions answered in writing", "held_out/generation"), line("Gap in writing", "held_out/generation_gap"),
-        ]),
-        ws.Section("Inside", panels=[
-            layers("Weights of the new mixers", "weights"), layers("Their gradients", "gradients"),
-            line("Gradient norm", "train/grad_norm", log=True), line("Steps without a finite gradient", "train/skipped"), line("Rate", "train/lr"),
-        ]),
+        ws.Section(
+            "Quality",
+            is_open=True,
+            panels=[
+                panels.ScalarChart(title="Perplexity, of the teacher's", metric=panels.SummaryMetric("perplexity")),
+                panels.ScatterPlot(
+                    title="KL and perplexity", x=panels.SummaryMetric("kl"), y=panels.SummaryMetric("perplexity")
+                ),
+                *gaps,
+            ],
+        ),
+        ws.Section(
+            "Training",
+            is_open=True,
+            panels=[
+                line("Loss", "train/loss", log=True),
+                line("Held-out perplexity", "held_out/perplexity", log=True),
+                line("Questions answered in writing", "held_out/generation"),
+                line("Gap in writing", "held_out/generation_gap"),
+            ],
+        ),
+        ws.Section(
+            "Inside",
+            panels=[
+                layers("Weights of the new mixers", "weights"),
+                layers("Their gradients", "gradients"),
+                line("Gradient norm", "train/grad_norm", log=True),
+                line("Steps without a finite gradient", "train/skipped"),
+                line("Rate", "train/lr"),
+            ],
+        ),
         ws.Section("Speed", panels=[line("Tokens per second", "speed/tokens_per_s")]),
-        ws.Section("Written", panels=[
-            panels.WeavePanelSummaryTable(table_name="generations"), panels.WeavePanelSummaryTable(table_name="evaluation"),
-            panels.MediaBrowser(title="report.html", media_keys=["report"]),
-        ]),
-    ]  # fmt: skip
+        ws.Section(
+            "Written",
+            panels=[
+                panels.WeavePanelSummaryTable(table_name="generations"),
+                panels.WeavePanelSummaryTable(table_name="evaluation"),
+                panels.MediaBrowser(title="report.html", media_keys=["report"]),
+            ],
+        ),
+    ]
     return ws.Workspace(
-        entity=entity, project=project, name="Conversions", sections=sections, settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=30),
+        entity=entity,
+        project=project,
+        name="Conversions",
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=30),
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group")]),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -72,16 +101,21 @@ def main() -> None:
     parser.add_argument("--project", default=PROJECT)
     args = parser.parse_args()
     if panels is None:
-        raise UserError("A workspace is made by the package wandb-workspaces, which is missing: pip install -e '.[dashboards]'.")
+        raise UserError(
+            "A workspace is made by the package wandb-workspaces, which is missing: pip install -e '.[dashboards]'."
+        )
     made = workspace(args.entity, args.project)
     if not is_reachable():
         raise UserError(
-            "A workspace lives on the W&B server, which does not answer. Offline, `wandb leet RUN/wandb` shows a run in the terminal."
+            "A workspace lives on the W&B server, which does not answer. Offline, `wandb leet RUN/wandb` shows a run in"
+            " the terminal."
         )
     try:
         made.save()
     except (CommError, UsageError, ValueError) as error:
-        raise UserError(f"W&B did not take the workspace ({str(error).splitlines()[0]}). `wandb login` first; is --entity right?") from None
+        raise UserError(
+            f"W&B did not take the workspace ({str(error).splitlines()[0]}). `wandb login` first; is --entity right?"
+        ) from None
     print(made.url)
 
 

@@ -2,9 +2,8 @@
 
     python -m experiments.hedgemamba_ablation                  # three seeds, 400 k tokens each; resumable
 
-Every variant sees the same number of tokens. "Alive": after training, one part of the full mixer alone is set back to its start
-and perplexity measured again. "Beyond": perplexity and speed at lengths that training never saw.
-"""
+Every variant sees the same number of tokens. "Alive": after training, one part of the full mixer alone is set back to
+its start and perplexity measured again. "Beyond": perplexity and speed at lengths that training never saw."""
 
 import argparse
 import copy
@@ -18,18 +17,20 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from convert import lines, load_teacher, recipes, stages
-from convert.arguments import whole_number
-from convert.batches import Batches, held_out_batches
-from convert.console import Console
-from convert.data import corpus, tokenize
-from convert.final import held_out
-from convert.measure import perplexity
-from convert.model import swap
-from convert.objectives import Distill
-from convert.recipes import Train
+from convert import load_teacher, recipes
+from convert.cli import whole_number
+from convert.core import json_lines as lines
+from convert.core.console import Console
+from convert.data.batches import Batches, held_out_batches
+from convert.data.text import corpus, tokenize
+from convert.evaluation.final_metrics import held_out
+from convert.evaluation.perplexity import perplexity
+from convert.models.loading import read_config, resolve
+from convert.models.student import swap
+from convert.objectives.divergences import Distill
+from convert.recipes.language import Train
 from convert.run import fail_in_words
-from convert.teachers import read_config, resolve
+from convert.training import loop as stages
 
 LENGTHS = (256, 512, 1024, 2048)
 PAPER = Distill(cross_entropy=1.0, forward_kl=0.0)  # HedgeMamba's stage 2
@@ -89,7 +90,13 @@ def reset(student, part: str):
     with torch.no_grad():
         for slot in student.slots().values():
             fresh = type(slot.mixer)(slot.mixer.shape, slot.mixer.options)
-            names = {"decay": "rate", "conv": "block.conv", "gate": "block.gate", "Delta": "block.time_step", "skip": "block.skip"}
+            names = {
+                "decay": "rate",
+                "conv": "block.conv",
+                "gate": "block.gate",
+                "Delta": "block.time_step",
+                "skip": "block.skip",
+            }
             for name, value in slot.mixer.named_parameters():
                 if name.startswith(names[part]):
                     value.copy_(fresh.get_parameter(name))
@@ -133,7 +140,10 @@ def main() -> None:
             student = train(teacher, text, dataclasses.replace(base, seed=seed), variant)
             row = {"variant": name, "seed": seed, "perplexity": perplexity(student, batches), "teacher": baseline}
             if name == "full, 10/90":
-                row["reset"] = {part: perplexity(reset(student, part), batches) for part in ("decay", "conv", "gate", "Delta", "skip")}
+                row["reset"] = {
+                    part: perplexity(reset(student, part), batches)
+                    for part in ("decay", "conv", "gate", "Delta", "skip")
+                }
                 row["beyond"] = beyond(student, text)
             lines.append(results, [row])
             done.append(json.loads(json.dumps(row)))
@@ -142,7 +152,9 @@ def main() -> None:
 
 def show(rows: list[dict], baseline: float, teacher_beyond: dict) -> None:
     console = Console()
-    table = Table("variant", "perplexity, each seed", "mean", "spread", "ratio to the teacher", title=f"teacher {baseline:.3f}")
+    table = Table(
+        "variant", "perplexity, each seed", "mean", "spread", "ratio to the teacher", title=f"teacher {baseline:.3f}"
+    )
     for name in dict.fromkeys(row["variant"] for row in rows):
         values = [row["perplexity"] for row in rows if row["variant"] == name]
         table.add_row(name, *_spread(values), f"{statistics.mean(values) / baseline:.4f}")
@@ -156,7 +168,11 @@ def show(rows: list[dict], baseline: float, teacher_beyond: dict) -> None:
     for length, (value, speed) in teacher_beyond.items():
         seen = [row["beyond"][str(length)] for row in full]
         table.add_row(
-            str(length), f"{value:.3f}", *_spread([s[0] for s in seen]), f"{speed:,.0f}", f"{statistics.median(s[1] for s in seen):,.0f}"
+            str(length),
+            f"{value:.3f}",
+            *_spread([s[0] for s in seen]),
+            f"{speed:,.0f}",
+            f"{statistics.median(s[1] for s in seen):,.0f}",
         )
     console.print(table)
 

@@ -1,12 +1,14 @@
-"""Which mixer can do what? The six tasks of Mechanistic Architecture Design (arXiv 2403.17844), each learnt from scratch by a tiny model.
+"""Which mixer can do what? The six tasks of Mechanistic Architecture Design (arXiv 2403.17844), each learnt from
+scratch by a tiny model.
 
-    python -m experiments.mad --mixers attention,linear,mamba,mamba2,gate-swa,mla     # reduced: under ten minutes on two cores
-    python -m experiments.mad --mixers mamba2 --paper        # the paper's sizes, rates and epochs, each task made harder step by step: for a GPU
+    python -m experiments.mad --mixers attention,linear,mamba,mamba2,gate-swa,mla     # reduced: under ten minutes on
+    two cores
+    python -m experiments.mad --mixers mamba2 --paper        # the paper's sizes, rates and epochs, each task made
+    harder step by step: for a GPU
 
-A score is the accuracy on unseen sequences, at the best of the learning rates, and with `--paper` the mean over the difficulties; the mean over
-the tasks screens a mixer before a long run. The model is mad-lab's: two blocks of mixer and SwiGLU, width 128. Training targets are the
-shifted inputs, the test counts only what can be known.
-"""
+A score is the accuracy on unseen sequences, at the best of the learning rates, and with `--paper` the mean over the
+difficulties; the mean over the tasks screens a mixer before a long run. The model is mad-lab's: two blocks of mixer and
+SwiGLU, width 128. Training targets are the shifted inputs, the test counts only what can be known."""
 
 import argparse
 import dataclasses
@@ -26,15 +28,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert.arguments import whole_number
-from convert.console import Console
-from convert.errors import UserError
-from convert.files import write_json
+from convert.cli import whole_number
+from convert.core.console import Console
+from convert.core.errors import UserError
+from convert.core.files import write_json
 from convert.mixers import MIXERS
 from convert.mixers.parts import project_gradients
-from convert.model import ConvertedForCausalLM, swap
+from convert.models.loading import pick_device
+from convert.models.student import ConvertedForCausalLM, swap
 from convert.run import fail_in_words
-from convert.teachers import pick_device
 from experiments.mad_tasks import IGNORED, TASKS, Difficulty, Task, compression
 
 
@@ -62,9 +64,15 @@ class Model(nn.Module):
     def __init__(self, mixer: str, vocab: int, decodes: int | None, length: int):
         super().__init__()
         config = AutoConfig.for_model(
-            "llama", vocab_size=vocab, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, intermediate_size=256,
+            "llama",
+            vocab_size=vocab,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            intermediate_size=256,
             max_position_embeddings=2 * length,
-        )  # fmt: skip
+        )
         host = AutoModelForCausalLM.from_config(config)
         options = MIXERS[mixer].Options() if mixer != "attention" else None
         if mixer == "gate-swa":
@@ -118,7 +126,9 @@ def score(mixer: str, task: Task, d: Difficulty, s: Settings, lr: float, decay: 
     return float(right / total)
 
 
-def mean_score(mixer: str, task: str, difficulties: list[Difficulty], s: Settings, trials, seed: int, device: str) -> float:
+def mean_score(
+    mixer: str, task: str, difficulties: list[Difficulty], s: Settings, trials, seed: int, device: str
+) -> float:
     """Over the difficulties, at the best of the trials of each."""
     best = [max(score(mixer, TASKS[task], d, s, *trial, seed, device) for trial in trials) for d in difficulties]
     return sum(best) / len(best)

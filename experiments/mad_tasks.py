@@ -1,4 +1,5 @@
-"""The six tasks of Mechanistic Architecture Design (arXiv 2403.17844), as the code of athms/mad-lab makes them, and how each is made harder.
+"""The six tasks of Mechanistic Architecture Design (arXiv 2403.17844), as the code of athms/mad-lab makes them, and how
+each is made harder.
 
 Inputs and targets are [N, T]; in the test the targets are what can be known, in training often the next token.
 """
@@ -14,8 +15,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Difficulty:
-    """`examples`: of training. `noise`: the share of pairs that mean nothing, from the last `noise_vocab` tokens. `copied`: tokens to copy.
-    `longest`: tokens of a fuzzy key or value."""
+    """`examples`: of training. `noise`: the share of pairs that mean nothing, from the last `noise_vocab` tokens.
+    `copied`: tokens to copy. `longest`: tokens of a fuzzy key or value."""
 
     vocab: int = 16
     seq_len: int = 128
@@ -116,7 +117,11 @@ class Task:
 
     def settings(self) -> list[Difficulty]:
         """The baseline, and each change of it (the paper's score is the mean over these)."""
-        harder = [dataclasses.replace(self.baseline, **{what: value}) for what, values in self.changes.items() for value in values]
+        harder = [
+            dataclasses.replace(self.baseline, **{what: value})
+            for what, values in self.changes.items()
+            for value in values
+        ]
         return [self.baseline, *harder]
 
 
@@ -128,21 +133,33 @@ TASKS = {
         recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(8, 32, TAUGHT)
     ),
     "noisy recall": Task(
-        recall, NOISY, {"vocab": (48, 80, 144), "seq_len": LENGTHS, "examples": EXAMPLES, "noise": (0.4, 0.6, 0.8)},
+        recall,
+        NOISY,
+        {"vocab": (48, 80, 144), "seq_len": LENGTHS, "examples": EXAMPLES, "noise": (0.4, 0.6, 0.8)},
         Difficulty(16, 32, TAUGHT, noise=0.2, noise_vocab=8),
     ),
     "fuzzy recall": Task(
-        fuzzy_recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(9, 32, TAUGHT, longest=2)
+        fuzzy_recall,
+        Difficulty(),
+        {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES},
+        Difficulty(9, 32, TAUGHT, longest=2),
     ),
     "selective copying": Task(
-        copying, Difficulty(seq_len=256), {"vocab": VOCABS, "seq_len": (512, 1024), "examples": EXAMPLES, "copied": (32, 64, 96)},
+        copying,
+        Difficulty(seq_len=256),
+        {"vocab": VOCABS, "seq_len": (512, 1024), "examples": EXAMPLES, "copied": (32, 64, 96)},
         Difficulty(10, 48, copied=8),
     ),
     "compression": Task(
-        compression, Difficulty(seq_len=32), {"vocab": VOCABS, "seq_len": (64, 128, 256), "examples": EXAMPLES}, Difficulty(seq_len=16)
+        compression,
+        Difficulty(seq_len=32),
+        {"vocab": VOCABS, "seq_len": (64, 128, 256), "examples": EXAMPLES},
+        Difficulty(seq_len=16),
     ),
     "memorisation": Task(
-        memorisation, Difficulty(vocab=256, seq_len=32, examples=256), {"vocab": (512, 1024, 2048, 4096, 8192)},
+        memorisation,
+        Difficulty(vocab=256, seq_len=32, examples=256),
+        {"vocab": (512, 1024, 2048, 4096, 8192)},
         Difficulty(vocab=256, seq_len=32, examples=6400),
     ),
-}  # fmt: skip
+}

@@ -2,8 +2,8 @@
 
 python -m experiments.memory depth        # align at 6 and 24 layers: what the pass itself needs must not grow
 python -m experiments.memory head         # distill with and without the chunked loss, on a vocabulary of 50 k
-python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b's real shape, random weights in a folder
-"""
+python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b's real shape, random weights in a
+folder"""
 
 import argparse
 import json
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert import stages
-from convert.arguments import whole_number
-from convert.batches import Batches
-from convert.data import Tokens
+from convert.cli import whole_number
+from convert.data.batches import Batches
+from convert.data.text import Tokens
 from convert.mixers import MIXERS
-from convert.model import swap
-from convert.objectives import Distill, cosine_distance
+from convert.models.loading import read_config, resolve
+from convert.models.student import swap
+from convert.objectives.divergences import Distill, cosine_distance
 from convert.run import fail_in_words
-from convert.stages import Settings
-from convert.teachers import read_config, resolve
+from convert.training import loop as stages
+from convert.training.loop import Settings
 from kernels.machine import DEVICE, Peak
 
 COMMAND = """
@@ -39,9 +39,15 @@ sys.exit(code)
 """
 
 
-def settings(stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk) -> Settings:
-    objective, trains = (cosine_distance, stages.feature_maps) if stage == "align" else (Distill(), stages.all_but_embeddings)
-    return Settings(steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens, loss_chunk=loss_chunk)
+def settings(
+    stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk
+) -> Settings:
+    objective, trains = (
+        (cosine_distance, stages.feature_maps) if stage == "align" else (Distill(), stages.all_but_embeddings)
+    )
+    return Settings(
+        steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens, loss_chunk=loss_chunk
+    )
 
 
 def random_text(vocabulary: int, length: int) -> Tokens:
@@ -72,13 +78,20 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
 
 def small(layers: int, vocabulary: int = 512):
     return AutoConfig.for_model(
-        "gpt_neox", vocab_size=vocabulary, hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=2048,
+        "gpt_neox",
+        vocab_size=vocabulary,
+        hidden_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        intermediate_size=2048,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
 
 
 def in_a_process(*words) -> dict:
-    done = subprocess.run([sys.executable, "-m", "experiments.memory", *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.memory", *map(str, words)], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -90,17 +103,32 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "depth":
         for layers in (6, 24):
-            print(f"align, {layers} layers: {in_a_process('align', layers)['peak'] / 1e6:,.0f} MB above parameters, gradients and moments")
+            print(
+                f"align, {layers} layers: {in_a_process('align', layers)['peak'] / 1e6:,.0f} MB above parameters,"
+                " gradients and moments"
+            )
     elif args.what == "head":
         for chunk in (256, 1 << 30):
             name = f"chunks of {chunk} tokens" if chunk < 1 << 20 else "all logits at once"
-            print(f"distill, {name}: {in_a_process('distill', chunk)['peak'] / 1e6:,.0f} MB above parameters, gradients and moments")
+            print(
+                f"distill, {name}: {in_a_process('distill', chunk)['peak'] / 1e6:,.0f} MB above parameters, gradients"
+                " and moments"
+            )
     elif args.what == "align":
-        print(json.dumps({"peak": measure("align", small(args.numbers[0]), args.mixer, settings("align", 512, 4096, 3))}))
+        print(
+            json.dumps({"peak": measure("align", small(args.numbers[0]), args.mixer, settings("align", 512, 4096, 3))})
+        )
     elif args.what == "distill":
         print(
             json.dumps(
-                {"peak": measure("distill", small(2, 50_304), args.mixer, settings("distill", 512, 4096, 3, loss_chunk=args.numbers[0]))}
+                {
+                    "peak": measure(
+                        "distill",
+                        small(2, 50_304),
+                        args.mixer,
+                        settings("distill", 512, 4096, 3, loss_chunk=args.numbers[0]),
+                    )
+                }
             )
         )
     else:
@@ -133,7 +161,9 @@ def pythia(mixer: str) -> None:
             "disabled",
         ]
         sets = ["align.tokens=2048", "distill.tokens=2048", "align.save_every=1e9", "distill.save_every=1e9"]
-        subprocess.run([sys.executable, "-c", COMMAND, *map(str, words), *(w for s in sets for w in ("--set", s))], check=True)
+        subprocess.run(
+            [sys.executable, "-c", COMMAND, *map(str, words), *(w for s in sets for w in ("--set", s))], check=True
+        )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"peak resident memory of the run: {peak / 1e9:.2f} GB")
 

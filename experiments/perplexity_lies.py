@@ -1,12 +1,12 @@
-"""Does likelihood flatter a student here too, and where does it turn a ranking round? ("When Perplexity Lies", arXiv 2603.26556.)
+"""Does likelihood flatter a student here too, and where does it turn a ranking round? ("When Perplexity Lies", arXiv
+2603.26556.)
 
     python -m experiments.perplexity_lies                      # ten students of neox-nano, three seeds each: resumable
 
-Students that differ in architecture, recipe and budget answer the same questions twice: by what they rank first, and by what they write. Each
-is a run folder of its own; all answers are in one file, so that the teacher is asked once. Left out are the tasks of which the teacher
-itself writes next to nothing right (`keys`, `needle`): there no gap can be seen. A choice by likelihood has one chance in four of being right
-by luck, a written answer none.
-"""
+Students that differ in architecture, recipe and budget answer the same questions twice: by what they rank first, and by
+what they write. Each is a run folder of its own; all answers are in one file, so that the teacher is asked once. Left
+out are the tasks of which the teacher itself writes next to nothing right (`keys`, `needle`): there no gap can be seen.
+A choice by likelihood has one chance in four of being right by luck, a written answer none."""
 
 import argparse
 import dataclasses
@@ -17,15 +17,16 @@ from pathlib import Path
 
 from rich.table import Table
 
-from convert import charts, load_teacher, recipes, run
-from convert.arguments import number_of_tokens, whole_number
-from convert.console import Console
-from convert.conversion import finished
-from convert.evaluation import chosen, evaluate_tasks
-from convert.files import write_json
-from convert.recipes import Recipe, with_setting
+from convert import load_teacher, recipes, run_recipe
+from convert.cli import number_of_tokens, whole_number
+from convert.core.console import Console
+from convert.core.files import write_json
+from convert.evaluation.runner import chosen, evaluate_tasks
+from convert.models.loading import read_config, resolve
+from convert.pipeline import finished
+from convert.recipes.language import Recipe, with_setting
+from convert.reports import charts
 from convert.run import fail_in_words
-from convert.teachers import read_config, resolve
 from experiments.attention_editing import only
 
 TASKS = "names,brackets,indentation,copying"
@@ -62,7 +63,8 @@ STUDENTS = {
 
 
 def gaps(teacher, student, limit: int, file: Path) -> dict[str, dict[str, float]]:
-    """Reading -> task -> points (0 to 1) behind the teacher, and "teacher READING" -> task -> what the teacher itself has."""
+    """Reading -> task -> points (0 to 1) behind the teacher, and "teacher READING" -> task -> what the teacher itself
+    has."""
     models = {"teacher": teacher.model, "student": student.model}
     found = evaluate_tasks(models, teacher.tokenizer, chosen(TASKS, teacher.tokenizer), limit=limit, file=file)
     by: dict[str, dict[str, float]] = {}
@@ -75,8 +77,8 @@ def gaps(teacher, student, limit: int, file: Path) -> dict[str, dict[str, float]
 
 
 def reversals(rows: dict[str, list[dict]], task: str | None = None) -> list[tuple[str, str, bool]]:
-    """Pairs whose order by mean likelihood gap is not that by mean generation gap: the better one by likelihood first, and whether every seed
-    says so by both readings."""
+    """Pairs whose order by mean likelihood gap is not that by mean generation gap: the better one by likelihood first,
+    and whether every seed says so by both readings."""
 
     def of(name: str, reading: str) -> list[float]:
         return [statistics.mean(row[reading].values()) if task is None else row[reading][task] for row in rows[name]]
@@ -95,12 +97,18 @@ def show(console: Console, rows: dict[str, list[dict]]) -> None:
     for column in ("perplexity ratio", "when it ranks", "when it writes", "writes - ranks"):
         table.add_column(column, justify="right")
     for name, some in sorted(rows.items(), key=lambda item: _mean(item[1], "generation")):
-        ranks, writes = ([100 * statistics.mean(row[reading].values()) for row in some] for reading in ("likelihood", "generation"))
+        ranks, writes = (
+            [100 * statistics.mean(row[reading].values()) for row in some] for reading in ("likelihood", "generation")
+        )
         more = [w - r for r, w in zip(ranks, writes, strict=True)]
-        table.add_row(name, f"{statistics.mean(row['ratio'] for row in some):.3f}", *map(_spread, (ranks, writes, more)))
+        table.add_row(
+            name, f"{statistics.mean(row['ratio'] for row in some):.3f}", *map(_spread, (ranks, writes, more))
+        )
     console.print(table)
     table = Table(
-        "task", title="the same by task, mean of all students: points, and the share of the teacher's score", title_justify="left"
+        "task",
+        title="the same by task, mean of all students: points, and the share of the teacher's score",
+        title_justify="left",
     )
     for column in (
         "teacher ranks",
@@ -121,15 +129,20 @@ def show(console: Console, rows: dict[str, list[dict]]) -> None:
             cells += [f"{100 * score:.1f}", f"{100 * behind:.1f}", f"{behind / score:.0%}" if score else ""]
         worse = sum(row["generation"][task] > row["likelihood"][task] for row in each)
         turned = reversals(rows, task)
-        table.add_row(task, *cells, f"{worse} of {len(each)}", f"{len(turned)}, {sum(sure for *_, sure in turned)} by every seed")
+        table.add_row(
+            task, *cells, f"{worse} of {len(each)}", f"{len(turned)}, {sum(sure for *_, sure in turned)} by every seed"
+        )
     console.print(table)
     pairs = len(rows) * (len(rows) - 1) // 2
     turned = reversals(rows)
     console.print(
-        f"Of {pairs} pairs of students {len(turned)} change places between the readings, {sum(s for *_, s in turned)} by every seed:"
+        f"Of {pairs} pairs of students {len(turned)} change places between the readings, {sum(s for *_, s in turned)}"
+        " by every seed:"
     )
     for better, worse, sure in turned:
-        console.print(f"  {better} ranks better than {worse} and writes worse{', by every seed' if sure else ''}", highlight=False)
+        console.print(
+            f"  {better} ranks better than {worse} and writes worse{', by every seed' if sure else ''}", highlight=False
+        )
 
 
 def _mean(some: list[dict], reading: str) -> float:
@@ -153,7 +166,9 @@ def main() -> None:
         for name, student in STUDENTS.items():
             place = args.out / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
             recipe = student.recipe(args.teacher, seed)
-            report = finished(place, args.teacher, recipe, None) or run(args.teacher, recipe, place, wandb="disabled")
+            report = finished(place, args.teacher, recipe, None) or run_recipe(
+                args.teacher, recipe, place, wandb="disabled"
+            )
             found = gaps(teacher, load_teacher(str(place)), args.limit, args.out / "answers.jsonl")
             rows.setdefault(name, []).append({"ratio": report["perplexity"]["ratio"]} | found)
             write_json(args.out / "gaps.json", rows)

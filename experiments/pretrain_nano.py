@@ -19,11 +19,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from convert import lines, manifest
-from convert.arguments import number_of_tokens
-from convert.batches import Batches, held_out_batches
-from convert.data import HELD_OUT_SHARE, corpus, is_held_out, tokenize
-from convert.files import write_text
+from convert.cli import number_of_tokens
+from convert.core import json_lines as lines
+from convert.core import manifest
+from convert.core.files import write_text
+from convert.data.batches import Batches, held_out_batches
+from convert.data.text import HELD_OUT_SHARE, corpus, is_held_out, tokenize
 from convert.run import fail_in_words
 
 END = "<|endoftext|>"
@@ -44,11 +45,19 @@ def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=4096, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=4096,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
         bpe.train_from_iterator((text for key, text in corpus("stdlib").documents() if not is_held_out(key)), trainer)
         PreTrainedTokenizerFast(
-            tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=2048, padding_side="left"
+            tokenizer_object=bpe,
+            bos_token=END,
+            eos_token=END,
+            pad_token=END,
+            model_max_length=2048,
+            padding_side="left",
         ).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -63,8 +72,17 @@ def optimizers(model) -> list[torch.optim.Optimizer]:
 @torch.no_grad()
 def held_out_loss(model, batches) -> float:
     model.eval()
-    total = sum(float(model(input_ids=b.input_ids, position_ids=b.position_ids, use_cache=False).logits.flatten(0, 1).float()
-                      .log_softmax(-1).gather(1, b.labels.clamp(min=0).flatten()[:, None])[:, 0][b.labels.flatten() != -100].sum()) for b in batches)  # fmt: skip
+    total = sum(
+        float(
+            model(input_ids=b.input_ids, position_ids=b.position_ids, use_cache=False)
+            .logits.flatten(0, 1)
+            .float()
+            .log_softmax(-1)
+            .gather(1, b.labels.clamp(min=0).flatten()[:, None])[:, 0][b.labels.flatten() != -100]
+            .sum()
+        )
+        for b in batches
+    )
     model.train()
     return -total / sum(b.num_targets for b in batches)
 
@@ -80,7 +98,9 @@ def main() -> None:
     tokenizer = train_tokenizer(args.out)
     data = tokenize(corpus("stdlib"), tokenizer)
     print(
-        f"{len(data.train):,} training and {len(data.held_out):,} held-out tokens; held out: {HELD_OUT_SHARE:.1%} of the files", flush=True
+        f"{len(data.train):,} training and {len(data.held_out):,} held-out tokens; held out: {HELD_OUT_SHARE:.1%} of"
+        " the files",
+        flush=True,
     )
 
     torch.manual_seed(0)
@@ -127,8 +147,16 @@ def main() -> None:
             row["held_out_512"] = held_out_loss(model, held_out_batches(data.held_out, 512, 8, 1 << 20))
             row["held_out_2048"] = held_out_loss(model, held_out_batches(data.held_out, 2048, 2, 1 << 20))
             aside = checkpoint.with_suffix(".writing")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step, "seconds": time.time() - start,
-                        "rng": torch.get_rng_state()}, aside)  # fmt: skip
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in opts],
+                    "step": step,
+                    "seconds": time.time() - start,
+                    "rng": torch.get_rng_state(),
+                },
+                aside,
+            )
             os.replace(aside, checkpoint)
         if step % 10 == 0 or "held_out_512" in row:
             print(json.dumps(row), file=log, flush=True)
@@ -164,13 +192,24 @@ def install(model, tokenizer, data, out: Path) -> None:
     constant = [row for row in measured if row["lr"] == LEARNING_RATE][-4:]
     last, config = measured[-1], model.config
     card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()), layers=config.num_hidden_layers, width=config.hidden_size,
-        heads=config.num_attention_heads, vocabulary=config.vocab_size, budget=last["tokens"] / 1e6, torch=torch.__version__,
-        python=platform.python_version(), tokens=last["tokens"], epochs=last["tokens"] / len(data.train), train=len(data.train),
-        hours=last["seconds"] / 3600, dropout=dropout, held=len(data.held_out), at_512=math.exp(last["held_out_512"]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        budget=last["tokens"] / 1e6,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        tokens=last["tokens"],
+        epochs=last["tokens"] / len(data.train),
+        train=len(data.train),
+        hours=last["seconds"] / 3600,
+        dropout=dropout,
+        held=len(data.held_out),
+        at_512=math.exp(last["held_out_512"]),
         at_2048=math.exp(last["held_out_2048"]),
         before=", ".join(f"{row['held_out_512']:.3f} nats at {row['tokens'] / 1e6:.1f} M tokens" for row in constant),
-    )  # fmt: skip
+    )
     write_text(folder / "README.md", card)
     manifest.record(folder.parent, folder.name)
 

@@ -2,9 +2,8 @@
 
     python -m experiments.same_scores smollm2-135m --tasks sums,facts,forms,names
 
-Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each reading; answers are parsed by our function), which
-`python -m convert.evaluate MODEL --lm-eval FOLDER` takes too.
-"""
+Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each reading; answers are parsed by our
+function), which `python -m convert.evaluate MODEL --lm-eval FOLDER` takes too."""
 
 import argparse
 import json
@@ -12,14 +11,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from convert.arguments import whole_number
-from convert.console import Console
-from convert.evaluation import chosen, evaluate_tasks
-from convert.files import write_text
-from convert.harness import run_harness
+from convert.cli import whole_number
+from convert.core.console import Console
+from convert.core.files import write_text
+from convert.evaluation.lm_eval import run_harness
+from convert.evaluation.runner import chosen, evaluate_tasks
+from convert.evaluation.tasks import Task
+from convert.models.loading import load_teacher
 from convert.run import fail_in_words
-from convert.tasks import Task
-from convert.teachers import load_teacher
 
 LIKELIHOOD = """\
 task: {name}_likelihood
@@ -47,8 +46,8 @@ process_results: !function answers.{name}
 metric_list: [{{metric: exact_match}}]
 """
 ANSWERS = """\
-from convert.readings import cut
-from convert.tasks import TASKS
+from convert.evaluation.scoring import cut
+from convert.evaluation.tasks import TASKS
 
 
 def right(name):
@@ -62,10 +61,15 @@ def right(name):
 def write_local_tasks(tasks: list[Task], folder: Path, limit: int, seed: int = 0) -> None:
     """Two tasks of lm-evaluation-harness for each of ours: NAME_generation and NAME_likelihood."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "answers.py").write_text(ANSWERS + "".join(f'{task.name} = right("{task.name}")\n' for task in tasks), encoding="utf-8")
+    (folder / "answers.py").write_text(
+        ANSWERS + "".join(f'{task.name} = right("{task.name}")\n' for task in tasks), encoding="utf-8"
+    )
     for task in tasks:
         data = (folder / f"{task.name}.jsonl").resolve()
-        rows = [{"prompt": i.prompt, "answer": i.answer, "choices": list(i.choices), "gold": i.gold} for i in task.items(limit, seed)]
+        rows = [
+            {"prompt": i.prompt, "answer": i.answer, "choices": list(i.choices), "gold": i.gold}
+            for i in task.items(limit, seed)
+        ]
         write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
         for reading, text in (("likelihood", LIKELIHOOD), ("generation", GENERATION)):
             (folder / f"{task.name}_{reading}.yaml").write_text(
@@ -83,9 +87,13 @@ def compare(model: str, tasks: str | None, limit: int, folder: Path) -> list[tup
         some = [task for task in asked if task.chat is chat]
         write_local_tasks(some, folder / ("chat" if chat else "plain"), limit)
         ours = evaluate_tasks({"teacher": loaded.model}, loaded.tokenizer, some, limit=limit)["rows"]
-        theirs = run_harness({"teacher": loaded.model}, loaded.tokenizer, str(folder / ("chat" if chat else "plain")), chat=chat)
+        theirs = run_harness(
+            {"teacher": loaded.model}, loaded.tokenizer, str(folder / ("chat" if chat else "plain")), chat=chat
+        )
         theirs = {row["task"]: row["score"] for row in theirs}
-        found += [(row["task"], row["reading"], row["score"], theirs[f"{row['task']}_{row['reading']}"]) for row in ours]
+        found += [
+            (row["task"], row["reading"], row["score"], theirs[f"{row['task']}_{row['reading']}"]) for row in ours
+        ]
     return found
 
 
@@ -98,7 +106,9 @@ def main() -> None:
     args = parser.parse_args()
     table = Table("task", "reading", "ours", "lm-evaluation-harness", "", title=args.model, title_justify="left")
     for task, reading, ours, theirs in compare(args.model, args.tasks, args.limit, args.out):
-        table.add_row(task, reading, f"{ours:.6f}", f"{theirs:.6f}", "same" if abs(ours - theirs) < 1e-12 else "DIFFERENT")
+        table.add_row(
+            task, reading, f"{ours:.6f}", f"{theirs:.6f}", "same" if abs(ours - theirs) < 1e-12 else "DIFFERENT"
+        )
     Console().print(table)
 
 

@@ -3,8 +3,8 @@
     python -m experiments.speed                       # neox-nano, every target, both stages
     python -m experiments.speed --profile mamba       # one step of both stages of one target, by operator
 
-On a GPU where there is one. "Without" is the same stage on the scans' PyTorch operators, which was all there was before the kernels.
-"""
+On a GPU where there is one. "Without" is the same stage on the scans' PyTorch operators, which was all there was before
+the kernels."""
 
 import argparse
 import copy
@@ -15,22 +15,30 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from convert import load_teacher, recipes, stages
-from convert.arguments import whole_number
-from convert.batches import Batches
-from convert.console import Console
-from convert.data import corpus, tokenize
-from convert.model import swap
-from convert.recipes import Train
+from convert import load_teacher, recipes
+from convert.cli import whole_number
+from convert.core.console import Console
+from convert.data.batches import Batches
+from convert.data.text import corpus, tokenize
+from convert.models.loading import read_config, resolve
+from convert.models.student import swap
+from convert.recipes.language import Train
 from convert.run import fail_in_words
-from convert.teachers import read_config, resolve
+from convert.training import loop as stages
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE
 
 KERNELS = "triton" if DEVICE == "cuda" else "cpu"  # the implementation that is measured
 TARGETS = ("linear", "mamba", "mamba2")
 KINDS = {  # words in an operator's name; the first that fit
-    "scan (ours)": ("workbench", "forward_kernel", "backward_kernel", "carry_kernel", "outputs_kernel", "gradient_kernel"),
+    "scan (ours)": (
+        "workbench",
+        "forward_kernel",
+        "backward_kernel",
+        "carry_kernel",
+        "outputs_kernel",
+        "gradient_kernel",
+    ),
     "matrix products": ("mm", "linear", "matmul"),
     "attention (teacher)": ("scaled_dot", "attention"),
     "convolution": ("conv",),
@@ -59,15 +67,23 @@ def wait() -> None:
 
 
 def prepare(name: str, target: str, stage: str):
-    """The teacher, the student that the recipe has in this stage (linear attention in align), batches and settings of the stage."""
+    """The teacher, the student that the recipe has in this stage (linear attention in align), batches and settings of
+    the stage."""
     teacher = load_teacher(name, device=DEVICE)
     budget = recipes.budget(name, read_config(resolve(name)))
-    settings = next(s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train) and s.stage.__name__ == stage)
+    settings = next(
+        s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train) and s.stage.__name__ == stage
+    )
     student = swap(copy.deepcopy(teacher.model), "linear")
     if target != "linear" and stage == "distill":
         student = swap(student, target)
     text = tokenize(corpus("stdlib"), teacher.tokenizer)
-    return teacher.model, student, Batches(text.train, settings.seq_len, settings.num_sequences, settings.seed), settings
+    return (
+        teacher.model,
+        student,
+        Batches(text.train, settings.seq_len, settings.num_sequences, settings.seed),
+        settings,
+    )
 
 
 def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> list[float]:
@@ -95,7 +111,9 @@ def speeds(name: str, steps: int) -> Table:
                 for module, way in compiled.items():
                     module.WAYS[KERNELS] = way if use else (lambda device, dtype: "it is left out of this measurement")
                 teacher, student, batches, settings = prepare(name, target, stage)
-                seconds = sorted(steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3))
+                seconds = sorted(
+                    steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3)
+                )
                 found.append(settings.batch_tokens / seconds[len(seconds) // 2])
             table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
     for module, way in compiled.items():
@@ -120,11 +138,18 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
             kind = next(kind for kind, words in KINDS.items() if any(word in event.key for word in words))
             sums[kind] += (event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total) / 1e6
         table = Table(
-            "kind", "share", "ms a step", title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler"
+            "kind",
+            "share",
+            "ms a step",
+            title=f"{name} to {target}, {stage}: {total / steps * 1e3:.0f} ms a step under the profiler",
         )
         for kind, seconds in sorted(sums.items(), key=lambda item: -item[1]):
             table.add_row(kind, f"{seconds / total:.1%}", f"{seconds / steps * 1e3:.1f}")
-        table.add_row("the rest: Python", f"{1 - sum(sums.values()) / total:.1%}", f"{(total - sum(sums.values())) / steps * 1e3:.1f}")
+        table.add_row(
+            "the rest: Python",
+            f"{1 - sum(sums.values()) / total:.1%}",
+            f"{(total - sum(sums.values())) / steps * 1e3:.1f}",
+        )
         tables.append(table)
     return tables
 

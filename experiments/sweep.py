@@ -1,7 +1,9 @@
-"""Which dials of a recipe matter? Trials drawn at random, or by W&B's Bayesian search, told apart by what the students write.
+"""Which dials of a recipe matter? Trials drawn at random, or by W&B's Bayesian search, told apart by what the students
+write.
 
     python -m experiments.sweep neox-nano --to mamba2 --tokens 100k --trials 6       # here, without network
-    python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep; more agents may join it
+    python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep; more agents may
+    join it
     python -m experiments.sweep neox-nano --to mamba2 --print > sweep.json           # the definition alone
 
 A dial is named as `--set` names it. Every trial is a run folder of its own; what is done is not done again.
@@ -15,30 +17,34 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from convert import run
-from convert.arguments import number_of_tokens, whole_number
-from convert.console import Console
-from convert.conversion import default_recipe, finished
-from convert.dashboard import PROJECT, has_key, is_reachable
-from convert.errors import UserError
-from convert.files import write_json
-from convert.recipes import Recipe, Swap, Train, with_setting
+from convert import run_recipe
+from convert.cli import number_of_tokens, whole_number
+from convert.core.console import Console
+from convert.core.errors import UserError
+from convert.core.files import write_json
+from convert.models.loading import read_config, resolve
+from convert.pipeline import default_recipe, finished
+from convert.recipes.language import Recipe, Swap, Train, with_setting
 from convert.run import fail_in_words
-from convert.teachers import read_config, resolve
+from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
 
 METRIC = "gap/generation"
 
 
 def definition(recipe: Recipe) -> dict:
-    """W&B's, of this recipe's main dials: rates within a factor of four, what the whole model learns, how long its decays start, and where
-    attention is edited how much of it stays."""
+    """W&B's, of this recipe's main dials: rates within a factor of four, what the whole model learns, how long its
+    decays start, and where attention is edited how much of it stays."""
     dials: dict[str, dict] = {}
     for step in recipe.steps:
         if isinstance(step, Train):
             lr = step.settings.lr
             dials[f"{step.name}.lr"] = {"distribution": "log_uniform_values", "min": lr / 4, "max": lr * 4}
         elif not isinstance(step, Swap):  # Forget
-            dials[f"{step.name}.rate"] = {"distribution": "log_uniform_values", "min": step.rate / 4, "max": step.rate * 4}
+            dials[f"{step.name}.rate"] = {
+                "distribution": "log_uniform_values",
+                "min": step.rate / 4,
+                "max": step.rate * 4,
+            }
         elif step.mixer == "gate-swa":
             dials[f"{step.name}.keep"] = {"values": ["every:4", "every:6", "auto:4", "auto:6"]}
             dials[f"{step.name}.gate"] = {"values": ["element", "head", "none"]}
@@ -49,7 +55,12 @@ def definition(recipe: Recipe) -> dict:
         dials["distill.noise"] = {"values": [0.0, 0.05, 0.1, 0.2]}
         dials["distill.schedule"] = {"values": ["wsd", "cosine"]}
         dials["distill.feature_matching"] = {"values": [0.0, 0.05]}
-    return {"name": f"to {recipe.target}", "method": "bayes", "metric": {"name": METRIC, "goal": "minimize"}, "parameters": dials}
+    return {
+        "name": f"to {recipe.target}",
+        "method": "bayes",
+        "metric": {"name": METRIC, "goal": "minimize"},
+        "parameters": dials,
+    }
 
 
 def draw(parameters: dict[str, dict], rng: np.random.Generator) -> dict[str, str | float]:
@@ -67,8 +78,11 @@ def trial(teacher: str, recipe: Recipe, dials: dict, place: Path, data: str | No
     """The numbers of one student."""
     for name, value in dials.items():
         recipe = with_setting(recipe, f"{name}={value}")
-    report = finished(place, teacher, recipe, data) or run(teacher, recipe, place, data=data, wandb="disabled")
-    gaps = {how: [g["gap"] for g in report["evaluation"]["gaps"] if g["reading"] == how] for how in ("generation", "likelihood")}
+    report = finished(place, teacher, recipe, data) or run_recipe(teacher, recipe, place, data=data, wandb="disabled")
+    gaps = {
+        how: [g["gap"] for g in report["evaluation"]["gaps"] if g["reading"] == how]
+        for how in ("generation", "likelihood")
+    }
     return {f"gap/{how}": sum(some) / len(some) for how, some in gaps.items()} | {
         "perplexity/ratio": report["perplexity"]["ratio"], "kl": report["kl"]["mean_nats"],
     }  # fmt: skip
@@ -84,7 +98,8 @@ def online(teacher: str, recipe: Recipe, trials: int, out: Path, data: str | Non
 
     if not has_key() or not is_reachable():
         raise UserError(
-            "--online needs a W&B key (`wandb login`) and a server that answers. Leave the flag out: trials are then drawn here."
+            "--online needs a W&B key (`wandb login`) and a server that answers. Leave the flag out: trials are then"
+            " drawn here."
         )
 
     def one() -> None:
@@ -115,7 +130,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     source = resolve(args.teacher)
-    recipe = default_recipe(source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None)
+    recipe = default_recipe(
+        source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None
+    )
     out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
     if args.print:
         print(json.dumps(definition(recipe), indent=1))

@@ -18,9 +18,14 @@ from kernels import native
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
-SOFTMAX = ("gate-swa", "mla")  # mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
+SOFTMAX = (
+    "gate-swa",
+    "mla",
+)  # mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
 
-os.environ.setdefault("CONVERT_KERNELS", str(native.cache()))  # tests have caches of their own, but compile nothing twice
+os.environ.setdefault(
+    "CONVERT_KERNELS", str(native.cache())
+)  # tests have caches of their own, but compile nothing twice
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
 
 
@@ -41,8 +46,8 @@ def rms(t: Tensor) -> float:
 
 
 def assert_close(actual, expected, tolerance: float, floor: float = 0.0) -> None:
-    """The RMS error is within `tolerance`, and the largest error within 20 times that, both relative to the RMS of `expected`
-    or to `floor` (for gradients that cancel to nearly nothing). Takes tensors, or sequences of them."""
+    """The RMS error is within `tolerance`, and the largest error within 20 times that, both relative to the RMS of
+    `expected` or to `floor` (for gradients that cancel to nearly nothing). Takes tensors, or sequences of them."""
     if isinstance(expected, Tensor):
         actual, expected = [actual], [expected]
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -50,8 +55,12 @@ def assert_close(actual, expected, tolerance: float, floor: float = 0.0) -> None
         assert bool(e.isfinite().all()), f"item {i}: the expected values are not finite"
         scale, difference = max(rms(e), floor), a.detach().double() - e.detach().double()
         error, largest = rms(difference), float(difference.abs().max()) if difference.numel() else 0.0
-        assert error <= tolerance * scale, f"item {i}: RMS error {error:.2g} at scale {scale:.2g}, tolerance {tolerance:.2g}"
-        assert largest <= 20 * tolerance * scale, f"item {i}: largest error {largest:.2g} at scale {scale:.2g}, tolerance {tolerance:.2g}"
+        assert error <= tolerance * scale, (
+            f"item {i}: RMS error {error:.2g} at scale {scale:.2g}, tolerance {tolerance:.2g}"
+        )
+        assert largest <= 20 * tolerance * scale, (
+            f"item {i}: largest error {largest:.2g} at scale {scale:.2g}, tolerance {tolerance:.2g}"
+        )
 
 
 @functools.cache
@@ -89,7 +98,8 @@ def token_ids(batch: int = 2, length: int = 70, seed: int = 0) -> Tensor:
 
 
 def options_of(mixer: str, **changes):
-    """A mixer's options for short texts and small layers: a window that 70 tokens do not fit in, a latent that leaves something out."""
+    """A mixer's options for short texts and small layers: a window that 70 tokens do not fit in, a latent that leaves
+    something out."""
     short = {"gate-swa": dict(window=16, sinks=3), "mla": dict(kv_rank=9, rope_dim=2)}
     return MIXERS[mixer].Options(**short.get(mixer, {}) | changes)
 
@@ -109,9 +119,9 @@ def perturb(mixer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """A folder of neox-nano as a linear model, after a few steps. Not to be changed."""
-    from convert import recipes, run
+    from convert import recipes, run_recipe
 
     out = tmp_path_factory.mktemp("runs") / "nano-linear"
     budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
-    run("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
+    run_recipe("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
     return out

@@ -1,4 +1,5 @@
-"""Token mixers that replace attention. A new one is a file and a line here; the invariants of tests/test_mixers.py come with it."""
+"""Token mixers that replace attention. A new one is a file and a line here; the invariants of
+tests/mixers/test_promises.py come with it."""
 
 from convert.mixers.base import Context, Mixer
 from convert.mixers.gate_swa import GateSWA
@@ -7,6 +8,12 @@ from convert.mixers.mamba import Mamba
 from convert.mixers.mamba2 import Mamba2
 from convert.mixers.mla import MLA
 
-MIXERS: dict[str, type[Mixer]] = {"linear": LinearAttention, "mamba": Mamba, "mamba2": Mamba2, "gate-swa": GateSWA, "mla": MLA}
+MIXERS: dict[str, type[Mixer]] = {
+    "linear": LinearAttention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "gate-swa": GateSWA,
+    "mla": MLA,
+}
 
 __all__ = ["MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from convert.projections import Projections, Shape
+from convert.mixers.projections import Projections, Shape
 
 State = tuple[Tensor, ...]  # each with the batch first; sums are in float32
 
 
 @dataclass(frozen=True)
 class StateSize:
-    """Of one sequence, by formula: `fixed` bytes, and for each token so far, at most `window` of them, `narrow` numbers in the dtype of
-    the model and `wide` bytes more."""
+    """Of one sequence, by formula: `fixed` bytes, and for each token so far, at most `window` of them, `narrow` numbers
+    in the dtype of the model and `wide` bytes more."""
 
     fixed: int = 0
     narrow: int = 0
@@ -35,9 +35,8 @@ class StateSize:
 class Context:
     """Where the tokens of one call are.
 
-    cos, sin [B, T, R]: the rotary table at their positions. `real` bool [B, T]: False at padding. `document_ids` [B, T]:
-    states start anew where the id changes; the first token continues the state it is given.
-    """
+    cos, sin [B, T, R]: the rotary table at their positions. `real` bool [B, T]: False at padding. `document_ids` [B,
+    T]: states start anew where the id changes; the first token continues the state it is given."""
 
     cos: Tensor
     sin: Tensor
@@ -71,8 +70,8 @@ class Mixer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
-        """Why a start from this layer is another function of so many tokens, and the way out; None where theory says that it is the same.
-        `options`: as `fit` leaves them."""
+        """Why a start from this layer is another function of so many tokens, and the way out; None where theory says
+        that it is the same. `options`: as `fit` leaves them."""
 
     @classmethod
     @abstractmethod

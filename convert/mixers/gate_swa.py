@@ -1,7 +1,8 @@
-"""Gated sliding-window attention: Attention Editing's GateSWA (arXiv 2604.05688), with the gate of Qwen's gated attention
-(arXiv 2505.06708) and the attention sinks of StreamingLLM (arXiv 2309.17453).
+"""Gated sliding-window attention: Attention Editing's GateSWA (arXiv 2604.05688), with the gate of Qwen's gated
+attention (arXiv 2505.06708) and the attention sinks of StreamingLLM (arXiv 2309.17453).
 
-y = (softmax attention to the last `window` tokens and the first `sinks` of the document) * sigmoid(W x + b), then the output projection.
+y = (softmax attention to the last `window` tokens and the first `sinks` of the document) * sigmoid(W x + b), then the
+output projection.
 
 B batch · T tokens of this call · S slots of the window · H query heads · G key/value heads · K head size
 """
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.errors import UserError
-from convert.fields import check
+from convert.core.errors import UserError
+from convert.core.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_SOFTMAX, QKV, wide
-from convert.projections import Projections, Shape, weight_of
+from convert.mixers.projections import Projections, Shape, weight_of
 
 EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing fills yet
 
@@ -28,8 +29,9 @@ class GateSWA(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        """`gate_bias`: b at the start, where W is 0. The output projection is divided by sigmoid(b), so that the function does not
-        change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper does not say)."""
+        """`gate_bias`: b at the start, where W is 0. The output projection is divided by sigmoid(b), so that the
+        function does not change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper
+        does not say)."""
 
         window: Annotated[int, (1, 1e7)] = 512  # tokens, the one that looks included (ours)
         sinks: Annotated[int, (0, 65_536)] = 4  # StreamingLLM's
@@ -69,7 +71,8 @@ class GateSWA(Mixer):
     def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":
         if not math.isclose(projections.scale, projections.shape.head_dim**-0.5, rel_tol=1e-6):
             raise UserError(
-                f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it (edit.keep)."
+                f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it"
+                " (edit.keep)."
             )
         if projections.window is not None and projections.window < options.window:
             options = replace(options, window=projections.window)
@@ -111,7 +114,8 @@ class GateSWA(Mixer):
         return self.out(y), self._keep(keys, values, places, documents)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> Tensor:
-        """[B, T, H, K]: blocks of queries as long as the window, each to the keys that any of them may see: nothing is T x T."""
+        """[B, T, H, K]: blocks of queries as long as the window, each to the keys that any of them may see: nothing is
+        T x T."""
         length, slots = q.shape[1], keys.shape[1] - q.shape[1]
         block, before = max(self.options.window, 64), torch.arange(slots + length, device=q.device)
         if length <= 2 * block:
@@ -122,7 +126,9 @@ class GateSWA(Mixer):
         for start in range(0, length, block):
             nearest = (before >= slots + start - back) & (before < slots + start + block)
             seen = (nearest | (first & (before < slots + start))).nonzero()[:, 0]
-            done.append(self._attend_to(q[:, start : start + block], keys, values, places, documents, seen, slots + start))
+            done.append(
+                self._attend_to(q[:, start : start + block], keys, values, places, documents, seen, slots + start)
+            )
         return torch.cat(done, 1)
 
     def _attend_to(self, q, keys, values, places, documents, seen: Tensor, start: int) -> Tensor:
@@ -137,7 +143,8 @@ class GateSWA(Mixer):
         return y.transpose(1, 2)
 
     def _keep(self, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> State:
-        """Of the last document: its sinks, and the latest window - 1 others, in the order of the text behind the empty slots."""
+        """Of the last document: its sinks, and the latest window - 1 others, in the order of the text behind the empty
+        slots."""
         places = torch.where(documents == documents[:, -1:], places, EMPTY)
         sink = (places >= 0) & (places < self.options.sinks)
         chosen = torch.where(sink, math.inf, places).topk(min(self.slots, places.shape[1]), 1).indices
@@ -148,7 +155,8 @@ class GateSWA(Mixer):
 
 
 def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Of the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the document."""
+    """Of the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the
+    document."""
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.real is None else context.real
     seen = real.float().cumsum(1)
     documents = torch.zeros_like(seen)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_MAPS, HedgehogHeads
-from convert.projections import Projections, Shape
+from convert.mixers.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
 

@@ -1,19 +1,18 @@
 """HedgeMamba (arXiv 2604.14191, Listing 2): Mamba-1 whose B and C are Hedgehog features of keys and queries.
 
-Order of operations: gate from x; x through the short convolution; from that Delta, B = phi(k), C = phi(q), u = v; scan with a
-decay per channel and state; num / (|den| + 1e-6); + D u; gate; output projection. At the start it is the linear attention
-it was made from.
-"""
+Order of operations: gate from x; x through the short convolution; from that Delta, B = phi(k), C = phi(q), u = v; scan
+with a decay per channel and state; num / (|den| + 1e-6); + D u; gate; output projection. At the start it is the linear
+attention it was made from."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from torch import Tensor
 
-from convert.fields import check
+from convert.core.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock
-from convert.projections import Projections, Shape
+from convert.mixers.projections import Projections, Shape
 from kernels.selective_scan import selective_scan
 
 
@@ -51,13 +50,23 @@ class Mamba(Mixer):
 
     def state_size(self) -> StateSize:
         s = self.shape
-        return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + 2 * s.num_kv_heads * s.head_dim * 2 * s.head_dim))
+        return StateSize(
+            fixed=4 * ((self.options.conv - 1) * s.width + 2 * s.num_kv_heads * s.head_dim * 2 * s.head_dim)
+        )
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v, dt, skip, conv_state = self.block(x_BTD, context, None if state is None else state[0])
         y, last = selective_scan(
-            v.flatten(2).mT, dt.mT, -self.rate(), k.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1),
-            skip, self.block.gate(x_BTD).mT, initial_state=None if state is None else state[1:], document_ids=context.document_ids,
-            return_last_state=True, normalize=True,
-        )  # fmt: skip
+            v.flatten(2).mT,
+            dt.mT,
+            -self.rate(),
+            k.permute(0, 2, 3, 1),
+            q.permute(0, 2, 3, 1),
+            skip,
+            self.block.gate(x_BTD).mT,
+            initial_state=None if state is None else state[1:],
+            document_ids=context.document_ids,
+            return_last_state=True,
+            normalize=True,
+        )
         return self.block.heads.out(y.mT.to(x_BTD.dtype)), (conv_state, *last)

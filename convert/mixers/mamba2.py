@@ -9,10 +9,10 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.fields import check
+from convert.core.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock, wide
-from convert.projections import Projections, Shape
+from convert.mixers.projections import Projections, Shape
 from kernels.chunk_scan import chunk_scan
 
 
@@ -22,7 +22,9 @@ class Mamba2(Mixer):
     @dataclass(frozen=True)
     class Options:
         conv: Annotated[int, (1, 64)] = 4  # tokens (Mamba-2)
-        dt_rank: Annotated[int, (1, 65_536)] | None = None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
+        dt_rank: Annotated[int, (1, 65_536)] | None = (
+            None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
+        )
 
         __post_init__ = check
 
@@ -49,14 +51,23 @@ class Mamba2(Mixer):
 
     def state_size(self) -> StateSize:
         s = self.shape
-        return StateSize(fixed=4 * ((self.options.conv - 1) * s.width + s.num_kv_heads * 2 * s.head_dim * (s.head_dim + 1)))
+        return StateSize(
+            fixed=4 * ((self.options.conv - 1) * s.width + s.num_kv_heads * 2 * s.head_dim * (s.head_dim + 1))
+        )
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v, dt, skip, conv_state = self.block(x_BTD, context, None if state is None else state[0])
         y, sums = chunk_scan(
-            v, dt, -self.rate(), k, q, skip.unflatten(0, (-1, self.shape.head_dim)),
-            initial_states=None if state is None else state[1], document_ids=context.document_ids, return_final_states=True,
+            v,
+            dt,
+            -self.rate(),
+            k,
+            q,
+            skip.unflatten(0, (-1, self.shape.head_dim)),
+            initial_states=None if state is None else state[1],
+            document_ids=context.document_ids,
+            return_final_states=True,
             normalize=True,
-        )  # fmt: skip
+        )
         y = y.flatten(2) * F.silu(wide(self.block.gate(x_BTD)))
         return self.block.heads.out(y.to(x_BTD.dtype)), (conv_state, sums)

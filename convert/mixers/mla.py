@@ -1,12 +1,14 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as Attention Editing's target (arXiv 2604.05688).
 
-A token leaves behind one latent c = W x, from which keys and values of all heads are made, and a rotary key. Two shapes:
+A token leaves behind one latent c = W x, from which keys and values of all heads are made, and a rotary key. Two
+shapes:
 
-* exact: a rotary key per key/value head, latents as they are; equals the teacher at full rank, its q/k norm and biases included.
+* exact: a rotary key per key/value head, latents as they are; equals the teacher at full rank, its q/k norm and biases
+included.
 * native: one rotary key for all heads, RMSNorm on the latents, no biases: transformers' `deepseek_v3`.
 
-B batch · T tokens of this call · S tokens so far · H query heads · G key/value heads · K head size · P rotary dimensions of a key
-J rotary keys: G, or 1 · N = K - P (exact) or K (native) dimensions that are not rotated · C latent
+B batch · T tokens of this call · S tokens so far · H query heads · G key/value heads · K head size · P rotary
+dimensions of a key J rotary keys: G, or 1 · N = K - P (exact) or K (native) dimensions that are not rotated · C latent
 """
 
 from collections.abc import Iterable
@@ -17,19 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.fields import check
+from convert.core.fields import check
 from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.mla_sizes import choose_ranks, left_out
-from convert.mixers.mla_start import Start, start
+from convert.mixers.init.latent_ranks import choose_ranks, left_out
+from convert.mixers.init.latents import Start, start
 from convert.mixers.parts import NO_SOFTMAX, HeadNorm, rotate, wide
-from convert.projections import Projections, Shape
+from convert.mixers.projections import Projections, Shape
 
 ABSORBED_QUERIES = 16  # at most, in one call (ours)
 NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
 
 
 class SplitNorm(HeadNorm):
-    """The RMSNorm of a head, also of a part of it: `inverse_rms` [...] is of the whole, or None where only the weight is wanted."""
+    """The RMSNorm of a head, also of a part of it: `inverse_rms` [...] is of the whole, or None where only the weight
+    is wanted."""
 
     def forward(self, x: Tensor, part: slice | None = None, inverse_rms: Tensor | None = None) -> Tensor:
         if part is None:
@@ -39,16 +42,18 @@ class SplitNorm(HeadNorm):
 
 
 class MLA(Mixer):
-    """State: latents [B, S, C], rotary keys [B, S, J, P], which tokens are real [B, S], and with q/k norm 1 / rms of the keys [B, S, G].
+    """State: latents [B, S, C], rotary keys [B, S, J, P], which tokens are real [B, S], and with q/k norm 1 / rms of
+    the keys [B, S, G].
 
-    One token more is one row more. A few queries are taken to the latents (absorbed: keys and values are never made), many
-    to the keys and values made of them (expanded)."""
+    One token more is one row more. A few queries are taken to the latents (absorbed: keys and values are never made),
+    many to the keys and values made of them (expanded)."""
 
     @dataclass(frozen=True)
     class Options:
-        """`None`: as much as there is. `cache_budget`: the share of the teacher's keys and values to keep, from which the ranks that are
-        not given follow. `start`: "calibrated" (by the layer's inputs; ours, after TransMLA, arXiv 2502.07864), "svd" (joint, of the
-        weights; X-EcoMLA, arXiv 2503.11132) or "random" but for the output projection (Attention Editing)."""
+        """`None`: as much as there is. `cache_budget`: the share of the teacher's keys and values to keep, from which
+        the ranks that are not given follow. `start`: "calibrated" (by the layer's inputs; ours, after TransMLA, arXiv
+        2502.07864), "svd" (joint, of the weights; X-EcoMLA, arXiv 2503.11132) or "random" but for the output projection
+        (Attention Editing)."""
 
         shape: Literal["exact", "native"] = "exact"
         kv_rank: Annotated[int, (1, 1e6)] | None = None  # C
@@ -141,35 +146,51 @@ class MLA(Mixer):
         q = self.q(x_BTD if self.options.q_rank is None else _normed(self.q_latent_norm, self.q_down(x_BTD)))
         q = _by_heads(q, self.shape.num_heads)
         rope, latent = _by_heads(self.k_rope(x_BTD), self.rope_heads), _normed(self.latent_norm, self.latent(x_BTD))
-        real = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if context.real is None else context.real
+        real = (
+            torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if context.real is None else context.real
+        )
         if context.real is not None:
             latent, rope = latent * real[..., None], rope * real[..., None, None]  # padding leaves nothing behind
         new = [latent, rope, real]
         if self.k_norm is not None:
             q = self.q_norm(q)
-            keys = rope if self.k_up is None else torch.cat([rope, _by_heads(self.k_up(latent), self.shape.num_kv_heads)], -1)
+            keys = (
+                rope
+                if self.k_up is None
+                else torch.cat([rope, _by_heads(self.k_up(latent), self.shape.num_kv_heads)], -1)
+            )
             scale = torch.rsqrt(wide(keys).square().mean(-1) + self.shape.norm_eps)  # [B, T, G]
             new[1] = self.k_norm(wide(rope), slice(self.rope_dim), scale)
             new.append(scale * real[..., None])
         q = torch.cat([rotate(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1).to(latent.dtype)
         new[1] = rotate(new[1], cos, sin).to(latent.dtype)
-        tokens = new if state is None else [torch.cat([old.to(t.dtype), t], 1) for old, t in zip(state, new, strict=True)]
-        visible = None if state is None and context.real is None and context.document_ids is None else _visible(tokens[2], context)
+        tokens = (
+            new if state is None else [torch.cat([old.to(t.dtype), t], 1) for old, t in zip(state, new, strict=True)]
+        )
+        visible = (
+            None
+            if state is None and context.real is None and context.document_ids is None
+            else _visible(tokens[2], context)
+        )
         attend = self._absorbed if self._is_absorbed_cheaper(x_BTD.shape[1], tokens[0].shape[1]) else self._expanded
         y = attend(q, tokens[0], tokens[1], None if self.k_norm is None else tokens[3], visible)
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head. Nor is what only a
-        module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
-        if queries > ABSORBED_QUERIES or not all(linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)):
+        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head. Nor
+        is what only a module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
+        if queries > ABSORBED_QUERIES or not all(
+            linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)
+        ):
             return False
         s, rank = self.shape, self.options.kv_rank
         absorbed = queries * s.num_heads * (rank * (self.nope_dim + s.head_dim) + tokens * (2 * rank + self.rope_dim))
         made = tokens * rank * s.num_kv_heads * (self.nope_dim + s.head_dim)
         return absorbed < made + queries * s.num_heads * tokens * (self.nope_dim + self.rope_dim + s.head_dim)
 
-    def _expanded(self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None) -> Tensor:
+    def _expanded(
+        self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         """[B, T, H, K]; q [B, T, H, P + N]. `visible` None: every token sees those before it."""
         groups, head_dim = self.shape.num_kv_heads, self.shape.head_dim
         keys, values = rope.expand(-1, -1, groups, -1), _by_heads(self.v_up(latent), groups)
@@ -184,7 +205,9 @@ class MLA(Mixer):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
         return y.transpose(1, 2)[..., :head_dim]
 
-    def _absorbed(self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None) -> Tensor:
+    def _absorbed(
+        self, q: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         """The same, with the latents as keys and values of all heads: W_k goes into the queries, W_v behind the sum."""
         groups = self.shape.num_kv_heads
         rotated = q[..., : self.rope_dim].unflatten(2, (self.rope_heads, -1))
@@ -203,7 +226,9 @@ class MLA(Mixer):
             scores = scores + more.flatten(1, 2)
         if visible is None:
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None]
-        weights = torch.softmax((wide(scores) * self.scale).masked_fill(~visible[:, None], -torch.inf), -1).to(latent.dtype)
+        weights = torch.softmax((wide(scores) * self.scale).masked_fill(~visible[:, None], -torch.inf), -1).to(
+            latent.dtype
+        )
         seen = torch.einsum("bhts,bsc->bthc", weights, latent).unflatten(2, (groups, -1))
         y = torch.einsum("btghc,gkc->btghk", seen, self.v_up.weight.to(seen.dtype).unflatten(0, (groups, -1)))
         if self.v_up.bias is not None:

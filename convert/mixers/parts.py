@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.mixers.base import Context
-from convert.projections import Projections, Shape, weight_of
+from convert.mixers.projections import Projections, Shape, weight_of
 
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
-NO_MAPS = "its feature maps have yet to learn the softmax; swap in linear attention and align it first"  # why a start is not exact
+# why a start is not exact
+NO_MAPS = "its feature maps have yet to learn the softmax; swap in linear attention and align it first"
 NO_SOFTMAX = "the layer is linear attention, which no softmax equals; start from the first teacher"
 
 
@@ -60,7 +61,9 @@ class QKV(nn.Module):
         biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
         norms = (None, None) if self.shape.norm_eps is None else (self.q_norm.weight, self.k_norm.weight)
         weights = (weight_of(linear).unflatten(0, heads) for linear in linears)
-        return Projections(self.shape, *weights, o, *biases, o_bias, *norms, scale=self.shape.head_dim**-0.5, feature_maps=feature_maps)
+        return Projections(
+            self.shape, *weights, o, *biases, o_bias, *norms, scale=self.shape.head_dim**-0.5, feature_maps=feature_maps
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,8 +78,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class FeatureMap(nn.Module):
     """Hedgehog (arXiv 2402.04347; HedgeMamba, arXiv 2604.14191, Listing 3): phi(x) = softmax([Wx + b, -(Wx + b)]).
 
-    x [B, T, heads, K] -> [B, T, heads, 2 K] in float32, positive, summing to one. W starts as the identity, b at zero (ours;
-    the paper does not say)."""
+    x [B, T, heads, K] -> [B, T, heads, 2 K] in float32, positive, summing to one. W starts as the identity, b at zero
+    (ours; the paper does not say)."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -89,7 +92,8 @@ class FeatureMap(nn.Module):
 
 
 class HedgehogHeads(nn.Module):
-    """The projections of an attention layer with Hedgehog features of its queries and keys, and its output projection."""
+    """The projections of an attention layer with Hedgehog features of its queries and keys, and its output
+    projection."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -117,7 +121,9 @@ class HedgehogHeads(nn.Module):
     def projections(self) -> Projections:
         """The inverse of copy_."""
         o = weight_of(self.out).unflatten(1, (-1, self.qkv.shape.head_dim))
-        return self.qkv.projections(o, self.out.bias, tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k)))
+        return self.qkv.projections(
+            o, self.out.bias, tuple((feature.weight, feature.bias) for feature in (self.feature_q, self.feature_k))
+        )
 
 
 class ShortConv(nn.Module):
@@ -132,7 +138,9 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[:, -1] = 1
 
-    def forward(self, x: Tensor, real: Tensor | None, document_ids: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, real: Tensor | None, document_ids: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if real is not None:
             x = x * real[..., None]
         T, size = x.shape[1], self.weight.shape[1]
@@ -153,7 +161,8 @@ class ShortConv(nn.Module):
 
 
 class TimeStep(nn.Module):
-    """Delta = softplus(W_up W_down x) through `rank` dimensions, exactly 1 everywhere at the start. [B, T, D] -> [B, T, size]."""
+    """Delta = softplus(W_up W_down x) through `rank` dimensions, exactly 1 everywhere at the start. [B, T, D] -> [B, T,
+    size]."""
 
     def __init__(self, width: int, rank: int, size: int):
         super().__init__()
@@ -179,9 +188,11 @@ class _NonNegative(torch.autograd.Function):
 
 
 class DecayRate(nn.Module):
-    """Rates >= 0, [channels, states] or [heads]: the state decays by exp(-Delta rate). s = 0 is no decay, and can learn.
+    """Rates >= 0, [channels, states] or [heads]: the state decays by exp(-Delta rate). s = 0 is no decay, and can
+    learn.
 
-    rate = max(s, 0) (1 .. N): Mamba's spread of rates once s moves (ours; Mamba's own log parameter has no gradient at 0)."""
+    rate = max(s, 0) (1 .. N): Mamba's spread of rates once s moves (ours; Mamba's own log parameter has no gradient at
+    0)."""
 
     def __init__(self, *size: int):
         super().__init__()
@@ -194,8 +205,8 @@ class DecayRate(nn.Module):
 
 @torch.no_grad()
 def project_gradients(model: nn.Module) -> None:
-    """Where a rate is at its bound or below, leave only a gradient that would raise it. Called once per step, on the gradients of the whole
-    batch: the signs of a micro-batch's gradients are not those of their sum."""
+    """Where a rate is at its bound or below, leave only a gradient that would raise it. Called once per step, on the
+    gradients of the whole batch: the signs of a micro-batch's gradients are not those of their sum."""
     for module in model.modules():
         if isinstance(module, DecayRate) and module.s.grad is not None:
             module.s.grad.masked_fill_((module.s <= 0) & (module.s.grad >= 0), 0)
@@ -222,8 +233,9 @@ class MambaBlock(nn.Module):
         self.gate = open_gate(shape.width, inner)
 
     def forward(self, x_BTD: Tensor, context: Context, conv_state: Tensor | None) -> tuple[Tensor, ...]:
-        """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], D [H K], the next state of the convolution. D comes along because a
-        parameter is read by its own module's forward: what offloads weights puts them there for as long as that runs."""
+        """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], D [H K], the next state of the convolution. D comes along
+        because a parameter is read by its own module's forward: what offloads weights puts them there for as long as
+        that runs."""
         x, conv_state = self.conv(x_BTD, context.real, context.document_ids, conv_state)
         q, k, v = self.heads(x, context.cos, context.sin)
         dt = self.time_step(x)

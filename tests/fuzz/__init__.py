@@ -1,4 +1,5 @@
-"""Inputs that nobody would give on purpose. A command answers each with exit code 0 or 2, never 1 and never a traceback, and loses nothing.
+"""Inputs that nobody would give on purpose. A command answers each with exit code 0 or 2, never 1 and never a
+traceback, and loses nothing.
 
 In the suite every test takes the same few examples each time; `make fuzz` takes others, and FUZZ times as many."""
 
@@ -51,32 +52,146 @@ def behaves(main: Callable, argv: list[str], program: str | None = None) -> tupl
     code, said = run_command(main, argv, program)
     if "Reached" in said:
         return 0, said
-    assert code in (0, 2) and "defect of ours" not in said and "Traceback" not in said, f"exit code {code}: {said[-1000:]}"
+    assert code in (0, 2) and "defect of ours" not in said and "Traceback" not in said, (
+        f"exit code {code}: {said[-1000:]}"
+    )
     return code, said
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Of every file: to see that nothing was lost."""
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
 
 
-NUMBERS = st.sampled_from([
-    "0", "1", "2", "7", "64", "-1", "-0", "1.5", "1e3", "1e30", "1e400", "-1e400", "nan", "inf", "-inf", str(2**63), str(2**70), str(-(2**70)),
-    "9" * 5000, "0x10", "1_000", "٣", " 3", "3 ", "", " ", "1e-400", "0.0", "true", "none", "None", "1,2", ",", "1:2",
-])  # fmt: skip
-WORDS = st.sampled_from([
-    "", " ", "\0", "a\0b", "\udcff", "x\ud800", "a" * 5000, "=", ".", "..", "/", "//", "-", "--", "~", "~nobody-at-all/x", "\n", "[bold]x[/]",
-    "[/]", "%s%n", "$x", "{}", "é", "漢字", "\u202e", "🦀", "../../evil", "neox-nano", "stdlib", "hub:", "hub:x", "a/b", "cpu", "auto", "cuda", "cuda:99",
-    "mps", "x.gguf", "/dev/null", "/dev/zero", "/proc/self/mem", "all", "names", "names,keys", "<script>",
-])  # fmt: skip
+NUMBERS = st.sampled_from(
+    [
+        "0",
+        "1",
+        "2",
+        "7",
+        "64",
+        "-1",
+        "-0",
+        "1.5",
+        "1e3",
+        "1e30",
+        "1e400",
+        "-1e400",
+        "nan",
+        "inf",
+        "-inf",
+        str(2**63),
+        str(2**70),
+        str(-(2**70)),
+        "9" * 5000,
+        "0x10",
+        "1_000",
+        "٣",
+        " 3",
+        "3 ",
+        "",
+        " ",
+        "1e-400",
+        "0.0",
+        "true",
+        "none",
+        "None",
+        "1,2",
+        ",",
+        "1:2",
+    ]
+)
+WORDS = st.sampled_from(
+    [
+        "",
+        " ",
+        "\0",
+        "a\0b",
+        "\udcff",
+        "x\ud800",
+        "a" * 5000,
+        "=",
+        ".",
+        "..",
+        "/",
+        "//",
+        "-",
+        "--",
+        "~",
+        "~nobody-at-all/x",
+        "\n",
+        "[bold]x[/]",
+        "[/]",
+        "%s%n",
+        "$x",
+        "{}",
+        "é",
+        "漢字",
+        "\u202e",
+        "🦀",
+        "../../evil",
+        "neox-nano",
+        "stdlib",
+        "hub:",
+        "hub:x",
+        "a/b",
+        "cpu",
+        "auto",
+        "cuda",
+        "cuda:99",
+        "mps",
+        "x.gguf",
+        "/dev/null",
+        "/dev/zero",
+        "/proc/self/mem",
+        "all",
+        "names",
+        "names,keys",
+        "<script>",
+    ]
+)
 SEED = st.integers(0, 2**32)
 TEXTS = st.one_of(NUMBERS, WORDS, st.text(max_size=20))
 LEAVES = (
-    None, True, False, 0, 1, -1, 2, 7, 10**9, 2**63, 2**70, -(2**70), 0.5, -0.5, 1e400, float("nan"), "", "x", "2", "\ud800", "\0", "a" * 5000, "default",
-    "converted", "evil/evil", [], {}, [0], ["x"], {"a": 1}, {"content": 5}, {"type": "yarn"}, [[]], [None],
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    10**9,
+    2**63,
+    2**70,
+    -(2**70),
+    0.5,
+    -0.5,
+    1e400,
+    float("nan"),
+    "",
+    "x",
+    "2",
+    "\ud800",
+    "\0",
+    "a" * 5000,
+    "default",
+    "converted",
+    "evil/evil",
+    [],
+    {},
+    [0],
+    ["x"],
+    {"a": 1},
+    {"content": 5},
+    {"type": "yarn"},
+    [[]],
+    [None],
+)
 MORE = ("auto_map", "attn_implementation", "num_labels", "to_dict", "__class__", "", "x", "per_layer_config")
 
 
@@ -91,7 +206,10 @@ def mutated(content, seed: int):
 def _mutate(rng: random.Random, node):
     if not isinstance(node, dict | list) or not node or rng.random() < 0.05:
         return copy.deepcopy(rng.choice(LEAVES))
-    how, keys = rng.choice(("in", "in", "in", "drop", "add")), list(range(len(node))) if isinstance(node, list) else sorted(node)
+    how, keys = (
+        rng.choice(("in", "in", "in", "drop", "add")),
+        list(range(len(node))) if isinstance(node, list) else sorted(node),
+    )
     key, node = rng.choice(keys), copy.deepcopy(node)
     if how == "in":
         node[key] = _mutate(rng, node[key])
@@ -108,7 +226,20 @@ def damaged(good: bytes, seed: int) -> bytes:
     """The bytes of a file that was cut, overwritten or replaced."""
     rng = random.Random(seed)
     at = rng.randrange(len(good) + 1)
-    return rng.choice([
-        good[:at], good[:at] + rng.randbytes(rng.randint(1, 8)) + good[at:], good[:at] + good[at + rng.randint(1, 8) :], good + good, rng.randbytes(200),
-        b"", b"\xef\xbb\xbf" + good, b"\xff\xfe", b"[" * 100_000, b"null", b"\0" * 1000, good.replace(b"\n", b"\r\n"), good.replace(b'"', b"'"),
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            good[:at],
+            good[:at] + rng.randbytes(rng.randint(1, 8)) + good[at:],
+            good[:at] + good[at + rng.randint(1, 8) :],
+            good + good,
+            rng.randbytes(200),
+            b"",
+            b"\xef\xbb\xbf" + good,
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b"null",
+            b"\0" * 1000,
+            good.replace(b"\n", b"\r\n"),
+            good.replace(b'"', b"'"),
+        ]
+    )

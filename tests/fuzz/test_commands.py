@@ -5,13 +5,13 @@ import importlib
 import pytest
 from hypothesis import strategies as st
 
-from convert import conversion
+from convert import pipeline as conversion
 from convert.evaluate import main as evaluate
 from convert.generate import main as generate
-from convert.recipes import RECIPES
+from convert.models.loading import NANO
+from convert.recipes.language import RECIPES
 from convert.run import fail_in_words
 from convert.run import main as run
-from convert.teachers import NANO
 from tests.fuzz import NUMBERS, TEXTS, TIMES, Reached, behaves, contents, fuzz
 
 
@@ -28,36 +28,97 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("CONVERT_CACHE", str(folder / "cache"))
         patch.setattr(conversion, "_locked_run", reached)
-        patch.setattr("convert.evaluation.evaluate_tasks", reached)
-        patch.setattr("convert.teachers.is_hub_reachable", lambda: False)
+        patch.setattr("convert.evaluation.runner.evaluate_tasks", reached)
+        patch.setattr("convert.models.loading.is_hub_reachable", lambda: False)
         yield folder
 
 
-FIELDS = ["lr", "tokens", "keep", "exact", "window", "sinks", "gate", "shape", "kv_rank", "rope_dim", "q_rank", "cache_budget", "start", "calibration",
-          "seq_len", "batch_tokens", "micro_tokens", "seed", "schedule", "warmup", "decay", "precision", "noise", "loss_chunk", "evaluate_every", "save_every",
-          "objective", "trains", "cross_entropy", "forward_kl", "temperature", "feature_matching", "conv", "dt_rank", "rate", "name", "options", "stage", ""]  # fmt: skip
+FIELDS = [
+    "lr",
+    "tokens",
+    "keep",
+    "exact",
+    "window",
+    "sinks",
+    "gate",
+    "shape",
+    "kv_rank",
+    "rope_dim",
+    "q_rank",
+    "cache_budget",
+    "start",
+    "calibration",
+    "seq_len",
+    "batch_tokens",
+    "micro_tokens",
+    "seed",
+    "schedule",
+    "warmup",
+    "decay",
+    "precision",
+    "noise",
+    "loss_chunk",
+    "evaluate_every",
+    "save_every",
+    "objective",
+    "trains",
+    "cross_entropy",
+    "forward_kl",
+    "temperature",
+    "feature_matching",
+    "conv",
+    "dt_rank",
+    "rate",
+    "name",
+    "options",
+    "stage",
+    "",
+]
 STEPS = st.sampled_from(["linear", "align", "handover", "forget", "distill", "edit", "", "x", "0"])
 VALUES = st.one_of(
     TEXTS,
     st.sampled_from(
-        ["none", "true", "every:2", "auto", "auto:3", "auto:-1", "every:", "0,1", "0,0", "exact", "native", "svd", "random", "everything"]
+        [
+            "none",
+            "true",
+            "every:2",
+            "auto",
+            "auto:3",
+            "auto:-1",
+            "every:",
+            "0,1",
+            "0,0",
+            "exact",
+            "native",
+            "svd",
+            "random",
+            "everything",
+        ]
     ),
 )
 SETTING = st.one_of(st.builds("{}.{}={}".format, STEPS, st.sampled_from(FIELDS), VALUES), TEXTS)
 OPTION = st.one_of(
     st.tuples(st.sampled_from(["--tokens", "--seq-len", "--batch-tokens", "--seed"]), NUMBERS),
     st.tuples(st.sampled_from(["--data", "--device", "--wandb", "--stop-when", "--out"]), TEXTS),
-    st.tuples(st.just("--stop-when"), st.builds("{}{}{}".format, st.sampled_from(["generation", "perplexity", "x"]), st.sampled_from("<>="), NUMBERS)),
+    st.tuples(
+        st.just("--stop-when"),
+        st.builds("{}{}{}".format, st.sampled_from(["generation", "perplexity", "x"]), st.sampled_from("<>="), NUMBERS),
+    ),
     st.tuples(st.just("--set"), SETTING),
     st.sampled_from([("--tiny",), ("--fresh",), ("--nonsense",), ("--trust-remote-code",)]),
-)  # fmt: skip
+)
 TEACHER = st.one_of(st.just("neox-nano"), st.just("neox-nano"), TEXTS)
 TARGET = st.one_of(st.sampled_from(list(RECIPES)), TEXTS)
 
 
-@fuzz(60, teacher=TEACHER, target=st.one_of(st.sampled_from(list(RECIPES)), TARGET), options=st.lists(OPTION, max_size=4))
+@fuzz(
+    60, teacher=TEACHER, target=st.one_of(st.sampled_from(list(RECIPES)), TARGET), options=st.lists(OPTION, max_size=4)
+)
 def test_plans(teacher, target, options):
-    behaves(run, [teacher, "--to", target, "--data", "words.txt", *(word for option in options for word in option), "--plan"])
+    behaves(
+        run,
+        [teacher, "--to", target, "--data", "words.txt", *(word for option in options for word in option), "--plan"],
+    )
 
 
 @fuzz(12, target=st.sampled_from(list(RECIPES)), options=st.lists(OPTION, max_size=3))
@@ -92,12 +153,18 @@ def test_evaluations(folder, options):
 
 
 WRITING = st.one_of(
-    st.tuples(st.sampled_from(["--temperature", "--seed"]), NUMBERS), st.tuples(st.just("--device"), TEXTS), st.just(("--raw",))
+    st.tuples(st.sampled_from(["--temperature", "--seed"]), NUMBERS),
+    st.tuples(st.just("--device"), TEXTS),
+    st.just(("--raw",)),
 )
 
 
 @fuzz(
-    20, folder=TEACHER, prompt=TEXTS, length=st.sampled_from(["1", "2", "0", "-1", "x", "1e3", "٣"]), options=st.lists(WRITING, max_size=2)
+    20,
+    folder=TEACHER,
+    prompt=TEXTS,
+    length=st.sampled_from(["1", "2", "0", "-1", "x", "1e3", "٣"]),
+    options=st.lists(WRITING, max_size=2),
 )
 def test_generations(folder, prompt, length, options):
     behaves(generate, [folder, prompt, "--max-new-tokens", length, *(word for option in options for word in option)])

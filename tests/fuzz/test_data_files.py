@@ -6,26 +6,58 @@ import os
 import pytest
 from hypothesis import strategies as st
 
-from convert.data import corpus, tokenize
-from convert.errors import UserError
-from convert.teachers import NANO, load_teacher
+from convert.core.errors import UserError
+from convert.data.text import corpus, tokenize
+from convert.models.loading import NANO, load_teacher
 from tests.fuzz import contents, fuzz
 
 LINES = st.one_of(
     st.text(max_size=50).map(lambda text: json.dumps({"text": text})),
-    st.sampled_from([
-        "", " ", "{}", "[]", "null", "5", '"a string"', '{"text": null}', '{"text": 5}', '{"text": ""}', '{"text": "a \\ud800 b"}', '{"text": "\\u0000"}',
-        "[" * 100_000, '{"text":' * 50_000, "9" * 6000, '{"text": "x", "n": 1e999}', '{"text": NaN}', "\ufeff{}", '{"text": "a"} {"text": "b"}', "{", '{"text": "x"',
-    ]),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "{}",
+            "[]",
+            "null",
+            "5",
+            '"a string"',
+            '{"text": null}',
+            '{"text": 5}',
+            '{"text": ""}',
+            '{"text": "a \\ud800 b"}',
+            '{"text": "\\u0000"}',
+            "[" * 100_000,
+            '{"text":' * 50_000,
+            "9" * 6000,
+            '{"text": "x", "n": 1e999}',
+            '{"text": NaN}',
+            "\ufeff{}",
+            '{"text": "a"} {"text": "b"}',
+            "{",
+            '{"text": "x"',
+        ]
+    ),
     st.text(max_size=30),
-)  # fmt: skip
+)
 CONTENT = st.one_of(
     st.binary(max_size=300), st.text(max_size=300).map(lambda t: t.encode("utf-8", "surrogatepass")),
     st.lists(LINES, max_size=5).map(lambda some: "\n".join(some).encode("utf-8", "surrogatepass")),
     st.sampled_from([b"", b"\n", b"\xef\xbb\xbftext", b"\xff\xfet\0e\0", b"a\0b", b"words " * 2000, b"a" * 100_000]),
 )  # fmt: skip
 NAMES = st.sampled_from(
-    [b"a.txt", b"b.jsonl", b"c.md", b"caf\xe9.txt", b"d e.py", b".txt", b"x.bin", b"\n.txt", b"[bold].jsonl", b"sub/e.txt"]
+    [
+        b"a.txt",
+        b"b.jsonl",
+        b"c.md",
+        b"caf\xe9.txt",
+        b"d e.py",
+        b".txt",
+        b"x.bin",
+        b"\n.txt",
+        b"[bold].jsonl",
+        b"sub/e.txt",
+    ]
 )
 
 

@@ -9,7 +9,9 @@ from tests.conftest import assert_close
 from tests.fuzz import fuzz
 
 SIZE = st.integers(0, 5)
-DTYPE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64])
+DTYPE = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
+)
 LAYOUT = st.sampled_from(["plain", "transposed", "expanded", "meta", "none", "list"])
 FAULTS = ("shape", "dtype", "layout", "nothing", "nothing", "nothing")
 
@@ -49,17 +51,39 @@ def _tensor(draw, name, shape, fault, generator):
 
 def selective(sizes, draw):
     b, d, n, g, r, length = sizes["b"], sizes["h"], sizes["n"], sizes["g"], sizes["r"], sizes["l"]
-    shapes = {"u": (b, d, length), "delta": (b, d, length), "A": (d, n), "B": (b, g, n, length), "C": (b, g * r, n, length)}
-    extra = {"D": (r * d,), "z": (b, r * d, length), "delta_bias": (d,), "document_ids": (b, length), "initial_state": (b, d, n)}
-    return shapes | {name: extra[name] for name in draw(st.lists(st.sampled_from(sorted(extra)), max_size=3, unique=True))}
+    shapes = {
+        "u": (b, d, length),
+        "delta": (b, d, length),
+        "A": (d, n),
+        "B": (b, g, n, length),
+        "C": (b, g * r, n, length),
+    }
+    extra = {
+        "D": (r * d,),
+        "z": (b, r * d, length),
+        "delta_bias": (d,),
+        "document_ids": (b, length),
+        "initial_state": (b, d, n),
+    }
+    return shapes | {
+        name: extra[name] for name in draw(st.lists(st.sampled_from(sorted(extra)), max_size=3, unique=True))
+    }
 
 
 def chunk(sizes, draw):
     b, h, p, n, g, length = sizes["b"], sizes["h"], sizes["p"], sizes["n"], sizes["g"], sizes["l"]
     readings = draw(st.sampled_from([g, h * sizes["r"]]))
-    shapes = {"x": (b, length, h, p), "dt": (b, length, h), "A": (h,), "B": (b, length, g, n), "C": (b, length, readings, n)}
+    shapes = {
+        "x": (b, length, h, p),
+        "dt": (b, length, h),
+        "A": (h,),
+        "B": (b, length, g, n),
+        "C": (b, length, readings, n),
+    }
     extra = {"D": (max(h, readings),), "document_ids": (b, length), "initial_states": (b, h, n, p)}
-    return shapes | {name: extra[name] for name in draw(st.lists(st.sampled_from(sorted(extra)), max_size=2, unique=True))}
+    return shapes | {
+        name: extra[name] for name in draw(st.lists(st.sampled_from(sorted(extra)), max_size=2, unique=True))
+    }
 
 
 def agrees(kernel, arguments, flags):
@@ -77,7 +101,10 @@ def agrees(kernel, arguments, flags):
                 assert found[impl].shape == found["reference"].shape
             else:
                 assert_close(
-                    found[impl], found["reference"], 2e-2 if found[impl].dtype in (torch.bfloat16, torch.float16) else 1e-4, floor=1e-3
+                    found[impl],
+                    found["reference"],
+                    2e-2 if found[impl].dtype in (torch.bfloat16, torch.float16) else 1e-4,
+                    floor=1e-3,
                 )
 
 

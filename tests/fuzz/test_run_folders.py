@@ -21,7 +21,15 @@ JSON_FILES = (
     "model/generation_config.json",
 )
 LINES = ("metrics.jsonl", "generations.jsonl", "answers.jsonl")
-REWRITTEN = {"report.html", "evaluation.json", "answers.jsonl", "report.md", "report.json", "manifest.json", "lock"}  # by an evaluation
+REWRITTEN = {
+    "report.html",
+    "evaluation.json",
+    "answers.jsonl",
+    "report.md",
+    "report.json",
+    "manifest.json",
+    "lock",
+}  # by an evaluation
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +37,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("convert.evaluation.evaluate_tasks", reached)
-        patch.setattr("convert.evaluation._measured_again", lambda *args: {})
+        patch.setattr("convert.evaluation.runner.evaluate_tasks", reached)
+        patch.setattr("convert.evaluation.runner._measured_again", lambda *args: {})
         yield folder
 
 
@@ -42,7 +50,9 @@ def reads(run, before) -> None:
     behaves(evaluate, [str(run), "--limit", "1", "--tasks", "names"])
     behaves(generate, [str(run), "x", "--max-new-tokens", "1"])
     after = contents(run)
-    assert {name: digest for name, digest in before.items() if name not in REWRITTEN and after.get(name) != digest} == {}
+    assert {
+        name: digest for name, digest in before.items() if name not in REWRITTEN and after.get(name) != digest
+    } == {}
 
 
 def copied(finished_run, place):

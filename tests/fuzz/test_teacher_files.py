@@ -7,10 +7,10 @@ import shutil
 import pytest
 from hypothesis import strategies as st
 
-from convert import conversion
+from convert import pipeline as conversion
 from convert.generate import main as generate
+from convert.models.loading import NANO
 from convert.run import main as run
-from convert.teachers import NANO
 from tests.conftest import tiny_teacher
 from tests.fuzz import SEED, behaves, contents, damaged, fuzz, mutated
 from tests.fuzz.test_commands import reached
@@ -57,7 +57,11 @@ def loads(teacher, place, plan):
 
 
 @fuzz(
-    20, name=st.sampled_from(["nano", "llama", "qwen3", "mistral", "student"]), file=st.sampled_from(FILES), seed=SEED, plan=st.booleans()
+    20,
+    name=st.sampled_from(["nano", "llama", "qwen3", "mistral", "student"]),
+    file=st.sampled_from(FILES),
+    seed=SEED,
+    plan=st.booleans(),
 )
 def test_senseless_values(name, file, seed, plan, teachers, place):
     teacher = copied(teachers, name, place)
@@ -66,7 +70,9 @@ def test_senseless_values(name, file, seed, plan, teachers, place):
     loads(teacher, place, plan and file == "config.json")
 
 
-@fuzz(20, name=st.sampled_from(["nano", "student", "llama"]), file=st.sampled_from([*FILES, "tokenizer.json"]), seed=SEED)
+@fuzz(
+    20, name=st.sampled_from(["nano", "student", "llama"]), file=st.sampled_from([*FILES, "tokenizer.json"]), seed=SEED
+)
 def test_damaged_files(name, file, seed, teachers, place):
     teacher = copied(teachers, name, place)
     good = (teacher / file).read_bytes() if (teacher / file).exists() else b"{}"

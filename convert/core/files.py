@@ -1,0 +1,78 @@
+"""Files that are written whole or not at all, in UTF-8 whatever the locale is, and JSON that a stranger wrote."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from convert.core.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Half surrogates (of a name that is not UTF-8) become escapes."""
+    aside = path.with_name(path.name + ".writing")
+    try:
+        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def parse_json(text: str | bytes, where: str, **how: Callable):
+    """The value, or a UserError that begins with `where`: of a stranger's text, too deep or with numbers too long for
+    Python."""
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **how)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # also of a number with thousands of digits, and of bytes that are not UTF-8
+        reason = str(error).split(";")[0]
+    raise UserError(f"{where} is not JSON: {reason}.")
+
+
+def sha256(file: Path, size: int | None = None) -> str:
+    """Of the whole file, or of its first `size` bytes."""
+    with file.open("rb") as opened:
+        if size is None:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (block := opened.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+        return digest.hexdigest()
+
+
+def sync(file: Path) -> None:
+    """On the disk, whatever happens to the machine afterwards."""
+    if file.exists():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def sealed(content: dict) -> dict:
+    """With a hash of itself in "check": a flipped bit in a small file that is all numbers and names shows."""
+    content = json.loads(json.dumps(content))
+    return content | {"check": _seal(content)}
+
+
+def unsealed(content) -> dict:
+    """What was sealed; ValueError where it is not that. What never was sealed (by an earlier version) passes."""
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    content = dict(content)
+    if "check" in content and content.pop("check") != _seal(content):
+        raise ValueError("it is not what was written")
+    return content
+
+
+def _seal(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,28 @@
+"""Whether a server is there, within seconds: libraries would try for minutes."""
+
+import contextlib
+import socket
+import threading
+import urllib.request
+from urllib.parse import urlsplit
+
+
+def answers(address: str, timeout: float = 5.0) -> bool:
+    """Whether the host of this URL, or the proxy before it, takes a connection."""
+    url, proxies = urlsplit(address), urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    place = url.hostname, url.port or (80 if url.scheme == "http" else 443)
+    reached = []
+
+    def knock() -> None:
+        with contextlib.suppress(OSError), socket.create_connection(place, timeout):
+            reached.append(True)
+
+    thread = threading.Thread(
+        target=knock, daemon=True
+    )  # a name look-up and several addresses know no common time limit
+    thread.start()
+    thread.join(timeout)
+    return bool(reached)

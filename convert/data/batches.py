@@ -1,0 +1,102 @@
+"""Tokens -> batches. A batch is a function of (seed, step), so a resumed run sees the same data.
+
+B sequences · T tokens of a sequence
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.core.errors import UserError
+from convert.core.fields import check, checked
+from convert.data.text import Tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed windows. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
+
+    def to(self, device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device))
+
+    def split(self, num_sequences: int) -> list["Batch"]:
+        """Micro-batches of at most so many sequences."""
+        parts = (t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids))
+        return [Batch(*part) for part in zip(*parts, strict=True)]
+
+    def with_noise(self, share: float, seed: tuple[int, int]) -> "Batch":
+        """That share of the input tokens, drawn from `seed`, replaced by tokens from elsewhere in the batch. Labels
+        stay."""
+        if not share:
+            return self
+        rng, ids = np.random.default_rng(seed), self.input_ids
+        elsewhere = ids.flatten()[torch.from_numpy(rng.permutation(ids.numel()))].view_as(ids)
+        return replace(self, input_ids=torch.where(torch.from_numpy(rng.random(ids.shape) < share), elsewhere, ids))
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch."""
+
+    tokens: Tokens
+    seq_len: Annotated[int, (1, 2**24)]
+    num_sequences: Annotated[int, (1, 2**27)]
+    seed: Annotated[int, (0, 2**63 - 1)] = 0
+
+    def __post_init__(self):
+        check(self)
+        if len(self.tokens) < 2 * self.seq_len + 1:
+            raise UserError(
+                f"Training needs at least two sequences of {self.seq_len} tokens; the data has {len(self.tokens)}"
+                " tokens. Give more data or a smaller --seq-len."
+            )
+
+    @checked
+    def __call__(self, step: Annotated[int, (0, 2**53)]) -> Batch:
+        per_epoch = len(self.tokens) // self.seq_len - 1
+        rows = []
+        for i in range(step * self.num_sequences, (step + 1) * self.num_sequences):
+            offset, order = _epoch_order(per_epoch, self.seq_len, self.seed, i // per_epoch)
+            rows.append(offset + self.seq_len * int(order[i % per_epoch]))
+        return _windows(self.tokens, rows, self.seq_len)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_windows: int, seq_len: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(seq_len)), rng.permutation(num_windows)
+
+
+def held_out_batches(tokens: Tokens, seq_len: int, num_sequences: int, max_tokens: int) -> list[Batch]:
+    """The same windows every time, spread evenly over the held-out text, in batches of `num_sequences`."""
+    available = (len(tokens) - 1) // seq_len
+    if not available:
+        raise UserError(
+            f"Held-out text has {len(tokens)} tokens, fewer than one sequence of {seq_len}. Give more data or a smaller"
+            " --seq-len."
+        )
+    count = max(1, min(available, max_tokens // seq_len))
+    rows = [seq_len * (i * available // count) for i in range(count)]
+    return [_windows(tokens, rows[i : i + num_sequences], seq_len) for i in range(0, count, num_sequences)]
+
+
+def _windows(tokens: Tokens, rows: list[int], seq_len: int) -> Batch:
+    ids = np.stack([np.asarray(tokens.ids[r : r + seq_len + 1], dtype=np.int64) for r in rows])
+    where = np.array(rows)[:, None] + np.arange(seq_len + 1)
+    documents = np.searchsorted(tokens.starts, where, side="right") - 1
+    begins = np.maximum(tokens.starts[documents], np.array(rows)[:, None])  # a window's first document starts with it
+    labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], -100)
+    arrays = ids[:, :-1], labels, (where - begins)[:, :-1]
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))

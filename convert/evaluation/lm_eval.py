@@ -1,0 +1,187 @@
+"""Public tasks by EleutherAI's lm-evaluation-harness, on our model objects: its own evaluator, nothing of it written
+again.
+
+Reading: tasks that the harness scores by log p are "likelihood", those for which a model writes are "generation".
+"""
+
+import difflib
+import json
+import logging
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.data.prompts import has_chat_template
+from convert.data.text import cache_folder, hub_offline
+from convert.evaluation.scoring import greedily
+from convert.models.loading import fingerprint, is_hub_reachable
+
+BATCH = 16
+
+
+def _lm_eval():
+    try:
+        import lm_eval
+        import yaml
+    except ImportError:
+        raise UserError("Tasks of lm-evaluation-harness need its package: pip install -e '.[eval]'.") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval, yaml
+
+
+def find(names: str):
+    """The tasks that these names and folders stand for, and the harness's own list of what there is; wrong ones are
+    refused."""
+    _, yaml = _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    chosen = [name for name in names.split(",") if name]
+    folders = [Path(name) for name in chosen if Path(name).is_dir()]
+    asked = [task for folder in folders for task in local_tasks(folder, yaml)]
+    manager = TaskManager(include_path=[str(folder.resolve()) for folder in folders] or None)
+    for name in (name for name in chosen if Path(name) not in folders):
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
+            offer = f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
+            raise UserError(f"lm-evaluation-harness has no task {name!r}, and there is no folder of that name. {offer}")
+        asked.append(name)
+    return asked, manager
+
+
+def run_harness(
+    models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True
+) -> list[dict]:
+    """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or
+    folders of local tasks (YAML and JSONL), with commas. `chat`: an instruct model is asked in its chat template.
+    Answers are kept as they come: what was killed goes on."""
+    lm_eval, _ = _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    asked, manager = find(names)
+    rows, templated = [], chat and has_chat_template(tokenizer)
+    for model_name, model in models.items():
+        answers = (
+            cache_folder() / "lm-eval" / fingerprint(model)
+        )  # not in the run's folder: it is a pickle, and folders are handed on
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
+        with greedily(model):
+            done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
+        rows += _rows(model_name, done)
+    return sorted(rows, key=lambda row: (row["task"], row["metric"]))
+
+
+def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, templated: bool, answers: str) -> dict:
+    import datasets
+
+    unreachable = not is_hub_reachable()
+    try:
+        with hub_offline(datasets.config, when=unreachable):
+            return lm_eval.simple_evaluate(
+                model=model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000,
+                apply_chat_template=templated, use_cache=answers,
+            )  # fmt: skip
+    except UserError:
+        raise
+    except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
+        raise UserError(
+            f"The data of {', '.join(tasks)} could not be read ({reason}). Without network give a folder of local"
+            " tasks."
+        ) from None
+    except Exception as error:  # whatever a task's file makes it do
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"lm-evaluation-harness could not do {', '.join(tasks)} ({reason}). Mend the tasks' files, or leave them"
+            " out."
+        ) from error
+
+
+def _rows(model: str, done: dict) -> list[dict]:
+    rows = []
+    for task, metrics in done["results"].items():
+        config = done["configs"].get(task)
+        if config is None:  # a group: its tasks have rows of their own
+            continue
+        reading = "generation" if config["output_type"].startswith("generate") else "likelihood"
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            rows.append(
+                {
+                    "task": task,
+                    "model": model,
+                    "reading": reading,
+                    "metric": metric if kind == "none" else f"{metric}, {kind}",
+                    "score": value,
+                    "error": error if isinstance(error, int | float) else None,
+                    "n": done["n-samples"][task]["effective"],
+                }
+            )
+    return rows
+
+
+def local_tasks(folder: Path, yaml) -> list[str]:
+    """The names that the YAML files of a folder define. What does not parse is said with file and line."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    found = []
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            config = yaml.load(_read(file), Loader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}, line {mark.line + 1}" if mark else str(file)
+            raise UserError(
+                f"A task's file must be YAML; {where} is not: {getattr(error, 'problem', error)}."
+            ) from None
+        if isinstance(config, dict) and isinstance(config.get("task"), str):
+            found.append(config["task"])
+    for file in sorted(folder.rglob("*.jsonl")):
+        for number, line in enumerate(
+            _read(file).rstrip("\n").split("\n"), 1
+        ):  # no other line breaks: a string may hold them
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"Every line of a task's data must be JSON; {file}, line {number} is not: {error}."
+                ) from None
+    if not found:
+        raise UserError(f"A folder of local tasks has YAML files with `task: NAME`; {folder} has none.")
+    return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"A task's files must be UTF-8; {file}, line {line} is not.") from None
+
+
+def show(rows: list[dict], console: Console) -> None:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    table = Table(box=box.SIMPLE_HEAD, title="lm-evaluation-harness", title_justify="left")
+    for column in ("task", "reading", "metric", *models, *(["gap"] if len(models) == 2 else []), "n"):
+        table.add_column(column, justify="left" if column in ("task", "reading", "metric") else "right")
+    by_key: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        by_key.setdefault((row["task"], row["reading"], row["metric"]), {})[row["model"]] = row
+    for key, found in by_key.items():
+        cells = [
+            f"{row['score']:.4f}" + (f" ± {row['error']:.4f}" if row["error"] is not None else "")
+            for row in found.values()
+        ]
+        gap = [f"{found['teacher']['score'] - found['student']['score']:+.4f}"] if len(models) == 2 else []
+        table.add_row(*key, *cells, *gap, str(next(iter(found.values()))["n"]))
+    console.print(table, soft_wrap=False)

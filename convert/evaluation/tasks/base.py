@@ -1,0 +1,49 @@
+"""Questions with one right answer each. A task says how they are asked and what counts; `convert.evaluation.scoring`
+asks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, the answer that `Task.parse` must find in what is generated, and the continuations that are ranked by
+    likelihood.
+
+    `choices[gold]` is the right one. No choice begins with another: the shorter of two would always be the likelier.
+    `question`: items that ask the same thing, with its options in another order, share it. `group`: what a score may be
+    broken down by."""
+
+    question: int
+    prompt: str
+    answer: str
+    choices: tuple[str, ...]
+    gold: int
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """`items(count, seed)`: that many questions, always the same, or all that there are. `parse`: the answer in a
+    generated text, None if there is none.
+
+    `stop`: where generation ends, if not at `max_new_tokens` or the model's own end. `chat`: the prompt is a user's
+    message, for models that have a chat template. `lettered`: the answer is the letter of an option, and every question
+    comes in four orders of its options."""
+
+    name: str
+    about: str
+    items: Callable[[int, int], list[Item]]
+    parse: Callable[[str], str | None]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ("\n",)
+    chat: bool = False
+    lettered: bool = False
+
+
+def ranked(rng, right: str, wrong: list[str]) -> tuple[tuple[str, ...], int]:
+    """Four choices in a random order, and the place of the right one."""
+    choices = rng.sample([right, *wrong[:3]], 4)
+    return tuple(choices), choices.index(right)

@@ -1,0 +1,157 @@
+"""How large the latents and rotary keys of latent attention are: as given, all there is, or what fits a share of the
+teacher's cache."""
+
+from dataclasses import replace
+
+import torch
+
+from convert.core.errors import UserError
+from convert.mixers.init.latents import Metric, unrotated, weighted_rows
+from convert.mixers.projections import Projections, Shape
+
+
+def choose_ranks(layers: list[Projections], options) -> list:
+    """The options of each layer, with kv_rank and rope_dim as numbers.
+
+    Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the
+    least; the native shape has one rank for all."""
+    shape = layers[0].shape
+    _check_teacher(layers, options)
+    if options.rope_dim is None:
+        options = replace(
+            options, rope_dim=shape.rotary_dim if options.cache_budget is None else _rope_dim(shape, options)
+        )
+    _check_sizes(shape, options)
+    if options.kv_rank is not None:
+        return [replace(options, cache_budget=None)] * len(layers)  # what is given needs no budget
+    if options.cache_budget is None:
+        return [replace(options, kv_rank=_full_rank(shape, options))] * len(layers)
+    if options.shape == "native" or options.start == "random" or layers[0].q.is_meta:
+        return [replace(options, kv_rank=_rank_in_the_room(shape, options))] * len(layers)
+    return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
+
+
+def left_out(shape: Shape, options) -> str | None:
+    """What latent attention of these sizes cannot say of a teacher of this shape, and the way out; None: nothing."""
+    if options.shape == "native":
+        return "its one rotary key and its norms are not the teacher's; take shape=exact"
+    if options.start == "random":
+        return "it starts at random; take start=svd or start=calibrated"
+    if options.rope_dim < shape.rotary_dim:
+        return f"it rotates {options.rope_dim} of {shape.rotary_dim} dimensions; set cache_budget=none and no rope_dim"
+    if options.kv_rank < _full_rank(shape, options):
+        return (
+            f"its latent has {options.kv_rank} of {_full_rank(shape, options)} numbers; set cache_budget=none and no"
+            " kv_rank"
+        )
+    full = min(shape.width, shape.num_heads * shape.head_dim)
+    if options.q_rank is not None and options.q_rank < full:
+        return f"its queries have the rank {options.q_rank} of {full}; set no q_rank"
+    return None
+
+
+def _full_rank(shape: Shape, options) -> int:
+    """Where nothing is left out: more latents than inputs would be of no use."""
+    nope = shape.head_dim if options.shape == "native" else shape.head_dim - options.rope_dim
+    return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
+
+
+def _rope_dim(shape: Shape, options) -> int:
+    """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which
+    shares its rotary key among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m:
+    experiments/LOG.md)."""
+    room, pairs = _room(shape, options), shape.rotary_dim // 2
+    if options.shape == "native":
+        fitting = [2 * n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= room * 3 / 4]
+    else:
+        fitting = [2 * n for n in range(1, pairs + 1) if 2 * n * shape.num_kv_heads <= room / 2]
+    if not fitting:
+        raise _too_small(shape, options)
+    return fitting[-1]
+
+
+def _room(shape: Shape, options) -> int:
+    """Numbers per token and layer."""
+    return int(options.cache_budget * 2 * shape.num_kv_heads * shape.head_dim)
+
+
+def _rank_in_the_room(shape: Shape, options) -> int:
+    rank = _room(shape, options) - options.rope_dim * (1 if options.shape == "native" else shape.num_kv_heads)
+    if rank < 1:
+        raise _too_small(shape, options)
+    return min(rank, _full_rank(shape, options))
+
+
+def _by_energy(layers: list[Projections], options) -> list[int]:
+    """The rank of each layer. Lagrange: each takes the one that minimises error + price x rank; the price is the lowest
+    that fits the room."""
+    errors = [_errors(p, options) for p in layers]
+    room = sum(_rank_in_the_room(p.shape, options) for p in layers)
+
+    def ranks(price: float) -> list[int]:
+        return [min(e, key=lambda rank, e=e: e[rank] + price * rank) for e in errors]
+
+    low, high = 0.0, 1.0
+    if sum(ranks(low)) <= room:
+        return ranks(low)
+    for _ in range(100):
+        middle = (low * high) ** 0.5 if low else high / 10
+        low, high = (middle, high) if sum(ranks(middle)) > room else (low, middle)
+    return ranks(high)
+
+
+def _errors(p: Projections, options) -> dict[int, float]:
+    """Rank -> relative error, in steps of 8 where there are many (X-EcoMLA's)."""
+    m = Metric(p, options.start == "calibrated")
+    rows, _ = weighted_rows(*unrotated(m, m.keep(options.rope_dim)))
+    energies = torch.linalg.eigvalsh(rows @ m.moment @ rows.mT).flip(0).clamp(min=0)
+    full = _full_rank(p.shape, options)
+    return {
+        rank: float(energies[rank:].sum())
+        for rank in sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})
+    }
+
+
+def _check_teacher(layers: list[Projections], options) -> None:
+    shape = layers[0].shape
+    for p in layers:
+        if p.window is not None:
+            raise UserError(
+                f"Latent attention has no window; this layer's is {p.window}. Edit it with gate-swa, or keep it"
+                " (edit.keep)."
+            )
+    if options.shape == "native" and (shape.norm_eps is not None or shape.qkv_bias or shape.out_bias):
+        has = "q/k norm" if shape.norm_eps is not None else "biases"
+        raise UserError(
+            f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact."
+        )
+    if options.start == "calibrated" and layers[0].inputs is None:
+        raise UserError(
+            "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate"
+            " (Swap.calibration)."
+        )
+
+
+def _check_sizes(shape: Shape, options) -> None:
+    step = shape.rotary_dim / options.rope_dim
+    if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
+        rule = "an even divisor of" if options.shape == "native" else "even and at most"
+        raise UserError(
+            f"rope_dim must be {rule} the {shape.rotary_dim} rotary dimensions of a head; got {options.rope_dim}."
+        )
+    largest = _full_rank(shape, options)
+    if options.kv_rank is not None and options.kv_rank > largest:
+        raise UserError(
+            f"kv_rank must be at most {largest}, the rank of the keys and values together; got {options.kv_rank}."
+        )
+    if options.q_rank is not None and options.q_rank > min(shape.width, shape.num_heads * shape.head_dim):
+        most = min(shape.width, shape.num_heads * shape.head_dim)
+        raise UserError(f"q_rank must be at most {most}, the rank of the queries; got {options.q_rank}.")
+
+
+def _too_small(shape: Shape, options) -> UserError:
+    whole = 2 * shape.num_kv_heads * shape.head_dim
+    return UserError(
+        f"A cache must hold rotary keys and a latent; cache_budget={options.cache_budget:g} leaves"
+        f" {options.cache_budget * whole:.0f} of {whole} numbers per token. Raise it, or set a smaller rope_dim."
+    )

@@ -1,0 +1,87 @@
+"""What the files of a teacher hold is read whole, or the teacher is refused: transformers only logs what it has no
+place for."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from convert.core.errors import UserError
+
+MASKS = re.compile(
+    r"\.(attention|self_attn)\.(bias|masked_bias)$"
+)  # causal masks that old checkpoints hold, Pythia's among them
+
+
+def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable[Path]) -> None:
+    """`found`: the loading info of from_pretrained. `files`: the safetensors that were read."""
+    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"Weights must fit config.json; in {where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}."
+        )
+    if (
+        model.config.tie_word_embeddings
+        and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    ):
+        raise UserError(
+            f"A head that config.json ties to the embedding must equal it; {where} holds another beside it. Say"
+            " tie_word_embeddings: false if the head is what the model was trained with, or take it out of the file."
+        )
+    refuse_left_over([name for name in found["unexpected_keys"] if not MASKS.search(name)], where)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"A teacher is one set of weights; {where} has an adapter beside them. Merge it (peft's merge_and_unload)"
+            " and save that."
+        )
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name in tensors.keys() if name.endswith("rotary_emb.inv_freq")):  # noqa: SIM118
+                _check_frequencies(model, tensors.get_tensor(name), name, where)
+
+
+def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> None:
+    """Before any memory is taken: a model is about as large as its files. (What is missing in detail shows once it is
+    loaded.)"""
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(config).num_parameters()
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if wanted > 2 * held:
+        raise UserError(
+            f"Weights must fit config.json; that of {where} describes {wanted:,} parameters, and its files hold"
+            f" {held:,}. Take the configuration that these weights were made with."
+        )
+
+
+def refuse_left_over(names: list[str], where: str) -> None:
+    """Of tensors that no parameter took."""
+    if names:
+        raise UserError(
+            f"A teacher's weights are read whole; {where} holds {len(names)} tensors that its configuration has no"
+            f" place for, first {min(names)}. Give the configuration that these weights were made with."
+        )
+
+
+def rotary_of(model: nn.Module) -> nn.Module:
+    """The module with the rotary frequencies of all layers."""
+    return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+
+
+def _check_frequencies(model: PreTrainedModel, stored: torch.Tensor, name: str, where: str) -> None:
+    """Old checkpoints hold the rotary frequencies, which transformers makes anew from the configuration."""
+    made, precision = rotary_of(model).inv_freq.cpu().double(), torch.finfo(stored.dtype)
+    if stored.shape != made.shape or not torch.allclose(
+        stored.double(), made, rtol=4 * precision.eps, atol=precision.tiny
+    ):
+        raise UserError(
+            f"Rotary frequencies must be those of config.json (rope_theta, rope_scaling); {name} in {where} holds"
+            " others. Mend config.json."
+        )

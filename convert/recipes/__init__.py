@@ -1,0 +1,3 @@
+"""Recipes as data: what a target does to a teacher, and how a variant edits it."""
+
+from convert.recipes.language import *  # noqa: F403

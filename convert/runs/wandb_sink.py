@@ -1,0 +1,193 @@
+"""Weights & Biases beside the files of a run: a W&B run for each stage, all in one group, over one axis of tokens.
+
+Offline where no key is configured, silent, and never in the way: a server that does not answer costs seconds, and what
+it missed is in the run's folder for `wandb sync`."""
+
+import hashlib
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from convert.core.console import console, short, visible
+from convert.core.errors import UserError
+from convert.core.files import write_text
+from convert.core.network import answers
+
+PROJECT = "conversion-workbench"
+# of the table of generations
+COLUMNS = ("stage", "global_step", "tokens", "task", "prompt", "teacher", "student", "reference")
+SCORES = ("task", "model", "reading", "score", "low", "high", "n", "unparsable")
+TAG = 64  # characters that W&B takes
+PATIENCE = {  # with a server that was there and is gone: seconds, not the library's hours
+    "init_timeout": 20,
+    "finish_timeout": 30,
+    "x_graphql_retry_max": 3,
+    "x_graphql_retry_wait_max_seconds": 5,
+    "x_file_stream_retry_max": 3,
+    "x_file_stream_retry_wait_max_seconds": 5,
+    "x_file_transfer_retry_max": 3,
+    "x_file_transfer_retry_wait_max_seconds": 5,
+}
+
+
+class Dashboard:
+    """`mode`: "online" or "offline"."""
+
+    def __init__(self, folder: Path, mode: str, config: dict, name: str, *, must_answer: bool = False):
+        self.folder, self.mode, self.config, self.name, self.must_answer = (
+            folder,
+            mode,
+            _shown(config),
+            name,
+            must_answer,
+        )
+        id_file = folder / "wandb-id"
+        if not id_file.exists():
+            write_text(id_file, secrets.token_hex(4))
+        self.id = id_file.read_text(encoding="utf-8").strip()
+        if not re.fullmatch("[0-9a-f]{8}", self.id):
+            raise UserError(
+                f"{id_file} is damaged: W&B's name of a run is eight hexadecimal digits. Remove it: the curves then"
+                " begin anew."
+            )
+        self.run = None
+
+    @staticmethod
+    def of(folder: Path, *, mode: str | None, config: dict, name: str) -> "Dashboard | None":
+        """Without `mode`: as WANDB_MODE says, else online where a key is configured, else offline. None where it is
+        disabled."""
+        chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        if chosen == "disabled":
+            return None
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_CONSOLE", "off")
+        if chosen == "online" and not is_reachable():
+            if mode == "online":
+                raise UserError(
+                    f"W&B must be reachable for --wandb online, and {_server()} is not. Leave the flag out: {LATER}."
+                )
+            console.print(f"W&B does not answer; this run is tracked offline. {LATER.capitalize()}.")
+            chosen = "offline"
+        return Dashboard(folder, chosen, config, name, must_answer=mode == "online")
+
+    def enter(self, stage: str) -> None:
+        """The W&B run of this stage; a stored id continues it."""
+        self.close()
+        import wandb
+
+        def start(mode: str):
+            return wandb.init(
+                project=PROJECT,
+                dir=self.folder,
+                id=_plain(f"{self.id}-{stage}"),
+                resume="allow",
+                mode=mode,
+                name=short(f"{self.name} {stage}", 128),
+                group=f"{short(self.name, 100)} {self.id}",
+                job_type=_plain(stage),
+                tags=[short(tag, TAG) for tag in (self.config.get("target"), self._teacher()) if tag],
+                config=self.config,
+                settings=wandb.Settings(silent=True, console="off", **PATIENCE),
+            )
+
+        try:
+            self.run = start(self.mode)
+        except wandb.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            if self.must_answer:
+                raise UserError(
+                    f"W&B must be reachable for --wandb online ({reason}). Leave the flag out: {LATER}."
+                ) from None
+            console.print(f"W&B does not answer ({reason}); this run is tracked offline. {LATER.capitalize()}.")
+            self.mode = "offline"
+            wandb.teardown()  # whoever is still trying holds the run's id
+            self.run = start("offline")
+        self.run.define_metric("step")
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+
+    def _teacher(self) -> str:
+        return Path(str(self.config.get("teacher", ""))).name
+
+    def log(self, place: dict, numbers: dict[str, float], texts: Sequence[dict]) -> None:
+        """`texts`: all that were written so far, where there are new ones, so that one prompt can be read down the
+        steps."""
+        import wandb
+
+        logged = {"step": place["global_step"], "tokens": place["tokens"]} | numbers
+        if texts:
+            rows = [[text.get(column) for column in COLUMNS] for text in texts]
+            logged["generations"] = wandb.Table(columns=list(COLUMNS), data=rows, log_mode="IMMUTABLE")
+        self.run.log(logged)
+
+    def made(self, source: str, model: str, facts: dict, folder: Path | None) -> None:
+        """The artifact of a student, made from another's or the teacher's. The files stay where they are."""
+        import wandb
+
+        if not self.run.offline:  # W&B takes no inputs offline: there a student's metadata name what it was made from
+            self.run.use_artifact(wandb.Artifact(f"model-{source}", "model", metadata={"name": self._teacher()}))
+        artifact = wandb.Artifact(
+            f"model-{model}", "model", metadata=_shown(facts | {"made_from": f"model-{source}", "in": self.name})
+        )
+        if folder is not None:
+            artifact.add_reference(folder.absolute().as_uri(), checksum=False)
+        self.run.log_artifact(artifact, aliases=[self.run.job_type, _plain(str(facts.get("architecture", "student")))])
+
+    def finish(self, found: dict, page: Path, numbers: dict[str, float]) -> None:
+        """The rows of evaluation.json as a table, each score and gap as a number, and the page."""
+        import wandb
+
+        table = wandb.Table(columns=list(SCORES), data=[[row[key] for key in SCORES] for row in found["rows"]])
+        scores = {f"score/{row['task']}/{row['reading']}/{row['model']}": row["score"] for row in found["rows"]}
+        gaps = {f"gap/{row['task']}/{row['reading']}": row["gap"] for row in found["gaps"]}
+        html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        self.run.log({"evaluation": table, "report": html} | numbers | scores | gaps)
+
+    def close(self) -> None:
+        if self.run:
+            self.run.finish()
+        self.run = None
+
+
+def _shown(found):
+    """With no half surrogates in it: a path that is not UTF-8 is no text to W&B."""
+    if isinstance(found, dict):
+        return {_shown(key): _shown(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_shown(value) for value in found]
+    return visible(found, keep="\n\t") if isinstance(found, str) else found
+
+
+def _plain(name: str) -> str:
+    """Fit for an address: W&B takes no others for ids, kinds of job and aliases. Names stay different."""
+    plain = re.sub(r"[^\w ,.-]+", "-", short(name, TAG), flags=re.ASCII).strip() or "-"
+    return (
+        plain
+        if plain == name
+        else f"{plain[: TAG - 7]}-{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:6]}"
+    )
+
+
+LATER = "offline runs can be uploaded later with `wandb sync`"
+
+
+def is_reachable() -> bool:
+    return answers(_server())
+
+
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def has_key() -> bool:
+    """Whether W&B would find credentials without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(urlsplit(_server()).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

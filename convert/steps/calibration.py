@@ -1,0 +1,75 @@
+"""What a model's attention layers see: the statistics that some mixers start from.
+
+B batch · T time · D width · H query heads · R rotary dimensions
+"""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from convert.data.batches import Batch
+from convert.mixers.parts import QKV
+from convert.mixers.projections import Inputs, Projections
+from convert.models.positions import documents_of
+from convert.models.student import Slot, attention_of
+from convert.training.loop import hidden_states, layers_of
+
+
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
+    """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the
+    same."""
+    blocks = layers_of(model)
+    means, moments, uniform, drifts = ([0.0] * len(blocks) for _ in range(4))
+    documents, share = None, 1 / len(batches)
+
+    def see(layer: int):
+        def hook(module, args, kwargs):
+            x = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).float()
+            cos, sin = (t.float() for t in kwargs["position_embeddings"])
+            if isinstance(module, Slot):
+                pairs = x.new_ones(len(x), x.shape[1], x.shape[1]).tril()
+            else:
+                pairs = _squared_attention(Projections.of(module), x, cos, sin, documents)
+            pairs = pairs / pairs.sum()
+            x, weight = x.flatten(0, 1), pairs.sum(1).flatten()
+            weighted = x * ((weight + 1 / len(x)) / 2)[:, None]
+            means[layer] = means[layer] + share * weighted.sum(0)
+            moments[layer] = moments[layer] + share * weighted.T @ x
+            uniform[layer] = uniform[layer] + share / len(x) * x.T @ x
+            for t in (cos, sin):  # cos(a - b) = cos a cos b + sin a sin b
+                half = t[..., : t.shape[-1] // 2]
+                drifts[layer] = drifts[layer] + share * (half * (pairs @ half)).sum((0, 1))
+
+        return hook
+
+    hooks = [
+        attention_of(block).register_forward_pre_hook(see(layer), with_kwargs=True)
+        for layer, block in enumerate(blocks)
+    ]
+    try:
+        for batch in tqdm(batches, desc="calibrate", unit="batch", dynamic_ncols=True):
+            batch = batch.to(model.device)
+            documents = documents_of(batch.position_ids)
+            hidden_states(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Inputs(*parts) for parts in zip(means, moments, uniform, drifts, strict=True)]
+
+
+def _squared_attention(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
+    """[B, T, T]: of query t and key s the squared share of attention, summed over the heads."""
+    with torch.device(x.device):
+        qkv = QKV(p.shape)
+    qkv.copy_(p)
+    q, k, _ = qkv(x, cos, sin)
+    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)[None]
+    if documents is not None:
+        hidden = hidden | (documents[:, :, None] != documents[:, None])
+    total = x.new_zeros(len(x), x.shape[1], x.shape[1])
+    for head in range(q.shape[2]):
+        scores = p.scale * q[:, :, head] @ k[:, :, head * k.shape[2] // q.shape[2]].mT
+        total += scores.masked_fill(hidden, -torch.inf).softmax(-1).square()
+    return total

@@ -1,0 +1,90 @@
+"""What is measured while a stage trains, and the rules that end a run."""
+
+import json
+
+import pytest
+
+from convert import recipes, run_recipe
+from convert.core.errors import Interrupted, UserError
+from convert.data.batches import held_out_batches
+from convert.data.text import corpus, tokenize
+from convert.evaluation.monitor import SHOWN, Rule, Watch
+from convert.models.loading import NANO, load_teacher
+from convert.runs.tracking import Track
+
+
+@pytest.fixture(scope="module")
+def taught():
+    return load_teacher(str(NANO))
+
+
+@pytest.fixture
+def batches(taught, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVERT_CACHE", str(tmp_path))
+    return held_out_batches(tokenize(corpus("stdlib"), taught.tokenizer).held_out, 128, 4, 1024)
+
+
+def test_a_student_that_is_its_teacher_has_no_gap(taught, batches):
+    watch = Watch(taught, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
+    numbers = watch(taught.model)
+    assert (
+        numbers["held_out/generation_gap"] == 0
+        and numbers["held_out/generation"] > 0.2
+        and 5 < numbers["held_out/perplexity"] < 40
+    )
+    assert watch.stopped_by is None and watch(taught.model) == numbers
+    assert len(watch.generations) == 3 * SHOWN and all(row["student"] == row["teacher"] for row in watch.generations)
+
+
+def test_a_rule_that_holds_is_named(taught, batches):
+    watch = Watch(taught, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
+    watch(taught.model)
+    assert watch.stopped_by.text == "generation > .01"
+
+
+@pytest.mark.parametrize("text", ["loss<1", "generation=1", "generation<", "generation<a", ""])
+def test_other_rules_are_refused(text):
+    with pytest.raises(UserError, match="--stop-when takes perplexity, generation or generation_gap"):
+        Rule.of(text)
+
+
+def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
+    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=1)
+    arguments = {"recipe": recipes.to_linear(budget), "out": tmp_path / "run", "wandb": "disabled"}
+    with pytest.raises(Interrupted, match="it is saved"):
+        run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])
+    assert "by --stop-when generation<1.1" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "held_out/generation" in rows[-1] and all("held_out/generation" not in row for row in rows[:-1])
+    texts = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
+    assert {text["step"] for text in texts} == {rows[-1]["step"]} and {
+        "prompt",
+        "teacher",
+        "student",
+        "reference",
+    } <= set(texts[0])
+    assert run_recipe("neox-nano", **arguments)["tokens"]["total"] >= 4096
+
+
+def test_generations_after_a_crash_are_dropped(tmp_path):
+    track = Track(tmp_path, mode="disabled", config={}, name="x")
+    track.enter("distill", 0, 0)
+    for step in (1, 2, 3):
+        track.generations([{"prompt": "p", "student": str(step)}])
+        track.log(step, step, {"train/loss": 1.0})
+        track.log(step, step, {"train/loss": 1.0})
+    track.resume(2)
+    assert [json.loads(line)["student"] for line in track.texts.read_text().splitlines()] == ["1", "2"]
+
+
+def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
+    recipe = recipes.tiny(recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256)))
+    with pytest.raises(UserError, match="--stop-when is looked at when a stage measures, and none of this recipe does"):
+        run_recipe("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
+
+
+def test_a_rule_about_perplexity_needs_no_questions(taught, batches, monkeypatch):
+    monkeypatch.setattr(Watch, "_questions", lambda self: [])
+    watch = Watch(taught, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
+    watch(taught.model)
+    assert watch.stopped_by.text == "perplexity>1"
