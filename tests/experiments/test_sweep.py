@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import recipes
-from convert.recipes.language import with_setting
+from convert.recipes.overrides import with_setting
 from experiments import sweep
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
