@@ -29,7 +29,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return {i: (attention_of(block), spec) for i, (block, spec) in enumerate(zip(layers_of(model), specs, strict=True))}
 
 
-def put(student: ConvertedForCausalLM, parts: Parts) -> None:
+def restore_layers(student: ConvertedForCausalLM, parts: Parts) -> None:
     """These parts into their places."""
     for layer, (module, spec) in parts.items():
         setattr(student.blocks[layer], attention_name(student.config.host.model_type), module)
@@ -37,27 +37,27 @@ def put(student: ConvertedForCausalLM, parts: Parts) -> None:
 
 
 @torch.no_grad()
-def rises(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
+def sensitivity(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
     """For each layer the KL in nats per token between the model with all of `before` in place, and the same with the
     student's own part in this layer. The student is left as it came. Layers below the edited one are recalled, not run
     again. In float32: half precision alone moves neox-nano by 1e-4 nats, and more in earlier layers."""
-    edited, risen = parts_of(student), [0.0] * len(before)
+    edited, change = parts_of(student), [0.0] * len(before)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     with tqdm(total=len(batches) * len(before), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:
         try:
             for batch in (batch.to(student.device) for batch in batches):
-                put(student, before)
+                restore_layers(student, before)
                 with layer_outputs(student) as outputs:
                     reference = hidden_states(student, batch)
                 for layer in before:
-                    put(student, {layer: edited[layer]})
+                    restore_layers(student, {layer: edited[layer]})
                     with _recalled(student, outputs[:layer]):
-                        risen[layer] += _sum_of_kl(student, hidden_states(student, batch), reference) / tokens
-                    put(student, {layer: before[layer]})
+                        change[layer] += _sum_of_kl(student, hidden_states(student, batch), reference) / tokens
+                    restore_layers(student, {layer: before[layer]})
                     bar.update()
         finally:
-            put(student, edited)
-    return risen
+            restore_layers(student, edited)
+    return change
 
 
 @contextmanager

@@ -1,118 +1,218 @@
-"""A Swap step: what the layers see, which of them stay, the swap itself, and the check that an exact one is exact."""
+"""The step Swap: replace the attention, or the mixers, of a student's layers by another mixer."""
 
-from collections.abc import Callable
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from convert.core.console import console
 from convert.core.errors import UserError
-from convert.data.batches import Batch, Batches, held_out_batches
-from convert.data.text import TokenData
-from convert.evaluation import perplexity as measure
-from convert.models.student import ConvertedForCausalLM, swap
-from convert.recipes.base import OneIn, Recipe, Swap, Train
-from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS
-from convert.steps import selection
+from convert.core.fields import Name, check, require
+from convert.mixers import MIXERS
+from convert.mixers.projections import Inputs
+from convert.models.access import layers_of, slots_of
+from convert.models.student import ConvertedForCausalLM, projections_of, swap
+from convert.steps import handover, selection
+from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
 from convert.steps.calibration import inputs_of
-from convert.training.loop import hidden_states, layers_of
+from convert.steps.layers import Keep, MostSensitive
+
+RANKING_TOKENS = 2048  # of training text, for each layer (ours)
+TINY_CALIBRATION = 3 * 128  # tokens
+TINY_SEQ_LEN = 64  # tokens
+SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # stands for a calibration that is yet to come
 
 
-@torch.no_grad()
-def do_swap(
-    step: Swap, student, start: Callable, text: TokenData, recipe: Recipe, console: Console
-) -> tuple[ConvertedForCausalLM, dict]:
-    """The new student, and what was measured on the way: `layers` (kept, and the KL of each when edited alone),
-    `handover` (how far logits moved). Consumes the old one; `start()` makes it once more."""
-    num_layers = len(layers_of(student))
-    inputs = inputs_of(student, _sequences(text, recipe, step.calibration)) if step.looks_first else None
-    if isinstance(step.keep, OneIn) and step.keep.measured:
-        return _keep_by_measurement(step, student, text, recipe, inputs, console)
-    edited = step.edited(num_layers)
-    found = {} if len(edited) == num_layers else {"layers": {"kept": [i for i in range(num_layers) if i not in edited]}}
-    if step.exact:
-        student, checked = _exact_swap(step, student, start, text, edited, inputs, console)
-        return student, found | {"handover": checked}
-    return swap(student, step.mixer, step.options, edited, inputs).eval(), found
+@dataclass(frozen=True)
+class Swap:
+    """Replace the token mixers of `layers` (None: all) but those that `keep` names.
 
+    `exact`: theory says that the function stays the same, so the run measures it and stops if it does not.
+    `calibration`: tokens of training text over which the layers' inputs are looked at first, for mixers that start
+    from them."""
 
-def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, inputs, console: Console):
-    """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes that
-    depend on all edited layers (a cache budget) are then shared out among these."""
-    before = selection.parts_of(student)
-    student = swap(student, step.mixer, step.options, inputs=inputs).eval()
-    rises = selection.rises(student, before, _sequences(text, recipe, min(RANKING_TOKENS, recipe.tokens)))
-    ranked = sorted(before, key=lambda layer: -rises[layer])
-    kept = sorted(ranked[: step.keep.count(len(before))])
-    selection.put(student, before)
-    student = swap(
-        student, step.mixer, step.options, tuple(layer for layer in before if layer not in kept), inputs
-    ).eval()
-    console.print(f"kept layers, those that cost most when edited alone: {', '.join(map(str, kept))}", style="dim")
-    return student, {"layers": {"kept": kept, "kl_when_edited_alone": rises}}
+    name: Name
+    mixer: Literal[tuple(MIXERS)]
+    options: Any
+    keep: Keep = ()
+    exact: bool = False
+    calibration: Annotated[int, (0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
+    layers: tuple[Annotated[int, (0, 1000)], ...] | None = None
 
+    def __post_init__(self) -> None:
+        check(self)
+        require(MIXERS[self.mixer].Options, self.options, f"Swap: options of {self.mixer}")
 
-def _sequences(text: TokenData, recipe: Recipe, tokens: int) -> list[Batch]:
-    """So many tokens of training text, as the last stage has them."""
-    last = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
-    batches = Batches(text.train, last.seq_len, 1, last.seed)
-    return [batches(i) for i in range(max(1, tokens // last.seq_len))]
+    @property
+    def looks_first(self) -> bool:
+        """Whether the mixer starts from what the layers see."""
+        return self.calibration > 0 and MIXERS[self.mixer].needs_inputs(self.options)
 
+    def kept(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of the model that stay as they are, as far as no measurement decides."""
+        converted = self.converted(num_layers)
+        return tuple(i for i in range(num_layers) if i not in converted)
 
-def _exact_swap(
-    step: Swap, student, start: Callable, text: TokenData, edited: tuple[int, ...], inputs, console: Console
-):
-    """Compare the logits over 2,048 tokens before and after, and stop if they do not agree.
+    def converted(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers that are replaced, as far as no measurement decides."""
+        kept = self.keep if isinstance(self.keep, tuple) else self.keep.of(num_layers)
+        return tuple(i for i in self.layers or range(num_layers) if i not in kept)
 
-    Many layers can amplify the rounding of float32 beyond what is allowed: then the same comparison in float64, which
-    leaves a real difference as it is, decides. For that `start()` makes the student from before the swap once more."""
-    length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
-    batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
-    before, perplexity = hidden_states(student, batch), measure.perplexity(student, [batch])
-    student = swap(student, step.mixer, step.options, edited, inputs).eval()
-    worst, largest = _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))
-    change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
-    checked = {
-        "tokens": length,
-        "max_abs_logit": worst,
-        "allowed": max(1e-4, 1e-5 * largest),
-        "perplexity_change": change,
-    }
-    console.print(
-        f"hand-over over {length:,} tokens: logits moved by {worst:.2g}, allowed {checked['allowed']:.2g}; perplexity"
-        f" by {change:.1e}",
-        style="dim",
-    )
-    fine = worst <= checked["allowed"]
-    if not fine and student.device.type != "mps":  # which has no float64
-        checked["max_abs_logit_float64"] = _largest_change_in_float64(step, start(), batch, edited, inputs)
-        fine = checked["max_abs_logit_float64"] <= checked["allowed"]
-        console.print(f"in float64, without float32's rounding, by {checked['max_abs_logit_float64']:.2g}", style="dim")
-    if not (fine and change < 1e-4):
-        raise UserError(
-            f"The hand-over to {step.mixer} must not change the function, and it did: {checked}. If you set"
-            f" {step.name}.exact, or options that leave something out, take that back; otherwise this is a defect of"
-            " ours."
+    # --- before a run
+
+    def problems(self, before: Outline) -> list[str]:
+        num_layers, found = len(before.mixers), self._bad_layers(len(before.mixers))
+        if before.is_measured:
+            found.append(
+                f"Step {self.name}: the layers that a step before it replaces are chosen by measurement, so it cannot"
+                " replace the same ones. Give both the same keep, by name or by pattern."
+            )
+        ends = {name for i in self.converted(num_layers) if (name := before.mixers[i]) if not _can_be_replaced(name)}
+        if ends:
+            found.append(
+                f"Step {self.name}: a conversion ends with {' and '.join(sorted(ends))}: no other mixer can start from"
+                " it. Take the run's own teacher."
+            )
+        if not self.exact and (reason := MIXERS[self.mixer].sequence_problem(self.options, before.longest)):
+            found.append(f"Step {self.name}: {reason}")
+        return found
+
+    def _bad_layers(self, num_layers: int) -> list[str]:
+        keep = self.keep
+        if isinstance(keep, MostSensitive) and self.exact:
+            return [
+                f"Step {self.name}: an exact edit costs nothing in any layer, so there is nothing to rank. Set keep to"
+                " layers or to none."
+            ]
+        if isinstance(keep, MostSensitive) and self.layers is not None:
+            return [f"Step {self.name}: layers are given or measured, not both. Set keep to layers or to none."]
+        if isinstance(keep, MostSensitive) and keep.n > num_layers:
+            return [
+                f"Step {self.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in {keep.n}."
+                " Set keep."
+            ]
+        named = keep if isinstance(keep, tuple) else ()
+        if not all(0 <= i < num_layers for i in named) or len(set(named)) == num_layers:
+            got = ", ".join(map(str, named))
+            return [
+                f"Step {self.name}: kept layers must be within 0 .. {num_layers - 1}, and not be all of them; got"
+                f" {got}. Set keep."
+            ]
+        if self.layers is not None and (not self.converted(num_layers) or max(self.layers) >= num_layers):
+            got = ", ".join(map(str, self.layers)) or "none"
+            return [
+                f"Step {self.name}: the layers to replace must be within 0 .. {num_layers - 1}, one or more, and not"
+                f" all be kept; got {got}. Set layers."
+            ]
+        return []
+
+    def after(self, before: Outline) -> Outline:
+        mixers = list(before.mixers)
+        for i in self.converted(len(mixers)):
+            mixers[i] = self.mixer
+        return dataclasses.replace(
+            before,
+            mixers=tuple(mixers),
+            is_student=True,
+            is_measured=before.is_measured or isinstance(self.keep, MostSensitive),
         )
-    return student, checked
+
+    def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
+        """Plan the swap, and what a look at the layers' inputs and a ranking take: two moments of each layer's inputs
+        are held, and attention over one text."""
+        num_layers = len(layers_of(student))
+        student = self._swapped_without_memory(student, num_layers)
+        total, config = count(student), student.host.config
+        looks = self.calibration if self.looks_first else 0
+        ranks = RANKING_TOKENS * num_layers / 2 if isinstance(self.keep, MostSensitive) else 0
+        held = 4 * (2 * num_layers * config.hidden_size**2 + 4 * context.longest**2) if looks else 0
+        peak = 4 * (context.num_teacher + total) + held if looks or ranks else 0
+        seconds = (looks + ranks) * 2 * context.num_teacher / context.rate
+        return student, StepPlan(self.name, self._what(num_layers), 0, 0, total, peak, seconds)
+
+    def _what(self, num_layers: int) -> str:
+        kept = len(self.kept(num_layers))
+        by = ", by measurement" if isinstance(self.keep, MostSensitive) else ""
+        keeps = f", keep {kept} of {num_layers} layers{by}" if kept else ""
+        return f"swap in {self.mixer}{keeps}{', must be exact' if self.exact else ''}"
+
+    def _swapped_without_memory(self, student: PreTrainedModel, num_layers: int) -> ConvertedForCausalLM:
+        """Swap on the meta device. Raises UserError where that cannot be, or where it should be exact and theory says
+        that it is not."""
+        layers = self.converted(num_layers)
+        tokens = min(handover.TOKENS, student.config.max_position_embeddings)
+        before = {layer: projections_of(student, layer) for layer in layers}
+        partial = {layer for layer, slot in slots_of(student).items() if not slot.mixer.whole}
+        stats = [SEEN] * num_layers if self.looks_first else None
+        student = swap(student, self.mixer, self.options, layers, stats)
+        for layer in layers if self.exact else ():
+            reason = MIXERS[self.mixer].inexact(before[layer], student.slots()[layer].mixer.options, tokens)
+            if layer in partial:
+                reason = (
+                    "the mixer it has now computes more than the new one takes over; swap in linear attention and"
+                    " align it first"
+                )
+            if reason:
+                raise UserError(
+                    f"An exact edit must not change the function, and that of layer {layer} would: {reason}, or set"
+                    " exact=false."
+                )
+        return student
+
+    # --- in a run
+
+    @torch.no_grad()
+    def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Calibrate, choose layers, swap, and check that an exact swap is exact. The result has `layers` (kept, and
+        the KL of each when edited alone) and `handover` (how far logits moved), where there are any."""
+        num_layers = len(layers_of(student))
+        stats = inputs_of(student, session.sequences(self.calibration)) if self.looks_first else None
+        if isinstance(self.keep, MostSensitive):
+            return self._keep_by_measurement(student, session, stats)
+        kept = self.kept(num_layers)
+        found: dict[str, Any] = {"layers": {"kept": list(kept)}} if kept else {}
+
+        def swapped(model: PreTrainedModel) -> ConvertedForCausalLM:
+            return swap(model, self.mixer, self.options, self.converted(num_layers), stats).eval()
+
+        if self.exact:
+            student, checked = handover.checked(self.name, self.mixer, swapped, student, session)
+            return student, found | {"handover": checked}
+        return swapped(student), found
+
+    def _keep_by_measurement(
+        self, student: PreTrainedModel, session: Session, stats: list[Inputs] | None
+    ) -> tuple[ConvertedForCausalLM, dict[str, Any]]:
+        """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes
+        that depend on all edited layers (a cache budget) are then shared out among these."""
+        before = selection.parts_of(student)
+        student = swap(student, self.mixer, self.options, inputs=stats).eval()
+        batches = session.sequences(min(RANKING_TOKENS, session.tokens))
+        sensitivity = selection.sensitivity(student, before, batches)
+        ranked = sorted(before, key=lambda layer: -sensitivity[layer])
+        kept = sorted(ranked[: len(self.keep.of(len(before)))])
+        selection.restore_layers(student, before)
+        layers = tuple(layer for layer in before if layer not in kept)
+        student = swap(student, self.mixer, self.options, layers, stats).eval()
+        chosen = ", ".join(map(str, kept))
+        console.print(f"kept layers, those that cost most when edited alone: {chosen}", style="dim")
+        return student, {"layers": {"kept": kept, "kl_when_edited_alone": sensitivity}}
+
+    # --- as data
+
+    def describe(self) -> dict[str, Any]:
+        keep = list(self.keep) if isinstance(self.keep, tuple) else str(self.keep)
+        return plain(dataclasses.replace(self, keep=())) | {"keep": keep}
+
+    def tiny(self) -> "Swap":
+        return dataclasses.replace(
+            self,
+            options=MIXERS[self.mixer].tiny(self.options, TINY_SEQ_LEN),
+            calibration=min(self.calibration, TINY_CALIBRATION),
+        )
 
 
-def _largest_change(head: nn.Module, before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Of the logits of two hidden states [1, T, D]; and the largest logit. A swap leaves the head alone."""
-    worst = largest = 0.0
-    for a, b in zip(before[0].split(256), after[0].split(256), strict=True):
-        a, b = head(a), head(b)
-        worst, largest = max(worst, (a - b).abs().max().item()), max(largest, a.abs().max().item())
-    return worst, largest
-
-
-def _largest_change_in_float64(step: Swap, student, batch: Batch, edited: tuple[int, ...], inputs) -> float:
-    """Of the logits, by this swap of a student that is then of no more use. (Norms of some hosts still round to float32
-    there.)"""
-    before = hidden_states(student.double(), batch)
-    torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
-    try:
-        student = swap(student, step.mixer, step.options, edited, inputs).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))[0]
+def _can_be_replaced(mixer: str | None) -> bool:
+    return mixer is None or MIXERS[mixer].can_be_replaced

@@ -34,9 +34,9 @@ def only_one_matters(family: str, layer: int):
 def test_the_layer_that_matters_comes_first(mixer, family, layer):
     teacher = only_one_matters(family, layer)
     before = selection.parts_of(teacher)
-    rises = selection.rises(swap(teacher, mixer, options_of(mixer)), before, batches())
-    assert rises[layer] > 1e-3
-    assert all(abs(rise) < 1e-6 for i, rise in enumerate(rises) if i != layer)
+    sensitivity = selection.sensitivity(swap(teacher, mixer, options_of(mixer)), before, batches())
+    assert sensitivity[layer] > 1e-3
+    assert all(abs(rise) < 1e-6 for i, rise in enumerate(sensitivity) if i != layer)
 
 
 def test_far_looking_layers_are_found():
@@ -49,8 +49,8 @@ def test_far_looking_layers_are_found():
         attention = attention_of(teacher.model.layers[i])
         torch.nn.init.zeros_(attention.v_proj.weight)
     before = selection.parts_of(teacher)
-    rises = selection.rises(swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches())
-    assert rises[1] > 1e-3 and abs(rises[0]) < 1e-6 and abs(rises[2]) < 1e-6
+    sensitivity = selection.sensitivity(swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches())
+    assert sensitivity[1] > 1e-3 and abs(sensitivity[0]) < 1e-6 and abs(sensitivity[2]) < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,13 +62,13 @@ def test_recalling_layers_is_running_them(family):
     student = swap(teacher, "linear")
     edited, texts = selection.parts_of(student), batches()
     expected = student(texts[0].input_ids, use_cache=False).logits
-    found = selection.rises(student, before, texts)
+    found = selection.sensitivity(student, before, texts)
     assert all(isinstance(attention_of(block), Slot) and "forward" not in vars(block) for block in student.blocks)
     assert torch.equal(student(texts[0].input_ids, use_cache=False).logits, expected)
     for layer in before:
-        selection.put(student, before)
+        selection.restore_layers(student, before)
         rows = [student(batch.input_ids, use_cache=False).logits.log_softmax(-1) for batch in texts]
-        selection.put(student, {layer: edited[layer]})
+        selection.restore_layers(student, {layer: edited[layer]})
         others = [student(batch.input_ids, use_cache=False).logits.log_softmax(-1) for batch in texts]
         kl = torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(rows, others, strict=True)]).mean().item()
         assert found[layer] == pytest.approx(kl, rel=1e-3)
@@ -79,7 +79,7 @@ def test_a_kept_layer_is_the_teachers_again():
     teacher, ids = tiny_teacher("llama"), token_ids()
     before = selection.parts_of(teacher)
     student = swap(teacher, "mamba2")
-    selection.put(student, {1: before[1]})
+    selection.restore_layers(student, {1: before[1]})
     assert list(student.slots()) == [0, 2] and student.config.mixers[1] is None and student.config.keeps_attention
     expected = swap(tiny_teacher("llama"), "mamba2", layers=(0, 2))(ids).logits
     assert (student(ids).logits - expected).abs().max() < 1e-4

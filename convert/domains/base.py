@@ -1,0 +1,152 @@
+"""The interface of a domain: everything that differs between text and images.
+
+A run knows its models, its data and its numbers through this interface alone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Batches = Callable[[int], Any]  # step -> batch; a batch is a function of the seed and the step
+
+
+class Source(Protocol):
+    """What a teacher's name stands for: `name` fits the name of a folder, `data` is the default data set."""
+
+    name: str
+    kind: str
+    where: str
+    data: str
+
+    @property
+    def is_remote(self) -> bool: ...
+
+
+class Teacher(Protocol):
+    """A loaded teacher: frozen, in eval mode. `dtype` is that of the weights on disk."""
+
+    source: Source
+    model: PreTrainedModel
+    dtype: torch.dtype
+
+
+class Corpus(Protocol):
+    """A data set that was found and not read yet."""
+
+    spec: str
+
+    def places(self) -> list[Path]:
+        """Return the files and folders of this machine that the data set is made of."""
+
+
+class Data(Protocol):
+    """A data set, ready to make batches of."""
+
+    fingerprint: str
+
+
+class Monitor(Protocol):
+    """What is measured while a step trains: called with the student, it returns numbers to log."""
+
+    generations: list[dict]
+    stopped_by: Any
+
+    def __call__(self, student: PreTrainedModel) -> dict[str, float]: ...
+
+
+class Domain(ABC):
+    """One kind of models. The headline metric is what a run reports after each step; lower is better."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str]  # what training counts: tokens, images
+    headline: ClassVar[str]  # the name of the headline metric
+
+    # --- before a run: nothing is loaded
+
+    @abstractmethod
+    def resolve(self, teacher: str) -> Source:
+        """Find out what a teacher's name stands for. Raises UserError for a name that stands for nothing."""
+
+    @abstractmethod
+    def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+        """Read the configuration of a teacher, without its weights."""
+
+    @abstractmethod
+    def problem(self, config: PreTrainedConfig) -> str | None:
+        """Say in a sentence why a model of this configuration cannot be a teacher; None where it can."""
+
+    @abstractmethod
+    def problem_of_pair(self, run: PreTrainedConfig, step: PreTrainedConfig) -> str | None:
+        """Say why a training step cannot learn from the teacher `step` in a run whose teacher is `run`."""
+
+    @abstractmethod
+    def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Make the model of a configuration, with memory only where the default device has some."""
+
+    @abstractmethod
+    def build_config(self, model: str, sizes: Any, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        """Make the configuration of a student of a family, with the teacher's inputs and outputs."""
+
+    @abstractmethod
+    def corpus(self, spec: str) -> Corpus:
+        """Find a data set on the disk. Raises UserError where there is none."""
+
+    @abstractmethod
+    def monitor_rules(self, rules: Sequence[str]) -> Sequence[Any]:
+        """Read the rules of --stop-when. Raises UserError for a rule that says nothing."""
+
+    # --- models and data of a run
+
+    @abstractmethod
+    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
+        """Load a teacher, refusing what cannot be one before its weights are read."""
+
+    @abstractmethod
+    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int) -> Data:
+        """Make the data set into what batches are made of; `limit` in units."""
+
+    @abstractmethod
+    def batches(self, data: Data, seq_len: int, num_sequences: int, seed: int) -> Batches:
+        """Return the training batches."""
+
+    @abstractmethod
+    def held_out(self, data: Data, budget: int, seq_len: int, micro_tokens: int) -> list[Any]:
+        """Return the batches that the headline metric of a run is measured on, always the same ones."""
+
+    @abstractmethod
+    def probe(self, data: Data, length: int) -> Any:
+        """Return one held-out batch of at most `length` units, for comparing outputs before and after a swap."""
+
+    @abstractmethod
+    def check(self, teacher: Teacher) -> None:
+        """Raise UserError where the final evaluation could not ask this teacher anything."""
+
+    # --- measurements
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, batches: Sequence[Any]) -> float:
+        """Return the headline metric of a model on these batches."""
+
+    @abstractmethod
+    def monitor(self, teacher: Teacher, batches: Sequence[Any], rules: Sequence[Any]) -> Monitor:
+        """Return what is called whenever a training step measures."""
+
+    @abstractmethod
+    def final_metrics(
+        self, student: PreTrainedModel, teacher: Teacher, data: Data, batches: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Measure the finished student beside its teacher: the domain's part of the report."""
+
+    @abstractmethod
+    def evaluate(
+        self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
+    ) -> dict[str, Any]:
+        """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
+
+    @abstractmethod
+    def export(self, student: PreTrainedModel, teacher: Teacher, folder: Path, report: Any, data: Data) -> dict:
+        """Write the student as a folder that loads without this project, and read it back in a clean process."""

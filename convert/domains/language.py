@@ -1,0 +1,115 @@
+"""Causal language models: the domain of text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from convert.data.batches import Batch, Batches, held_out_batches
+from convert.data.text import Corpus, TokenData, corpus, tokenize
+from convert.domains.base import Domain
+from convert.evaluation import final_metrics, perplexity, runner
+from convert.evaluation.monitor import Monitor, Rule
+from convert.exporting import verify
+from convert.mixers.projections import FAMILIES, refusal
+from convert.models import from_scratch
+from convert.models.catalog import Source, resolve
+from convert.models.loading import Teacher, load_teacher, read_config
+from convert.reports import language as sections
+
+
+class Language(Domain):
+    """Perplexity on held-out text is the headline metric; training counts tokens."""
+
+    name = "language"
+    unit = "tokens"
+    headline = "perplexity"
+    sections = sections.LANGUAGE
+
+    # --- before a run
+
+    def resolve(self, teacher: str) -> Source:
+        return resolve(teacher)
+
+    def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+        return read_config(source, trust_remote_code=trust_remote_code)
+
+    def outline(self, config: PreTrainedConfig) -> tuple[PreTrainedConfig, tuple[str | None, ...]]:
+        if config.model_type != "converted":
+            return config, (None,) * getattr(config, "num_hidden_layers", 0)
+        return config.host, tuple(mixer and mixer["name"] for mixer in config.mixers)
+
+    def problem(self, config: PreTrainedConfig) -> str | None:
+        return refusal(self.outline(config)[0])
+
+    def problem_of_pair(self, run: PreTrainedConfig, step: PreTrainedConfig) -> str | None:
+        if run.vocab_size == step.vocab_size:
+            return None
+        return (
+            f"Teachers of one run share one tokenizer; the run's has {run.vocab_size:,} tokens, this one"
+            f" {step.vocab_size:,}."
+        )
+
+    def problem_of_loaded_pair(self, run: Teacher, step: Teacher) -> str | None:
+        if run.tokenizer.get_vocab() == step.tokenizer.get_vocab():
+            return None
+        return "Teachers of one run share one tokenizer; these two have different tokens for the same numbers."
+
+    def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config)
+
+    def build_config(self, model: str, sizes: Any, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        return from_scratch.build_config(model, sizes, self.outline(teacher)[0])
+
+    def corpus(self, spec: str) -> Corpus:
+        return corpus(spec)
+
+    def monitor_rules(self, rules: Sequence[str]) -> list[Rule]:
+        return [Rule.of(rule) for rule in rules]
+
+    # --- models and data of a run
+
+    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
+        return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+
+    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int) -> TokenData:
+        return tokenize(corpus, teacher.tokenizer, limit=limit)
+
+    def batches(self, data: TokenData, seq_len: int, num_sequences: int, seed: int) -> Batches:
+        return Batches(data.train, seq_len, num_sequences, seed)
+
+    def held_out(self, data: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
+        return final_metrics.held_out_of(data, budget, seq_len, micro_tokens)
+
+    def probe(self, data: TokenData, length: int) -> Batch:
+        length = min(length, len(data.held_out) - 1)
+        return held_out_batches(data.held_out, length, 1, length)[0]
+
+    def check(self, teacher: Teacher) -> None:
+        runner.chosen(None, teacher.tokenizer)
+
+    # --- measurements
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+        return perplexity.perplexity(model, list(batches))
+
+    def monitor(self, teacher: Teacher, batches: Sequence[Batch], rules: Sequence[Rule]) -> Monitor:
+        return Monitor(teacher, list(batches), rules)
+
+    def final_metrics(
+        self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch]
+    ) -> dict[str, Any]:
+        return final_metrics.numbers(student, teacher, data, list(batches))
+
+    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path) -> Any:
+        tasks = runner.chosen(None, teacher.tokenizer)
+        answers = folder / "answers.jsonl"
+        found = runner.evaluate_tasks(dict(models), teacher.tokenizer, tasks, limit=examples, file=answers)
+        runner.write(found, folder / "evaluation.json")
+        return found
+
+    def export(self, student: PreTrainedModel, teacher: Teacher, folder: Path, report: Any, data: TokenData) -> dict:
+        ids = torch.from_numpy(data.held_out.ids[:64].astype("int64"))[None]
+        return verify.ship(student, teacher.tokenizer, teacher.dtype, folder, report, ids)

@@ -1,0 +1,26 @@
+"""The students of finished steps on disk: weights and configuration, whether converted or of one family."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from convert.models import student as _registers  # noqa: F401 - AutoConfig knows "converted" by it
+
+
+def save_student(student: PreTrainedModel, folder: Path) -> None:
+    """Write the student's weights and configuration into an existing folder."""
+    save_model(student, str(folder / "model.safetensors"))
+    student.config.save_pretrained(folder)
+
+
+def load_student(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Read a student back, frozen, on the teacher's device and with its kind of attention."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config._attn_implementation = teacher.config._attn_implementation
+    with torch.device(teacher.device):
+        student = AutoModelForCausalLM.from_config(config)
+    load_model(student, str(folder / "model.safetensors"))
+    student.generation_config = teacher.generation_config
+    return student.requires_grad_(False).eval()

@@ -1,0 +1,131 @@
+"""What every step of a recipe does: it plans, checks and runs itself.
+
+A step is a frozen dataclass with a `name` and the methods of `Step`. A new kind of step is a new file of this folder.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from convert.domains.base import Data, Domain, Monitor, Teacher
+from convert.runs.checkpoint import StepFolder
+from convert.runs.tracking import Track
+from convert.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run hands to each of its steps.
+
+    `training` are the settings of the last training step, by whose sequences a run measures; `tokens` are those of all
+    training steps together. `start()` makes the student from before the step once more. `load_teacher` and `prepare`
+    give the teacher and the data of a name, for a training step that does not use the run's."""
+
+    domain: Domain
+    teacher: Teacher
+    data: Data
+    training: Settings
+    tokens: int
+    held_out: Sequence[Any]
+    monitor: Monitor
+    track: Track
+    folder: StepFolder
+    start: Callable[[], PreTrainedModel]
+    load_teacher: Callable[[str], Teacher]
+    prepare: Callable[[str], Data]
+
+    def sequences(self, tokens: int) -> list[Any]:
+        """Return so many tokens of training text, one sequence a batch, as the last training step has them."""
+        batches = self.domain.batches(self.data, self.training.seq_len, 1, self.training.seed)
+        return [batches(i) for i in range(max(1, tokens // self.training.seq_len))]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step will cost: a row of the plan. Sizes are in parameters, tokens, bytes and seconds."""
+
+    name: str
+    what: str
+    tokens: int
+    trainable: int
+    frozen: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a step needs to plan itself. `rate` is floating-point operations per second in training, `scan_rate()`
+    state updates per second; `teachers` has the configuration and the parameter count of each teacher that a training
+    step names."""
+
+    domain: Domain
+    config: PreTrainedConfig
+    device: str
+    num_teacher: int
+    teachers: Mapping[str, tuple[PreTrainedConfig, int]]
+    longest: int  # training sequence of the recipe, in tokens
+    rate: float
+    scan_rate: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of the student before a step, from configurations alone.
+
+    `host` is the configuration of the model around the mixers, `mixers` the name of what stands in each layer (None:
+    attention). `is_measured`: a step before chooses its layers by measurement, so `mixers` says what may stand
+    there."""
+
+    domain: Domain
+    host: PreTrainedConfig
+    mixers: tuple[str | None, ...]
+    is_student: bool
+    is_measured: bool
+    longest: int
+    teachers: Mapping[str, PreTrainedConfig]
+
+
+class Step(Protocol):
+    """The interface of a step."""
+
+    @property
+    def name(self) -> str: ...
+
+    def problems(self, before: Outline) -> list[str]:
+        """Say in sentences what cannot work, from configurations alone."""
+
+    def after(self, before: Outline) -> Outline:
+        """Return what is known of the student after the step."""
+
+    def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
+        """Return the student after the step, without memory, and what the step costs.
+
+        Raises UserError for what only the modules themselves show."""
+
+    def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Do the step; return the new student and what the ledger says of the step. Consumes the old student."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the step as plain data, functions by their names: what the ledger compares and the report prints."""
+
+    def tiny(self) -> "Step":
+        """Return the same step shrunk to seconds."""
+
+
+def plain(step: Any) -> dict[str, Any]:
+    """Return the fields of a step as plain data, with the kind of step."""
+    return {"kind": type(step).__name__} | dataclasses.asdict(step)
+
+
+def host_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the configuration of the model around the mixers, of a converted model or any other."""
+    return getattr(model.config, "host", model.config)
+
+
+def count(model: PreTrainedModel) -> int:
+    """Return the number of parameters of a model."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,51 @@
+"""The step Build: make a student from a configuration, with random weights, instead of swapping into the teacher."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from convert.core.fields import Name, Text, check
+from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make a student of the family `model` (a name that the domain knows) with these sizes, and random weights."""
+
+    name: Name
+    model: Text
+    options: Any  # the domain's sizes of a student
+
+    __post_init__ = check
+
+    def problems(self, before: Outline) -> list[str]:
+        return []
+
+    def after(self, before: Outline) -> Outline:
+        config = before.domain.build_config(self.model, self.options, before.host)
+        mixers = (None,) * config.num_hidden_layers
+        return dataclasses.replace(before, host=config, mixers=mixers, is_student=True, is_measured=False)
+
+    def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
+        config = context.domain.build_config(self.model, self.options, context.config)
+        student = context.domain.empty_model(config)
+        what = f"build a {self.model} of {config.num_hidden_layers} layers, width {config.hidden_size}"
+        return student, StepPlan(self.name, what, 0, 0, count(student), 0, 0.0)
+
+    def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Draw the weights. The run has seeded the generator."""
+        teacher = session.teacher.model
+        config = session.domain.build_config(self.model, self.options, teacher.config)
+        with torch.device(teacher.device):
+            built = session.domain.empty_model(config)
+        built.generation_config = teacher.generation_config
+        return built.requires_grad_(False).eval(), {}
+
+    def describe(self) -> dict[str, Any]:
+        return plain(self)
+
+    def tiny(self) -> "Build":
+        return self

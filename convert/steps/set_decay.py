@@ -1,0 +1,46 @@
+"""The step SetDecay: start the decays of a student's mixers at a small rate."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from convert.core.fields import Name, check
+from convert.mixers import MIXERS
+from convert.models.access import slots_of
+from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+
+
+@dataclass(frozen=True)
+class SetDecay:
+    """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
+
+    name: Name
+    rate: Annotated[float, (0, 10)]
+
+    __post_init__ = check
+
+    def problems(self, before: Outline) -> list[str]:
+        if any(name is not None and MIXERS[name].decays for name in before.mixers):
+            return []
+        return [f"Step {self.name}: it sets decays, and no mixer has one there; swap in mamba or mamba2 before it."]
+
+    def after(self, before: Outline) -> Outline:
+        return before
+
+    def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
+        return student, StepPlan(self.name, f"decay rate {self.rate:g}", 0, 0, count(student), 0, 0.0)
+
+    @torch.no_grad()
+    def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
+        for slot in slots_of(student).values():
+            if slot.mixer.decays:
+                slot.mixer.set_decay(self.rate)
+        return student, {}
+
+    def describe(self) -> dict[str, Any]:
+        return plain(self)
+
+    def tiny(self) -> "SetDecay":
+        return self

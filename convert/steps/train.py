@@ -1,0 +1,169 @@
+"""The step Train: one stage of training, on the run's data and teacher or on its own."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.core.fields import Name, Text, check
+from convert.models.access import slots_of
+from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+from convert.training.align import align
+from convert.training.distill import distill
+from convert.training.settings import Settings
+
+STAGES: dict[str, Callable[..., PreTrainedModel]] = {"align": align, "distill": distill}
+TINY = {"tokens": 3 * 128, "seq_len": 64, "batch_tokens": 128, "micro_tokens": 128, "evaluate_every": 0}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the student by a stage: `align` (layer by layer) or `distill` (the whole model).
+
+    `data`, `teacher`: as for the command, where this step needs others than the run's; the teacher must have the
+    vocabulary of the run's."""
+
+    name: Name
+    stage: Literal["align", "distill"]
+    settings: Settings
+    data: Text | None = None
+    teacher: Text | None = None
+
+    __post_init__ = check
+
+    # --- before a run
+
+    def problems(self, before: Outline) -> list[str]:
+        s, found = self.settings, []
+        host = before.host
+        if s.seq_len > host.max_position_embeddings:
+            found.append(
+                f"Step {self.name}: sequences must fit the teacher's {host.max_position_embeddings:,} positions; got"
+                f" --seq-len {s.seq_len:,}. Give a smaller one."
+            )
+        if s.seq_len < 2 or s.batch_tokens < s.seq_len or s.batch_tokens % s.seq_len:
+            found.append(
+                f"Step {self.name}: a batch must be whole sequences; {s.batch_tokens:,} tokens are not a multiple of"
+                f" --seq-len {s.seq_len:,}. Set --batch-tokens."
+            )
+        if s.tokens < 1:
+            found.append(f"Step {self.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
+        if not before.is_student:
+            found.append(f"Step {self.name}: a stage trains a student; swap a mixer in before it.")
+        return found + self._bad_objective() + self._bad_teacher(before)
+
+    def _bad_objective(self) -> list[str]:
+        objective = self.settings.objective
+        if not objective.terms:
+            return [f"Step {self.name}: a loss needs a term; all weights are 0."]
+        if objective.compares_layers != (self.stage == "align"):
+            what = "layers" if self.stage == "align" else "distributions"
+            return [f"Step {self.name}: {self.stage} compares {what}; its objective cannot be {objective}."]
+        return []
+
+    def _bad_teacher(self, before: Outline) -> list[str]:
+        if self.teacher is None:
+            return []
+        config = before.teachers[self.teacher]
+        if reason := before.domain.problem(config) or before.domain.problem_of_pair(before.host, config):
+            return [f"Step {self.name}: {self.teacher} cannot be its teacher. {reason}"]
+        sizes = ("num_hidden_layers", "hidden_size")
+        if self.stage == "align" and any(getattr(config, size) != getattr(before.host, size) for size in sizes):
+            return [
+                f"Step {self.name}: align compares layer with layer, so its teacher must have the layers and the width"
+                f" of the run's; {self.teacher} has {config.num_hidden_layers} of width {config.hidden_size}."
+            ]
+        return []
+
+    def after(self, before: Outline) -> Outline:
+        return before
+
+    def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
+        """Count what is trained, and estimate memory and time. Raises UserError where the functions of the settings
+        cannot train this student."""
+        s, layerwise = self.settings, self.stage == "align"
+        if reason := problem_of_functions(s, student):
+            raise UserError(reason)
+        trainable, total = sum(p.numel() for p in selected(student, s.trains)), count(student)
+        owned = sum(p.numel() for p in s.objective.build(student, context.empty_teacher(self.teacher)).parameters())
+        mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
+        held = context.num_teacher + (context.teachers[self.teacher][1] if self.teacher else 0)
+        teacher = context.teachers[self.teacher][1] if self.teacher else context.num_teacher
+        config = config_of(student)
+        layers, width = config.num_hidden_layers, config.hidden_size
+        inner = width * 18 + config.intermediate_size * 3  # floats a layer keeps for its backward pass, per token (ours)
+        kept_layers = 1 if layerwise or s.checkpointing else layers
+        activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
+        logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
+        per_token = 2 * teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
+        updates = sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
+        scan = updates / context.scan_rate() if updates else 0.0
+        plan = StepPlan(
+            self.name,
+            self._what(),
+            s.tokens,
+            trainable + owned,
+            total - trainable,
+            4 * (held + total + 3 * (trainable + owned)) + activations + logits,
+            s.num_steps * s.batch_tokens * (per_token / context.rate + scan),
+        )
+        return student, plan
+
+    def _what(self) -> str:
+        own = [f"on {self.data}"] * (self.data is not None) + [f"from {self.teacher}"] * (self.teacher is not None)
+        return ", ".join([f"{self.stage}: {self.settings.objective}", f"trains {name_of(self.settings.trains)}", *own])
+
+    # --- in a run
+
+    def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train. The result has `tokens`, `loss_first` and `loss_last` (means over a twentieth of the steps),
+        `skipped` steps, and `seconds` of training before a crash."""
+        started, s = time.monotonic(), self.settings
+        teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
+        data = session.data if self.data is None else session.prepare(self.data)
+
+        def measure(student: PreTrainedModel) -> dict[str, float]:
+            numbers = session.monitor(student)
+            session.track.generations(session.monitor.generations)
+            session.folder.stop.requested |= session.monitor.stopped_by is not None
+            return numbers
+
+        student = STAGES[self.stage](
+            student,
+            teacher.model,
+            session.domain.batches(data, s.seq_len, s.num_sequences, s.seed),
+            s,
+            track=session.track,
+            keep=session.folder,
+            measure=measure,
+        )
+        rows = session.track.rows(self.name)
+        if not rows:
+            raise UserError(
+                f"{session.track.file} has no line of step {self.name}, which was trained. Put back a copy, or start"
+                " again with --fresh."
+            )
+        losses = [row["train/loss"] for row in rows]
+        few = max(1, len(losses) // 20)
+        return student, {
+            "tokens": s.num_steps * s.batch_tokens,
+            "loss_first": sum(losses[:few]) / few,
+            "loss_last": sum(losses[-few:]) / few,
+            "skipped": rows[-1]["train/skipped"],
+            "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
+        }
+
+    # --- as data
+
+    def describe(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(dataclasses.replace(self.settings, objective=Objective(())))
+        settings |= {"objective": self.settings.objective.plain(), "trains": name_of(self.settings.trains)}
+        found = {"kind": "Train", "name": self.name, "stage": self.stage, "settings": settings}
+        return found | {key: value for key in ("data", "teacher") if (value := getattr(self, key)) is not None}
+
+    def tiny(self) -> "Train":
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **TINY))
