@@ -1,18 +1,18 @@
 """run_recipe(): the one place where recipe, data, tracking, checkpoints and measurements meet."""
 
 import copy
-import difflib
+import dataclasses
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from convert import recipes
 from convert.core import manifest
 from convert.core.console import console, duration, size
 from convert.core.errors import Interrupted, UserError, files_in_words
@@ -20,36 +20,47 @@ from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json, write_text
 from convert.core.places import path_of, refuse_overlap
 from convert.core.provenance import commit, versions
-from convert.data.batches import Batch, Batches
-from convert.data.text import TokenData, corpus, tokenize
-from convert.evaluation import final_metrics as final
-from convert.evaluation import perplexity as measure
-from convert.evaluation import runner as evaluation
-from convert.evaluation.monitor import Rule, Watch
-from convert.exporting.verify import ship
-from convert.mixers.parts import DecayRate
-from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
-from convert.models.student import ConvertedForCausalLM
+from convert.domains import domain_of
+from convert.domains.base import Data, Domain, Source, Teacher
+from convert.models.access import fingerprint
+from convert.models.devices import pick_device
+from convert.models.saving import load_student, save_student
 from convert.planning import plan as planning
-from convert.recipes.base import Forget, Recipe, Swap, Train
+from convert.planning.plan import Plan
+from convert.planning.validate import named_teachers
+from convert.recipes.base import Recipe
+from convert.recipes.targets import default_recipe
 from convert.reports import report
 from convert.reports.page import write_page
 from convert.runs import records
-from convert.runs.ledger import LOGS, StepFolder, StopRequest, check_out, locked, open_run
+from convert.runs.checkpoint import LOGS, StepFolder, StopRequest
+from convert.runs.ledger import check_out, locked, open_run
 from convert.runs.tracking import Track
-from convert.steps.swap import do_swap
+from convert.steps.base import Session, Step
 
-SHIPPED = (
-    "model",
-    "native",
-    "report.json",
-    "report.md",
-    "report.html",
-    "evaluation.json",
-    "answers.jsonl",
-    "layers.json",
-    *LOGS,
-)
+RESULTS = ("report.json", "report.md", "report.html", "evaluation.json", "answers.jsonl", "layers.json")
+SHIPPED = ("model", "native", *RESULTS, *LOGS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is done to which teacher, on which data, and where. `teachers` and `data` of the steps that name
+    their own are found by those names."""
+
+    domain: Domain
+    recipe: Recipe
+    teacher: Teacher
+    data: Data
+    out: Path
+    plan: Plan
+    settings: dict[str, Any]
+    load_teacher: Callable[[str], Teacher]
+    prepare: Callable[[str], Data]
+
+    def held_out(self) -> list[Any]:
+        """Return the batches that every headline metric of the run is measured on."""
+        last = self.recipe.trainings[-1]
+        return self.domain.held_out(self.data, self.recipe.tokens, last.seq_len, last.micro_tokens)
 
 
 @files_in_words()
@@ -65,102 +76,120 @@ def run_recipe(
     wandb: Literal["online", "offline", "disabled"] | None = None,
     stop_when: Sequence[Text] = (),
     trust_remote_code: bool = False,
-) -> dict:
-    """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; returns the report.
+) -> Any:
+    """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; return the report.
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured.
     `stop_when`: rules like "generation<0.2", looked at whenever a stage measures."""
-    started, rules = time.monotonic(), [Rule.of(rule) for rule in stop_when]
-    teacher, data = str(teacher), None if data is None else str(data)
-    source = resolve(teacher)
-    config = read_config(source, trust_remote_code=trust_remote_code)
+    started, teacher = time.monotonic(), str(teacher)
+    domain = domain_of(teacher)
+    rules = domain.monitor_rules(stop_when)
+    source = domain.resolve(teacher)
+    config = domain.read_config(source, trust_remote_code)
     if isinstance(recipe, str):
-        recipe = default_recipe(source, config, recipe)
-    if rules and not any(isinstance(step, Train) and step.settings.evaluate_every for step in recipe.steps):
+        recipe = default_recipe(source.name, config, recipe)
+    if rules and not any(settings.evaluate_every for settings in recipe.trainings):
         raise UserError(
             "--stop-when is looked at when a stage measures, and none of this recipe does; set"
             " STEP.evaluate_every=TOKENS."
         )
     out = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
-    device, data = pick_device(device), data or source.data
-    documents = corpus(data)  # wrong --data and --out are said before anything is loaded
-    plan = planning.make_plan(source.name, config, recipe, data, device)
+    device, spec = pick_device(device), source.data if data is None else str(data)
+    corpora = {name: domain.corpus(name) for name in (spec, *_own(recipe, "own_data"))}  # wrong names are said first
+    plan = _planned(domain, source, config, recipe, spec, device, out, trust_remote_code)
+    check_out(out, fresh)
+    named = [domain.resolve(name) for name in _own(recipe, "own_teacher")]
+    places = [("teacher", place) for each in (source, *named) for place in _places(each)]
+    refuse_overlap(out, places + [("data", place) for corpus in corpora.values() for place in corpus.places()])
+
+    def load(name: str) -> Teacher:
+        return domain.load_teacher(domain.resolve(name), device, trust_remote_code)
+
+    loaded = load(teacher)
+
+    def prepare(name: str) -> Data:
+        return domain.prepare(corpora[name], loaded, recipe.tokens)
+
+    text = prepare(spec)
+    run = Run(domain, recipe, loaded, text, out, plan, {}, load, prepare)
+    run.held_out()  # too little data is said before the folder is taken,
+    domain.check(loaded)  # and so is a teacher that cannot be asked anything
+    for settings in recipe.trainings:
+        domain.batches(text, settings.seq_len, settings.num_sequences, settings.seed)
+    run = dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
+    open_run(out, run.settings, fresh)
+    with locked(out):
+        _check_what_is_read_back(out)
+        numbers = _locked_run(run, wandb, rules, started)
+    report.show(numbers, domain.sections, console)
+    domain.show_evaluation(numbers.evaluation, console)
+    console.print(
+        f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  python -m convert.generate"
+        f' {out} "def add("'
+    )
+    return numbers
+
+
+def _planned(
+    domain: Domain,
+    source: Source,
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    data: str,
+    device: str,
+    out: Path,
+    trust_remote_code: bool,
+) -> Plan:
+    """Print the plan. Raises UserError where it cannot work, or has too little room on the disk."""
+    teachers = named_teachers(domain, recipe, trust_remote_code)
+    plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers)
     planning.show(plan, console)
     if plan.refusals:
         raise UserError(plan.refusals[0])
     if reason := planning.check_space(plan, out):
         raise UserError(reason)
-    peak = max((step.peak_bytes for step in plan.steps), default=0)
-    if device == "cpu" and peak > planning.physical_memory():
-        console.print(
-            f"This may not fit: about {size(peak)} needed, {size(planning.physical_memory())} here.", style="yellow"
-        )
-
-    check_out(out, fresh)
-    refuse_overlap(
-        out, [("teacher", place) for place in _places(source)] + [("data", place) for place in documents.places()]
-    )
-    taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
-    text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
-    final.held_out(text, recipe)  # and too little text before the folder is taken
-    evaluation.chosen(None, taught.tokenizer)  # and a chat template that renders nothing
-    for step in recipe.steps:
-        if isinstance(step, Train):
-            Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
-    settings = {
-        "teacher": _whole_name(teacher, source),
-        "teacher_fingerprint": fingerprint(taught.model),
-        "target": recipe.target, "data": data, "data_fingerprint": text.fingerprint,
-        "steps": [recipes.describe(step) for step in recipe.steps],
-    }  # fmt: skip
-    settings = json.loads(json.dumps(settings))
-    open_run(out, settings, fresh)
-    with locked(out):
-        _check_what_is_read_back(out)
-        numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started, plan)
-    report.show(numbers, console)
-    evaluation.show(numbers["evaluation"], console)
-    console.print(
-        f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  python -m convert.generate {out}"
-        ' "def add("'
-    )
-    return numbers
+    peak, there = max((step.peak_bytes for step in plan.steps), default=0), planning.physical_memory()
+    if device == "cpu" and peak > there:
+        console.print(f"This may not fit: about {size(peak)} needed, {size(there)} here.", style="yellow")
+    return plan
 
 
-def _locked_run(
-    recipe: Recipe,
-    taught: Teacher,
-    text: TokenData,
-    out: Path,
-    settings: dict,
-    wandb: str | None,
-    rules: Sequence[Rule],
-    started: float,
-    plan: planning.Plan,
-) -> dict:
-    track = Track(out, mode=wandb, config=settings, name=out.name)
-    try:
-        with StopRequest() as stop:
-            student, results = _steps(recipe, taught, text, out, track, stop, rules, plan)
-        _round(student, taught.dtype)
-        numbers = _report(student, taught, text, recipe, settings, results)
-        numbers["evaluation"] = _ask(student, taught, recipe, out)
-        with manifest.renewing(out, *SHIPPED):
-            numbers["export"] = ship(student, taught, out / "model", numbers, text)
-            numbers["seconds"]["this_call"] = time.monotonic() - started
-            write_json(out / "report.json", numbers)
-            write_text(out / "report.md", report.markdown(numbers))
-            write_page([out], out / "report.html")
-        track.enter("evaluate")
-        track.made(fingerprint(student), {"architecture": recipe.target} | numbers["perplexity"], out / "model")
-        short = {
-            part: numbers[part][key]
-            for part, key in (("perplexity", "ratio"), ("agreement", "top1"), ("kl", "mean_nats"))
-        }
-        track.finish(numbers["evaluation"], out / "report.html", short)
-    finally:
-        track.close()
-    return numbers
+def _own(recipe: Recipe, field: str) -> list[str]:
+    """Names of the teachers, or of the data, that steps name for themselves."""
+    return sorted({name for step in recipe.steps if (name := getattr(step, field)) is not None})
+
+
+def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, Any]:
+    """What the ledger compares: a run goes on only with the same teacher, data and steps."""
+    steps = run.recipe.describe()
+    for step, described in zip(run.recipe.steps, steps, strict=True):
+        described |= _own_fingerprints(run, step)
+    found = {
+        "teacher": whole_name(teacher, source),
+        "teacher_fingerprint": fingerprint(run.teacher.model),
+        "domain": run.domain.name,
+        "target": run.recipe.target,
+        "data": data,
+        "data_fingerprint": run.data.fingerprint,
+        "steps": steps,
+    }
+    return json.loads(json.dumps(found))
+
+
+def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
+    """Fingerprints of the data and the teacher that a training step names. Raises UserError for a teacher that cannot
+    teach in this run, and for data that are too short."""
+    found = {}
+    if step.own_data is not None:
+        data, settings = run.prepare(step.own_data), step.training
+        run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed)
+        found["data_fingerprint"] = data.fingerprint
+    if step.own_teacher is not None:
+        teacher = run.load_teacher(step.own_teacher)
+        if reason := run.domain.problem_of_loaded_pair(run.teacher, teacher):
+            raise UserError(f"Step {step.name}: {step.own_teacher} cannot be its teacher. {reason}")
+        found["teacher_fingerprint"] = fingerprint(teacher.model)
+    return found
 
 
 def _places(source: Source) -> list[Path]:
@@ -169,31 +198,55 @@ def _places(source: Source) -> list[Path]:
     if source.is_remote:
         return []
     where = Path(source.where)
-    return [where.parent if source.kind == "run" else where, *(file for file in where.rglob("*") if file.is_symlink())]
+    links = [file for file in where.rglob("*") if file.is_symlink()]
+    return [where.parent if source.kind == "run" else where, *links]
 
 
 def _check_what_is_read_back(out: Path) -> None:
-    """Of an earlier call: before hours are spent."""
+    """Damage to the files of an earlier call is said before hours are spent."""
     manifest.check(out, "answers.jsonl", *LOGS)
-    evaluation.earlier(out)
+    records.evaluation(out)
     records.context(out)
 
 
+def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: float) -> Any:
+    """Do the steps, measure, evaluate, export and report."""
+    out, domain = run.out, run.domain
+    track = Track(out, mode=wandb, config=run.settings, name=out.name)
+    try:
+        with StopRequest() as stop:
+            student, results = _steps(run, track, stop, rules)
+        _round(student, run.teacher.dtype)
+        numbers = _report(run, student, results)
+        console.print("evaluate", style="bold")
+        models = {"teacher": run.teacher.model, "student": student}
+        numbers["evaluation"] = domain.evaluate(models, run.teacher, run.recipe.examples, out)
+        with manifest.renewing(out, *SHIPPED):
+            numbers["export"] = domain.export(student, run.teacher, out / "model", numbers, run.data)
+            numbers["seconds"]["this_call"] = time.monotonic() - started
+            write_json(out / "report.json", numbers)
+            write_text(out / "report.md", report.markdown(numbers))
+            write_page([out], out / "report.html")
+        track.enter("evaluate")
+        facts = {"architecture": run.recipe.target} | numbers["perplexity"]
+        track.made(fingerprint(student), facts, out / "model")
+        track.finish(numbers["evaluation"], out / "report.html", domain.summary(numbers))
+    finally:
+        track.close()
+    return numbers
+
+
 def _steps(
-    recipe: Recipe,
-    taught: Teacher,
-    text: TokenData,
-    out: Path,
-    track: Track,
-    stop: StopRequest,
-    rules: Sequence[Rule],
-    plan: planning.Plan,
-) -> tuple[ConvertedForCausalLM, list[dict]]:
+    run: Run, track: Track, stop: StopRequest, rules: Sequence[Any]
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
-    folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
-    results, student, tokens_before, steps_before = [], None, 0, 0
-    batches = final.held_out(text, recipe)
-    watch = Watch(taught, batches[: max(1, len(batches) // 4)], rules)
+    recipe, teacher = run.recipe, run.teacher.model
+    folders = [StepFolder(run.out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
+    read = functools.partial(load_student, teacher=teacher)
+    held_out = run.held_out()
+    monitor = run.domain.monitor(run.teacher, held_out[: max(1, len(held_out) // 4)], rules)
+    results: list[dict[str, Any]] = []
+    student, tokens_before, steps_before = None, 0, 0
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -203,182 +256,118 @@ def _steps(
                 folders[i - 1].drop_weights()  # again, where a kill came before it
             student, track.model = None, result.get("model", track.model)
         else:
-            start = functools.partial(folders[i - 1].student if i else copy.deepcopy, taught.model)
-            student = start() if student is None else student
+            start = functools.partial(folders[i - 1].student, read) if i else functools.partial(copy.deepcopy, teacher)
             console.print(step.name, style="bold")
-            if isinstance(step, Train):
+            if step.training is not None:
                 track.enter(step.name, tokens_before, steps_before)
-            student, result = _do(step, student, start, taught, text, recipe, folder, track, watch, batches)
-            if isinstance(step, Train):
-                result["model"] = fingerprint(student)
-            result = folder.finish(student, result)
-            if isinstance(step, Train):
-                track.made(
-                    result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]}
-                )
-            if "layers" in result:
-                with manifest.renewing(out, "layers.json"):
-                    write_json(out / "layers.json", result["layers"])
+            session = Session(
+                domain=run.domain,
+                teacher=run.teacher,
+                data=run.data,
+                training=recipe.trainings[-1],
+                tokens=recipe.tokens,
+                held_out=held_out,
+                monitor=monitor,
+                track=track,
+                folder=folder,
+                start=start,
+                load_teacher=run.load_teacher,
+                prepare=run.prepare,
+            )
+            student, result = _done(step, start() if student is None else student, session, recipe.seed)
+            result = folder.finish(functools.partial(save_student, student), result)
+            _tell(run, step, student, result, track)
             if i:
                 folders[i - 1].drop_weights()
-            left = planning.time_left(plan, [*results, result])
+            left = planning.time_left(run.plan, [*results, result])
             ahead = f"; about {duration(left)} of training left" if left else ""
-            console.print(f"{step.name}: perplexity {result['perplexity_after']:.3f}{ahead}", style="dim")
+            metric = f"{run.domain.headline} {result['perplexity_after']:.3f}"
+            console.print(f"{step.name}: {metric}{ahead}", style="dim")
         results.append(result)
         if stop.requested:
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
-        if isinstance(step, Train):
-            tokens_before += step.settings.num_steps * step.settings.batch_tokens
-            steps_before += step.settings.num_steps
-    return student or folders[-1].student(taught.model), results
+        if step.training is not None:
+            tokens_before += step.training.num_steps * step.training.batch_tokens
+            steps_before += step.training.num_steps
+    return student or folders[-1].student(read), results
 
 
-def _do(
-    step,
-    student,
-    start,
-    taught: Teacher,
-    text: TokenData,
-    recipe: Recipe,
-    folder: StepFolder,
-    track: Track,
-    watch: Watch,
-    batches: list[Batch],
-):
-    """The student after the step, and what the ledger says of it. `start()` makes the student from before the step once
-    more."""
+def _done(
+    step: Step, student: PreTrainedModel, session: Session, seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Do one step and measure; return the student after it, and what the ledger says of it."""
     started = time.monotonic()
     result = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
-    torch.manual_seed(seed_of(recipe))  # a swap draws too: what is new in a mixer and cannot start at zero
-    if isinstance(step, Swap):
-        student, found = do_swap(step, student, start, text, recipe, console)
-        result |= found
-    elif isinstance(step, Forget):
-        with torch.no_grad():
-            for module in student.modules():
-                if isinstance(module, DecayRate):
-                    module.s.fill_(step.rate)
-    else:
-        student, found = _train(step, student, taught, text, folder, track, watch)
-        result |= found
-    result["perplexity_after"] = measure.perplexity(student, batches)
+    torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
+    student, found = step.run(student, session)
+    result |= found
+    result["perplexity_after"] = session.domain.measure(student, session.held_out)
     result["seconds"] += time.monotonic() - started
+    if step.training is not None:
+        result["model"] = fingerprint(student)
     return student, result
 
 
-def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, watch: Watch):
-    """`seconds`: those before a crash."""
-    started, s = time.monotonic(), step.settings
-
-    def look(student) -> dict[str, float]:
-        numbers = watch(student)
-        track.generations(watch.generations)
-        folder.stop.requested |= watch.stopped_by is not None
-        return numbers
-
-    student = step.stage(
-        student, taught.model, Batches(text.train, s.seq_len, s.num_sequences, s.seed), s, track=track, keep=folder,
-        measure=look,
-    )  # fmt: skip
-    rows = track.rows(step.name)
-    if not rows:
-        raise UserError(
-            f"{track.file} has no line of step {step.name}, which was trained. Put back a copy, or start again with"
-            " --fresh."
-        )
-    losses = [row["train/loss"] for row in rows]
-    few = max(1, len(losses) // 20)
-    return student, {
-        "tokens": s.num_steps * s.batch_tokens,
-        "loss_first": sum(losses[:few]) / few,
-        "loss_last": sum(losses[-few:]) / few,
-        "skipped": rows[-1]["train/skipped"],
-        "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
-    }
+def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, Any], track: Track) -> None:
+    """Track the student of a training step, and keep which layers a swap left alone beside the report."""
+    if step.training is not None:
+        facts = {"architecture": architecture(run.domain, student), "perplexity": result["perplexity_after"]}
+        track.made(result["model"], facts)
+    if "layers" in result:
+        with manifest.renewing(run.out, "layers.json"):
+            write_json(run.out / "layers.json", result["layers"])
 
 
-def architecture(student: ConvertedForCausalLM) -> str:
-    """The names of its mixers."""
-    return ", ".join(dict.fromkeys(mixer["name"] for mixer in student.config.mixers if mixer is not None))
+def architecture(domain: Domain, student: PreTrainedModel) -> str:
+    """Return the names of a student's mixers, or of its family where nothing was converted."""
+    host, mixers = domain.outline(student.config)
+    return ", ".join(dict.fromkeys(name for name in mixers if name)) or host.model_type
 
 
-def seed_of(recipe: Recipe) -> int:
-    return next((step.settings.seed for step in recipe.steps if isinstance(step, Train)), 0)
-
-
-def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
+def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of a finished run, but for its evaluation and its export."""
     console.print("measure", style="bold")
-    handovers = [r["handover"] for r in results if r.get("handover")]
-    stages = [r for r in results if r["tokens"]]
-    return final.numbers(student, taught, text, final.held_out(text, recipe)) | {
-        "teacher": taught.source.name,
-        "target": recipe.target,
-        "settings": settings,
+    handovers = [result["handover"] for result in results if result.get("handover")]
+    stages = [result for result in results if result["tokens"]]
+    return run.domain.final_metrics(student, run.teacher, run.data, run.held_out()) | {
+        "teacher": run.teacher.source.name,
+        "target": run.recipe.target,
+        "settings": run.settings,
         "handover": handovers[-1] if handovers else {"max_abs_logit": None},
-        "seconds": {"total": sum(r["seconds"] for r in results)},
-        "tokens": {"total": sum(r["tokens"] for r in stages)},
+        "seconds": {"total": sum(result["seconds"] for result in results)},
+        "tokens": {"total": sum(result["tokens"] for result in stages)},
         "stages": stages,
         "steps": results,
-        "layers": next((r["layers"] for r in results if "layers" in r), {"kept": []}),
+        "layers": next((result["layers"] for result in results if "layers" in result), {"kept": []}),
         "versions": versions(),
         "commit": commit(),
-        "seed": seed_of(recipe),
+        "seed": run.recipe.seed,
         "device": str(student.device),
     }
 
 
-def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
-    """A loss can be fine and the writing rotten: the tasks by both readings."""
-    console.print("evaluate", style="bold")
-    models = {"teacher": taught.model, "student": student}
-    found = evaluation.evaluate_tasks(
-        models,
-        taught.tokenizer,
-        evaluation.chosen(None, taught.tokenizer),
-        limit=recipe.questions,
-        file=out / "answers.jsonl",
-    )
-    evaluation.write(found, out / "evaluation.json")
-    return found
-
-
 @torch.no_grad()
-def _round(student, dtype: torch.dtype) -> None:
-    """The weights as the export will hold them, so that what is measured is what is shipped."""
+def _round(student: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights to what the export will hold, so that what is measured is what is shipped."""
     for p in student.parameters():
         p.copy_(p.to(dtype))
 
 
-# --- defaults
-
-
-def _whole_name(teacher: str, source: Source) -> str:
-    """As the settings of a run hold it, from wherever it is repeated."""
+def whole_name(teacher: str, source: Source) -> str:
+    """Return the teacher's name as the settings of a run hold it, from wherever it is repeated."""
     return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
 
 
-def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict | None:
-    """The report of a finished run of just this, else None."""
+def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Any:
+    """Return the report of a finished run of just this, else None."""
     if not (out / "report.json").exists():
         return None
-    report = records.report(out)
-    source = resolve(teacher)
-    steps = json.loads(json.dumps([recipes.describe(step) for step in recipe.steps]))
+    found = records.report(out)
+    source = domain_of(teacher).resolve(teacher)
     asked = {
-        "teacher": _whole_name(teacher, source),
+        "teacher": whole_name(teacher, source),
         "target": recipe.target,
         "data": data or source.data,
-        "steps": steps,
+        "steps": json.loads(json.dumps(recipe.describe())),
     }
-    return report if asked.items() <= report["settings"].items() else None
-
-
-@checked
-def default_recipe(
-    source: Source, config: PreTrainedConfig, target: Text, *, tokens=None, seq_len=None, batch_tokens=None, seed=0
-) -> Recipe:
-    """The recipe of a target with the defaults of this teacher, but for what is given."""
-    if target not in recipes.RECIPES:
-        near = difflib.get_close_matches(target, recipes.RECIPES, 3, 0.3) or list(recipes.RECIPES)
-        raise UserError(f"Unknown target {target!r}. Nearest: {', '.join(near)}. All: {', '.join(recipes.RECIPES)}.")
-    return recipes.RECIPES[target](recipes.budget(source.name, config, tokens, seq_len, batch_tokens, seed))
+    return found if asked.items() <= found.settings.items() else None

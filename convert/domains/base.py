@@ -76,6 +76,11 @@ class Domain(ABC):
         """Read the configuration of a teacher, without its weights."""
 
     @abstractmethod
+    def outline(self, config: PreTrainedConfig) -> tuple[PreTrainedConfig, tuple[str | None, ...]]:
+        """Return the configuration of the model around the mixers, and the name of the mixer of each layer (None: what
+        the model itself has there)."""
+
+    @abstractmethod
     def problem(self, config: PreTrainedConfig) -> str | None:
         """Say in a sentence why a model of this configuration cannot be a teacher; None where it can."""
 
@@ -100,6 +105,10 @@ class Domain(ABC):
         """Read the rules of --stop-when. Raises UserError for a rule that says nothing."""
 
     # --- models and data of a run
+
+    @abstractmethod
+    def problem_of_loaded_pair(self, run: Teacher, step: Teacher) -> str | None:
+        """Say why a training step cannot learn from the loaded teacher `step`, as problem_of_pair does."""
 
     @abstractmethod
     def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:

@@ -4,9 +4,10 @@ A step is a frozen dataclass with a `name` and the methods of `Step`. A new kind
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -59,14 +60,14 @@ class StepPlan:
 @dataclass(frozen=True)
 class PlanContext:
     """What a step needs to plan itself. `rate` is floating-point operations per second in training, `scan_rate()`
-    state updates per second; `teachers` has the configuration and the parameter count of each teacher that a training
-    step names."""
+    state updates per second; `teachers` has the configuration of each teacher that a training step names.
+    Models are made on the meta device."""
 
     domain: Domain
     config: PreTrainedConfig
     device: str
     num_teacher: int
-    teachers: Mapping[str, tuple[PreTrainedConfig, int]]
+    teachers: Mapping[str, PreTrainedConfig]
     longest: int  # training sequence of the recipe, in tokens
     rate: float
     scan_rate: Callable[[], float]
@@ -89,31 +90,51 @@ class Outline:
     teachers: Mapping[str, PreTrainedConfig]
 
 
-class Step(Protocol):
-    """The interface of a step."""
+class Step(ABC):
+    """The interface of a step. Its subclasses are frozen dataclasses."""
+
+    name: str
 
     @property
-    def name(self) -> str: ...
+    def training(self) -> Settings | None:
+        """The settings of a step that trains; None for the others."""
+        return None
 
+    @property
+    def own_teacher(self) -> str | None:
+        """The name of the step's own teacher, where it does not use the run's."""
+        return None
+
+    @property
+    def own_data(self) -> str | None:
+        """The name of the step's own data, where it does not use the run's."""
+        return None
+
+    @abstractmethod
     def problems(self, before: Outline) -> list[str]:
         """Say in sentences what cannot work, from configurations alone."""
 
     def after(self, before: Outline) -> Outline:
         """Return what is known of the student after the step."""
+        return before
 
+    @abstractmethod
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         """Return the student after the step, without memory, and what the step costs.
 
         Raises UserError for what only the modules themselves show."""
 
+    @abstractmethod
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Do the step; return the new student and what the ledger says of the step. Consumes the old student."""
 
     def describe(self) -> dict[str, Any]:
         """Return the step as plain data, functions by their names: what the ledger compares and the report prints."""
+        return plain(self)
 
     def tiny(self) -> "Step":
         """Return the same step shrunk to seconds."""
+        return self
 
 
 def plain(step: Any) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from convert.core.fields import Name, Text, check
-from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
 
 
 @dataclass(frozen=True)
-class Build:
+class Build(Step):
     """Make a student of the family `model` (a name that the domain knows) with these sizes, and random weights."""
 
     name: Name
@@ -31,7 +31,8 @@ class Build:
 
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         config = context.domain.build_config(self.model, self.options, context.config)
-        student = context.domain.empty_model(config)
+        with torch.device("meta"):
+            student = context.domain.empty_model(config)
         what = f"build a {self.model} of {config.num_hidden_layers} layers, width {config.hidden_size}"
         return student, StepPlan(self.name, what, 0, 0, count(student), 0, 0.0)
 
@@ -43,9 +44,3 @@ class Build:
             built = session.domain.empty_model(config)
         built.generation_config = teacher.generation_config
         return built.requires_grad_(False).eval(), {}
-
-    def describe(self) -> dict[str, Any]:
-        return plain(self)
-
-    def tiny(self) -> "Build":
-        return self

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from convert.core.fields import Name, check
 from convert.mixers import MIXERS
 from convert.models.access import slots_of
-from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
 
 
 @dataclass(frozen=True)
-class SetDecay:
+class SetDecay(Step):
     """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
     name: Name
@@ -26,9 +26,6 @@ class SetDecay:
             return []
         return [f"Step {self.name}: it sets decays, and no mixer has one there; swap in mamba or mamba2 before it."]
 
-    def after(self, before: Outline) -> Outline:
-        return before
-
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         return student, StepPlan(self.name, f"decay rate {self.rate:g}", 0, 0, count(student), 0, 0.0)
 
@@ -38,9 +35,3 @@ class SetDecay:
             if slot.mixer.decays:
                 slot.mixer.set_decay(self.rate)
         return student, {}
-
-    def describe(self) -> dict[str, Any]:
-        return plain(self)
-
-    def tiny(self) -> "SetDecay":
-        return self

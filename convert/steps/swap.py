@@ -15,7 +15,7 @@ from convert.mixers.projections import Inputs
 from convert.models.access import layers_of, slots_of
 from convert.models.student import ConvertedForCausalLM, projections_of, swap
 from convert.steps import handover, selection
-from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
 from convert.steps.calibration import inputs_of
 from convert.steps.layers import Keep, MostSensitive
 
@@ -26,7 +26,7 @@ SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # stands for 
 
 
 @dataclass(frozen=True)
-class Swap:
+class Swap(Step):
     """Replace the token mixers of `layers` (None: all) but those that `keep` names.
 
     `exact`: theory says that the function stays the same, so the run measures it and stops if it does not.
@@ -124,7 +124,7 @@ class Swap:
         are held, and attention over one text."""
         num_layers = len(layers_of(student))
         student = self._swapped_without_memory(student, num_layers)
-        total, config = count(student), student.host.config
+        total, config = count(student), host_config(student)
         looks = self.calibration if self.looks_first else 0
         ranks = RANKING_TOKENS * num_layers / 2 if isinstance(self.keep, MostSensitive) else 0
         held = 4 * (2 * num_layers * config.hidden_size**2 + 4 * context.longest**2) if looks else 0

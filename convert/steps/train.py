@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import Name, Text, check
 from convert.models.access import slots_of
-from convert.steps.base import Outline, PlanContext, Session, StepPlan, count, plain
+from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.training.align import align
 from convert.training.distill import distill
 from convert.training.settings import Settings
@@ -21,7 +21,7 @@ TINY = {"tokens": 3 * 128, "seq_len": 64, "batch_tokens": 128, "micro_tokens": 1
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Step):
     """Train the student by a stage: `align` (layer by layer) or `distill` (the whole model).
 
     `data`, `teacher`: as for the command, where this step needs others than the run's; the teacher must have the
@@ -34,6 +34,18 @@ class Train:
     teacher: Text | None = None
 
     __post_init__ = check
+
+    @property
+    def training(self) -> Settings:
+        return self.settings
+
+    @property
+    def own_teacher(self) -> str | None:
+        return self.teacher
+
+    @property
+    def own_data(self) -> str | None:
+        return self.data
 
     # --- before a run
 
@@ -79,9 +91,6 @@ class Train:
             ]
         return []
 
-    def after(self, before: Outline) -> Outline:
-        return before
-
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         """Count what is trained, and estimate memory and time. Raises UserError where the functions of the settings
         cannot train this student."""
@@ -89,17 +98,19 @@ class Train:
         if reason := problem_of_functions(s, student):
             raise UserError(reason)
         trainable, total = sum(p.numel() for p in selected(student, s.trains)), count(student)
-        owned = sum(p.numel() for p in s.objective.build(student, context.empty_teacher(self.teacher)).parameters())
+        config = context.config if self.teacher is None else context.teachers[self.teacher]
+        with torch.device("meta"):
+            teacher = context.domain.empty_model(config)
+            owned = count(s.objective.build(student, teacher))
+        num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.teacher else 0)
         mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
-        held = context.num_teacher + (context.teachers[self.teacher][1] if self.teacher else 0)
-        teacher = context.teachers[self.teacher][1] if self.teacher else context.num_teacher
-        config = config_of(student)
+        config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size
         inner = width * 18 + config.intermediate_size * 3  # floats a layer keeps for its backward pass, per token (ours)
         kept_layers = 1 if layerwise or s.checkpointing else layers
         activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
-        per_token = 2 * teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
+        per_token = 2 * num_teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
         updates = sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
         scan = updates / context.scan_rate() if updates else 0.0
         plan = StepPlan(
