@@ -38,7 +38,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from kernels.targets import TARGETS, Resources, Target, faults, operations, resources, roofline
+from kernels.gpu_specs import TARGETS, Resources, Target, faults, operations, resources, roofline
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.contenders import CASES, ON_A_GPU, PEERS, Cost, Run, Work, gradient_of, why_not
+from kernels.baselines import CASES, ON_A_GPU, PEERS, Cost, Run, Work, gradient_of, why_not
 from kernels.machine import DEVICE, Peak, ceilings, facts, give_back, seconds, stay_within_memory
 
 WRONG = 1e-3  # relative RMS error from which a result is called wrong

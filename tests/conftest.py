@@ -14,18 +14,14 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.mixers import MIXERS
-from kernels import native
+from kernels import trust
 
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 VOCAB, WIDTH, LAYERS = 99, 32, 3
-SOFTMAX = (
-    "gate-swa",
-    "mla",
-)  # mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
+# mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
+SOFTMAX = ("gate-swa", "mla")
 
-os.environ.setdefault(
-    "CONVERT_KERNELS", str(native.cache())
-)  # tests have caches of their own, but compile nothing twice
+os.environ.setdefault("CONVERT_KERNELS", str(trust.cache()))  # tests have caches of their own, but compile nothing twice
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
 
 

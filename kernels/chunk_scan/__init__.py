@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_flags, check_plain, check_tensors
+from kernels.checks import check_decay, check_documents, check_flags, check_plain, check_tensors
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_not
 from kernels.chunk_scan.reference import chunk_scan_reference
-from kernels.pick import anywhere, pick, why_not_triton
+from kernels.dispatch import anywhere, pick, why_not_triton
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 

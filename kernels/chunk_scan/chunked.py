@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.check import has_values
+from kernels.checks import has_values
 from kernels.chunk_scan.products import product, running_sums, scores_of, weighted_sum
 from kernels.chunk_scan.reference import chunk_scan_reference
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, library, loaded, needs_gradients, register, why_not_compiled
-from kernels.room import room
+from kernels.cpp_build import lanes, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.allocator import room
 
 
 class _Scan(ctypes.Structure):

@@ -23,7 +23,7 @@ except ImportError:  # in a try: transformers then lets a machine without Triton
     raise
 
 from kernels.chunk_scan.products import running_sums
-from kernels.tune import bucket, on_device_of, tuned
+from kernels.autotune import bucket, on_device_of, tuned
 
 WHOLE = 16  # columns: rows that start at whole vectors need half the registers
 MOST_STEPS = 64  # of a chunk; times the numbers of a row, all heads of a step, it is counted in 32 bits

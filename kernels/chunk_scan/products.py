@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import has_values
+from kernels.checks import has_values
 
 
 class _Scores(torch.autograd.Function):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_documents, check_flags, check_plain, check_tensors
-from kernels.pick import anywhere, pick, why_not_triton
+from kernels.checks import check_decay, check_documents, check_flags, check_plain, check_tensors
+from kernels.dispatch import anywhere, pick, why_not_triton
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_not
 from kernels.selective_scan.reference import selective_scan_reference

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.native import lanes, library, loaded, needs_gradients, register, why_not_compiled
-from kernels.room import room
+from kernels.cpp_build import lanes, library, loaded, needs_gradients, register, why_not_compiled
+from kernels.allocator import room
 
 SLICES = 16  # tasks of a backward pass at least, where there are channels enough
 LOG2E = 1.4426950408889634

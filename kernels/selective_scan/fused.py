@@ -14,7 +14,7 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
-from kernels.tune import bucket, on_device_of, tuned
+from kernels.autotune import bucket, on_device_of, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

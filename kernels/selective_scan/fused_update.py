@@ -8,7 +8,7 @@ try:
 except ImportError:  # in a try: transformers then lets a machine without Triton load an export that this file travels with
     raise
 
-from kernels.tune import on_device_of, tuned
+from kernels.autotune import on_device_of, tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

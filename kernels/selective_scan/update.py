@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.check import check_decay, check_flags, check_plain, check_tensors
-from kernels.native import loaded
-from kernels.pick import anywhere, pick, why_not_triton
+from kernels.checks import check_decay, check_flags, check_plain, check_tensors
+from kernels.cpp_build import loaded
+from kernels.dispatch import anywhere, pick, why_not_triton
 from kernels.selective_scan.cpu import SOURCE, native, why_not
 
 THREADED = 1 << 17  # state elements from which more than one thread pays (ours)

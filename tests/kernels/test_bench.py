@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import bench
-from kernels.contenders import CASES, PEERS, why_not
+from kernels.baselines import CASES, PEERS, why_not
 from kernels.machine import Peak
 from kernels.selective_scan import selective_scan
 

@@ -12,8 +12,8 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.test_state_update import CASES as STEPS
-from tests.kernels.test_state_update import make as make_step
+from tests.kernels.selective_scan.test_update import CASES as STEPS
+from tests.kernels.selective_scan.test_update import make as make_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")

@@ -13,7 +13,7 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
-from tests.kernels.test_state_update import make as make_step
+from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
@@ -51,7 +51,7 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
 @needs_compiler
 @pytest.mark.parametrize("name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))])
 def test_an_export_takes_any_length(name, lengths):
-    """Not only those whose results are small: kernels/room.py."""
+    """Not only those whose results are small: kernels/allocator.py."""
     scan, make = OPERATORS[name]
     tensors = {k: v for k, v in make().items() if isinstance(v, torch.Tensor)}
 

@@ -13,8 +13,8 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.test_state_update import CASES as STEPS
-from tests.kernels.test_state_update import make as make_step
+from tests.kernels.selective_scan.test_update import CASES as STEPS
+from tests.kernels.selective_scan.test_update import make as make_step
 
 SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
 pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu.py has these cases")

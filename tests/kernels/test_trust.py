@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import native, trust
+from kernels import cpp_build, trust
 from tests.kernels.conftest import needs_compiler
 
 SOURCE = 'extern "C" { int answer() { return 42; } }\n'
@@ -29,11 +29,11 @@ def load(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_KERNELS", str(tmp_path / "cache"))
 
     def now():
-        native.library.cache_clear()
-        return native.library(source)
+        cpp_build.library.cache_clear()
+        return cpp_build.library(source)
 
     yield now
-    native.library.cache_clear()
+    cpp_build.library.cache_clear()
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_many_at_once_all_get_a_sound_one(tmp_path, monkeypatch):
     (tmp_path / "tiny.cpp").write_text(SOURCE)
     target, found = tmp_path / "cache" / "tiny.so", []
     threads = [
-        threading.Thread(target=lambda: found.append(native._cached(target, lambda: native._compile("g++", tmp_path / "tiny.cpp", target))))
+        threading.Thread(target=lambda: found.append(cpp_build._cached(target, lambda: cpp_build._compile("g++", tmp_path / "tiny.cpp", target))))
         for _ in range(4)
     ]
     for thread in threads:

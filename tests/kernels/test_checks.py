@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from kernels.check import check_decay
+from kernels.checks import check_decay
 from kernels.chunk_scan import cases as chunk_cases
 from kernels.chunk_scan import chunk_scan
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.kernels.conftest import CPU
-from tests.kernels.test_state_update import make as make_step
+from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, **selective_cases.CASES["everything"], dtype=torch.float32)),

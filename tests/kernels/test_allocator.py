@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from kernels import room as module
-from kernels.room import LARGE, room
+from kernels import allocator as module
+from kernels.allocator import LARGE, room
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere results are torch's own")
 LIKE = torch.empty(0)
