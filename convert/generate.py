@@ -13,7 +13,8 @@ with quick_to_stop(__name__ == "__main__"):
 
     from convert.data.prompts import encode, has_chat_template
     from convert.evaluation.scoring import end_ids, greedily
-    from convert.models.loading import load_teacher, pick_device
+    from convert.models.devices import pick_device
+    from convert.models.loading import load_teacher
     from convert.run import fail_in_words
 
 

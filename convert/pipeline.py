@@ -21,14 +21,17 @@ from convert.core.files import write_json, write_text
 from convert.core.places import path_of, refuse_overlap
 from convert.core.provenance import commit, versions
 from convert.data.batches import Batch, Batches
-from convert.data.text import TokenData, corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import TokenData, tokenize
 from convert.evaluation import final_metrics as final
 from convert.evaluation import perplexity as measure
 from convert.evaluation import runner as evaluation
 from convert.evaluation.monitor import Rule, Watch
 from convert.exporting.verify import ship
 from convert.mixers.parts import DecayRate
-from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
+from convert.models.catalog import Source, resolve
+from convert.models.devices import pick_device
+from convert.models.loading import Teacher, fingerprint, load_teacher, read_config
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
 from convert.recipes.language import Forget, Recipe, Swap, Train

@@ -15,8 +15,10 @@ with quick_to_stop(__name__ == "__main__"):
     from convert.cli import number_of_tokens
     from convert.core.console import console, visible
     from convert.core.places import cache_folder
-    from convert.data.text import corpus
-    from convert.models.loading import pick_device, read_config, resolve
+    from convert.data.corpus import corpus
+    from convert.models.catalog import resolve
+    from convert.models.devices import pick_device
+    from convert.models.loading import read_config
     from convert.pipeline import default_recipe, run_recipe
     from convert.planning import plan as planning
 

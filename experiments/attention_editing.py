@@ -21,7 +21,8 @@ from rich.table import Table
 from convert import recipes, run_recipe
 from convert.cli import number_of_tokens, whole_number
 from convert.core.console import Console
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.language import Recipe, Train, with_setting
 from convert.run import fail_in_words

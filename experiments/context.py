@@ -31,7 +31,8 @@ from convert.core.errors import UserError
 from convert.core.fields import shown
 from convert.core.files import write_json
 from convert.data.batches import held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation import perplexity as measure
 from convert.evaluation.scoring import READINGS, prompt_ids
 from convert.evaluation.tasks import TASKS, Item, Task, needles

@@ -22,10 +22,12 @@ from convert.cli import whole_number
 from convert.core import json_lines as lines
 from convert.core.console import Console
 from convert.data.batches import Batches, held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.objectives.divergences import Distill
 from convert.recipes.language import Train

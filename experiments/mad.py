@@ -34,7 +34,7 @@ from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.mixers import MIXERS
 from convert.mixers.parts import project_gradients
-from convert.models.loading import pick_device
+from convert.models.devices import pick_device
 from convert.models.student import ConvertedForCausalLM, swap
 from convert.run import fail_in_words
 from experiments.mad_tasks import IGNORED, TASKS, Difficulty, Task, compression

@@ -21,7 +21,8 @@ from convert.cli import whole_number
 from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.mixers import MIXERS
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.objectives.divergences import Distill, cosine_distance
 from convert.run import fail_in_words

@@ -22,7 +22,8 @@ from convert.cli import number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.files import write_json
 from convert.evaluation.runner import chosen, evaluate_tasks
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.language import Recipe, with_setting
 from convert.reports import charts

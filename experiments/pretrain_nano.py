@@ -24,7 +24,8 @@ from convert.core import json_lines as lines
 from convert.core import manifest
 from convert.core.files import write_text
 from convert.data.batches import Batches, held_out_batches
-from convert.data.text import HELD_OUT_SHARE, corpus, is_held_out, tokenize
+from convert.data.corpus import HELD_OUT_SHARE, corpus, is_held_out
+from convert.data.text import tokenize
 from convert.run import fail_in_words
 
 END = "<|endoftext|>"

@@ -22,7 +22,8 @@ from convert.cli import number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.pipeline import default_recipe, finished
 from convert.recipes.language import Recipe, Swap, Train, with_setting
 from convert.run import fail_in_words

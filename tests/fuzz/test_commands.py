@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from convert import pipeline as conversion
 from convert.evaluate import main as evaluate
 from convert.generate import main as generate
-from convert.models.loading import NANO
+from convert.models.catalog import NANO
 from convert.recipes.language import RECIPES
 from convert.run import fail_in_words
 from convert.run import main as run

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from convert import recipes
 from convert.core.console import size
-from convert.models.loading import TEACHERS, read_config, resolve
+from convert.models.catalog import TEACHERS, resolve
+from convert.models.loading import read_config
 from convert.planning import plan as planning
 from convert.planning.plan import make_plan
 

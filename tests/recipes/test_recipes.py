@@ -7,7 +7,8 @@ import pytest
 
 from convert import recipes
 from convert.core.errors import UserError
-from convert.models.loading import TEACHERS, read_config, resolve
+from convert.models.catalog import TEACHERS, resolve
+from convert.models.loading import read_config
 from convert.objectives import divergences as objectives
 from convert.recipes.language import RECIPES, Budget, Swap, Train, describe, tiny, with_setting
 from convert.training import loop as stages
