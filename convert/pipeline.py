@@ -34,7 +34,7 @@ from convert.models.devices import pick_device
 from convert.models.loading import Teacher, fingerprint, load_teacher, read_config
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
-from convert.recipes.language import Forget, Recipe, Swap, Train
+from convert.recipes.base import Forget, Recipe, Swap, Train
 from convert.reports import report
 from convert.reports.page import write_page
 from convert.runs import records

@@ -24,7 +24,8 @@ from convert.core.console import Console
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.pipeline import finished
-from convert.recipes.language import Recipe, Train, with_setting
+from convert.recipes.base import Recipe, Train
+from convert.recipes.overrides import with_setting
 from convert.run import fail_in_words
 
 

@@ -30,7 +30,7 @@ from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.objectives.divergences import Distill
-from convert.recipes.language import Train
+from convert.recipes.base import Train
 from convert.run import fail_in_words
 from convert.training import loop as stages
 

@@ -24,7 +24,7 @@ from convert.data.text import tokenize
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.student import swap
-from convert.recipes.language import Train
+from convert.recipes.base import Train
 from convert.run import fail_in_words
 from convert.training import loop as stages
 from kernels import chunk_scan, selective_scan

@@ -13,7 +13,7 @@ from convert.models.catalog import resolve
 from convert.models.loading import _load_model, read_config
 from convert.models.student import swap
 from tests.conftest import LAYERS, VOCAB, assert_close, tiny_teacher, token_ids
-from tests.test_model import logits_of
+from tests.models.test_student import logits_of
 
 FLOAT32 = 1e-5
 SUBLAYERS = {

@@ -10,7 +10,9 @@ from convert.core.errors import UserError
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
 from convert.objectives import divergences as objectives
-from convert.recipes.language import RECIPES, Budget, Swap, Train, describe, tiny, with_setting
+from convert.recipes.base import Budget, Swap, Train, describe, tiny
+from convert.recipes.language import RECIPES
+from convert.recipes.overrides import with_setting
 from convert.training import loop as stages
 
 BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, objectives.Distill(), 4096)
