@@ -1,11 +1,13 @@
 """What all commands share: options in words, exit codes, and failures as one sentence."""
 
 import argparse
+import gc
 import math
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +34,10 @@ def main_of(parser: Parser, work: Callable[[argparse.Namespace], None], argv: li
     """Parse `argv` (None: the command line's) and do the work; returns the exit code. `parser` gets the option --debug."""
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     argv = sys.argv[1:] if argv is None else argv
-    return fail_in_words(lambda: work(parser.parse_args(argv)), debug="--debug" in argv)
+    try:
+        return fail_in_words(lambda: work(parser.parse_args(argv)), debug="--debug" in argv)
+    finally:
+        gc.unfreeze()  # libraries in C++ want to be taken apart when the process ends
 
 
 def fail_in_words(work: Callable[[], object], debug: bool) -> int:
@@ -66,17 +71,24 @@ def fail_in_words(work: Callable[[], object], debug: bool) -> int:
 
 
 @contextmanager
-def quick_to_stop() -> Iterator[None]:
-    """Goes around imports inside a command, which take seconds: Ctrl-C ends the process there, with one line and exit
-    code 130. An exception could come up in any module that is half imported, and be swallowed there."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a program that uses us handles it
-        yield
-        return
-    signal.signal(signal.SIGINT, _stop)
+def heavy_imports() -> Iterator[None]:
+    """Goes around imports inside a command, which take seconds. Ctrl-C ends the process there, with one line and exit
+    code 130: an exception could come up in any module that is half imported, and be swallowed there. The garbage
+    collector waits, and never looks through what was imported: that would take a third of the time of a plan."""
+    stops = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else a program that uses us handles it
+    stops = stops and threading.current_thread() is threading.main_thread()
+    collects = gc.isenabled()
+    gc.disable()
+    if stops:
+        signal.signal(signal.SIGINT, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stops:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -111,8 +123,8 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
 
 
 def number_of_tokens(text: str) -> int:
-    """A type for argparse: a number of tokens, written 20000, 500k, 12M or 1B."""
+    """A number of tokens, written 20000, 500k, 12M or 1B; raises UserError where the text is none."""
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kMB]?)", text)
     if not found or float(found[1]) * SUFFIXES[found[2]] < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of tokens, as 20000, 500k, 12M or 1B; got {shown(text)}")
+        raise UserError(f"A number of tokens is written 20000, 500k, 12M or 1B; got {shown(text)}.")
     return int(float(found[1]) * SUFFIXES[found[2]])

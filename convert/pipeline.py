@@ -1,7 +1,6 @@
 """run_recipe(): the one place where recipe, data, tracking, checkpoints and measurements meet."""
 
 import copy
-import difflib
 import functools
 import json
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedConfig
 
 from convert import recipes
 from convert.core import manifest
@@ -78,7 +76,7 @@ def run_recipe(
     source = resolve(teacher)
     config = read_config(source, trust_remote_code=trust_remote_code)
     if isinstance(recipe, str):
-        recipe = default_recipe(source, config, recipe)
+        recipe = recipes.default_recipe(source.name, config, recipe)
     if rules and not any(isinstance(step, Train) and step.settings.evaluate_every for step in recipe.steps):
         raise UserError(
             "--stop-when is looked at when a stage measures, and none of this recipe does; set"
@@ -374,14 +372,3 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict 
         "steps": steps,
     }
     return report if asked.items() <= report["settings"].items() else None
-
-
-@checked
-def default_recipe(
-    source: Source, config: PreTrainedConfig, target: Text, *, tokens=None, seq_len=None, batch_tokens=None, seed=0
-) -> Recipe:
-    """The recipe of a target with the defaults of this teacher, but for what is given."""
-    if target not in recipes.RECIPES:
-        near = difflib.get_close_matches(target, recipes.RECIPES, 3, 0.3) or list(recipes.RECIPES)
-        raise UserError(f"Unknown target {target!r}. Nearest: {', '.join(near)}. All: {', '.join(recipes.RECIPES)}.")
-    return recipes.RECIPES[target](recipes.budget(source.name, config, tokens, seq_len, batch_tokens, seed))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher
-from convert.cli import real_number, whole_number
+from convert.cli import fail_in_words, real_number, whole_number
 from convert.core import manifest
 from convert.core.console import Console, duration, size
 from convert.core.errors import UserError
@@ -42,7 +42,6 @@ from convert.models.loading import Teacher
 from convert.models.student import ConvertedForCausalLM
 from convert.planning.plan import free_memory
 from convert.reports.page import Run, write_report_page
-from convert.run import fail_in_words
 from convert.runs.ledger import locked
 
 DEPTHS = (0.1, 0.5, 0.9)

@@ -1,10 +1,8 @@
 """What a recipe would do to a teacher, from configurations alone: counts, memory, disk, time and refusals."""
 
-import functools
 import os
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +18,11 @@ from convert.mixers import MIXERS
 from convert.mixers.parts import DecayRate
 from convert.mixers.projections import Inputs
 from convert.models.student import ConvertedForCausalLM, projections_of, swap
+from convert.planning.machine_speed import matmul_rate, scan_rate
 from convert.planning.validate import bad_functions, refusals
 from convert.recipes.base import Forget, OneIn, Recipe, Swap, Train, objective_of
 from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS
 from convert.training.loop import align, uses_bfloat16
-from kernels.selective_scan import selective_scan
 
 SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # of a calibration that is yet to come
 MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
@@ -56,7 +54,7 @@ class Plan:
 
 
 def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str, device: str) -> Plan:
-    """Counts come from the real modules on the meta device; time from rates measured here in a second."""
+    """Counts come from the real modules on the meta device; time from rates that are measured once on a machine."""
     if found := refusals(config, recipe):
         return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), found)
     with torch.device("meta"):
@@ -64,7 +62,8 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     num_teacher, num_layers = _count(model), config.num_hidden_layers
     precisions = {step.settings.precision for step in recipe.steps if isinstance(step, Train)}
     dtype = torch.bfloat16 if all(uses_bfloat16(torch.device(device), p) for p in precisions) else torch.float32
-    flops = _matmul_rate(device, dtype)
+    speed = matmul_rate(device, dtype)
+    flops = speed.per_second
     student, rows, biggest = model, [], 0
     for step in recipe.steps:
         if isinstance(step, Swap):
@@ -87,8 +86,8 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     disk = 3 * 12 * biggest + 2 * 4 * num_student + exports * 4 * num_student
     assumptions = (
         (
-            f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this"
-            f" {device} now), {MATMUL_SHARE:.0%} of it in training"
+            f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s on this {device},"
+            f" {MATMUL_SHARE:.0%} of it in training ({speed.origin})"
         ),
         (
             "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one"
@@ -100,11 +99,10 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         ),
     )
     if _state_updates(student):
+        scans = scan_rate(device)
         assumptions += (
-            (
-                f"scans with a decay per state at {_scan_rate(device) / 1e6:,.0f} M state updates/s, forward and"
-                " backward (measured now)"
-            ),
+            f"scans with a decay per state at {scans.per_second / 1e6:,.0f} M state updates/s, forward and backward"
+            f" ({scans.origin})",
         )
     names = {mixer["name"] for mixer in config.mixers if mixer} - {"linear"} if config.model_type == "converted" else ()
     if names:
@@ -188,7 +186,8 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
     forward = 2 * num_teacher
     per_token = forward + 6 * mixers if step.stage is align else forward + (8 if s.checkpointing else 6) * total
-    scan = _state_updates(student) / _scan_rate(device) if _state_updates(student) else 0.0
+    updates = _state_updates(student)
+    scan = updates / scan_rate(device).per_second if updates else 0.0
     seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + scan)
     what = f"{step.stage.__name__}: {objective_of(step)}, trains {s.trains.__name__}"
     return StepPlan(
@@ -202,61 +201,10 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     )
 
 
-@functools.cache
-def _matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product."""
-    n = 512 if device == "cpu" else 4096
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return _rate(lambda: a @ a, 2 * n**3, a.device)
-
-
 def _state_updates(student: ConvertedForCausalLM) -> int:
     """Of numerators and denominators with a decay of their own, per token."""
     rates = [module.s for module in student.modules() if isinstance(module, DecayRate)]
     return sum(2 * rate.numel() for rate in rates if rate.ndim == 2)
-
-
-@functools.cache
-def _scan_rate(device: str) -> float:
-    """State updates per second, forward and backward, of the selective scan."""
-    shape = {"device": device, "requires_grad": True}
-    u, delta = (torch.rand(2, 512, 64, **shape) for _ in range(2))
-    A, B = torch.rand(512, 64, **shape), torch.rand(2, 64, 64, **shape)
-    return _rate(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64, u.device)
-
-
-def _rate(call: Callable[[], object], work: float, device: torch.device) -> float:
-    """Work per second, of the best of many calls: other programs only ever make one slower. On a CPU also by one
-    thread, and each further one counted half: beside other programs threads that wait for each other are forty times as
-    slow at one moment, one thread never is."""
-    found = work / _best(call, device)
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        return found
-    try:
-        torch.set_num_threads(1)
-        return max(found, work / _best(call, device) * (1 + threads) / 2)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the quickest call within half a second."""
-    call()  # compiles, and wakes the device
-    times, ends = [], time.perf_counter() + 0.5
-    while not times or time.perf_counter() < ends:
-        _finish(device)
-        start = time.perf_counter()
-        call()
-        _finish(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for all that the device was asked to do."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 def time_left(plan: Plan, results: Sequence[dict]) -> float:

@@ -181,8 +181,3 @@ def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
     return Recipe(
         target, (edit, Train("align", stages.align, _smaller_batches(budget, align)), distill), budget.questions
     )
-
-
-RECIPES: dict[str, Callable[[Budget], Recipe]] = {
-    "linear": to_linear, "mamba": to_mamba, "mamba2": to_mamba2, "gate-swa": to_gate_swa, "mla": to_mla
-}  # fmt: skip
