@@ -1,23 +1,20 @@
-"""Teacher and student on the same questions, by what they write and by what they rank first; and a run's final
-measurements again.
+"""The command that asks teacher and student the same questions, by generation and by likelihood, and measures a run's
+final numbers again.
 
 python -m convert.evaluate runs/neox-nano-mamba2
 """
 
 import argparse
 
-from convert.core.errors import quick_to_stop
-
-with quick_to_stop(__name__ == "__main__"):
-    from convert.core.places import path_of
-    from convert.evaluation.runner import LIMIT, evaluate_run
-    from convert.evaluation.tasks import TASKS
-    from convert.reports.page import Run, write_report_page
-    from convert.run import fail_in_words
+from convert.cli import Parser, heavy_imports, main_of
+from convert.core.places import path_of
+from convert.evaluation.tasks import TASKS
+from convert.evaluation.tasks.base import LIMIT
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    """The command; returns its exit code."""
+    parser = Parser(
         prog="python -m convert.evaluate",
         description="Teacher and student on the same questions, by generation and by likelihood.",
     )
@@ -30,24 +27,27 @@ def main(argv: list[str] | None = None) -> int:
         "--lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness, or folders of such, with commas"
     )
     parser.add_argument("--out", help="where evaluation.json goes; default the run folder, or runs/evaluation-NAME")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
     parser.add_argument("--trust-remote-code", action="store_true", help="as for the run, if its teacher needed it")
-    parser.add_argument("--debug", action="store_true", help="tracebacks")
-    args = parser.parse_args(argv)
+    return main_of(parser, evaluate, argv)
 
-    def work() -> None:
-        run = path_of(args.folder, "The folder")
-        has_page = (run / "report.json").exists() and path_of(args.out or run, "--out") == run
-        if has_page:
-            Run.read(run)  # what cannot be shown is said before minutes of questions
-        evaluate_run(
-            args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
-            trust_remote_code=args.trust_remote_code,
-        )  # fmt: skip
-        if has_page:
-            write_report_page(run)
 
-    return fail_in_words(work, args.debug)
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate the folder, and write a run's page again."""
+    run = path_of(args.folder, "The folder")
+    has_page = (run / "report.json").exists() and path_of(args.out or run, "--out") == run
+    with heavy_imports():
+        from convert.evaluation.runner import evaluate_run
+        from convert.reports.page import Run, write_report_page
+
+    if has_page:
+        Run.read(run)  # what cannot be shown is said before minutes of questions
+    evaluate_run(
+        args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    if has_page:
+        write_report_page(run)
 
 
 if __name__ == "__main__":

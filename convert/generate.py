@@ -1,58 +1,58 @@
-"""Text from a converted model, streamed.
+"""The command that continues a prompt with a converted model, streamed.
 
 python -m convert.generate runs/neox-nano-mamba2 "def add("
 """
 
 import argparse
 
-from convert.core.errors import UserError, quick_to_stop
-
-with quick_to_stop(__name__ == "__main__"):
-    import torch
-    from transformers import TextStreamer
-
-    from convert.data.prompts import encode, has_chat_template
-    from convert.evaluation.scoring import end_ids, greedily
-    from convert.models.loading import load_teacher, pick_device
-    from convert.run import fail_in_words
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.generate", description="Continue a prompt with a converted model (or any teacher)."
-    )
-    parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy; above: drawn from all tokens at this temperature"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--raw", action="store_true", help="do not use the chat template of an instruct model")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the model"
-    )
-    parser.add_argument("--debug", action="store_true", help="tracebacks")
-    args = parser.parse_args(argv)
-    return fail_in_words(lambda: generate(args), args.debug)
-
+from convert.cli import Parser, heavy_imports, main_of, real_number, whole_number
+from convert.core.errors import UserError
+from convert.models.catalog import resolve
 
 LONGEST = 1_000_000  # tokens of an answer (ours)
 COLDEST = 1e-6  # above 0, which is greedy: a division by less leaves float32 (ours)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = Parser(
+        prog="python -m convert.generate", description="Continue a prompt with a converted model (or any teacher)."
+    )
+    parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=whole_number(1, LONGEST), default=128)
+    parser.add_argument(
+        "--temperature",
+        type=real_number(0, 1000),
+        default=0.0,
+        help="0: greedy; above: drawn from all tokens at this temperature",
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
+    parser.add_argument("--raw", action="store_true", help="do not use the chat template of an instruct model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the model"
+    )
+    return main_of(parser, generate, argv)
+
+
 def generate(args: argparse.Namespace) -> None:
+    """Print the continuation as it is generated."""
     if not args.prompt:
         raise UserError("The prompt must not be empty.")
-    for name, value, low, high in (
-        ("--max-new-tokens", args.max_new_tokens, 1, LONGEST),
-        ("--temperature", args.temperature or COLDEST, COLDEST, 1000),
-        ("--seed", args.seed, 0, 2**63 - 1),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"{name} must be within {low:,} .. {high:,}; got {value}.")
-    loaded = load_teacher(args.folder, device=pick_device(args.device), trust_remote_code=args.trust_remote_code)
+    if 0 < args.temperature < COLDEST:
+        raise UserError(f"--temperature must be 0 or at least {COLDEST:g}; got {args.temperature:g}.")
+    source = resolve(args.folder)
+    with heavy_imports():
+        import torch
+        from transformers import TextStreamer
+
+        from convert.data.prompts import encode, has_chat_template
+        from convert.evaluation.scoring import end_ids, greedily
+        from convert.models.devices import pick_device
+        from convert.models.loading import load_teacher
+
+    loaded = load_teacher(source, device=pick_device(args.device), trust_remote_code=args.trust_remote_code)
     model, tokenizer = loaded.model, loaded.tokenizer
     chat = has_chat_template(tokenizer) and not args.raw
     ids = torch.tensor([encode(tokenizer, args.prompt, chat=chat)], device=model.device)

@@ -1,73 +1,50 @@
-"""The command.
+"""The command that converts a teacher.
 
 python -m convert.run neox-nano --to mamba
 """
 
+from __future__ import annotations
+
 import argparse
-import os
-import sys
-import traceback
+from typing import TYPE_CHECKING
 
-from convert.core.errors import Interrupted, UserError, files_in_words, quick_to_stop
+from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, whole_number
+from convert.core.console import console
+from convert.core.errors import UserError
+from convert.data.corpus import check_exists, corpus
+from convert.models.catalog import Source, resolve
+from convert.recipes.assignment import parse_assignment
+from convert.recipes.targets import TARGETS, default_recipe, target_named
 
-with quick_to_stop(__name__ == "__main__"):
-    from convert import recipes
-    from convert.cli import number_of_tokens
-    from convert.core.console import console, visible
-    from convert.core.places import cache_folder
-    from convert.data.text import corpus
-    from convert.models.loading import pick_device, read_config, resolve
-    from convert.pipeline import default_recipe, run_recipe
-    from convert.planning import plan as planning
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-
-def fail_in_words(work, debug: bool) -> int:
-    """Run `work`; the exit code is 0, 2 for the user's mistakes, 1 for ours, 130 when stopped by the user, 141 when
-    nobody reads on."""
-    try:
-        with files_in_words():
-            cache_folder()  # one that cannot be is said before anything is done
-            work()
-        return 0
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("Stopped at once; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python itself complains while it ends
-        return 141
-    except Exception as error:
-        if debug or os.environ.get("CONVERT_DEBUG"):
-            traceback.print_exc()
-        if isinstance(error, UserError):
-            print(f"error: {visible(str(error))}", file=sys.stderr)
-            return 2
-        what = visible(f"{type(error).__name__}: {error}", keep="\n\t")
-        print(
-            f"error: This is a defect of ours: {what} (CONVERT_DEBUG=1 before the command shows where)", file=sys.stderr
-        )
-        return 1
+    from convert.recipes.base import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    """The command; returns its exit code."""
+    parser = Parser(
         prog="python -m convert.run", description="Convert a trained Transformer into a cheaper architecture."
     )
     parser.add_argument(
         "teacher", help="an alias (neox-nano, pythia-1b, ...), a hub id, a local folder, a run folder or a .gguf file"
     )
-    parser.add_argument("--to", required=True, metavar="TARGET", help=f"one of {', '.join(recipes.RECIPES)}")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="TARGET",
+        help="; ".join(f"{name}: {target.about}" for name, target in TARGETS.items()),
+    )
     parser.add_argument("--out", help="the run folder; default runs/TEACHER-TARGET")
     parser.add_argument(
         "--data", help="stdlib, a file or folder of text, or hub:NAME[:CONFIG]; the default depends on the teacher"
     )
     parser.add_argument("--tokens", help="in all training steps together: 20000, 500k, 12M, 1B")
-    parser.add_argument("--seq-len", type=int)
-    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="tokens in a training sequence")
+    parser.add_argument("--batch-tokens", type=whole_number(2, 2**27), help="tokens in a training step")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -98,35 +75,57 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the teacher"
     )
-    parser.add_argument("--debug", action="store_true", help="tracebacks")
-    args = parser.parse_args(argv)
+    return main_of(parser, convert, argv)
 
-    def work() -> None:
-        source = resolve(args.teacher)
-        config = read_config(source, trust_remote_code=args.trust_remote_code)
-        tokens = None if args.tokens is None else number_of_tokens(args.tokens)
-        if args.tiny and any(size is not None for size in (tokens, args.seq_len, args.batch_tokens)):
-            raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
-        recipe = default_recipe(
-            source, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens, seed=args.seed
-        )
-        recipe = recipes.tiny(recipe) if args.tiny else recipe
-        for assignment in args.settings:
-            recipe = recipes.with_setting(recipe, assignment)
-        if args.plan:
-            text = corpus(source.data if args.data is None else args.data)  # refuses what does not exist
-            plan = planning.make_plan(source.name, config, recipe, text.spec, pick_device(args.device))
-            planning.show(plan, console)
-            if plan.refusals:
-                raise UserError(plan.refusals[0])
-            return
-        out = f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "") if args.out is None else args.out
-        run_recipe(
-            args.teacher, recipe, out, data=args.data, device=args.device, fresh=args.fresh, wandb=args.wandb,
-            stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
-        )  # fmt: skip
 
-    return fail_in_words(work, args.debug)
+def convert(args: argparse.Namespace) -> None:
+    """Refuse at once what needs no model to refuse; then plan, or run the whole conversion."""
+    source = resolve(args.teacher)
+    target_named(args.to)
+    tokens = None if args.tokens is None else number_of_tokens(args.tokens)
+    if args.tiny and any(size is not None for size in (tokens, args.seq_len, args.batch_tokens)):
+        raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
+    if args.data is not None:
+        check_exists(args.data)
+    for assignment in args.settings:
+        parse_assignment(assignment)
+    with heavy_imports():
+        from convert import recipes
+        from convert.models.loading import read_config
+        from convert.recipes import language  # noqa: F401  # the functions that make the recipes
+
+    config = read_config(source, trust_remote_code=args.trust_remote_code)
+    recipe = default_recipe(
+        source.name, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens,
+        seed=args.seed,
+    )  # fmt: skip
+    recipe = recipes.tiny(recipe) if args.tiny else recipe
+    for assignment in args.settings:
+        recipe = recipes.with_setting(recipe, assignment)
+    if args.plan:
+        _plan(args, source, config, recipe)
+        return
+    with heavy_imports():
+        from convert.pipeline import run_recipe
+
+    out = f"runs/{source.name}-{args.to}" + ("-tiny" if args.tiny else "") if args.out is None else args.out
+    run_recipe(
+        args.teacher, recipe, out, data=args.data, device=args.device, fresh=args.fresh, wandb=args.wandb,
+        stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+
+
+def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Print the plan; raises UserError with its first refusal, if there is one."""
+    with heavy_imports():
+        from convert.models.devices import pick_device
+        from convert.planning import plan as planning
+
+    text = corpus(source.data if args.data is None else args.data)  # refuses a folder without text
+    plan = planning.make_plan(source.name, config, recipe, text.spec, pick_device(args.device))
+    planning.show(plan, console)
+    if plan.refusals:
+        raise UserError(plan.refusals[0])
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from rich.table import Table
 from tqdm import tqdm
 
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.evaluation.runner import chosen
 from convert.evaluation.scoring import BATCH_ROWS, by_generation, fits
 from convert.evaluation.tasks import Item, Task
 from convert.models.loading import Teacher, load_teacher
-from convert.run import fail_in_words
 
 
 @dataclass

@@ -19,13 +19,13 @@ from pathlib import Path
 from rich.table import Table
 
 from convert import recipes, run_recipe
-from convert.cli import number_of_tokens, whole_number
+from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.base import Recipe, Train
 from convert.recipes.overrides import with_setting
-from convert.run import fail_in_words
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ VARIANTS = {
 def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, seed: int) -> Recipe:
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, questions=1))  # the table is of perplexity
+    recipe = recipes.TARGETS[variant.target].recipe(
+        dataclasses.replace(budget, questions=1)
+    )  # the table is of perplexity
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)

@@ -6,9 +6,9 @@ python -m experiments.compare runs/neox-nano-mamba runs/neox-nano-mla --out runs
 import argparse
 from pathlib import Path
 
+from convert.cli import fail_in_words
 from convert.core.console import console
 from convert.reports.page import write_page
-from convert.run import fail_in_words
 
 
 def main() -> None:

@@ -24,14 +24,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher
-from convert.cli import real_number, whole_number
+from convert.cli import fail_in_words, real_number, whole_number
 from convert.core import manifest
 from convert.core.console import Console, duration, size
 from convert.core.errors import UserError
 from convert.core.fields import shown
 from convert.core.files import write_json
 from convert.data.batches import held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation import perplexity as measure
 from convert.evaluation.scoring import READINGS, prompt_ids
 from convert.evaluation.tasks import TASKS, Item, Task, needles
@@ -41,7 +42,6 @@ from convert.models.loading import Teacher
 from convert.models.student import ConvertedForCausalLM
 from convert.planning.plan import free_memory
 from convert.reports.page import Run, write_report_page
-from convert.run import fail_in_words
 from convert.runs.ledger import locked
 
 DEPTHS = (0.1, 0.5, 0.9)

@@ -18,10 +18,10 @@ except ImportError:  # the extra [dashboards]: main() says so
     panels = ws = None
 from wandb.errors import CommError, UsageError
 
+from convert.cli import fail_in_words
 from convert.core.errors import UserError
 from convert.evaluation.runner import READINGS
 from convert.evaluation.tasks import TASKS
-from convert.run import fail_in_words
 from convert.runs.wandb_sink import PROJECT, is_reachable
 
 

@@ -18,18 +18,19 @@ import torch
 from rich.table import Table
 
 from convert import load_teacher, recipes
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.core import json_lines as lines
 from convert.core.console import Console
 from convert.data.batches import Batches, held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.objectives.divergences import Distill
 from convert.recipes.base import Train
-from convert.run import fail_in_words
 from convert.training import loop as stages
 
 LENGTHS = (256, 512, 1024, 2048)

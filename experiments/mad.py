@@ -28,15 +28,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.mixers import MIXERS
 from convert.mixers.parts import project_gradients
-from convert.models.loading import pick_device
+from convert.models.devices import pick_device
 from convert.models.student import ConvertedForCausalLM, swap
-from convert.run import fail_in_words
 from experiments.mad_tasks import IGNORED, TASKS, Difficulty, Task, compression
 
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.mixers import MIXERS
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.objectives.divergences import Distill, cosine_distance
-from convert.run import fail_in_words
 from convert.training import loop as stages
 from convert.training.loop import Settings
 from kernels.machine import DEVICE, Peak

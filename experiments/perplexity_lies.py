@@ -18,16 +18,16 @@ from pathlib import Path
 from rich.table import Table
 
 from convert import load_teacher, recipes, run_recipe
-from convert.cli import number_of_tokens, whole_number
+from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.files import write_json
 from convert.evaluation.runner import chosen, evaluate_tasks
-from convert.models.loading import read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
 from convert.reports import charts
-from convert.run import fail_in_words
 from experiments.attention_editing import only
 
 TASKS = "names,brackets,indentation,copying"
@@ -43,7 +43,7 @@ class Student:
     def recipe(self, teacher: str, seed: int) -> Recipe:
         source = resolve(teacher)
         budget = recipes.budget(source.name, read_config(source), number_of_tokens(self.tokens), seed=seed)
-        recipe = recipes.RECIPES[self.target](dataclasses.replace(budget, questions=1))  # they are asked here
+        recipe = recipes.TARGETS[self.target].recipe(dataclasses.replace(budget, questions=1))  # they are asked here
         for setting in self.settings:
             recipe = with_setting(recipe, setting)
         return only(self.alone)(recipe) if self.alone else recipe

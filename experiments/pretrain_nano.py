@@ -19,13 +19,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from convert.cli import number_of_tokens
+from convert.cli import fail_in_words, number_of_tokens
 from convert.core import json_lines as lines
 from convert.core import manifest
 from convert.core.files import write_text
 from convert.data.batches import Batches, held_out_batches
-from convert.data.text import HELD_OUT_SHARE, corpus, is_held_out, tokenize
-from convert.run import fail_in_words
+from convert.data.corpus import HELD_OUT_SHARE, corpus, is_held_out
+from convert.data.text import tokenize
 
 END = "<|endoftext|>"
 BATCH_TOKENS = 8192

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.core.console import Console
 from convert.core.files import write_text
 from convert.evaluation.lm_eval import run_harness
 from convert.evaluation.runner import chosen, evaluate_tasks
 from convert.evaluation.tasks import Task
 from convert.models.loading import load_teacher
-from convert.run import fail_in_words
 
 LIKELIHOOD = """\
 task: {name}_likelihood

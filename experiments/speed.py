@@ -16,14 +16,15 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from convert import load_teacher, recipes
-from convert.cli import whole_number
+from convert.cli import fail_in_words, whole_number
 from convert.core.console import Console
 from convert.data.batches import Batches
-from convert.data.text import corpus, tokenize
-from convert.models.loading import read_config, resolve
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
 from convert.models.student import swap
 from convert.recipes.base import Train
-from convert.run import fail_in_words
 from convert.training import loop as stages
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE

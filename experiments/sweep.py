@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from convert import run_recipe
-from convert.cli import number_of_tokens, whole_number
+from convert import recipes, run_recipe
+from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
-from convert.models.loading import read_config, resolve
-from convert.pipeline import default_recipe, finished
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
+from convert.pipeline import finished
 from convert.recipes.base import Recipe, Swap, Train
 from convert.recipes.overrides import with_setting
-from convert.run import fail_in_words
 from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
 
 METRIC = "gap/generation"
@@ -131,8 +131,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     source = resolve(args.teacher)
-    recipe = default_recipe(
-        source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None
+    recipe = recipes.default_recipe(
+        source.name,
+        read_config(source),
+        args.to,
+        tokens=number_of_tokens(args.tokens) if args.tokens is not None else None,
     )
     out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
     if args.print:

@@ -1,9 +1,7 @@
 """The ways a run can end badly, what a disk does said in a sentence, and a command that is stopped before it begins."""
 
 import errno
-import os
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,19 +46,3 @@ def disk_reason(error: BaseException) -> str | None:
     if type(error).__module__ == "sqlite3" and re.search("disk|full|readonly|unable to open", text):
         return text
     return None
-
-
-@contextmanager
-def quick_to_stop(is_command: bool) -> Iterator[None]:
-    """Around the imports of a command, which take seconds: Ctrl-C ends it there and then, in a line and with exit code
-    130."""
-    if is_command:
-        before = signal.signal(signal.SIGINT, _stop)
-    yield
-    if is_command:
-        signal.signal(signal.SIGINT, before)
-
-
-def _stop(number, frame) -> None:
-    os.write(2, b"Stopped before anything began.\n")
-    os._exit(130)  # an exception could come up in any module that is half imported, and be swallowed there

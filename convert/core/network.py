@@ -1,4 +1,4 @@
-"""Whether a server is there, within seconds: libraries would try for minutes."""
+"""Whether a server answers, asked within seconds: libraries would try for minutes."""
 
 import contextlib
 import socket
@@ -20,9 +20,15 @@ def answers(address: str, timeout: float = 5.0) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(place, timeout):
             reached.append(True)
 
-    thread = threading.Thread(
-        target=knock, daemon=True
-    )  # a name look-up and several addresses know no common time limit
+    # a thread, because a name look-up and several addresses know no common time limit
+    thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     thread.join(timeout)
     return bool(reached)
+
+
+def is_hub_reachable() -> bool:
+    """Whether the Hugging Face hub may be asked and answers. huggingface_hub itself would try for 23 seconds."""
+    import huggingface_hub  # here, because this module must import quickly
+
+    return not huggingface_hub.is_offline_mode() and answers(huggingface_hub.constants.ENDPOINT)

@@ -1,12 +1,10 @@
-"""Text -> tokens, in a cache; which documents are held out."""
+"""Turning text into tokens, once, in a cache."""
 
 import hashlib
 import json
 import shutil
-import sysconfig
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,178 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from convert.core.errors import UserError
 from convert.core.fields import checked
 from convert.core.files import parse_json, sealed, sha256, unsealed, write_text
-from convert.core.places import cache_folder, path_of
+from convert.core.places import cache_folder
+from convert.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out
 from convert.data.prompts import leading
-from convert.models.loading import is_hub_reachable
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 ARRAYS = ("train", "train_starts", "held_out", "held_out_starts")
-HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
-
-# What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
-# them apart), nothing removed by 3.14, no tables of data (encodings, pydoc_data).
-STDLIB = """
-_collections_abc _compat_pickle _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc
-antigravity argparse ast asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys
-compileall concurrent configparser contextlib contextvars copy copyreg csv ctypes curses dataclasses datetime dbm decimal
-difflib dis doctest email enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext
-glob graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword linecache locale
-logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os pathlib
-pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue
-quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib socket
-socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig tabnanny tarfile tempfile
-textwrap this threading timeit token tokenize tomllib trace traceback tracemalloc tty types typing unittest urllib uuid
-warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
-""".split()
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where text comes from. `files` are read in order; `hub` is (name, config) of a `datasets` data set."""
-
-    spec: str
-    root: Path | None = None
-    files: tuple[Path, ...] = ()
-    hub: tuple[str, str | None] | None = None
-
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """(key, text) pairs. The key decides the split, so it depends on no absolute path."""
-        if self.hub:
-            yield from _hub_documents(*self.hub)
-        for file in self.files:
-            key = file.relative_to(self.root).as_posix()
-            text = _read_text(file)
-            if file.suffix == ".jsonl":
-                for number, line in enumerate(text.split("\n"), 1):
-                    if line.strip():
-                        yield f"{key}:{number}", _json_text(file, number, line)
-            elif text.strip():
-                yield key, text
-
-    def places(self) -> list[Path]:
-        """On this machine: what a run's folder must be apart from."""
-        if self.hub:
-            return [Path(self.hub[0])]
-        if self.spec == "stdlib":
-            return [self.root]
-        inside = {file.parent for file in self.files if file.parent != self.root} | {
-            file for file in self.files if file.is_symlink()
-        }
-        return [path_of(self.spec, "--data"), *inside]
-
-    def fingerprint(self) -> str:
-        """Changes when any of the text does; for a hub data set, when its name or configuration does."""
-        digest = hashlib.sha256(repr(self.hub).encode())
-        for file in self.files:
-            digest.update(_bytes(file.relative_to(self.root).as_posix()) + b"\0")
-            digest.update(bytes.fromhex(sha256(file)))
-        return digest.hexdigest()[:16]
-
-
-@checked
-def corpus(spec: str | Path) -> Corpus:
-    """ "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]"."""
-    spec = str(spec)
-    if spec == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        found = [p for name in STDLIB for p in (root / f"{name}.py", root / name) if p.exists()]
-        files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("*.py")))]
-        skipped = {"test", "tests", "__pycache__"}
-        return Corpus(spec, root, tuple(f for f in files if not skipped & set(f.relative_to(root).parts)))
-    if spec.startswith("hub:"):
-        name, _, config = spec[4:].partition(":")
-        if not name:
-            raise UserError(f"A hub data set is written hub:NAME or hub:NAME:CONFIG; got {spec!r}.")
-        return Corpus(spec, hub=(name, config or None))
-    path = path_of(spec, "--data")
-    if not path.exists():
-        raise UserError(
-            f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME."
-        )
-    root = path if path.is_dir() else path.parent
-    files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]
-    if files == [path] and not path.is_file():  # a pipe would be waited for, a device never ends
-        raise UserError(f"Data is read from files and folders; {spec!r} is neither. Write it to a file first.")
-    if not files:
-        raise UserError(f"The folder {spec!r} has no {', '.join(TEXT_SUFFIXES)} files.")
-    if files[0].suffix not in TEXT_SUFFIXES:
-        raise UserError(f"Data files end in {', '.join(TEXT_SUFFIXES)}; got {files[0].name!r}.")
-    return Corpus(spec, root, tuple(files))
-
-
-def _read_text(file: Path) -> str:
-    """Without the mark that some editors put at the start (U+FEFF)."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"Data must be UTF-8 text; {file} is not (byte {error.start}). Convert or remove it.") from None
-    if "\0" in text:
-        raise UserError(f"Data must be text; {file} holds NUL bytes, so it looks binary. Remove it.")
-    return text
-
-
-def _json_text(file: Path, number: int, line: str) -> str:
-    where = f"Line {number} of {file}"
-    row = parse_json(line, where, parse_int=float)  # a number may have thousands of digits: only the text counts
-    text = row.get("text") if isinstance(row, dict) else row
-    if not isinstance(text, str):
-        raise UserError(f'{where} must be a string or an object with a "text" field.')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Mend or remove it."
-        ) from None
-    return text
-
-
-def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("Hub data sets need the `datasets` package: pip install -e '.[data]'.") from None
-    unreachable = not is_hub_reachable()
-    try:
-        with hub_offline(datasets.config, when=unreachable):
-            rows = datasets.load_dataset(name, config, split="train", streaming=True)
-        empty = 0
-        for number, row in enumerate(rows):
-            if "text" not in row:
-                raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
-            if row["text"] is None:  # a stream is long: what was read so far is worth more than the row
-                empty += 1
-            elif isinstance(row["text"], str):
-                yield f"{number}", row["text"]
-            else:
-                raise UserError(
-                    f"The 'text' of data set {name} must be strings; row {number} has a {type(row['text']).__name__}."
-                )
-        if empty:
-            print(f"{empty:,} rows of {name} have no text (null); they were left out.")
-    except UserError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetNotFoundError,
-    ) as error:  # ValueError: no such configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
-        raise UserError(
-            f"The data set {name!r} could not be read ({reason}). Without network use --data stdlib or --data FOLDER."
-        ) from None
-
-
-@contextmanager
-def hub_offline(settings, when: bool) -> Iterator[None]:
-    """`datasets` looks into its cache at once. By itself it would first try the hub for half a minute, and say so each
-    time."""
-    before = settings.HF_HUB_OFFLINE
-    settings.HF_HUB_OFFLINE = before or when
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = before
 
 
 @dataclass(frozen=True)
@@ -209,16 +40,6 @@ class TokenData:
     held_out: Tokens
     fingerprint: str
     text_bytes: int
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a document belongs to the held-out split: by a hash of its key, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(_bytes(key)).digest()[:8]) / 2**64 < HELD_OUT_SHARE
-
-
-def _bytes(name: str) -> bytes:
-    """Of a file's name, also of one that is not UTF-8, the same in every locale."""
-    return name.encode("utf-8", "surrogateescape")
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

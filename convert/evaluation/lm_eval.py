@@ -15,10 +15,12 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
+from convert.core.network import is_hub_reachable
+from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
-from convert.data.text import cache_folder, hub_offline
+from convert.data.text import cache_folder
 from convert.evaluation.scoring import greedily
-from convert.models.loading import fingerprint, is_hub_reachable
+from convert.models.loading import fingerprint
 
 BATCH = 16
 

@@ -23,20 +23,21 @@ from convert.core.errors import UserError, files_in_words
 from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
+from convert.data.corpus import corpus
 from convert.data.prompts import chat_text, has_chat_template
-from convert.data.text import corpus, tokenize
+from convert.data.text import tokenize
 from convert.evaluation import lm_eval as harness
 from convert.evaluation import statistics as scores
 from convert.evaluation.final_metrics import held_out_of, numbers
 from convert.evaluation.scoring import READINGS, Answer, fits, prompt_ids
 from convert.evaluation.tasks import TASKS, Item, Task
-from convert.models.loading import Teacher, fingerprint, load_teacher, pick_device
+from convert.evaluation.tasks.base import LIMIT
+from convert.models.devices import pick_device
+from convert.models.loading import Teacher, fingerprint, load_teacher
 from convert.reports import report
 from convert.runs import records
 from convert.runs.ledger import locked
 from convert.runs.schemas import AnswerRow
-
-LIMIT = 48  # questions of each task (ours: three minutes for two small models on a laptop)
 
 
 def chosen(names: str | None, tokenizer) -> list[Task]:

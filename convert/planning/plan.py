@@ -19,12 +19,14 @@ from convert.core.errors import UserError
 from convert.domains.base import Domain
 from convert.mixers import MIXERS
 from convert.models.access import slots_of
-from convert.planning.cost import MATMUL_SHARE, matmul_rate, scan_rate
+from convert.planning.machine_speed import Rate, matmul_rate, scan_rate
 from convert.planning.validate import outline, problems
 from convert.recipes.base import Recipe
 from convert.steps import base
 from convert.steps.base import PlanContext, StepPlan
 from convert.training.precision import uses_bfloat16
+
+MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,16 @@ def make_plan(
     num_teacher = base.count(student)
     auto = all(uses_bfloat16(torch.device(device), settings.precision) for settings in recipe.trainings)
     dtype = torch.bfloat16 if auto else torch.float32
-    flops = matmul_rate(device, dtype)
-    longest = max(settings.seq_len for settings in recipe.trainings)
-    rates = flops * MATMUL_SHARE, functools.partial(scan_rate, device)
-    context = PlanContext(domain, config, device, num_teacher, teachers, longest, *rates)
+    speed = matmul_rate(device, dtype)
+    context = PlanContext(
+        domain=domain,
+        config=config,
+        num_teacher=num_teacher,
+        teachers=teachers,
+        longest=max(settings.seq_len for settings in recipe.trainings),
+        rate=speed.per_second * MATMUL_SHARE,
+        scan_rate=lambda: scan_rate(device).per_second,
+    )
     rows: list[StepPlan] = []
     for step in recipe.steps:
         try:
@@ -83,7 +91,7 @@ def make_plan(
         parameters_student=num_student,
         steps=tuple(rows),
         disk_bytes=3 * 12 * biggest + 2 * 4 * num_student + exports * 4 * num_student,
-        assumptions=tuple(_assumptions(domain, config, student, device, dtype, flops)),
+        assumptions=tuple(_assumptions(domain, config, student, device, dtype, speed)),
     )
 
 
@@ -93,12 +101,12 @@ def _assumptions(
     student: PreTrainedModel,
     device: str,
     dtype: torch.dtype,
-    flops: float,
+    speed: Rate,
 ) -> Iterator[str]:
     """What the numbers of a plan rest on."""
     yield (
-        f"{str(dtype).removeprefix('torch.')} matrix products at {flops / 1e9:,.0f} GFLOP/s (measured on this"
-        f" {device} now), {MATMUL_SHARE:.0%} of it in training"
+        f"{str(dtype).removeprefix('torch.')} matrix products at {speed.per_second / 1e9:,.0f} GFLOP/s on this"
+        f" {device}, {MATMUL_SHARE:.0%} of it in training ({speed.origin})"
     )
     yield (
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one"
@@ -109,9 +117,10 @@ def _assumptions(
         " held-out measurements and data come on top of the time"
     )
     if any(slot.mixer.scan_updates() for slot in slots_of(student).values()):
+        scans = scan_rate(device)
         yield (
-            f"scans with a decay per state at {scan_rate(device) / 1e6:,.0f} M state updates/s, forward and backward"
-            " (measured now)"
+            f"scans with a decay per state at {scans.per_second / 1e6:,.0f} M state updates/s, forward and backward"
+            f" ({scans.origin})"
         )
     if names := {name for name in domain.outline(config)[1] if name} - {"linear"}:
         yield (

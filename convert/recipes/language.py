@@ -209,13 +209,3 @@ def to_scratch(budget: Budget) -> Recipe:
         budget.tokens,
     )
     return Recipe("scratch", (Build("build", "llama", Sizes()), distill), budget.examples)
-
-
-RECIPES: dict[str, Callable[[Budget], Recipe]] = {
-    "linear": to_linear,
-    "mamba": to_mamba,
-    "mamba2": to_mamba2,
-    "gate-swa": to_gate_swa,
-    "mla": to_mla,
-    "scratch": to_scratch,
-}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import get_args
 
 from convert.core.errors import UserError
-from convert.core.fields import TEXT, checked, require, shown
+from convert.core.fields import checked, require
 from convert.objectives import divergences as objectives
+from convert.recipes.assignment import parse_assignment
 from convert.recipes.base import OneIn, Recipe, Step, Swap, Train
 from convert.recipes.language import FULL
 from convert.training import loop as stages
@@ -17,10 +18,7 @@ from convert.training import loop as stages
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     """`STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of its mixer's
     options."""
-    path, equals, value = assignment.partition("=")
-    name, dot, field = path.partition(".")
-    if not TEXT.holds(assignment) or not equals or not dot:
-        raise UserError(f"--set takes STEP.FIELD=VALUE; got {shown(assignment)}.")
+    name, field, value = parse_assignment(assignment)
     names = [step.name for step in recipe.steps]
     if name not in names:
         raise UserError(f"--set {assignment}: this recipe's steps are {', '.join(names)}; there is no {name!r}.")

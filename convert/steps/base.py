@@ -65,7 +65,6 @@ class PlanContext:
 
     domain: Domain
     config: PreTrainedConfig
-    device: str
     num_teacher: int
     teachers: Mapping[str, PreTrainedConfig]
     longest: int  # training sequence of the recipe, in tokens

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from convert.cli import fail_in_words
 from convert.core import console
 from convert.core.console import Console, short, visible
 from convert.core.errors import UserError, disk_reason, files_in_words
-from convert.run import fail_in_words
 
 ROOT = Path(console.__file__).parents[2]
 

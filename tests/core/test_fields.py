@@ -20,10 +20,11 @@ from convert.cli import number_of_tokens, real_number, whole_number
 from convert.core.errors import UserError
 from convert.core.fields import Name, Place, Text, broken, check, checked, shown
 from convert.data.batches import Batches
-from convert.data.text import Tokens, corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import Tokens, tokenize
 from convert.evaluation.monitor import Rule
 from convert.exporting.hub import export
-from convert.models.loading import NANO, resolve
+from convert.models.catalog import NANO, resolve
 from convert.models.student import swap
 from tests.conftest import tiny_teacher
 

@@ -8,7 +8,7 @@ import pytest
 from convert.core import manifest
 from convert.core.errors import UserError
 from convert.core.files import sealed, unsealed
-from convert.models.loading import NANO
+from convert.models.catalog import NANO
 
 FILES = ("model/weights", "model/sub/config", "report.json", "rows.jsonl")
 

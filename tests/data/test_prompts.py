@@ -17,7 +17,8 @@ from convert.data.prompts import chat_text, encode, has_chat_template, leading, 
 from convert.evaluation.perplexity import continuations
 from convert.evaluation.scoring import READINGS
 from convert.evaluation.tasks import TASKS
-from convert.models.loading import NANO, load_teacher
+from convert.models.catalog import NANO
+from convert.models.loading import load_teacher
 
 IN_FRONT, BEHIND = 1, 0  # ids of neox-nano's that stand for a begin and an end
 TEMPLATES = {

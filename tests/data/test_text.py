@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from convert.core.errors import UserError
 from convert.data import text as data
-from convert.data.text import Tokens, corpus, is_held_out, tokenize
+from convert.data.corpus import corpus, is_held_out
+from convert.data.text import Tokens, tokenize
 
 WORDS = "the state of a scan does not grow with the text that it reads".split()
 

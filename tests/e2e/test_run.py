@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import pipeline as conversion
 from convert.core.errors import UserError
-from convert.data.text import corpus
+from convert.data.corpus import corpus
 from convert.evaluation import perplexity as measure
 from convert.evaluation import runner as evaluation
 from convert.exporting import verify as shipping

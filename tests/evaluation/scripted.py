@@ -9,7 +9,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from convert.evaluation.scoring import prompt_ids
 from convert.evaluation.tasks import Item, Task
 from convert.models.cache import CACHE_NAME
-from convert.models.loading import NANO, load_teacher
+from convert.models.catalog import NANO
+from convert.models.loading import load_teacher
 
 
 class Said:

@@ -7,9 +7,11 @@ import pytest
 from convert import recipes, run_recipe
 from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation.monitor import SHOWN, Rule, Watch
-from convert.models.loading import NANO, load_teacher
+from convert.models.catalog import NANO
+from convert.models.loading import load_teacher
 from convert.runs.tracking import Track
 
 

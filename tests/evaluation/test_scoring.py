@@ -68,7 +68,8 @@ def test_who_ranks_well_and_writes_rubbish_shows_the_gap(name, tokenizer):
 
 @pytest.mark.parametrize("name", ["names", "indentation", "needle"])
 def test_batches_change_nothing(name):
-    from convert.models.loading import NANO, load_teacher
+    from convert.models.catalog import NANO
+    from convert.models.loading import load_teacher
 
     nano, task = load_teacher(str(NANO)), TASKS[name]
     items = task.items(COUNT, 0)
@@ -111,7 +112,8 @@ def test_a_stop_counts_after_the_first_word():
 
 
 def test_a_models_own_settings_do_not_change_what_it_writes():
-    from convert.models.loading import NANO, load_teacher
+    from convert.models.catalog import NANO
+    from convert.models.loading import load_teacher
 
     nano, task = load_teacher(str(NANO)), TASKS["copying"]
     items = task.items(COUNT, 0)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import strategies as st
 
 from convert import pipeline as conversion
+from convert.cli import fail_in_words
 from convert.evaluate import main as evaluate
 from convert.generate import main as generate
-from convert.models.loading import NANO
-from convert.recipes.language import RECIPES
-from convert.run import fail_in_words
+from convert.models.catalog import NANO
+from convert.recipes.targets import TARGETS
 from convert.run import main as run
 from tests.fuzz import NUMBERS, TEXTS, TIMES, Reached, behaves, contents, fuzz
 
@@ -108,11 +108,11 @@ OPTION = st.one_of(
     st.sampled_from([("--tiny",), ("--fresh",), ("--nonsense",), ("--trust-remote-code",)]),
 )
 TEACHER = st.one_of(st.just("neox-nano"), st.just("neox-nano"), TEXTS)
-TARGET = st.one_of(st.sampled_from(list(RECIPES)), TEXTS)
+TARGET = st.one_of(st.sampled_from(list(TARGETS)), TEXTS)
 
 
 @fuzz(
-    60, teacher=TEACHER, target=st.one_of(st.sampled_from(list(RECIPES)), TARGET), options=st.lists(OPTION, max_size=4)
+    60, teacher=TEACHER, target=st.one_of(st.sampled_from(list(TARGETS)), TARGET), options=st.lists(OPTION, max_size=4)
 )
 def test_plans(teacher, target, options):
     behaves(
@@ -121,7 +121,7 @@ def test_plans(teacher, target, options):
     )
 
 
-@fuzz(12, target=st.sampled_from(list(RECIPES)), options=st.lists(OPTION, max_size=3))
+@fuzz(12, target=st.sampled_from(list(TARGETS)), options=st.lists(OPTION, max_size=3))
 def test_runs(target, options, place):
     before = contents(NANO), (place / "words.txt").read_bytes()
     behaves(

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import strategies as st
 
 from convert.core.errors import UserError
-from convert.data.text import corpus, tokenize
-from convert.models.loading import NANO, load_teacher
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
+from convert.models.catalog import NANO
+from convert.models.loading import load_teacher
 from tests.fuzz import contents, fuzz
 
 LINES = st.one_of(

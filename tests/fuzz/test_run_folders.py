@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 def reads(run, before) -> None:
     """Every command that takes a run's folder."""
-    from convert.run import fail_in_words
+    from convert.cli import fail_in_words
 
     behaves(lambda: fail_in_words(compare, debug=False), [str(run), "--out", "page.html"], "compare")
     behaves(evaluate, [str(run), "--limit", "1", "--tasks", "names"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from convert import pipeline as conversion
 from convert.generate import main as generate
-from convert.models.loading import NANO
+from convert.models.catalog import NANO
 from convert.run import main as run
 from tests.conftest import tiny_teacher
 from tests.fuzz import SEED, behaves, contents, damaged, fuzz, mutated

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from convert.core.errors import UserError
-from convert.models.loading import _load_model, read_config, resolve
+from convert.models.catalog import resolve
+from convert.models.loading import _load_model, read_config
 from convert.models.student import swap
 from tests.conftest import LAYERS, VOCAB, assert_close, tiny_teacher, token_ids
 from tests.models.test_student import logits_of

@@ -24,20 +24,15 @@ from transformers.utils import logging
 
 from convert.core.errors import UserError
 from convert.core.files import sealed
-from convert.data.text import corpus, tokenize
+from convert.core.network import is_hub_reachable
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.exporting.hub import export
 from convert.mixers.projections import refusal
 from convert.models import loading as teachers
-from convert.models.loading import (
-    EMBEDDED,
-    TEACHERS,
-    Source,
-    check_device,
-    is_hub_reachable,
-    load_teacher,
-    read_config,
-    resolve,
-)
+from convert.models.catalog import EMBEDDED, TEACHERS, Source, resolve
+from convert.models.devices import check_device
+from convert.models.loading import load_teacher, read_config
 from convert.models.student import ConvertedForCausalLM, swap
 from tests.conftest import tiny_teacher, token_ids
 

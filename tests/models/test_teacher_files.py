@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from convert.core.errors import UserError
 from convert.exporting.hub import export
-from convert.models.loading import NANO, load_teacher, read_config, resolve
+from convert.models.catalog import NANO, resolve
+from convert.models.loading import load_teacher, read_config
 from convert.models.student import swap
 from convert.models.teacher_files import config_of, read_json
 from tests.conftest import FAMILIES, tiny_teacher

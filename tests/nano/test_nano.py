@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from convert.data.batches import held_out_batches
-from convert.data.text import corpus, tokenize
+from convert.data.corpus import corpus
+from convert.data.text import tokenize
 from convert.evaluation.perplexity import perplexity
-from convert.models.loading import NANO, load_teacher
+from convert.models.catalog import NANO
+from convert.models.loading import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from convert import recipes
 from convert.core.console import size
-from convert.models.loading import TEACHERS, read_config, resolve
+from convert.models.catalog import TEACHERS, resolve
+from convert.models.loading import read_config
 from convert.planning import plan as planning
 from convert.planning.plan import make_plan
 
@@ -27,7 +28,9 @@ def no_network(monkeypatch):
 def plan_of(name, target, tokens=None, device="cpu"):
     source = resolve(name)
     config = read_config(source)
-    return make_plan(name, config, recipes.RECIPES[target](recipes.budget(name, config, tokens)), source.data, device)
+    return make_plan(
+        name, config, recipes.TARGETS[target].recipe(recipes.budget(name, config, tokens)), source.data, device
+    )
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -104,7 +107,7 @@ def test_the_time_left_goes_by_what_the_steps_before_took():
 
 def refused(target, *settings, name="neox-nano"):
     config = read_config(resolve(name))
-    recipe = recipes.RECIPES[target](recipes.budget(name, config, 100_000))
+    recipe = recipes.TARGETS[target].recipe(recipes.budget(name, config, 100_000))
     for setting in settings:
         recipe = recipes.with_setting(recipe, setting)
     return make_plan(name, config, recipe, "stdlib", "cpu").refusals
@@ -176,7 +179,7 @@ def without_gradient(a, b):
 
 @pytest.mark.parametrize("field, function", [
     *(("trains", f) for f in (print, len, list, lambda student: [], lambda student: [student], lambda student: student.state_dict())),
-    *(("objective", f) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, recipes.objectives.cross_entropy)),
+    *(("objective", f) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, objectives.cross_entropy)),
 ])  # fmt: skip
 def test_functions_that_do_not_do_their_part_are_refused(field, function, capsys):
     config = read_config(resolve("neox-nano"))

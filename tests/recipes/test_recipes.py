@@ -7,19 +7,20 @@ import pytest
 
 from convert import recipes
 from convert.core.errors import UserError
-from convert.models.loading import TEACHERS, read_config, resolve
+from convert.models.catalog import TEACHERS, resolve
+from convert.models.loading import read_config
 from convert.objectives import divergences as objectives
 from convert.recipes.base import Budget, Swap, Train, describe, tiny
-from convert.recipes.language import RECIPES
 from convert.recipes.overrides import with_setting
+from convert.recipes.targets import TARGETS
 from convert.training import loop as stages
 
 BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, objectives.Distill(), 4096)
 
 
-@pytest.mark.parametrize("target", RECIPES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_recipe_serialises_and_spends_its_tokens(target):
-    recipe = RECIPES[target](BUDGET)
+    recipe = TARGETS[target].recipe(BUDGET)
     assert recipe.target == target
     plain = json.loads(json.dumps([describe(step) for step in recipe.steps]))
     assert len({step["name"] for step in plain}) == len(plain)
@@ -30,10 +31,10 @@ def test_every_recipe_serialises_and_spends_its_tokens(target):
     assert tiny(recipe).tokens == 2 * 384
 
 
-@pytest.mark.parametrize("target", RECIPES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_set_reaches_every_field(target):
     """Every number, flag and choice that a step shows can be set by the name it shows."""
-    recipe = RECIPES[target](BUDGET)
+    recipe = TARGETS[target].recipe(BUDGET)
     for step in recipe.steps:
         for holder in _holders(step):
             for field in dataclasses.fields(holder):
@@ -81,7 +82,7 @@ def _another(name, old):
 
 
 def test_set_parses_by_the_type_of_the_field():
-    recipe = with_setting(RECIPES["mamba"](BUDGET), "distill.tokens=2e5")
+    recipe = with_setting(TARGETS["mamba"].recipe(BUDGET), "distill.tokens=2e5")
     assert recipe.steps[-1].settings.tokens == 200_000
     recipe = with_setting(recipe, "align.objective=energy_mse")
     assert recipe.steps[1].settings.objective is objectives.energy_mse
@@ -116,9 +117,9 @@ def test_selectors_and_stages_are_found_by_their_names():
 ])  # fmt: skip
 def test_values_without_sense_are_refused(setting):
     with pytest.raises(UserError, match=r"\.$"):
-        with_setting(RECIPES["gate-swa"](BUDGET), setting)
+        with_setting(TARGETS["gate-swa"].recipe(BUDGET), setting)
 
 
 def test_a_seed_is_not_rounded():
     seed = 2**63 - 1
-    assert with_setting(RECIPES["mla"](BUDGET), f"distill.seed={seed}").steps[-1].settings.seed == seed
+    assert with_setting(TARGETS["mla"].recipe(BUDGET), f"distill.seed={seed}").steps[-1].settings.seed == seed

@@ -11,7 +11,7 @@ import random
 import re
 import tokenize
 
-from convert.data.text import corpus, is_held_out
+from convert.data.corpus import corpus, is_held_out
 from convert.evaluation.tasks.base import Item, Task, ranked
 
 CONTEXT = 800  # characters, of whole lines

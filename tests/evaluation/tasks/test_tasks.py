@@ -26,7 +26,7 @@ def test_a_seed_decides_the_questions(task):
 
 
 def test_names_and_brackets_come_from_files_that_no_training_sees():
-    from convert.data.text import corpus, is_held_out
+    from convert.data.corpus import corpus, is_held_out
 
     seen = "".join(text for key, text in corpus("stdlib").documents() if not is_held_out(key))
     for name in ("names", "brackets", "indentation"):

@@ -1,0 +1,69 @@
+"""The targets by name, and the default recipe of each.
+
+This module is light: the functions that make recipes are imported when one is asked for, so that `--help` and an
+unknown name answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from convert.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from convert.recipes.base import Budget, Recipe
+
+
+@dataclass(frozen=True)
+class Target:
+    """What attention becomes, in a line, and the name of the function of `convert.recipes.language` that makes the
+    recipe."""
+
+    about: str
+    maker: str
+
+    def recipe(self, budget: Budget) -> Recipe:
+        """The recipe of this target within a budget."""
+        from convert.recipes import language
+
+        return getattr(language, self.maker)(budget)
+
+
+TARGETS = {
+    "linear": Target("Hedgehog linear attention", "to_linear"),
+    "mamba": Target("a Mamba scan, by way of linear attention", "to_mamba"),
+    "mamba2": Target("a Mamba-2 scan, by way of linear attention", "to_mamba2"),
+    "gate-swa": Target("gated sliding-window attention with sinks, in four of five layers", "to_gate_swa"),
+    "mla": Target("multi-head latent attention, with half of the cache", "to_mla"),
+    "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "to_scratch"),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name; raises UserError, with the nearest names, where there is none."""
+    if name not in TARGETS:
+        nearest = difflib.get_close_matches(name, TARGETS, 3, 0.3) or list(TARGETS)
+        raise UserError(f"Unknown target {name!r}. Nearest: {', '.join(nearest)}. All: {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def default_recipe(
+    teacher: str,
+    config: PreTrainedConfig,
+    target: str,
+    *,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_tokens: int | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """The recipe of a target with the defaults for this teacher (its name and configuration), but for what is given.
+    Raises UserError where a size is out of bounds or the target is unknown."""
+    maker = target_named(target)
+    from convert.recipes.language import budget
+
+    return maker.recipe(budget(teacher, config, tokens, seq_len, batch_tokens, seed))
