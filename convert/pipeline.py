@@ -26,8 +26,7 @@ from convert.evaluation import final_metrics as final
 from convert.evaluation import perplexity as measure
 from convert.evaluation import runner as evaluation
 from convert.evaluation.monitor import Rule, Watch
-from convert.exporting.verify import ship
-from convert.mixers.parts import DecayRate
+from convert.exporting.verify import export_and_verify
 from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
@@ -146,7 +145,11 @@ def _locked_run(
         numbers = _report(student, taught, text, recipe, settings, results)
         numbers["evaluation"] = _ask(student, taught, recipe, out)
         with manifest.renewing(out, *SHIPPED):
-            numbers["export"] = ship(student, taught, out / "model", numbers, text)
+            numbers["export"] = export_and_verify(
+                student, taught.tokenizer, out / "model", card=report.card(numbers),
+                card_without_code=report.card(numbers, native=True), dtype=taught.dtype,
+                input_ids=torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None],
+            )  # fmt: skip
             numbers["seconds"]["this_call"] = time.monotonic() - started
             write_json(out / "report.json", numbers)
             write_text(out / "report.md", report.markdown(numbers))
@@ -254,10 +257,9 @@ def _do(
         student, found = do_swap(step, student, start, text, recipe, console)
         result |= found
     elif isinstance(step, Forget):
-        with torch.no_grad():
-            for module in student.modules():
-                if isinstance(module, DecayRate):
-                    module.s.fill_(step.rate)
+        for slot in student.slots().values():
+            if slot.mixer.decays:
+                slot.mixer.set_decay(step.rate)
     else:
         student, found = _train(step, student, taught, text, folder, track, watch)
         result |= found

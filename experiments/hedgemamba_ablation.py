@@ -26,7 +26,7 @@ from convert.data.text import corpus, tokenize
 from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
 from convert.models.loading import read_config, resolve
-from convert.models.student import swap
+from convert.models.swap import swap
 from convert.objectives.divergences import Distill
 from convert.recipes.language import Train
 from convert.run import fail_in_words

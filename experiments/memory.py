@@ -22,7 +22,7 @@ from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.mixers import MIXERS
 from convert.models.loading import read_config, resolve
-from convert.models.student import swap
+from convert.models.swap import swap
 from convert.objectives.divergences import Distill, cosine_distance
 from convert.run import fail_in_words
 from convert.training import loop as stages

@@ -38,7 +38,7 @@ from convert.core.files import parse_json, unsealed
 from convert.core.network import answers
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
-from convert.models.student import ConvertedConfig
+from convert.models.config import ConvertedConfig
 from convert.models.weights import check_size, check_whole
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parents[1] / "nano"

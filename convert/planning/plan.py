@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from convert.core.console import count, duration, size
 from convert.core.errors import UserError
 from convert.mixers import MIXERS
-from convert.mixers.parts import DecayRate
-from convert.mixers.projections import Inputs
-from convert.models.student import ConvertedForCausalLM, projections_of, swap
+from convert.mixers.init import STARTS
+from convert.mixers.projections import CalibrationStats
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import projections_of, swap
 from convert.planning.validate import bad_functions, refusals
 from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
 from convert.training.loop import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 
-SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # of a calibration that is yet to come
+SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(4)))  # of a calibration that is yet to come
 MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
 
 
@@ -80,9 +81,8 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
             rows.append(_train_plan(step, student, num_teacher, flops, device))
             biggest = max(biggest, rows[-1].trainable)
     num_student = _count(student)
-    exports = (
-        2 if any(isinstance(step, Swap) and step.mixer == "mla" for step in recipe.steps) else 1
-    )  # model/, and native/
+    swaps = [step for step in recipe.steps if isinstance(step, Swap)]
+    exports = 2 if any(MIXERS[step.mixer].native_architecture for step in swaps) else 1  # model/, and native/
     disk = 3 * 12 * biggest + 2 * 4 * num_student + exports * 4 * num_student
     assumptions = (
         (
@@ -122,10 +122,10 @@ def _swapped(step: Swap, student: PreTrainedModel, num_layers: int) -> Converted
     layers, tokens = step.edited(num_layers), min(HANDOVER_TOKENS, student.config.max_position_embeddings)
     before = {layer: projections_of(student, layer) for layer in layers}
     slots = student.slots() if isinstance(student, ConvertedForCausalLM) else {}
-    partial = {layer for layer, slot in slots.items() if not slot.mixer.whole}
+    partial = {layer for layer in slots if not STARTS[student.config.mixers[layer]["name"]].hands_on_all}
     student = swap(student, step.mixer, step.options, layers, [SEEN] * num_layers if step.looks_first else None)
     for layer in layers if step.exact else ():
-        reason = MIXERS[step.mixer].inexact(before[layer], student.slots()[layer].mixer.options, tokens)
+        reason = STARTS[step.mixer].why_inexact(before[layer], student.slots()[layer].mixer.options, tokens)
         if layer in partial:
             reason = (
                 "the mixer it has now computes more than the new one takes over; swap in linear attention and align it"
@@ -210,9 +210,8 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def _state_updates(student: ConvertedForCausalLM) -> int:
-    """Of numerators and denominators with a decay of their own, per token."""
-    rates = [module.s for module in student.modules() if isinstance(module, DecayRate)]
-    return sum(2 * rate.numel() for rate in rates if rate.ndim == 2)
+    """Updates of states with a decay of their own, per token, in all layers."""
+    return sum(slot.mixer.scan_updates() for slot in student.slots().values())
 
 
 @functools.cache

@@ -18,8 +18,6 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
     host = config.host_config() if config.model_type == "converted" else config
     if reason := refusal(host):
         return (reason,)
-    if config.model_type == "converted" and config.keeps_attention and len({m["name"] for m in config.mixers if m}) > 1:
-        found.append("A teacher's converted layers must share one mixer; this one has several.")
     for step in recipe.steps:
         if isinstance(step, Swap):
             found += _bad_keep(step, host.num_hidden_layers)
@@ -92,7 +90,7 @@ def _bad_sequence(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     mixers = {mixer["name"] for mixer in config.mixers if mixer} if config.model_type == "converted" else set()
     for step in recipe.steps:
         if isinstance(step, Swap):
-            if "mla" in mixers:
+            if not all(MIXERS[name].can_be_replaced for name in mixers):
                 found.append(
                     f"Step {step.name}: Latent attention is where a conversion ends: no other mixer can start from it."
                     " Take the run's own teacher."
@@ -112,12 +110,9 @@ def _bad_sequence(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
                 " by name or by pattern."
             )
     for step in swaps:
-        window = getattr(step.options, "window", None)
-        if window is not None and window >= longest and not step.exact:
-            found.append(
-                f"Step {step.name}: a window must be shorter than the training sequences, or its end is never seen; it"
-                f" is {window:,}, they are {longest:,}. Lower window, or raise --seq-len."
-            )
+        problem = MIXERS[step.mixer].sequence_problem(step.options, longest)
+        if problem and not step.exact:
+            found.append(f"Step {step.name}: {problem}")
     return found
 
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig
 from convert.core.errors import UserError
 from convert.core.fields import TEXT, Name, Text, check, checked, require, shown
 from convert.mixers import MIXERS
+from convert.mixers.init import STARTS
+from convert.mixers.projections import LLAMA_SHAPED
 from convert.objectives import divergences as objectives
 from convert.objectives.divergences import Distill
 from convert.training import loop as stages
@@ -56,7 +58,7 @@ class Swap:
 
     @property
     def looks_first(self) -> bool:
-        return self.calibration > 0 and MIXERS[self.mixer].needs_inputs(self.options)
+        return self.calibration > 0 and STARTS[self.mixer].needs_stats(self.options)
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers replaced, as far as no measurement decides."""
@@ -200,7 +202,6 @@ def budget(
     )
 
 
-LLAMA_SHAPED = ("llama", "mistral")  # attention that deepseek_v3 can be made from
 FORGET = {"mamba": 1e-3, "mamba2": 3e-3}  # ours, measured on neox-nano: experiments/LOG.md
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 
@@ -319,9 +320,7 @@ def tiny(recipe: Recipe) -> Recipe:
 
     def shrink(step: Step) -> Step:
         if isinstance(step, Swap):
-            options = step.options
-            if step.mixer == "gate-swa":
-                options = dataclasses.replace(options, window=min(options.window, 64 // 2))
+            options = MIXERS[step.mixer].tiny(step.options, 64)
             return dataclasses.replace(step, options=options, calibration=min(step.calibration, 3 * 128))
         if not isinstance(step, Train):
             return step

@@ -24,7 +24,8 @@ from safetensors.torch import load_model, save_model
 from convert.core import manifest
 from convert.core.errors import UserError
 from convert.core.files import parse_json, sealed, sha256, sync, unsealed, write_json, write_text
-from convert.models.student import ConvertedConfig, ConvertedForCausalLM
+from convert.models.config import ConvertedConfig
+from convert.models.student import ConvertedForCausalLM
 
 KEPT_CHECKPOINTS = 2
 LOGS = ("metrics.jsonl", "generations.jsonl")  # of the steps

@@ -10,7 +10,8 @@ from convert.core.errors import UserError
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.text import TokenData
 from convert.evaluation import perplexity as measure
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
 from convert.steps import selection
 from convert.steps.calibration import inputs_of
@@ -39,7 +40,7 @@ def _keep_by_measurement(step: Swap, student, text: TokenData, recipe: Recipe, i
     """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes that
     depend on all edited layers (a cache budget) are then shared out among these."""
     before = selection.parts_of(student)
-    student = swap(student, step.mixer, step.options, inputs=inputs).eval()
+    student = swap(student, step.mixer, step.options, stats=inputs).eval()
     rises = selection.rises(student, before, _sequences(text, recipe, min(RANKING_TOKENS, recipe.tokens)))
     ranked = sorted(before, key=lambda layer: -rises[layer])
     kept = sorted(ranked[: step.keep.count(len(before))])

@@ -24,7 +24,7 @@ from convert.data.text import Tokens, corpus, tokenize
 from convert.evaluation.monitor import Rule
 from convert.exporting.hub import export
 from convert.models.loading import NANO, resolve
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import tiny_teacher
 
 SHARE, SIZE = Annotated[float, (0, 1)], Annotated[int, (1, 64)]

@@ -10,7 +10,7 @@ import torch
 
 from convert.core.errors import UserError
 from convert.models.loading import _load_model, read_config, resolve
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import LAYERS, VOCAB, assert_close, tiny_teacher, token_ids
 from tests.test_model import logits_of
 

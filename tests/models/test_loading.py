@@ -38,7 +38,8 @@ from convert.models.loading import (
     read_config,
     resolve,
 )
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import tiny_teacher, token_ids
 
 PARAMETERS = {

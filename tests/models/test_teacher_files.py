@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from convert.core.errors import UserError
 from convert.exporting.hub import export
 from convert.models.loading import NANO, load_teacher, read_config, resolve
-from convert.models.student import swap
+from convert.models.swap import swap
 from convert.models.teacher_files import config_of, read_json
 from tests.conftest import FAMILIES, tiny_teacher
 
