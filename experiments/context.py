@@ -96,7 +96,7 @@ def _in_float64(cache: Cache) -> Cache:
     cache = copy.deepcopy(cache)
     for layer in cache.layers:
         if isinstance(layer, StateLayer):
-            layer.state = tuple(t.double() if t.is_floating_point() else t for t in layer.state)
+            layer.state = layer.state._make(t.double() if t.is_floating_point() else t for t in layer.state)
         else:
             layer.keys, layer.values, layer.dtype = layer.keys.double(), layer.values.double(), torch.float64
     return cache

@@ -28,7 +28,7 @@ from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
-from convert.models.student import swap
+from convert.models.swap import swap
 from convert.objectives.divergences import Distill
 from convert.recipes.base import Train
 from convert.training import loop as stages

@@ -23,7 +23,7 @@ from convert.data.text import Tokens
 from convert.mixers import MIXERS
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
-from convert.models.student import swap
+from convert.models.swap import swap
 from convert.objectives.divergences import Distill, cosine_distance
 from convert.training import loop as stages
 from convert.training.loop import Settings

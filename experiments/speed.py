@@ -23,8 +23,7 @@ from convert.data.corpus import corpus
 from convert.data.text import tokenize
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
-from convert.models.student import swap
-from convert.recipes.base import Train
+from convert.models.swap import swap
 from convert.training import loop as stages
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE

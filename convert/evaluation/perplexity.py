@@ -18,10 +18,11 @@ from convert.data.batches import Batch
 from convert.data.prompts import encode, left_padded
 from convert.evaluation.scoring import end_ids, greedily
 from convert.mixers.base import StateSize
-from convert.mixers.parts import TimeStep
-from convert.mixers.projections import Projections, layer_window
+from convert.mixers.families import layer_window
+from convert.mixers.projections import Projections
 from convert.models.cache import CACHE_NAME, layer_bytes
-from convert.models.student import ConvertedForCausalLM, attention_of
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import cross_entropy, forward_kl
 from convert.training.loop import hidden_states, layers_of
 
@@ -183,7 +184,9 @@ def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:
             continue
         shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
         # transformers keeps one less than the window: the token that looks is the last of it
-        sizes.append(StateSize(narrow=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1))
+        sizes.append(
+            StateSize(elements_per_token=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1)
+        )
     return tuple(sizes)
 
 
@@ -209,17 +212,14 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.no_grad()
 def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int, dict]:
-    """Layer -> quantiles over its decays of the tokens after which half of a state is left, at the mean Delta seen on
-    `batches`; null is for ever. Empty where no layer decays."""
-    seen: dict[int, list[Tensor]] = {}
-    hooks = []
-    for layer, slot in student.slots().items():
-        for module in slot.modules():
-            if isinstance(module, TimeStep):
-                seen[layer] = []
-                hooks.append(
-                    module.register_forward_hook(lambda _, __, dt, layer=layer: seen[layer].append(dt.mean((0, 1))))
-                )
+    """Layer -> quantiles over its decays of the tokens after which half of a state is left, at the mean decay per token
+    on `batches`; null is for ever. Empty where no layer decays."""
+    decaying = {layer: slot.mixer for layer, slot in student.slots().items() if slot.mixer.decays}
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in decaying}
+    hooks = [
+        mixer.register_forward_pre_hook(lambda m, args, layer=layer: seen[layer].append(m.decay_per_token(*args[:2])))
+        for layer, mixer in decaying.items()
+    ]
     try:
         for batch in batches if seen else []:
             hidden_states(student, batch.to(student.device))
@@ -227,11 +227,8 @@ def half_lives(student: ConvertedForCausalLM, batches: list[Batch]) -> dict[int,
         for hook in hooks:
             hook.remove()
     lives = {}
-    for layer, steps in seen.items():
-        rate = student.slots()[layer].mixer.rate()
-        dt = torch.stack(steps).mean(0)
-        per_token = (rate * (dt[:, None] if rate.ndim == 2 else dt)).flatten()
-        tokens = math.log(2) / per_token
+    for layer, decays in seen.items():
+        tokens = math.log(2) / torch.stack(decays).mean(0)
         quantiles = torch.quantile(
             tokens.clamp(max=1e9).float(), torch.tensor(QUANTILES, device=tokens.device), interpolation="nearest"
         )

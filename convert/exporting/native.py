@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from convert.mixers import MLA
-from convert.mixers.projections import weight_of
+from convert.mixers import MIXERS, MLA
+from convert.mixers.projections import LLAMA_SHAPED, weight_of
 from convert.models.student import ConvertedForCausalLM
-from convert.recipes.language import LLAMA_SHAPED
 
 
 def obstacle(student: ConvertedForCausalLM) -> str | None:
     """Why no architecture of transformers computes what this student does, or None."""
     names = sorted({mixer["name"] if mixer else "attention" for mixer in student.config.mixers})
-    if names != ["mla"]:
+    if len(names) != 1 or names[0] not in MIXERS or MIXERS[names[0]].native_architecture is None:
         return f"its layers are {' and '.join(names)}"
     host = student.host.config
     if host.model_type not in LLAMA_SHAPED:
@@ -35,20 +34,16 @@ def obstacle(student: ConvertedForCausalLM) -> str | None:
 
 
 def native_config(student: ConvertedForCausalLM) -> PreTrainedConfig:
+    """The configuration of the same model as a `deepseek_v3`."""
     host, options = student.host.config, student.slots()[0].mixer.options
     shape = student.slots()[0].mixer.shape
     same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "rms_norm_eps",
-    )
-    same += ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+        "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings",
+    )  # fmt: skip
     return AutoConfig.for_model(
-        "deepseek_v3",
+        MLA.native_architecture,
         **{name: getattr(host, name) for name in same},
         rope_parameters=dict(host.rope_parameters),
         rope_interleave=True,
@@ -80,8 +75,8 @@ def to_native(student: ConvertedForCausalLM) -> PreTrainedModel:
 
 
 def _attention(mixer: MLA) -> dict[str, Tensor]:
-    """Of one layer, by DeepSeek's names: unrotated dimensions first, rotary pairs side by side, keys and values for
-    every query head."""
+    """The weights of one layer by DeepSeek's names: unrotated dimensions first, rotary pairs side by side, keys and
+    values for every query head."""
     shape, rope = mixer.shape, mixer.rope_dim
     pairs = torch.arange(rope).view(2, -1).T.flatten()  # two halves -> pairs
     q = weight_of(mixer.q).unflatten(0, (shape.num_heads, -1))

@@ -1,27 +1,43 @@
 """What a run hands over: model/, and native/ where there is one, each read back in a process that does not know this
 project."""
 
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.console import console
 from convert.core.errors import UserError, disk_reason
-from convert.data.text import TokenData
 from convert.exporting import native
-from convert.exporting.hub import check_in_clean_process, export, export_native
-from convert.models.loading import Teacher
-from convert.reports import report
+from convert.exporting.code import OURS, ROOT
+from convert.exporting.hub import export
+from convert.models.student import ConvertedForCausalLM
 
 
-def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
-    """Write model/, and read it back in a process that does not know this project."""
+def export_and_verify(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, card_without_code: str,
+    dtype: torch.dtype, input_ids: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `folder`, and native/ beside it where transformers has the architecture of a converted student, and read
+    each back in a process that does not know this project.
+
+    `card`: the model card of a folder that brings its code along; `card_without_code`: of one that does not.
+    `input_ids` [B, T]: tokens whose logits are compared. Returns what report.json says of the export."""
     console.print("export", style="bold")
-    export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
-    found = _checked(student, folder, text, trust_remote_code=True) | {
-        "dtype": str(taught.dtype).removeprefix("torch.")
+    is_converted = isinstance(student, ConvertedForCausalLM)
+    export(student, tokenizer, folder, card=card if is_converted else card_without_code, dtype=dtype)
+    found = verify(student, folder, input_ids, trust_remote_code=is_converted) | {
+        "dtype": str(dtype).removeprefix("torch.")
     }
+    if not is_converted:
+        return found
     if reason := native.obstacle(student):
         console.print(
             f"transformers has no architecture for this student ({reason}): model/ brings its code along.", style="dim"
@@ -29,8 +45,8 @@ def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData)
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
-        export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
-        checked = _checked(student, beside, text, trust_remote_code=False)
+        export(native.to_native(student), tokenizer, beside, card=card_without_code, dtype=dtype)
+        checked = verify(student, beside, input_ids, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
         if disk_reason(error):
             raise
@@ -40,16 +56,16 @@ def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData)
     return found | {"native": {"model_type": kind} | checked}
 
 
-def _checked(student, folder: Path, text: TokenData, *, trust_remote_code: bool) -> dict:
-    """How far the logits of the export are from the student's, in a clean process; more than rounding is an error."""
-    ids = torch.from_numpy(text.held_out.ids[:64].astype("int64"))[None]
+def verify(student: PreTrainedModel, folder: Path, input_ids: Tensor, *, trust_remote_code: bool) -> dict[str, float]:
+    """How far the logits of an export are from the student's, in a clean process; more than rounding is an error.
+
+    `input_ids` [B, T]. Raises RuntimeError, and sets the folder aside, where they differ."""
     with torch.no_grad():
-        reference = student(ids.to(student.device), use_cache=False).logits.float().cpu()
+        reference = student(input_ids.to(student.device), use_cache=False).logits.float().cpu()
     allowed = max(1e-4, 1e-5 * reference.abs().max().item())
     try:
-        difference = (
-            (check_in_clean_process(folder, ids, trust_remote_code=trust_remote_code) - reference).abs().max().item()
-        )
+        logits = check_in_clean_process(folder, input_ids, trust_remote_code=trust_remote_code)
+        difference = (logits - reference).abs().max().item()
         if not difference <= allowed:
             raise RuntimeError(
                 f"The export must give the same logits in a clean process; they differ by {difference:.2g} (allowed"
@@ -62,7 +78,75 @@ def _checked(student, folder: Path, text: TokenData, *, trust_remote_code: bool)
 
 
 def _set_aside(folder: Path) -> None:
-    """An export that failed its check: its card says that it passed."""
+    """Rename an export that failed its check, whose card says that it passed."""
     aside = folder.with_name(folder.name + ".unchecked")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
+
+
+# Runs before a script in a clean process. Only our two packages are hidden, wherever an editable install or a .pth file
+# puts them: Hugging Face's `kernels`, which transformers imports, must stay importable.
+HIDE = """
+import os, sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        spec = self.finder.find_spec(name, path, target)
+        if spec is None or name.split(".")[0] not in OURS:
+            return spec
+        places = [spec.origin or "", *(spec.submodule_search_locations or ())]
+        hidden = [os.path.join(ROOT, package) + os.sep for package in OURS]
+        return None if any(os.path.join(os.path.realpath(p), "").startswith(tuple(hidden)) for p in places) else spec
+
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != ROOT]
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+"""
+
+LOGITS = """
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, inputs, outputs, trust = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust == "True", dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.load(inputs), use_cache=False).logits
+torch.save(logits, outputs)
+"""
+
+
+def check_in_clean_process(folder: Path, input_ids: Tensor, *, trust_remote_code: bool = True) -> Tensor:
+    """The logits [B, T, W] of these tokens [B, T], in float32 on the CPU, by a process that has only the folder."""
+    with tempfile.TemporaryDirectory() as place:
+        inputs, outputs = Path(place, "inputs.pt"), Path(place, "outputs.pt")
+        torch.save(input_ids.cpu(), inputs)
+        run_without_us(LOGITS, str(folder.resolve()), str(inputs), str(outputs), str(trust_remote_code))
+        return torch.load(outputs)
+
+
+def run_without_us(script: str, *args: str) -> str:
+    """What a Python script prints (arguments from sys.argv[1]) offline, in an empty folder, where our packages cannot
+    be imported."""
+    with tempfile.TemporaryDirectory() as place:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_MODULES_CACHE": str(Path(place, "modules")),
+        }
+        head = f"ROOT, OURS = {str(ROOT)!r}, {OURS!r}\n{HIDE}"
+        done = subprocess.run(
+            [sys.executable, "-c", head + script, *args],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-20:])
+        raise RuntimeError(f"A clean process failed with exit code {done.returncode}:\n{tail}")
+    return done.stdout

@@ -1,5 +1,7 @@
-"""Token mixers that replace attention. A new one is a file and a line here; the invariants of
-tests/mixers/test_promises.py come with it."""
+"""Token mixers that replace attention.
+
+A new one is a file and a line here, and its start is one in mixers/init; the promises of tests/mixers/test_promises.py
+come with it. An exported model has this table with its own mixers alone."""
 
 from convert.mixers.base import Context, Mixer
 from convert.mixers.gate_swa import GateSWA

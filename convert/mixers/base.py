@@ -4,87 +4,111 @@ B batch · T time · D width · R rotary dimensions
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from convert.mixers.projections import Projections, Shape
+from convert.core.fields import check
 
-State = tuple[Tensor, ...]  # each with the batch first; sums are in float32
+State = tuple[Tensor, ...]  # each mixer has a NamedTuple of its own; every tensor has the batch first
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
+
+    width: Annotated[int, (1, 2**18)]
+    num_heads: Annotated[int, (1, 2**12)]
+    num_kv_heads: Annotated[int, (1, 2**12)]
+    head_dim: Annotated[int, (1, 2**13)]
+    rotary_dim: Annotated[int, (0, 2**13)]  # the first of a head's dimensions are rotated, in the two-halves layout
+    qkv_bias: bool
+    out_bias: bool
+    norm_eps: Annotated[float, (0, 1)] | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+
+    __post_init__ = check
 
 
 @dataclass(frozen=True)
 class StateSize:
-    """Of one sequence, by formula: `fixed` bytes, and for each token so far, at most `window` of them, `narrow` numbers
-    in the dtype of the model and `wide` bytes more."""
+    """Formula of the cache of one layer for one sequence.
 
-    fixed: int = 0
-    narrow: int = 0
-    wide: int = 0
+    The cache holds `fixed_bytes`, and for each token seen, at most `window` of them, `elements_per_token` numbers in
+    the dtype of the model and `bytes_per_token` bytes in dtypes that do not depend on it."""
+
+    fixed_bytes: int = 0
+    elements_per_token: int = 0
+    bytes_per_token: int = 0
     window: int | None = None
 
     def at(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes after so many tokens."""
+        """Bytes after this many tokens, in a model of this dtype."""
         held = tokens if self.window is None else min(tokens, self.window)
-        return self.fixed + held * (self.narrow * dtype.itemsize + self.wide)
+        return self.fixed_bytes + held * (self.elements_per_token * dtype.itemsize + self.bytes_per_token)
 
 
 @dataclass(frozen=True)
 class Context:
     """Where the tokens of one call are.
 
-    cos, sin [B, T, R]: the rotary table at their positions. `real` bool [B, T]: False at padding. `document_ids` [B,
-    T]: states start anew where the id changes; the first token continues the state it is given."""
+    cos, sin [B, T, R]: the rotary table at their positions. `padding_mask` bool [B, T]: True at real tokens, False at
+    padding; None where there is no padding. `document_ids` [B, T]: states start anew where the id changes; the first
+    token continues the state it is given."""
 
     cos: Tensor
     sin: Tensor
-    real: Tensor | None = None
+    padding_mask: Tensor | None = None
     document_ids: Tensor | None = None
 
 
 class Mixer(nn.Module, ABC):
     """y_BTD, state = mixer(x_BTD, context, state); `state=None` is the start of a sequence.
 
-    A leaf has `Options`, a frozen dataclass, and is built as Leaf(shape, options).
+    A mixer has `Options`, a frozen dataclass, and `State`, a NamedTuple of tensors, and is built as
+    Kind(shape, options). What planning, training and evaluation need to know about a mixer is asked of it here. How it
+    starts from another layer is in mixers/init, which an exported model does not have.
     """
 
-    Options: type
-    narrow = 0  # so many of the state's first parts are keys, values or latents, in the dtype of the model
-    whole = False  # whether its projections say all that it computes
-    decays = False  # whether it forgets at rates of its own (DecayRate)
+    Options: ClassVar[type]
+    State: ClassVar[type]
+    model_dtype_fields: ClassVar[tuple[str, ...]] = ()  # fields of State that have the model's dtype (keys, latents)
+    can_be_replaced: ClassVar[bool] = True  # whether another mixer can start from this one
+    native_architecture: ClassVar[str | None] = None  # the model type in transformers that has this mixer
+    decays: ClassVar[bool] = False  # whether its state decays at learned rates; then the last four methods are its own
 
-    shape: Shape
-
-    @staticmethod
-    def needs_inputs(options) -> bool:
-        """Whether `from_projections` asks for what a calibration saw."""
-        return False
+    shape: AttentionShape
+    options: Any
 
     @classmethod
-    def fit(cls, layers: Iterable[Projections], options) -> list:
-        """The options of each layer, where they depend on what all of these layers hold."""
-        return [options for _ in layers]
+    def tiny(cls, options: Any, seq_len: int) -> Any:
+        """The options for a run on short sequences (`--tiny`), of `seq_len` tokens."""
+        return options
 
     @classmethod
-    @abstractmethod
-    def inexact(cls, projections: Projections, options, tokens: int) -> str | None:
-        """Why a start from this layer is another function of so many tokens, and the way out; None where theory says
-        that it is the same. `options`: as `fit` leaves them."""
-
-    @classmethod
-    @abstractmethod
-    def from_projections(cls, projections: Projections, options) -> "Mixer":
-        """Start from the weights of the layer it replaces."""
-
-    @abstractmethod
-    def projections(self) -> Projections:
-        """What the next mixer may start from."""
+    def sequence_problem(cls, options: Any, seq_len: int) -> str | None:
+        """Why training sequences of `seq_len` tokens never show what these options do, and the way out; None where
+        they do."""
+        return None
 
     @abstractmethod
     def state_size(self) -> StateSize:
-        """The formula; a test holds it against the state itself."""
+        """The formula of the state's size; a test holds it against the state itself."""
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]: ...
+    def forward(self, x_BTD: Tensor, context: Context, state: Any = None) -> tuple[Tensor, State]: ...
+
+    def set_decay(self, rate: float) -> None:
+        """Set every decay rate to `rate`, in nats per unit of the time step; 0 is no decay."""
+        raise TypeError(f"{type(self).__name__} has no decay rate to set.")
+
+    def decay_per_token(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """The mean over the tokens of x of what each state loses per token, in nats: exp(-it) is the share that is left
+        after one token. One number for each decay of its own, in one dimension."""
+        raise TypeError(f"{type(self).__name__} has no decay.")
+
+    def scan_updates(self) -> int:
+        """State updates per token that each have a decay of their own: the work of an elementwise scan, which no matrix
+        product does."""
+        return 0

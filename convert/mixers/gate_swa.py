@@ -9,23 +9,21 @@ B batch · T tokens of this call · S slots of the window · H query heads · G 
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.errors import UserError
 from convert.core.fields import check
-from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.parts import NO_SOFTMAX, QKV, wide
-from convert.mixers.projections import Projections, Shape, weight_of
+from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
+from convert.mixers.parts import QKV, wide
 
 EMPTY = -1.0  # the place of what is not there: padding, or a slot that nothing fills yet
 
 
 class GateSWA(Mixer):
-    """State: keys and values [B, S, G, K] and the place of each in its document [B, S], S up to window - 1 + sinks."""
+    """Softmax attention to a window and to the first tokens of a document, behind a sigmoid gate."""
 
     @dataclass(frozen=True)
     class Options:
@@ -40,9 +38,14 @@ class GateSWA(Mixer):
 
         __post_init__ = check
 
-    narrow = 2
+    class State(NamedTuple):
+        keys: Tensor  # [B, S, G, K], S up to window - 1 + sinks
+        values: Tensor  # [B, S, G, K]
+        places: Tensor  # [B, S]: the place of each in its document
 
-    def __init__(self, shape: Shape, options: Options):
+    model_dtype_fields = ("keys", "values")
+
+    def __init__(self, shape: AttentionShape, options: Options) -> None:
         super().__init__()
         self.shape, self.options = shape, options
         self.slots = options.window - 1 + options.sinks
@@ -56,57 +59,31 @@ class GateSWA(Mixer):
             nn.init.constant_(self.gate.bias, options.gate_bias)
 
     @classmethod
-    def inexact(cls, projections: Projections, options: Options, tokens: int) -> str | None:
-        if projections.feature_maps is not None:
-            return NO_SOFTMAX
-        theirs = tokens if projections.window is None else min(projections.window, tokens)
-        if theirs == tokens:
-            reach = options.window + options.sinks
-            return None if reach >= tokens else f"it sees {reach:,} of {tokens:,} tokens; raise the window"
-        if options.window < theirs:
-            return f"its window of {options.window:,} is shorter than the teacher's of {theirs:,}; raise it"
-        return f"the teacher has no sinks behind its window of {theirs:,}; set sinks to 0" if options.sinks else None
+    def tiny(cls, options: Options, seq_len: int) -> Options:
+        return replace(options, window=min(options.window, seq_len // 2))
 
     @classmethod
-    def from_projections(cls, projections: Projections, options: Options) -> "GateSWA":
-        if not math.isclose(projections.scale, projections.shape.head_dim**-0.5, rel_tol=1e-6):
-            raise UserError(
-                f"GateSWA's softmax has the scale 1 / sqrt(head size); this layer's is {projections.scale:g}. Keep it"
-                " (edit.keep)."
-            )
-        if projections.window is not None and projections.window < options.window:
-            options = replace(options, window=projections.window)
-        mixer = cls(projections.shape, options)
-        mixer.qkv.copy_(projections)
-        with torch.no_grad():
-            mixer.out.weight.copy_((projections.o / mixer._opening()).flatten(1))
-            if projections.o_bias is not None:
-                mixer.out.bias.copy_(projections.o_bias)
-        return mixer
-
-    def projections(self) -> Projections:
-        """With the gate as it is on average, by its bias."""
-        o = weight_of(self.out).unflatten(1, (-1, self.shape.head_dim)) * self._opening()
-        return self.qkv.projections(o, self.out.bias)
-
-    def _opening(self) -> Tensor:
-        """sigmoid(b) [H, K], or [H, 1]."""
-        if self.gate is None:
-            return torch.ones(())
-        return torch.sigmoid(self.gate.bias).unflatten(0, (self.shape.num_heads, -1))
+    def sequence_problem(cls, options: Options, seq_len: int) -> str | None:
+        if options.window < seq_len:
+            return None
+        return (
+            "a window must be shorter than the training sequences, or its end is never seen; it is"
+            f" {options.window:,}, they are {seq_len:,}. Lower window, or raise --seq-len."
+        )
 
     def state_size(self) -> StateSize:
         s = self.shape
-        return StateSize(narrow=2 * s.num_kv_heads * s.head_dim, wide=4, window=self.slots)
+        return StateSize(elements_per_token=2 * s.num_kv_heads * s.head_dim, bytes_per_token=4, window=self.slots)
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v = self.qkv(x_BTD, context.cos, context.sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # their norms leave them in float32
         if state is None:
             empty = k[:, :0]
-            state = empty, empty, wide(k.new_full(empty.shape[:2], EMPTY))
-        keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(state[:2], (k, v), strict=True))
-        places, documents = _locate(state[2], x_BTD, context)
+            state = self.State(empty, empty, wide(k.new_full(empty.shape[:2], EMPTY)))
+        keys = torch.cat([state.keys.to(k.dtype), k], 1)
+        values = torch.cat([state.values.to(v.dtype), v], 1)
+        places, documents = _locate(state.places, x_BTD, context)
         y = self._attend(q, keys, values, places, documents).flatten(2)
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(x_BTD))
@@ -131,7 +108,9 @@ class GateSWA(Mixer):
             )
         return torch.cat(done, 1)
 
-    def _attend_to(self, q, keys, values, places, documents, seen: Tensor, start: int) -> Tensor:
+    def _attend_to(
+        self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor, seen: Tensor, start: int
+    ) -> Tensor:
         """Queries that begin at `start` among the keys, to the keys `seen`."""
         mine = torch.arange(start, start + q.shape[1], device=q.device)
         at, of = places[:, mine, None], places[:, None, seen]
@@ -143,21 +122,21 @@ class GateSWA(Mixer):
         return y.transpose(1, 2)
 
     def _keep(self, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> State:
-        """Of the last document: its sinks, and the latest window - 1 others, in the order of the text behind the empty
-        slots."""
+        """The next state: of the last document its sinks and the latest window - 1 others, in the order of the text
+        behind the empty slots."""
         places = torch.where(documents == documents[:, -1:], places, EMPTY)
         sink = (places >= 0) & (places < self.options.sinks)
         chosen = torch.where(sink, math.inf, places).topk(min(self.slots, places.shape[1]), 1).indices
         kept, order = places.gather(1, chosen).sort(1)
         chosen = chosen.gather(1, order)[..., None, None].expand(-1, -1, *keys.shape[2:])
         there = (kept >= 0)[..., None, None]
-        return keys.gather(1, chosen) * there, values.gather(1, chosen) * there, kept
+        return self.State(keys.gather(1, chosen) * there, values.gather(1, chosen) * there, kept)
 
 
 def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Of the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the
+    """For the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the
     document."""
-    real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.real is None else context.real
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.padding_mask is None else context.padding_mask
     seen = real.float().cumsum(1)
     documents = torch.zeros_like(seen)
     before = -(F.pad(old, (1, 0), value=EMPTY).amax(1, keepdim=True) + 1).expand_as(

@@ -11,20 +11,16 @@ B batch · T tokens of this call · S tokens so far · H query heads · G key/va
 dimensions of a key J rotary keys: G, or 1 · N = K - P (exact) or K (native) dimensions that are not rotated · C latent
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.fields import check
-from convert.mixers.base import Context, Mixer, State, StateSize
-from convert.mixers.init.latent_ranks import choose_ranks, left_out
-from convert.mixers.init.latents import Start, start
-from convert.mixers.parts import NO_SOFTMAX, HeadNorm, rotate, wide
-from convert.mixers.projections import Projections, Shape
+from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
+from convert.mixers.parts import HeadNorm, rotate, wide
 
 ABSORBED_QUERIES = 16  # at most, in one call (ours)
 NATIVE_EPS = 1e-6  # of the RMSNorms in deepseek_v3, whatever its configuration says
@@ -42,10 +38,9 @@ class SplitNorm(HeadNorm):
 
 
 class MLA(Mixer):
-    """State: latents [B, S, C], rotary keys [B, S, J, P], which tokens are real [B, S], and with q/k norm 1 / rms of
-    the keys [B, S, G].
+    """Multi-head latent attention. Each token adds one row to the state.
 
-    One token more is one row more. A few queries are taken to the latents (absorbed: keys and values are never made),
+    A few queries are taken to the latents (absorbed: keys and values are never made),
     many to the keys and values made of them (expanded)."""
 
     @dataclass(frozen=True)
@@ -64,9 +59,17 @@ class MLA(Mixer):
 
         __post_init__ = check
 
-    narrow = 2
+    class State(NamedTuple):
+        latent: Tensor  # [B, S, C]
+        rotary_key: Tensor  # [B, S, J, P]
+        padding_mask: Tensor  # bool [B, S]: True at real tokens
+        inverse_rms: Tensor  # of the keys, float32 [B, S, G]; [B, S, 0] without q/k norm
 
-    def __init__(self, shape: Shape, options: Options):
+    model_dtype_fields = ("latent", "rotary_key")
+    can_be_replaced = False
+    native_architecture = "deepseek_v3"
+
+    def __init__(self, shape: AttentionShape, options: Options) -> None:
         super().__init__()
         self.shape, self.options = shape, options
         heads, groups, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
@@ -93,52 +96,11 @@ class MLA(Mixer):
         self.out = nn.Linear(heads * head_dim, shape.width, bias=shape.out_bias)
         self.register_buffer("frequencies", torch.arange(self.rope_dim // 2))  # of the teacher's rotary table
 
-    @staticmethod
-    def needs_inputs(options: Options) -> bool:
-        return options.start == "calibrated"
-
-    @classmethod
-    def fit(cls, layers: Iterable[Projections], options: Options) -> list["MLA.Options"]:
-        return choose_ranks(list(layers), options)
-
-    @classmethod
-    def inexact(cls, projections: Projections, options: Options, tokens: int) -> str | None:
-        return NO_SOFTMAX if projections.feature_maps is not None else left_out(projections.shape, options)
-
-    @classmethod
-    def from_projections(cls, projections: Projections, options: Options) -> "MLA":
-        (options,) = choose_ranks([projections], options)
-        mixer = cls(projections.shape, options)
-        mixer._copy(start(projections, options), projections)
-        return mixer
-
-    @torch.no_grad()
-    def _copy(self, s: Start, p: Projections) -> None:
-        for linear, weight, bias in (
-            (self.q, s.q, s.q_bias), (self.latent, s.latent, None), (self.k_rope, s.k_rope, s.k_rope_bias),
-            (self.k_up, s.k_up, s.k_up_bias), (self.v_up, s.v_up, p.v_bias), (self.out, p.o, p.o_bias),
-        ):  # fmt: skip
-            if linear is not None:
-                linear.weight.copy_(weight.reshape(linear.weight.shape))
-                if bias is not None:
-                    linear.bias.copy_(bias.flatten())
-        if self.options.q_rank is not None:
-            self.q_down.weight.copy_(s.q_down)
-        if s.latent_norm is not None:
-            self.latent_norm.weight.copy_(s.latent_norm)
-        if s.q_latent_norm is not None:
-            self.q_latent_norm.weight.copy_(s.q_latent_norm)
-        if self.q_norm is not None:
-            self.q_norm.weight.copy_(s.q_norm)
-            self.k_norm.weight.copy_(s.k_norm)
-        self.frequencies.copy_(s.frequencies)
-
-    def projections(self) -> Projections:
-        raise TypeError("Latent attention is where a conversion ends: no other mixer can start from it.")
-
     def state_size(self) -> StateSize:
         norms = 4 * self.shape.num_kv_heads if self.k_norm is not None else 0
-        return StateSize(narrow=self.options.kv_rank + self.rope_heads * self.rope_dim, wide=1 + norms)
+        return StateSize(
+            elements_per_token=self.options.kv_rank + self.rope_heads * self.rope_dim, bytes_per_token=1 + norms
+        )
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         rotary = torch.cat([self.frequencies, self.frequencies])
@@ -146,12 +108,12 @@ class MLA(Mixer):
         q = self.q(x_BTD if self.options.q_rank is None else _normed(self.q_latent_norm, self.q_down(x_BTD)))
         q = _by_heads(q, self.shape.num_heads)
         rope, latent = _by_heads(self.k_rope(x_BTD), self.rope_heads), _normed(self.latent_norm, self.latent(x_BTD))
-        real = (
-            torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if context.real is None else context.real
-        )
-        if context.real is not None:
+        shape = x_BTD.shape[:2]
+        mask = context.padding_mask
+        real = torch.ones(shape, dtype=torch.bool, device=x_BTD.device) if mask is None else mask
+        if mask is not None:
             latent, rope = latent * real[..., None], rope * real[..., None, None]  # padding leaves nothing behind
-        new = [latent, rope, real]
+        inverse_rms = wide(latent.new_zeros(*shape, 0))
         if self.k_norm is not None:
             q = self.q_norm(q)
             keys = (
@@ -160,20 +122,18 @@ class MLA(Mixer):
                 else torch.cat([rope, _by_heads(self.k_up(latent), self.shape.num_kv_heads)], -1)
             )
             scale = torch.rsqrt(wide(keys).square().mean(-1) + self.shape.norm_eps)  # [B, T, G]
-            new[1] = self.k_norm(wide(rope), slice(self.rope_dim), scale)
-            new.append(scale * real[..., None])
+            rope = self.k_norm(wide(rope), slice(self.rope_dim), scale)
+            inverse_rms = scale * real[..., None]
         q = torch.cat([rotate(q[..., : self.rope_dim], cos, sin), q[..., self.rope_dim :]], -1).to(latent.dtype)
-        new[1] = rotate(new[1], cos, sin).to(latent.dtype)
-        tokens = (
-            new if state is None else [torch.cat([old.to(t.dtype), t], 1) for old, t in zip(state, new, strict=True)]
-        )
-        visible = (
-            None
-            if state is None and context.real is None and context.document_ids is None
-            else _visible(tokens[2], context)
-        )
-        attend = self._absorbed if self._is_absorbed_cheaper(x_BTD.shape[1], tokens[0].shape[1]) else self._expanded
-        y = attend(q, tokens[0], tokens[1], None if self.k_norm is None else tokens[3], visible)
+        tokens = self.State(latent, rotate(rope, cos, sin).to(latent.dtype), real, inverse_rms)
+        if state is not None:
+            tokens = self.State(*(torch.cat([old.to(t.dtype), t], 1) for old, t in zip(state, tokens, strict=True)))
+        unmasked = state is None and mask is None and context.document_ids is None
+        visible = None if unmasked else _visible(tokens.padding_mask, context)
+        is_absorbed = self._is_absorbed_cheaper(x_BTD.shape[1], tokens.latent.shape[1])
+        attend = self._absorbed if is_absorbed else self._expanded
+        scales = None if self.k_norm is None else tokens.inverse_rms
+        y = attend(q, tokens.latent, tokens.rotary_key, scales, visible)
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
@@ -252,25 +212,25 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _visible(real: Tensor, context: Context) -> Tensor:
-    """[B, T, S]: which of the tokens so far, `real` [B, S], each of this call's T sees."""
-    S, T = real.shape[1], context.cos.shape[1]
-    at, of = torch.arange(S - T, S, device=real.device)[:, None], torch.arange(S, device=real.device)
-    visible = (of <= at) & real[:, None]
+def _visible(padding_mask: Tensor, context: Context) -> Tensor:
+    """[B, T, S]: which of the tokens so far, whose mask is [B, S], each of this call's T sees."""
+    S, T, device = padding_mask.shape[1], context.cos.shape[1], padding_mask.device
+    at, of = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)
+    visible = (of <= at) & padding_mask[:, None]
     if context.document_ids is not None:
         documents = torch.cat([context.document_ids[:, :1].expand(-1, S - T), context.document_ids], 1)
         visible = visible & (documents[:, S - T :, None] == documents[:, None])
     return visible | (of == at)  # padding sees itself, or its softmax would be of nothing
 
 
-def _last_document(tokens: list[Tensor], context: Context) -> State:
+def _last_document(tokens: MLA.State, context: Context) -> MLA.State:
     """What later tokens may still see."""
     if context.document_ids is None:
-        return tuple(tokens)
+        return tokens
     ids = context.document_ids
-    earlier = tokens[2].shape[1] - ids.shape[1]
+    earlier = tokens.padding_mask.shape[1] - ids.shape[1]
     last = F.pad(ids == ids[:, -1:], (earlier, 0), value=False)
     last[:, :earlier] = (ids == ids[:, -1:]).all(1, keepdim=True)
     first = int(last.any(0).nonzero()[0, 0])
     kept = [torch.where(last.view(*last.shape, *[1] * (t.ndim - 2)), t, torch.zeros_like(t))[:, first:] for t in tokens]
-    return tuple(t.clone() for t in kept)
+    return MLA.State(*(t.clone() for t in kept))

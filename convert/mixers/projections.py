@@ -1,38 +1,26 @@
-"""One reading of an attention layer of every teacher family: the hinge between teachers and mixers.
+"""The record of an attention layer that every teacher family is read into, and every mixer starts from.
 
 H query heads · G key/value heads · K head size · D width
 """
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Any
 
 from torch import Tensor, nn
 
 from convert.core.errors import UserError
-from convert.core.fields import check
+from convert.mixers.base import AttentionShape
+from convert.mixers.families import FAMILIES, layer_window
 
-FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+LLAMA_SHAPED = ("llama", "mistral")  # attention that transformers' deepseek_v3 can be made from
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
-
-    width: Annotated[int, (1, 2**18)]
-    num_heads: Annotated[int, (1, 2**12)]
-    num_kv_heads: Annotated[int, (1, 2**12)]
-    head_dim: Annotated[int, (1, 2**13)]
-    rotary_dim: Annotated[int, (0, 2**13)]  # the first of a head's dimensions are rotated, in the two-halves layout
-    qkv_bias: bool
-    out_bias: bool
-    norm_eps: Annotated[float, (0, 1)] | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
-
-    __post_init__ = check
+FeatureMaps = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # (weight [heads, K, K], bias [heads, K]) of q, k
 
 
 @dataclass(frozen=True)
-class Inputs:
+class CalibrationStats:
     """Statistics of what goes into an attention layer, over the tokens of a calibration.
 
     mean [D], moment [D, D]: the means of x and x x^T, half over all tokens alike and half weighted by the squared
@@ -52,10 +40,10 @@ class Projections:
     """Weights in [heads, K, D], so that nothing downstream knows how a family packs them.
 
     q [H, K, D], k, v [G, K, D], o [D, H, K]; biases q [H, K], k, v [G, K], o [D]; norms [K]. `feature_maps`: (weight
-    [H, K, K], bias [H, K]) for q and the same [G, ...] for k, where the layer is linear attention. `inputs`: what a
+    [H, K, K], bias [H, K]) for q and the same [G, ...] for k, where the layer is linear attention. `stats`: what a
     calibration saw of the layer's inputs, where there was one."""
 
-    shape: Shape
+    shape: AttentionShape
     q: Tensor
     k: Tensor
     v: Tensor
@@ -69,14 +57,15 @@ class Projections:
     scale: float = 1.0  # of the softmax
     rotary_scale: float = 1.0  # of the rotary table: queries and keys are longer by it where they are rotated (YaRN)
     window: int | None = None
-    feature_maps: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    inputs: Inputs | None = None
+    feature_maps: FeatureMaps | None = None
+    stats: CalibrationStats | None = None
 
     @classmethod
     def of(cls, attention: nn.Module, rotary: nn.Module | None = None) -> "Projections":
-        """Of a transformers attention module of one of FAMILIES, and the model's rotary embedding; None: as its class
-        makes it of the configuration, whose words alone say too little (a llama's partial_rotary_factor is not read
-        there)."""
+        """The record of a transformers attention module of one of FAMILIES.
+
+        `rotary`: the model's rotary embedding; None: as its class makes it of the configuration, whose words alone say
+        too little (a llama's partial_rotary_factor is not read there)."""
         if rotary is None:
             kind = type(attention).__name__.replace("Attention", "RotaryEmbedding")
             rotary = getattr(sys.modules[type(attention).__module__], kind)(attention.config)
@@ -84,13 +73,13 @@ class Projections:
         return replace(read(attention, 2 * rotary.inv_freq.shape[0]), rotary_scale=rotary.attention_scaling)
 
     @classmethod
-    def _of_gpt_neox(cls, attention, rotary_dim: int) -> "Projections":
+    def _of_gpt_neox(cls, attention: Any, rotary_dim: int) -> "Projections":
         config, fused = attention.config, attention.query_key_value
         heads = config.num_attention_heads
         head_dim = config.hidden_size // heads
         q, k, v = weight_of(fused).unflatten(0, (heads, 3, head_dim)).unbind(1)
         biases = fused.bias.unflatten(0, (heads, 3, head_dim)).unbind(1) if fused.bias is not None else (None,) * 3
-        shape = Shape(
+        shape = AttentionShape(
             config.hidden_size,
             heads,
             heads,
@@ -103,12 +92,12 @@ class Projections:
         return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)
 
     @classmethod
-    def _of_llama_like(cls, attention, rotary_dim: int) -> "Projections":
+    def _of_llama_like(cls, attention: Any, rotary_dim: int) -> "Projections":
         config, head_dim = attention.config, attention.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         normed = config.model_type == "qwen3"
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        shape = Shape(
+        shape = AttentionShape(
             config.hidden_size, heads, kv_heads, head_dim, rotary_dim, projections[0].bias is not None,
             attention.o_proj.bias is not None, attention.q_norm.variance_epsilon if normed else None,
         )  # fmt: skip
@@ -128,8 +117,8 @@ class Projections:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """Of a linear layer as torch has it; what an adapter adds to it, or a quantiser makes of it, is not in its
-    weight."""
+    """The weight of a linear layer as torch has it; what an adapter adds to it, or a quantiser makes of it, is not in
+    its weight."""
     if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
         raise UserError(
             f"A layer is converted by its plain weights; this one is a {type(linear).__name__}. Merge its adapter"
@@ -138,27 +127,14 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight
 
 
-def layer_window(config, layer: int) -> int | None:
-    """The sliding window of one layer of a teacher, or None where it sees everything."""
-    if config.model_type == "mistral":
-        return config.sliding_window
-    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer] == "sliding_attention":
-        return config.sliding_window
-    return None
-
-
-def attention_name(model_type: str) -> str:
-    """What a decoder layer of the family calls its attention module."""
-    return "attention" if model_type == "gpt_neox" else "self_attn"
-
-
 def family_refusal(kind: str) -> str | None:
+    """Why a model type is no teacher, or None."""
     return (
         None if kind in FAMILIES else f"Teachers must be of the families {', '.join(FAMILIES)}; this one is {kind!r}."
     )
 
 
-def refusal(config) -> str | None:
+def refusal(config: Any) -> str | None:
     """Why no layer of a model with this configuration can be read, or None. Reads the configuration alone."""
     if reason := family_refusal(config.model_type):
         return reason

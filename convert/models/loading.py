@@ -23,11 +23,14 @@ from convert.core.fields import Place, checked, shown
 from convert.core.network import is_hub_reachable
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
-from convert.models.catalog import TEACHERS, Source, resolve
+from convert.models.catalog import TEACHERS
+from convert.models.catalog import Source
+from convert.models.catalog import resolve
 from convert.models.devices import check_device
-from convert.models.failures import explained, first_line
-from convert.models.student import ConvertedConfig
+from convert.models.failures import explained
+from convert.models.failures import first_line
 from convert.models.tokenizer import load_tokenizer
+from convert.models.config import ConvertedConfig
 from convert.models.weights import check_size, check_whole
 
 

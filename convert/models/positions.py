@@ -15,22 +15,19 @@ def locate(
     position_ids: Tensor | None,
     cache: StudentCache | None,
     keeps_attention: bool = False,
-):
-    """Positions [B, T], and where there are any: which tokens are real [B, T], and document ids [B, T]. `x`: [B, T,
-    ...].
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Positions [B, T]; the padding mask bool [B, T], True at real tokens, or None where nothing is padded; and
+    document ids [B, T], or None where no row has two. `x`: [B, T, ...].
 
     Positions go on from the cache's count of each row's real tokens. A mask covers all tokens so far or, where no layer
     keeps its attention, this call's. As in transformers, positions that jump in a call without mask or cache are packed
     documents."""
     B, T = x.shape[:2]
-    real = (
-        None
-        if attention_mask is None
-        else _real(attention_mask, B, T, 0 if cache is None else cache.seen, keeps_attention)
-    )
+    seen = 0 if cache is None else cache.seen
+    padding_mask = None if attention_mask is None else _padding_mask(attention_mask, B, T, seen, keeps_attention)
     document_ids = None
     if position_ids is None:
-        steps = torch.ones(B, T, dtype=torch.long, device=x.device) if real is None else real.long()
+        steps = torch.ones(B, T, dtype=torch.long, device=x.device) if padding_mask is None else padding_mask.long()
         position_ids = (steps.cumsum(1) - 1).clamp(min=0)
         if cache is not None and cache.rows is not None:
             position_ids = position_ids + cache.rows[:, None]
@@ -38,12 +35,12 @@ def locate(
         position_ids = position_ids.expand(B, T)
         if attention_mask is None and cache is None:
             document_ids = documents_of(position_ids)
-    return position_ids, real, document_ids
+    return position_ids, padding_mask, document_ids
 
 
-def _real(mask: Tensor, B: int, T: int, seen: int, keeps_attention: bool) -> Tensor | None:
-    """Which of the tokens of this call are no padding, bool [B, T]; None where all are. Kept attention needs the mask
-    of every key."""
+def _padding_mask(mask: Tensor, B: int, T: int, seen: int, keeps_attention: bool) -> Tensor | None:
+    """The mask of this call's tokens, bool [B, T]; None where all are real. Kept attention needs the mask of every
+    key."""
     lengths = {seen + T} if keeps_attention else {T, seen + T}
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     if shape not in {(B, length) for length in lengths}:

@@ -19,8 +19,10 @@ from convert.core.errors import UserError
 from convert.core.fields import Written, require, shown
 from convert.core.files import parse_json
 from convert.mixers import MIXERS
-from convert.mixers.projections import FAMILIES, Shape, family_refusal
-from convert.models.student import ConvertedConfig
+from convert.mixers.base import AttentionShape
+from convert.mixers.families import FAMILIES
+from convert.mixers.projections import family_refusal
+from convert.models.config import ConvertedConfig
 
 LARGEST = {
     "config.json": 2**24,
@@ -286,7 +288,7 @@ def _check_mixer(mixer: dict[str, Any], where: str) -> None:
             f"{where} must have name, shape and options; it has {shown(sorted(mixer))}. Repeat the run that made it."
         )
     require(Literal[tuple(MIXERS)], mixer["name"], f"{where}.name")
-    for part, record in (("shape", Shape), ("options", MIXERS[mixer["name"]].Options)):
+    for part, record in (("shape", AttentionShape), ("options", MIXERS[mixer["name"]].Options)):
         require(dict[str, Any], mixer[part], f"{where}.{part}")
         known = {field.name for field in fields(record)}
         if not mixer[part].keys() <= known:

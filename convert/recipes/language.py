@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from convert.core.fields import Text, check, checked, require
 from convert.mixers import MIXERS
+from convert.mixers.projections import LLAMA_SHAPED
 from convert.models.from_scratch import Sizes
 from convert.objectives.base import Objective
 from convert.recipes.base import Recipe
@@ -20,7 +21,6 @@ from convert.steps.swap import Swap
 from convert.steps.train import Train
 from convert.training.settings import Settings
 
-LLAMA_SHAPED = ("llama", "mistral")  # attention that deepseek_v3 can be made from
 DECAY_RATE = {"mamba": 1e-3, "mamba2": 3e-3}  # ours, measured on neox-nano: experiments/LOG.md
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)

@@ -9,15 +9,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
+from convert.mixers.init.qkv import copy_qkv
 from convert.mixers.parts import QKV
-from convert.mixers.projections import Inputs, Projections
+from convert.mixers.projections import CalibrationStats, Projections
 from convert.models.positions import documents_of
-from convert.models.student import Slot, attention_of
+from convert.models.slot import Slot, attention_of
 from convert.training.loop import hidden_states, layers_of
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
+def stats_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationStats]:
     """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the
     same."""
     blocks = layers_of(model)
@@ -56,14 +57,14 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[Inputs]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [Inputs(*parts) for parts in zip(means, moments, uniform, drifts, strict=True)]
+    return [CalibrationStats(*parts) for parts in zip(means, moments, uniform, drifts, strict=True)]
 
 
 def _squared_attention(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
     """[B, T, T]: of query t and key s the squared share of attention, summed over the heads."""
     with torch.device(x.device):
         qkv = QKV(p.shape)
-    qkv.copy_(p)
+    copy_qkv(qkv, p)
     q, k, _ = qkv(x, cos, sin)
     hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)[None]
     if documents is not None:

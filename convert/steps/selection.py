@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
 from convert.evaluation.perplexity import HEAD_CHUNK
-from convert.mixers.projections import attention_name
-from convert.models.student import ConvertedForCausalLM, attention_of
+from convert.mixers.families import attention_name
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import forward_kl
 from convert.training.loop import hidden_states, layer_outputs, layers_of
 

@@ -11,18 +11,20 @@ from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.fields import Name, check, require
 from convert.mixers import MIXERS
-from convert.mixers.projections import Inputs
+from convert.mixers.init import STARTS
+from convert.mixers.projections import CalibrationStats
 from convert.models.access import layers_of, slots_of
-from convert.models.student import ConvertedForCausalLM, projections_of, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import projections_of, swap
 from convert.steps import handover, selection
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
-from convert.steps.calibration import inputs_of
+from convert.steps.calibration import stats_of
 from convert.steps.layers import Keep, MostSensitive
 
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
 TINY_SEQ_LEN = 64  # tokens
-SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # stands for a calibration that is yet to come
+SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(4)))  # stands for a calibration that is yet to come
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Swap(Step):
     @property
     def looks_first(self) -> bool:
         """Whether the mixer starts from what the layers see."""
-        return self.calibration > 0 and MIXERS[self.mixer].needs_inputs(self.options)
+        return self.calibration > 0 and STARTS[self.mixer].needs_stats(self.options)
 
     def kept(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of the model that stay as they are, as far as no measurement decides."""
@@ -144,11 +146,11 @@ class Swap(Step):
         layers = self.converted(num_layers)
         tokens = min(handover.TOKENS, student.config.max_position_embeddings)
         before = {layer: projections_of(student, layer) for layer in layers}
-        partial = {layer for layer, slot in slots_of(student).items() if not slot.mixer.whole}
+        partial = {layer for layer in slots_of(student) if not STARTS[student.config.mixers[layer]["name"]].hands_on_all}
         stats = [SEEN] * num_layers if self.looks_first else None
         student = swap(student, self.mixer, self.options, layers, stats)
         for layer in layers if self.exact else ():
-            reason = MIXERS[self.mixer].inexact(before[layer], student.slots()[layer].mixer.options, tokens)
+            reason = STARTS[self.mixer].why_inexact(before[layer], student.slots()[layer].mixer.options, tokens)
             if layer in partial:
                 reason = (
                     "the mixer it has now computes more than the new one takes over; swap in linear attention and"
@@ -168,7 +170,7 @@ class Swap(Step):
         """Calibrate, choose layers, swap, and check that an exact swap is exact. The result has `layers` (kept, and
         the KL of each when edited alone) and `handover` (how far logits moved), where there are any."""
         num_layers = len(layers_of(student))
-        stats = inputs_of(student, session.sequences(self.calibration)) if self.looks_first else None
+        stats = stats_of(student, session.sequences(self.calibration)) if self.looks_first else None
         if isinstance(self.keep, MostSensitive):
             return self._keep_by_measurement(student, session, stats)
         kept = self.kept(num_layers)
@@ -183,12 +185,12 @@ class Swap(Step):
         return swapped(student), found
 
     def _keep_by_measurement(
-        self, student: PreTrainedModel, session: Session, stats: list[Inputs] | None
+        self, student: PreTrainedModel, session: Session, stats: list[CalibrationStats] | None
     ) -> tuple[ConvertedForCausalLM, dict[str, Any]]:
         """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes
         that depend on all edited layers (a cache budget) are then shared out among these."""
         before = selection.parts_of(student)
-        student = swap(student, self.mixer, self.options, inputs=stats).eval()
+        student = swap(student, self.mixer, self.options, stats=stats).eval()
         batches = session.sequences(min(RANKING_TOKENS, session.tokens))
         sensitivity = selection.sensitivity(student, before, batches)
         ranked = sorted(before, key=lambda layer: -sensitivity[layer])

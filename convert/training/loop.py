@@ -19,9 +19,11 @@ from convert.core.errors import Interrupted, UserError
 from convert.core.fields import check
 from convert.data.batches import Batch
 from convert.mixers.base import Context
-from convert.mixers.parts import FeatureMap, project_gradients
+from convert.mixers.hedgehog import FeatureMap
+from convert.mixers.mamba_block import project_gradients
 from convert.models.positions import documents_of
-from convert.models.student import ConvertedForCausalLM, attention_of
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import Distill, backward, backward_through_head, cosine_distance
 
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)

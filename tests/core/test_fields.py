@@ -24,8 +24,9 @@ from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
 from convert.evaluation.monitor import Rule
 from convert.exporting.hub import export
-from convert.models.catalog import NANO, resolve
-from convert.models.student import swap
+from convert.models.catalog import NANO
+from convert.models.catalog import resolve
+from convert.models.swap import swap
 from tests.conftest import tiny_teacher
 
 SHARE, SIZE = Annotated[float, (0, 1)], Annotated[int, (1, 64)]

@@ -6,7 +6,7 @@ import torch
 from convert.evaluation import perplexity as measure
 from convert.mixers import MIXERS
 from convert.mixers.base import StateSize
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, options_of, tiny_teacher
 
 KV_BYTES = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 in float32, per layer and token

@@ -7,7 +7,7 @@ from convert.evaluation import statistics as scores
 from convert.evaluation.scoring import READINGS, batches, by_generation, by_likelihood, cut, fits, prompt_ids
 from convert.evaluation.tasks import TASKS
 from convert.mixers import MIXERS
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import options_of, tiny_teacher
 from tests.evaluation.scripted import Scripted, chatty_tokenizer, knowing
 

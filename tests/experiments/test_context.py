@@ -12,7 +12,7 @@ from convert.core.errors import UserError
 from convert.data.batches import Batch
 from convert.evaluation import perplexity as measure
 from convert.mixers import MLA
-from convert.models.student import swap
+from convert.models.swap import swap
 from experiments import context
 from tests.conftest import VOCAB, tiny_teacher
 

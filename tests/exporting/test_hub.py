@@ -16,7 +16,8 @@ from transformers.dynamic_module_utils import get_imports
 from convert.core.errors import UserError
 from convert.exporting import hub as export_module
 from convert.exporting.hub import check_in_clean_process, export, flatten, model_code, run_without_us
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import VOCAB, options_of, perturb, tiny_teacher, token_ids
 
 # teacher, mixer, layers: gpt_neox without tied embeddings, llama with them and with grouped-query attention

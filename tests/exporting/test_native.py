@@ -10,7 +10,7 @@ from convert.exporting import native
 from convert.exporting.hub import check_in_clean_process, export_native
 from convert.mixers import MLA
 from convert.models.cache import CACHE_NAME
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import assert_close, options_of, perturb, tiny_teacher, token_ids
 from tests.exporting.test_hub import tiny_tokenizer
 

@@ -16,7 +16,8 @@ from convert.exporting import native
 from convert.mixers import MIXERS, MLA
 from convert.mixers.mla import _is_plain
 from convert.mixers.projections import Projections
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import assert_close, perturb, rms, tiny_teacher, token_ids
 from tests.models.test_student import CACHED, decode, logits_of, student_of
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from convert.mixers import GateSWA
 from convert.models.cache import StudentCache
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, assert_close, options_of, tiny_teacher, token_ids
 from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs, mixer_of
 

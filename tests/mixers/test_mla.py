@@ -11,8 +11,8 @@ from convert.data.batches import Batch
 from convert.mixers import MLA
 from convert.mixers.init.latent_ranks import choose_ranks
 from convert.mixers.parts import rotate
-from convert.mixers.projections import Inputs, Projections
-from convert.models.student import swap
+from convert.mixers.projections import CalibrationStats, Projections
+from convert.models.swap import swap
 from convert.steps.calibration import inputs_of
 from tests.conftest import FAMILIES, assert_close, perturb, rms, tiny_teacher, token_ids
 from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs
@@ -228,14 +228,14 @@ def test_the_shared_rotary_key_is_exact_where_the_heads_agree():
 
 @torch.no_grad()
 def test_a_calibrated_native_start_steadies_the_norm():
-    """Inputs of which some direction is nearly constant, as real models have: the norm of the latents then does nearly
+    """CalibrationStats of which some direction is nearly constant, as real models have: the norm of the latents then does nearly
     nothing."""
     shape, g = SHAPES["mha"], torch.Generator().manual_seed(0)
     x = torch.randn(2, 400, shape.width, generator=g) * torch.logspace(0, -2, shape.width)
     x[..., -1] = 1 + 0.01 * x[..., -1]
     x[:, ::7] *= 1 + torch.rand(2, 58, 1, generator=g) * (torch.arange(shape.width) < 12)  # and lengths that differ
     moment = torch.einsum("btd,bte->de", x, x) / 800
-    p = replace(attention(shape), inputs=Inputs(x.mean((0, 1)), moment, moment, torch.zeros(4)))
+    p = replace(attention(shape), inputs=CalibrationStats(x.mean((0, 1)), moment, moment, torch.zeros(4)))
     m = MLA.from_projections(p, MLA.Options(shape="native", kv_rank=20, q_rank=20, start="calibrated"))
     for norm, latent in ((m.latent_norm, m.latent(x)), (m.q_latent_norm, m.q_down(x))):
         assert rms((norm(latent) - latent)[..., :-1]) < 0.03 * rms(latent[..., :-1])

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from convert.mixers.projections import Projections, refusal
-from convert.models.student import attention_of
+from convert.models.slot import attention_of
 from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 
 FLOAT32 = 2e-6  # measured: 3.5e-7

@@ -8,8 +8,9 @@ import torch
 import kernels.chunk_scan
 import kernels.selective_scan
 from convert.mixers import MIXERS, Context, LinearAttention, Mixer
-from convert.mixers.parts import DecayRate, project_gradients
-from convert.mixers.projections import Projections, Shape
+from convert.mixers.base import AttentionShape
+from convert.mixers.mamba_block import DecayRate, project_gradients
+from convert.mixers.projections import Projections
 from tests.conftest import SOFTMAX, assert_close, options_of, perturb
 
 FLOAT32 = 2e-6  # measured: 3.4e-7
@@ -17,9 +18,9 @@ FLOAT64 = 1e-12  # measured: 4e-15
 EXACT = 1e-5  # of the exact start over 300 tokens; measured: 2.4e-7
 
 SHAPES = {
-    "mha": Shape(24, 3, 3, 8, rotary_dim=8, qkv_bias=False, out_bias=False),
-    "gqa-norms": Shape(20, 4, 2, 6, rotary_dim=6, qkv_bias=False, out_bias=False, norm_eps=1e-6),
-    "partial-rotary-biases": Shape(24, 3, 3, 8, rotary_dim=4, qkv_bias=True, out_bias=True),
+    "mha": AttentionShape(24, 3, 3, 8, rotary_dim=8, qkv_bias=False, out_bias=False),
+    "gqa-norms": AttentionShape(20, 4, 2, 6, rotary_dim=6, qkv_bias=False, out_bias=False, norm_eps=1e-6),
+    "partial-rotary-biases": AttentionShape(24, 3, 3, 8, rotary_dim=4, qkv_bias=True, out_bias=True),
 }
 BATCH, LENGTH = 2, 70  # more than one chunk
 
@@ -27,7 +28,7 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def attention(shape: Shape, seed: int = 0) -> Projections:
+def attention(shape: AttentionShape, seed: int = 0) -> Projections:
     """An attention layer's weights."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
@@ -38,16 +39,16 @@ def attention(shape: Shape, seed: int = 0) -> Projections:
     return Projections(shape, *weights, *biases, 0.3 * normal(D) if shape.out_bias else None, *norms, scale=K**-0.5)
 
 
-def mixer_of(name: str, shape: Shape, **options) -> Mixer:
+def mixer_of(name: str, shape: AttentionShape, **options) -> Mixer:
     """Away from its exact start."""
     return perturb(MIXERS[name].from_projections(attention(shape), options_of(name, **options)))
 
 
-def inputs(shape: Shape, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
+def inputs(shape: AttentionShape, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
     return torch.randn(BATCH, length, shape.width, generator=torch.Generator().manual_seed(seed))
 
 
-def context(shape: Shape, positions, real=None, documents=None) -> Context:
+def context(shape: AttentionShape, positions, real=None, documents=None) -> Context:
     """`positions` and `documents` [B, T], or [T] for every row."""
     positions = torch.as_tensor(positions).expand(BATCH, -1)
     frequencies = 10000.0 ** (-torch.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)

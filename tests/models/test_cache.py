@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from convert.core.errors import UserError
 from convert.models.cache import CACHE_NAME, CACHE_NAMES, StudentCache, check_cache
-from convert.models.student import ConvertedForCausalLM, attention_of, swap
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, assert_close, tiny_teacher, token_ids
 from tests.models.test_student import CACHED, logits_of, student_of
 

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from convert.exporting import native
 from convert.exporting.hub import export
 from convert.mixers import MLA
-from convert.models.student import ConvertedConfig, ConvertedForCausalLM, swap
+from convert.models.config import ConvertedConfig
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, VOCAB, assert_close, options_of, tiny_teacher, token_ids
 from tests.exporting.test_hub import tiny_tokenizer
 from tests.models.test_student import CACHED, logits_of

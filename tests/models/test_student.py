@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from convert.mixers import MIXERS
 from convert.models.cache import StateLayer, StudentCache
-from convert.models.student import ConvertedForCausalLM, attention_of, swap
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, SOFTMAX, VOCAB, assert_close, options_of, perturb, rms, tiny_teacher, token_ids
 
 CACHED = 5e-6  # of the logits' scale; measured: 1.1e-6 (a wrong position costs 1e-3 and more)

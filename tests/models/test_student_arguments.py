@@ -24,7 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import TransformersKwargs
 
 from convert.models.cache import CACHE_NAME
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
 from tests.models.test_student import CACHED
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from convert.core.errors import UserError
 from convert.models.loading import load_teacher
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, WIDTH, options_of, tiny_teacher, token_ids
 from tests.models.test_student import logits_of
 from tests.models.test_loading import write_tokenizer

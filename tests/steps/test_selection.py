@@ -5,7 +5,8 @@ import torch
 
 from convert.data.batches import Batch
 from convert.mixers import MIXERS
-from convert.models.student import Slot, attention_of, swap
+from convert.models.slot import Slot, attention_of
+from convert.models.swap import swap
 from convert.steps import selection
 from tests.conftest import FAMILIES, options_of, tiny_teacher, token_ids
 

@@ -13,8 +13,8 @@ from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.evaluation.perplexity import perplexity
 from convert.mixers import MIXERS
-from convert.mixers.parts import DecayRate, project_gradients
-from convert.models.student import swap
+from convert.mixers.mamba_block import DecayRate, project_gradients
+from convert.models.swap import swap
 from convert.objectives.divergences import Distill, cosine_distance, energy_mse
 from convert.training import loop as stages
 from convert.training.loop import Settings, Silent, align, distill

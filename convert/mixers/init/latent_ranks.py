@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 
 from convert.core.errors import UserError
+from convert.mixers.base import AttentionShape
 from convert.mixers.init.latents import Metric, unrotated, weighted_rows
-from convert.mixers.projections import Projections, Shape
+from convert.mixers.mla import MLA
+from convert.mixers.projections import Projections
 
 
-def choose_ranks(layers: list[Projections], options) -> list:
+def choose_ranks(layers: list[Projections], options: MLA.Options) -> list[MLA.Options]:
     """The options of each layer, with kv_rank and rope_dim as numbers.
 
     Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the
@@ -31,7 +33,7 @@ def choose_ranks(layers: list[Projections], options) -> list:
     return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
 
 
-def left_out(shape: Shape, options) -> str | None:
+def left_out(shape: AttentionShape, options: MLA.Options) -> str | None:
     """What latent attention of these sizes cannot say of a teacher of this shape, and the way out; None: nothing."""
     if options.shape == "native":
         return "its one rotary key and its norms are not the teacher's; take shape=exact"
@@ -50,13 +52,13 @@ def left_out(shape: Shape, options) -> str | None:
     return None
 
 
-def _full_rank(shape: Shape, options) -> int:
+def _full_rank(shape: AttentionShape, options: MLA.Options) -> int:
     """Where nothing is left out: more latents than inputs would be of no use."""
     nope = shape.head_dim if options.shape == "native" else shape.head_dim - options.rope_dim
     return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
 
 
-def _rope_dim(shape: Shape, options) -> int:
+def _rope_dim(shape: AttentionShape, options: MLA.Options) -> int:
     """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which
     shares its rotary key among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m:
     experiments/LOG.md)."""
@@ -70,19 +72,19 @@ def _rope_dim(shape: Shape, options) -> int:
     return fitting[-1]
 
 
-def _room(shape: Shape, options) -> int:
+def _room(shape: AttentionShape, options: MLA.Options) -> int:
     """Numbers per token and layer."""
     return int(options.cache_budget * 2 * shape.num_kv_heads * shape.head_dim)
 
 
-def _rank_in_the_room(shape: Shape, options) -> int:
+def _rank_in_the_room(shape: AttentionShape, options: MLA.Options) -> int:
     rank = _room(shape, options) - options.rope_dim * (1 if options.shape == "native" else shape.num_kv_heads)
     if rank < 1:
         raise _too_small(shape, options)
     return min(rank, _full_rank(shape, options))
 
 
-def _by_energy(layers: list[Projections], options) -> list[int]:
+def _by_energy(layers: list[Projections], options: MLA.Options) -> list[int]:
     """The rank of each layer. Lagrange: each takes the one that minimises error + price x rank; the price is the lowest
     that fits the room."""
     errors = [_errors(p, options) for p in layers]
@@ -100,7 +102,7 @@ def _by_energy(layers: list[Projections], options) -> list[int]:
     return ranks(high)
 
 
-def _errors(p: Projections, options) -> dict[int, float]:
+def _errors(p: Projections, options: MLA.Options) -> dict[int, float]:
     """Rank -> relative error, in steps of 8 where there are many (X-EcoMLA's)."""
     m = Metric(p, options.start == "calibrated")
     rows, _ = weighted_rows(*unrotated(m, m.keep(options.rope_dim)))
@@ -112,7 +114,7 @@ def _errors(p: Projections, options) -> dict[int, float]:
     }
 
 
-def _check_teacher(layers: list[Projections], options) -> None:
+def _check_teacher(layers: list[Projections], options: MLA.Options) -> None:
     shape = layers[0].shape
     for p in layers:
         if p.window is not None:
@@ -125,14 +127,14 @@ def _check_teacher(layers: list[Projections], options) -> None:
         raise UserError(
             f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact."
         )
-    if options.start == "calibrated" and layers[0].inputs is None:
+    if options.start == "calibrated" and layers[0].stats is None:
         raise UserError(
             "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate"
             " (Swap.calibration)."
         )
 
 
-def _check_sizes(shape: Shape, options) -> None:
+def _check_sizes(shape: AttentionShape, options: MLA.Options) -> None:
     step = shape.rotary_dim / options.rope_dim
     if options.rope_dim % 2 or options.rope_dim > shape.rotary_dim or (options.shape == "native" and step != int(step)):
         rule = "an even divisor of" if options.shape == "native" else "even and at most"
@@ -149,7 +151,7 @@ def _check_sizes(shape: Shape, options) -> None:
         raise UserError(f"q_rank must be at most {most}, the rank of the queries; got {options.q_rank}.")
 
 
-def _too_small(shape: Shape, options) -> UserError:
+def _too_small(shape: AttentionShape, options: MLA.Options) -> UserError:
     whole = 2 * shape.num_kv_heads * shape.head_dim
     return UserError(
         f"A cache must hold rotary keys and a latent; cache_budget={options.cache_budget:g} leaves"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convert.mixers.projections import Projections, Shape
+from convert.mixers.base import AttentionShape
+from convert.mixers.mla import MLA
+from convert.mixers.projections import Projections
 
 RIDGE = 1e-4  # of the mean energy of an input, added to all: a calibration has not seen everything (ours)
 KEYS = 16.0  # what the relative error of the scores counts, beside that of the outputs (ours, measured on smollm2-135m)
@@ -22,7 +24,7 @@ WHITEN_FLOOR = 1e-6  # of the largest standard deviation of a latent (ours)
 
 
 @dataclass(frozen=True)
-class Start:
+class LatentStart:
     """q [H, P + N, D or q_rank], latent [C, D], k_rope [J, P, D], k_up [G, N, C], v_up [G, K, C]; norms [P + N];
     frequencies [P / 2]: their places in the teacher's rotary table; latent_norm [C], q_latent_norm [q_rank]: the
     weights of the latents' RMSNorms."""
@@ -44,8 +46,8 @@ class Start:
 
 
 @torch.no_grad()
-def start(p: Projections, options) -> Start:
-    """`options` as mla_sizes.choose_ranks returns them."""
+def latent_start(p: Projections, options: MLA.Options) -> LatentStart:
+    """`options` as latent_ranks.choose_ranks returns them."""
     if options.start == "random" or p.q.is_meta:
         return _random(p, options)
     return _native(p, options) if options.shape == "native" else _exact(p, options)
@@ -62,12 +64,12 @@ class Metric:
         self.steady = None  # [D], whose product with an input is nearly 1 whatever the token (least squares)
         if calibrated:
             self.moment, self.of_queries = (
-                m.to(eye) + RIDGE * m.trace().to(eye) / len(eye) * eye for m in (p.inputs.moment, p.inputs.uniform)
+                m.to(eye) + RIDGE * m.trace().to(eye) / len(eye) * eye for m in (p.stats.moment, p.stats.uniform)
             )
-            self.steady = torch.linalg.solve(self.moment, p.inputs.mean.to(eye))
+            self.steady = torch.linalg.solve(self.moment, p.stats.mean.to(eye))
         self.q, self.k, self.v = (t.to(eye) for t in (p.q, p.k, p.v))
         longer = p.rotary_scale**2  # a product of two rotated pairs
-        drift = p.inputs.drift.to(eye) if calibrated else eye.new_full((p.shape.rotary_dim // 2,), longer)
+        drift = p.stats.drift.to(eye) if calibrated else eye.new_full((p.shape.rotary_dim // 2,), longer)
         self.changed = 1 - (drift / longer).square() if calibrated else drift
         self.left = torch.cat(
             [drift, drift, eye.new_ones(p.shape.head_dim - p.shape.rotary_dim)]
@@ -119,7 +121,7 @@ def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values[..., None, :]) @ vectors.mT, (vectors / values[..., None, :]) @ vectors.mT
 
 
-def _order(shape: Shape, kept: Tensor) -> Tensor:
+def _order(shape: AttentionShape, kept: Tensor) -> Tensor:
     """Of a head's dimensions: the kept rotary pairs in two halves, then all others."""
     pairs = shape.rotary_dim // 2
     first = torch.cat([kept, kept + pairs])
@@ -169,7 +171,7 @@ def _latent(
     return down, k_up, back_v @ of_v.unflatten(0, v.shape[:2])
 
 
-def _exact(p: Projections, options) -> Start:
+def _exact(p: Projections, options: MLA.Options) -> LatentStart:
     """The teacher's own keys where they are rotated; at full rank its function."""
     m = Metric(p, options.start == "calibrated")
     kept = m.keep(options.rope_dim)
@@ -184,7 +186,7 @@ def _exact(p: Projections, options) -> Start:
     if not normed:
         q, q_bias = q * left[:, None], None if q_bias is None else q_bias * left
     k_bias = None if p.k_bias is None else p.k_bias[:, order]
-    return Start(
+    return LatentStart(
         *_low_rank_queries(m, q, q_bias, options.q_rank),
         latent,
         m.k[:, order[:rope]],
@@ -198,7 +200,7 @@ def _exact(p: Projections, options) -> Start:
     )
 
 
-def _native(p: Projections, options) -> Start:
+def _native(p: Projections, options: MLA.Options) -> LatentStart:
     """One rotary key for all heads: for each frequency the direction of most energy among the heads' keys as complex
     numbers, which turning all heads' pairs alike leaves what it is (TransMLA's RoRoPE, arXiv 2502.07864); what is left
     of them goes without rotation."""
@@ -226,7 +228,9 @@ def _native(p: Projections, options) -> Start:
     if options.q_rank is not None:
         q, _, q_down = _low_rank_queries(m, q, None, options.q_rank - (m.steady is not None))
         q_down, (q,), q_latent_norm = _steadied(m, q_down, (q,))
-    return Start(q, None, q_down, latent, k_rope, None, k_up, None, v_up, None, None, kept, latent_norm, q_latent_norm)
+    return LatentStart(
+        q, None, q_down, latent, k_rope, None, k_up, None, v_up, None, None, kept, latent_norm, q_latent_norm
+    )
 
 
 def _steadied(m: Metric, down: Tensor, ups: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -250,7 +254,7 @@ def _low_rank_queries(
     return up.unflatten(0, q.shape[:2]), q_bias, down
 
 
-def _random(p: Projections, options) -> Start:
+def _random(p: Projections, options: MLA.Options) -> LatentStart:
     """Everything but the output projection is new (Attention Editing; the deviation is DeepSeek's)."""
     shape, rope = p.shape, options.rope_dim
     native = options.shape == "native"
@@ -260,7 +264,7 @@ def _random(p: Projections, options) -> Start:
     kept = (torch.arange(rope // 2, device=p.q.device) * pairs) // (rope // 2)
     down = None if options.q_rank is None else new(options.q_rank, shape.width)
     normed = p.q_norm is not None
-    return Start(
+    return LatentStart(
         new(shape.num_heads, rope + nope, options.q_rank or shape.width), None, down, new(options.kv_rank, shape.width),
         new(keys, rope, shape.width), None, new(shape.num_kv_heads, nope, options.kv_rank), None,
         new(shape.num_kv_heads, shape.head_dim, options.kv_rank), torch.ones_like(p.q_norm) if normed else None,

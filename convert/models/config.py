@@ -1,0 +1,60 @@
+"""The configuration of a converted model: the teacher's own, and which mixer is in which layer."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+def _of_host(name: str) -> property:
+    """A field of the host's configuration, which is read and written there: one fact has one place."""
+    return property(lambda self: getattr(self.host, name), lambda self, value: setattr(self.host, name, value))
+
+
+class ConvertedConfig(PreTrainedConfig):
+    """`host`: the teacher's configuration, the live host's own; a dictionary of it in files. `mixers`: for each layer
+    None (its attention is kept) or {"name", "shape", "options"}, from which the mixer is built. Layers may have
+    different mixers."""
+
+    model_type = "converted"
+    sub_configs = {"host": AutoConfig}  # what is set for the attention of all layers reaches it
+
+    vocab_size = _of_host("vocab_size")
+    tie_word_embeddings = _of_host("tie_word_embeddings")
+    use_cache = _of_host("use_cache")
+    hidden_size = _of_host("hidden_size")
+    num_hidden_layers = _of_host("num_hidden_layers")
+    max_position_embeddings = _of_host("max_position_embeddings")
+    bos_token_id = _of_host("bos_token_id")
+    eos_token_id = _of_host("eos_token_id")
+    pad_token_id = _of_host("pad_token_id")
+
+    def __init__(
+        self,
+        host: dict[str, Any] | PreTrainedConfig | None = None,
+        mixers: list[dict[str, Any] | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(host, dict):
+            fields = {
+                k: v
+                for k, v in host.items()
+                if k not in ("model_type", "dtype", "architectures", "transformers_version")
+            }
+            host = AutoConfig.for_model(host["model_type"], **fields)
+        # transformers makes one without arguments, to compare with
+        self.host = PreTrainedConfig() if host is None else host
+        self.mixers = mixers or []
+        kwargs.setdefault("attn_implementation", self.host._attn_implementation)
+        super().__init__(**kwargs)
+
+    def host_config(self) -> PreTrainedConfig:
+        """The teacher's configuration."""
+        return self.host
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether some layer still has its attention."""
+        return any(mixer is None for mixer in self.mixers)
+
+
+AutoConfig.register("converted", ConvertedConfig, exist_ok=True)
