@@ -54,6 +54,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff",
+            "mypy>=1.18",
             "gguf>=0.10",
             "accelerate",
             "peft",

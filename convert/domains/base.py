@@ -157,5 +157,9 @@ class Domain(ABC):
         """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
 
     @abstractmethod
-    def export(self, student: PreTrainedModel, teacher: Teacher, folder: Path, report: Any, data: Data) -> dict:
-        """Write the student as a folder that loads without this project, and read it back in a clean process."""
+    def export(
+        self, student: PreTrainedModel, teacher: Teacher, folder: Path, cards: tuple[str, str], data: Data
+    ) -> dict[str, Any]:
+        """Write the student as a folder that loads without this project, and read it back in a clean process.
+
+        `cards`: the model card of a folder that brings code of ours along, and of one that does not."""

@@ -110,6 +110,15 @@ class Language(Domain):
         runner.write(found, folder / "evaluation.json")
         return found
 
-    def export(self, student: PreTrainedModel, teacher: Teacher, folder: Path, report: Any, data: TokenData) -> dict:
-        ids = torch.from_numpy(data.held_out.ids[:64].astype("int64"))[None]
-        return verify.ship(student, teacher.tokenizer, teacher.dtype, folder, report, ids)
+    def export(
+        self, student: PreTrainedModel, teacher: Teacher, folder: Path, cards: tuple[str, str], data: TokenData
+    ) -> dict[str, Any]:
+        return verify.export_and_verify(
+            student,
+            teacher.tokenizer,
+            folder,
+            card=cards[0],
+            card_without_code=cards[1],
+            dtype=teacher.dtype,
+            input_ids=torch.from_numpy(data.held_out.ids[:64].astype("int64"))[None],
+        )

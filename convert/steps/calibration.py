@@ -18,7 +18,7 @@ from convert.training.loop import hidden_states, layers_of
 
 
 @torch.no_grad()
-def stats_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationStats]:
+def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationStats]:
     """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the
     same."""
     blocks = layers_of(model)

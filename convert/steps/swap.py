@@ -18,7 +18,7 @@ from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import projections_of, swap
 from convert.steps import handover, selection
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
-from convert.steps.calibration import stats_of
+from convert.steps.calibration import inputs_of
 from convert.steps.layers import Keep, MostSensitive
 
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
@@ -170,7 +170,7 @@ class Swap(Step):
         """Calibrate, choose layers, swap, and check that an exact swap is exact. The result has `layers` (kept, and
         the KL of each when edited alone) and `handover` (how far logits moved), where there are any."""
         num_layers = len(layers_of(student))
-        stats = stats_of(student, session.sequences(self.calibration)) if self.looks_first else None
+        stats = inputs_of(student, session.sequences(self.calibration)) if self.looks_first else None
         if isinstance(self.keep, MostSensitive):
             return self._keep_by_measurement(student, session, stats)
         kept = self.kept(num_layers)
