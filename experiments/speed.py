@@ -24,7 +24,8 @@ from convert.models.loading import read_config, resolve
 from convert.models.student import swap
 from convert.recipes.language import Train
 from convert.run import fail_in_words
-from convert.training import loop as stages
+from convert.training import STAGES
+from convert.training.loop import Silent
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE
 
@@ -49,7 +50,7 @@ KINDS = {  # words in an operator's name; the first that fit
 }
 
 
-class Clock(stages.Silent):
+class Clock(Silent):
     """When each step ended."""
 
     def __init__(self):
@@ -90,7 +91,7 @@ def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> lis
     """Seconds of each step but the first."""
     clock = Clock()
     one = dataclasses.replace(settings, tokens=steps * settings.batch_tokens, evaluate_every=0, save_every=1e9)
-    stages.STAGES[stage](student, teacher, batches, one, track=clock)
+    STAGES[stage](student, teacher, batches, one, track=clock)
     return [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
 
 
@@ -105,7 +106,7 @@ def speeds(name: str, steps: int) -> Table:
     )
     compiled = {module: module.WAYS[KERNELS] for module in (chunk_scan, selective_scan)}
     for target in TARGETS:
-        for stage in stages.STAGES:
+        for stage in ("align", "distill"):
             found = []
             for use in (True, False):
                 for module, way in compiled.items():
@@ -124,7 +125,7 @@ def speeds(name: str, steps: int) -> Table:
 def where(name: str, target: str, steps: int = 5) -> list[Table]:
     """Share of a stage's time by kind of operator; time outside of operators is Python and the loop."""
     tables = []
-    for stage in stages.STAGES:
+    for stage in ("align", "distill"):
         teacher, student, batches, settings = prepare(name, target, stage)
         steps_of(stage, teacher, student, batches, settings, 3)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]

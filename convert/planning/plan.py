@@ -20,9 +20,12 @@ from convert.mixers import MIXERS
 from convert.mixers.parts import DecayRate
 from convert.mixers.projections import Inputs
 from convert.models.student import ConvertedForCausalLM, projections_of, swap
-from convert.planning.validate import bad_functions, refusals
-from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
-from convert.training.loop import align, uses_bfloat16
+from convert.planning.validate import refusals
+from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train
+from convert.training.align import align
+from convert.training.precision import uses_bfloat16
+from convert.training.selectors import name_of, selected
+from convert.training.trial import problem_of_functions
 from kernels.selective_scan import selective_scan
 
 SEEN = Inputs(*(torch.empty(0, device="meta") for _ in range(4)))  # of a calibration that is yet to come
@@ -59,7 +62,7 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
     if found := refusals(config, recipe):
         return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), found)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model, teacher_model = (AutoModelForCausalLM.from_config(config) for _ in range(2))  # a swap consumes the first
     num_teacher, num_layers = _count(model), config.num_hidden_layers
     precisions = {step.settings.precision for step in recipe.steps if isinstance(step, Train)}
     dtype = torch.bfloat16 if all(uses_bfloat16(torch.device(device), p) for p in precisions) else torch.float32
@@ -75,7 +78,8 @@ def make_plan(teacher: str, config: PreTrainedConfig, recipe: Recipe, data: str,
         elif isinstance(step, Forget):
             rows.append(StepPlan(step.name, f"decay rate {step.rate:g}", 0, 0, _count(student), 0, 0.0))
         else:
-            if reason := bad_functions(step, student):
+            if reason := problem_of_functions(step.settings, student, teacher_model):
+                reason = f"Step {step.name}: {reason}"
                 return Plan(teacher, recipe.target, data, device, 0, 0, (), 0, (), (reason,))
             rows.append(_train_plan(step, student, num_teacher, flops, device))
             biggest = max(biggest, rows[-1].trainable)
@@ -177,7 +181,7 @@ def _count(model) -> int:
 
 def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, flops: float, device: str) -> StepPlan:
     s = step.settings
-    trainable, total = sum(p.numel() for p in s.trains(student)), _count(student)
+    trainable, total = sum(p.numel() for p in selected(student, s.trains)), _count(student)
     mixers = sum(p.numel() for slot in student.slots().values() for p in slot.parameters())
     config = student.host.config
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -189,7 +193,7 @@ def _train_plan(step: Train, student: ConvertedForCausalLM, num_teacher: int, fl
     per_token = forward + 6 * mixers if step.stage is align else forward + (8 if s.checkpointing else 6) * total
     scan = _state_updates(student) / _scan_rate(device) if _state_updates(student) else 0.0
     seconds = s.num_steps * s.batch_tokens * (per_token / (flops * MATMUL_SHARE) + scan)
-    what = f"{step.stage.__name__}: {objective_of(step)}, trains {s.trains.__name__}"
+    what = f"{step.stage.__name__}: {s.objective}, trains {name_of(s.trains)}"
     return StepPlan(
         step.name,
         what,

@@ -1,15 +1,12 @@
 """Every reason why a recipe cannot work on a teacher, from configurations alone."""
 
-import torch
 from transformers import PreTrainedConfig
 
-from convert.core.fields import shown
+from convert.core.errors import UserError
 from convert.mixers import MIXERS
 from convert.mixers.projections import refusal
-from convert.models.student import ConvertedForCausalLM
-from convert.objectives.divergences import Distill
-from convert.recipes.language import Forget, OneIn, Recipe, Swap, Train, objective_of
-from convert.training.loop import align
+from convert.recipes.language import Forget, OneIn, Recipe, Swap, Train
+from convert.training.settings import check_objective
 
 
 def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
@@ -38,50 +35,11 @@ def refusals(config: PreTrainedConfig, recipe: Recipe) -> tuple[str, ...]:
             )
         if s.tokens < 1:
             found.append(f"Step {step.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
-        if isinstance(s.objective, Distill) != (step.stage is not align):
-            found.append(
-                f"Step {step.name}: {step.stage.__name__} compares"
-                f" {'layers' if step.stage is align else 'distributions'}; its objective cannot be"
-                f" {objective_of(step)}."
-            )
-        if isinstance(s.objective, Distill) and not (
-            s.objective.cross_entropy or s.objective.forward_kl or s.objective.reverse_kl
-        ):
-            found.append(f"Step {step.name}: a loss needs a term; all three weights are 0.")
+        try:
+            check_objective(step.stage.__name__, s.objective)
+        except UserError as error:
+            found.append(f"Step {step.name}: {error}")
     return tuple(found + _bad_sequence(recipe, config))
-
-
-def bad_functions(step: Train, student: ConvertedForCausalLM) -> str | None:
-    """Why the functions of the step's settings cannot train this student, which may be without memory: both are
-    tried."""
-    trains, objective = step.settings.trains, step.settings.objective
-    try:
-        chosen = list(trains(student))
-    except Exception as error:  # of the user's code
-        return (
-            f"Step {step.name}: trains must choose parameters of a student; {shown(trains)} fails with {shown(error)}."
-        )
-    own = {id(p) for p in student.parameters()}
-    if not chosen or not all(id(p) in own for p in chosen):
-        return (
-            f"Step {step.name}: trains must choose parameters of the student, one or more; {shown(trains)} gives"
-            f" {shown(chosen)}."
-        )
-    if isinstance(objective, Distill):
-        return None
-    try:
-        loss = objective(torch.ones(1, 2, 4, requires_grad=True), torch.ones(1, 2, 4))
-    except Exception as error:  # of the user's code
-        return (
-            f"Step {step.name}: an objective compares two outputs of a layer; {shown(objective)} fails with"
-            f" {shown(error)}."
-        )
-    if not (isinstance(loss, torch.Tensor) and loss.shape == () and loss.requires_grad):
-        return (
-            f"Step {step.name}: an objective must give one number to minimise, by its first argument;"
-            f" {shown(objective)} gives {shown(loss)}."
-        )
-    return None
 
 
 def _bad_sequence(recipe: Recipe, config: PreTrainedConfig) -> list[str]:

@@ -12,10 +12,14 @@ from transformers import PreTrainedConfig
 from convert.core.errors import UserError
 from convert.core.fields import TEXT, Name, Text, check, checked, require, shown
 from convert.mixers import MIXERS
-from convert.objectives import divergences as objectives
-from convert.objectives.divergences import Distill
-from convert.training import loop as stages
-from convert.training.loop import Settings
+from convert.objectives import TERMS, Objective
+from convert.objectives.base import name_of as name_of_term
+from convert.objectives.base import value_of
+from convert.training import STAGES, selectors
+from convert.training.align import align
+from convert.training.distill import distill
+from convert.training.selectors import SELECTORS
+from convert.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class Train:
 
     def __post_init__(self):
         check(self)
-        if self.stage not in stages.STAGES.values():
-            raise UserError(f"Train: stage must be one of {', '.join(stages.STAGES)}; got {shown(self.stage)}.")
+        if self.stage not in STAGES.values():
+            raise UserError(f"Train: stage must be one of {', '.join(STAGES)}; got {shown(self.stage)}.")
 
 
 Step = Swap | Forget | Train
@@ -119,11 +123,11 @@ class Budget:
     batch_tokens: Annotated[int, (2, 2**27)]
     align_lr: Annotated[float, (0, 10)]
     distill_lr: Annotated[float, (0, 10)]
-    objective: Distill
+    objective: Objective
     micro_tokens: Annotated[int, (1, 2**27)]
     align_batch_tokens: Annotated[int, (2, 2**27)] | None = None  # of the first stage; None: as in the last
     checkpointing: bool = False
-    trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
+    trains: Callable = selectors.all_but_embeddings  # in the last stage (the paper's)
     schedule: Literal["wsd", "cosine"] = "wsd"  # of the last stage
     noise: Annotated[float, (0, 1)] = 0.0  # in the last stage
     window: Annotated[int, (1, 1e7)] = 512  # of sliding-window attention (ours)
@@ -138,6 +142,9 @@ class Budget:
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
     __post_init__ = check
+
+
+KL = Objective.of("forward_kl")  # ours, better than the paper's cross-entropy: experiments/LOG.md
 
 
 @checked
@@ -159,7 +166,7 @@ def budget(
             2048,
             1e-2,
             2e-3,
-            Distill(),
+            KL,
             2048,
             512,
             schedule="cosine",
@@ -170,9 +177,9 @@ def budget(
     elif teacher.startswith(
         "pythia-"
     ):  # 10 B tokens in sequences of 1,024, about 50 k tokens a step: HedgeMamba; the rates are ours
-        default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, Distill(), 8192)
+        default = Budget(10_000_000_000, 1024, 49_152, 1e-3, 1e-4, KL, 8192)
     else:  # ours
-        default = Budget(100_000_000, 1024, 16_384, 1e-3, 1e-4, Distill(), 4096)
+        default = Budget(100_000_000, 1024, 16_384, 1e-3, 1e-4, KL, 4096)
     for name, value in (("tokens", tokens), ("seq_len", seq_len), ("batch_tokens", batch_tokens), ("seed", seed)):
         if value is not None:
             require(Budget.__dataclass_fields__[name].type, value, f"--{name.replace('_', '-')}")
@@ -207,14 +214,14 @@ ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 
 def _align(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 1: cosine distance of each layer's attention output, the feature maps alone."""
-    settings = _settings(budget, tokens, budget.align_lr, objectives.cosine_distance, stages.feature_maps, "wsd")
-    return Train("align", stages.align, _smaller_batches(budget, settings))
+    settings = _settings(budget, tokens, budget.align_lr, Objective.of("cosine_distance"), selectors.feature_maps, "wsd")
+    return Train("align", align, _smaller_batches(budget, settings))
 
 
 def _distill(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 2: by cross-entropy there, by forward KL here (ours: LOG.md)."""
     settings = _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule)
-    return Train("distill", stages.distill, dataclasses.replace(settings, noise=budget.noise))
+    return Train("distill", distill, dataclasses.replace(settings, noise=budget.noise))
 
 
 def _smaller_batches(budget: Budget, settings: Settings) -> Settings:
@@ -226,7 +233,7 @@ def _smaller_batches(budget: Budget, settings: Settings) -> Settings:
     return dataclasses.replace(settings, batch_tokens=size, micro_tokens=min(size, settings.micro_tokens))
 
 
-def _settings(budget: Budget, tokens: int, lr: float, objective: Callable, trains: Callable, schedule: str) -> Settings:
+def _settings(budget: Budget, tokens: int, lr: float, objective: Objective, trains: Callable, schedule: str) -> Settings:
     return Settings(
         tokens, lr, objective, trains, budget.seq_len, budget.batch_tokens, budget.micro_tokens, budget.seed, schedule,
         checkpointing=budget.checkpointing, evaluate_every=budget.tokens // 4,
@@ -301,10 +308,10 @@ def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
     """Attention Editing's two stages: the error of each edited layer's attention output over its energy, all of the new
     mixers trained; then the whole model."""
     first = int(budget.tokens * ALIGN_SHARE)
-    align = _settings(budget, first, budget.edit_lr, objectives.energy_mse, stages.mixers, "wsd")
-    distill = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
+    first_stage = _settings(budget, first, budget.edit_lr, Objective.of("energy_mse"), selectors.mixers, "wsd")
+    last_stage = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
     return Recipe(
-        target, (edit, Train("align", stages.align, _smaller_batches(budget, align)), distill), budget.questions
+        target, (edit, Train("align", align, _smaller_batches(budget, first_stage)), last_stage), budget.questions
     )
 
 
@@ -339,23 +346,10 @@ def describe(step: Step) -> dict:
     if isinstance(step, Train):
         plain["stage"] = step.stage.__name__
         plain["settings"] |= {
-            "objective": _plain_objective(step.settings.objective),
-            "trains": step.settings.trains.__name__,
+            "objective": step.settings.objective.plain(),
+            "trains": selectors.name_of(step.settings.trains),
         }
     return {"kind": type(step).__name__} | plain
-
-
-def _plain_objective(objective: Callable) -> str | dict:
-    return dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else objective.__name__
-
-
-def objective_of(step: Train) -> str:
-    """In words."""
-    plain = describe(step)["settings"]["objective"]
-    if isinstance(plain, str):
-        return plain
-    terms = [f"{value:g} {key}" for key, value in plain.items() if value and key != "temperature"]
-    return " + ".join(terms) + (f" (T = {plain['temperature']:g})" if plain["temperature"] != 1 else "")
 
 
 @checked
@@ -381,8 +375,6 @@ def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
     homes = {"": step}  # where a field may live, nearest first
     if isinstance(step, Train):
         homes["settings"] = step.settings
-        if dataclasses.is_dataclass(step.settings.objective):
-            homes["objective"] = step.settings.objective
     if isinstance(step, Swap):
         homes["options"] = step.options
     for home, holder in homes.items():
@@ -396,19 +388,27 @@ def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
             new = dataclasses.replace(holder, **{field: parsed})
             if home == "":
                 return new
-            if home == "objective":
-                return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
             return dataclasses.replace(step, **{home: new})
     fields = [f.name for h in homes.values() for f in dataclasses.fields(h) if f.name not in FIXED]
+    if isinstance(step, Train):
+        objective = step.settings.objective
+        names = [name_of_term(term) for term in TERMS] + [term.name for _, term in objective.terms]
+        if field in names:  # its weight
+            new = objective.with_weight(field, _literal(float, value, assignment))
+            return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
+        if field in objective.field_names():
+            new = objective.with_field(field, value_of(value))
+            return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
+        fields += [*dict.fromkeys(names), *objective.field_names()]
     raise UserError(f"--set {assignment}: step {step.name!r} has no field {field!r}; it has {', '.join(fields)}.")
 
 
 def _parse(kind, field: str, value: str, assignment: str):
     """By the annotation of the field; what it then holds must fit that, too."""
     if field == "trains":
-        return _named(stages.SELECTORS, value, assignment)
+        return _named(SELECTORS, value, assignment)
     if field == "objective":
-        return _named({f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)}, value, assignment)
+        return Objective.of(value)
     parsed = _literal(kind, value, assignment)
     require(kind, parsed, f"--set {assignment}: {field}")
     return parsed

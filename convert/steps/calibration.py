@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from convert.data.batches import Batch
 from convert.mixers.parts import QKV
 from convert.mixers.projections import Inputs, Projections
+from convert.models.access import hidden_states, layers_of
 from convert.models.positions import documents_of
 from convert.models.student import Slot, attention_of
-from convert.training.loop import hidden_states, layers_of
 
 
 @torch.no_grad()

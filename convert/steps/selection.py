@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from convert.data.batches import Batch
 from convert.evaluation.perplexity import HEAD_CHUNK
 from convert.mixers.projections import attention_name
+from convert.models.access import hidden_states, layer_outputs, layers_of
 from convert.models.student import ConvertedForCausalLM, attention_of
 from convert.objectives.divergences import forward_kl
-from convert.training.loop import hidden_states, layer_outputs, layers_of
 
 Parts = Mapping[
     int, tuple[nn.Module, dict | None]

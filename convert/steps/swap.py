@@ -10,11 +10,11 @@ from convert.core.errors import UserError
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.text import TokenData
 from convert.evaluation import perplexity as measure
+from convert.models.access import hidden_states, layers_of
 from convert.models.student import ConvertedForCausalLM, swap
 from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
 from convert.steps import selection
 from convert.steps.calibration import inputs_of
-from convert.training.loop import hidden_states, layers_of
 
 
 @torch.no_grad()
