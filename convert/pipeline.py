@@ -22,9 +22,8 @@ from convert.core.places import path_of, refuse_overlap
 from convert.core.provenance import commit, versions
 from convert.domains import domain_of
 from convert.domains.base import Data, Domain, Source, Teacher
-from convert.models.access import fingerprint
 from convert.models.devices import pick_device
-from convert.models.saving import load_student, save_student
+from convert.models.saving import fingerprint, load_student, save_student
 from convert.planning import plan as planning
 from convert.planning.plan import Plan
 from convert.planning.validate import named_teachers

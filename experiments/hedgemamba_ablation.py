@@ -29,12 +29,13 @@ from convert.evaluation.perplexity import perplexity
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.swap import swap
-from convert.objectives.divergences import Distill
-from convert.recipes.base import Train
 from convert.training import loop as stages
+from convert.objectives import Objective
+from convert.training.align import align
+from convert.training.distill import distill
 
 LENGTHS = (256, 512, 1024, 2048)
-PAPER = Distill(cross_entropy=1.0, forward_kl=0.0)  # HedgeMamba's stage 2
+PAPER = Objective.of("cross_entropy")  # HedgeMamba's stage 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Variant:
     mixer: str  # in the end
     share: float = 0.1  # of the tokens, for stage 1
     naive: bool = False  # q, k, v and the mixer start at random
-    objective: Distill = Distill()
+    objective: Objective = Objective.of("forward_kl")
 
 
 def variants(mixer: str) -> dict[str, Variant]:
@@ -62,17 +63,17 @@ def train(teacher, text, budget, variant: Variant):
     torch.manual_seed(budget.seed)
     student = swap(copy.deepcopy(teacher.model), "linear")
     plan = [step.settings for step in recipes.to_linear(budget).steps if isinstance(step, Train)]  # as of every target
-    align, distill = (
+    first, last = (
         dataclasses.replace(s, tokens=int(budget.tokens * part), evaluate_every=0, save_every=1e9)
         for s, part in zip(plan, (variant.share, 1 - variant.share), strict=True)
     )
-    distill = dataclasses.replace(distill, objective=variant.objective)
+    last = dataclasses.replace(last, objective=variant.objective)
 
     def batches(s):
         return Batches(text.train, s.seq_len, s.num_sequences, s.seed)
 
-    if align.tokens:
-        student = stages.align(student, teacher.model, batches(align), align)
+    if first.tokens:
+        student = align(student, teacher.model, batches(first), first)
     if variant.mixer != "linear":
         student = swap(student, variant.mixer)
     if variant.naive:
@@ -80,8 +81,8 @@ def train(teacher, text, budget, variant: Variant):
             for module in slot.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.reset_parameters()
-    if distill.tokens:
-        student = stages.distill(student, teacher.model, batches(distill), distill)
+    if last.tokens:
+        student = distill(student, teacher.model, batches(last), last)
     return student.eval()
 
 

@@ -24,9 +24,11 @@ from convert.mixers import MIXERS
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.swap import swap
-from convert.objectives.divergences import Distill, cosine_distance
 from convert.training import loop as stages
-from convert.training.loop import Settings
+from convert.objectives import Objective
+from convert.training import STAGES
+from convert.training.loop import Silent
+from convert.training.settings import Settings
 from kernels.machine import DEVICE, Peak
 
 COMMAND = """
@@ -43,10 +45,17 @@ def settings(
     stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk
 ) -> Settings:
     objective, trains = (
-        (cosine_distance, stages.feature_maps) if stage == "align" else (Distill(), stages.all_but_embeddings)
+        ("cosine_distance", "feature_maps") if stage == "align" else ("forward_kl", "all_but_embeddings")
     )
     return Settings(
-        steps * batch_tokens, 1e-4, objective, trains, seq_len, batch_tokens, batch_tokens, loss_chunk=loss_chunk
+        steps * batch_tokens,
+        1e-4,
+        Objective.of(objective),
+        trains,
+        seq_len,
+        batch_tokens,
+        batch_tokens,
+        loss_chunk=loss_chunk,
     )
 
 
@@ -62,7 +71,7 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
         student = swap(AutoModelForCausalLM.from_config(config), mixer)
     batches = Batches(random_text(config.vocab_size, 4 * one.batch_tokens), one.seq_len, one.num_sequences)
 
-    class Watch(stages.Silent):
+    class Watch(Silent):
         peaks = []
 
         def log(self, step, tokens, numbers):
@@ -72,7 +81,7 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
             self.peak = Peak(DEVICE).__enter__()
 
     watch = Watch()
-    stages.STAGES[stage](student, teacher, batches, one, track=watch)
+    STAGES[stage](student, teacher, batches, one, track=watch)
     return max(watch.peaks)
 
 

@@ -25,6 +25,8 @@ from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.swap import swap
 from convert.training import loop as stages
+from convert.training import STAGES
+from convert.training.loop import Silent
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE
 
@@ -49,7 +51,7 @@ KINDS = {  # words in an operator's name; the first that fit
 }
 
 
-class Clock(stages.Silent):
+class Clock(Silent):
     """When each step ended."""
 
     def __init__(self):
@@ -90,7 +92,7 @@ def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> lis
     """Seconds of each step but the first."""
     clock = Clock()
     one = dataclasses.replace(settings, tokens=steps * settings.batch_tokens, evaluate_every=0, save_every=1e9)
-    stages.STAGES[stage](student, teacher, batches, one, track=clock)
+    STAGES[stage](student, teacher, batches, one, track=clock)
     return [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
 
 
@@ -105,7 +107,7 @@ def speeds(name: str, steps: int) -> Table:
     )
     compiled = {module: module.WAYS[KERNELS] for module in (chunk_scan, selective_scan)}
     for target in TARGETS:
-        for stage in stages.STAGES:
+        for stage in ("align", "distill"):
             found = []
             for use in (True, False):
                 for module, way in compiled.items():
@@ -124,7 +126,7 @@ def speeds(name: str, steps: int) -> Table:
 def where(name: str, target: str, steps: int = 5) -> list[Table]:
     """Share of a stage's time by kind of operator; time outside of operators is Python and the loop."""
     tables = []
-    for stage in stages.STAGES:
+    for stage in ("align", "distill"):
         teacher, student, batches, settings = prepare(name, target, stage)
         steps_of(stage, teacher, student, batches, settings, 3)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]

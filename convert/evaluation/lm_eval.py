@@ -20,7 +20,7 @@ from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
 from convert.data.text import cache_folder
 from convert.evaluation.scoring import greedily
-from convert.models.loading import fingerprint
+from convert.models.saving import fingerprint
 
 BATCH = 16
 

@@ -20,11 +20,12 @@ from convert.evaluation.scoring import end_ids, greedily
 from convert.mixers.base import StateSize
 from convert.mixers.families import layer_window
 from convert.mixers.projections import Projections
+from convert.models.access import hidden_states
+from convert.models.access import layers_of
 from convert.models.cache import CACHE_NAME, layer_bytes
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import cross_entropy, forward_kl
-from convert.training.loop import hidden_states, layers_of
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
 CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)

@@ -33,7 +33,8 @@ from convert.evaluation.scoring import READINGS, Answer, fits, prompt_ids
 from convert.evaluation.tasks import TASKS, Item, Task
 from convert.evaluation.tasks.base import LIMIT
 from convert.models.devices import pick_device
-from convert.models.loading import Teacher, fingerprint, load_teacher
+from convert.models.loading import Teacher, load_teacher
+from convert.models.saving import fingerprint
 from convert.reports import report
 from convert.runs import records
 from convert.runs.ledger import locked

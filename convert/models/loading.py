@@ -203,11 +203,3 @@ def _quiet(bars: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if hide:
             logging.enable_progress_bar()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights. A run that went on with another teacher under the same name would mix the two."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {torch.hash_tensor(value).item()}".encode())
-    return digest.hexdigest()[:16]

@@ -1,12 +1,13 @@
 """The students of finished steps on disk: weights and configuration, whether converted or of one family."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from convert.models import student as _registers  # noqa: F401 - AutoConfig knows "converted" by it
+from convert.models import student as _registers  # noqa: F401  # AutoConfig knows "converted" by it
 
 
 def save_student(student: PreTrainedModel, folder: Path) -> None:
@@ -24,3 +25,11 @@ def load_student(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
     load_model(student, str(folder / "model.safetensors"))
     student.generation_config = teacher.generation_config
     return student.requires_grad_(False).eval()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of all weights: a run that goes on with another teacher under the same name would mix the two."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {torch.hash_tensor(value).item()}".encode())
+    return digest.hexdigest()[:16]

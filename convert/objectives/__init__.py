@@ -1,0 +1,29 @@
+"""What a stage of training minimises. TERMS are those that `Objective.of` knows by name; other classes need no entry."""
+
+from convert.objectives.base import AttentionTerm, LayerTerm, LiveObjective, LogitTerm, Objective, Term
+from convert.objectives.divergences import CrossEntropy, ForwardKL, ReverseKL
+from convert.objectives.features import CosineDistance, EnergyMSE, FeatureMatching
+from convert.objectives.projectors import HiddenProjection
+from convert.objectives.taid import TAID
+
+TERMS: tuple[type[Term], ...] = (
+    CrossEntropy,
+    ForwardKL,
+    ReverseKL,
+    TAID,
+    CosineDistance,
+    EnergyMSE,
+    FeatureMatching,
+    HiddenProjection,
+)
+
+__all__ = [
+    "TERMS",
+    "AttentionTerm",
+    "LayerTerm",
+    "LiveObjective",
+    "LogitTerm",
+    "Objective",
+    "Term",
+    *(term.__name__ for term in TERMS),
+]

@@ -2,21 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Name, Text, check
 from convert.models.access import slots_of
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
-from convert.training.align import align
-from convert.training.distill import distill
-from convert.training.settings import Settings
+from convert.objectives import Objective
+from convert.training import STAGES
+from convert.training.selectors import name_of, selected
+from convert.training.settings import Settings, check_objective
+from convert.training.trial import problem_of_functions
 
-STAGES: dict[str, Callable[..., PreTrainedModel]] = {"align": align, "distill": distill}
 TINY = {"tokens": 3 * 128, "seq_len": 64, "batch_tokens": 128, "micro_tokens": 128, "evaluate_every": 0}
 
 
@@ -69,12 +70,10 @@ class Train(Step):
         return found + self._bad_objective() + self._bad_teacher(before)
 
     def _bad_objective(self) -> list[str]:
-        objective = self.settings.objective
-        if not objective.terms:
-            return [f"Step {self.name}: a loss needs a term; all weights are 0."]
-        if objective.compares_layers != (self.stage == "align"):
-            what = "layers" if self.stage == "align" else "distributions"
-            return [f"Step {self.name}: {self.stage} compares {what}; its objective cannot be {objective}."]
+        try:
+            check_objective(self.stage, self.settings.objective)
+        except UserError as error:
+            return [f"Step {self.name}: {error}"]
         return []
 
     def _bad_teacher(self, before: Outline) -> list[str]:
@@ -95,14 +94,14 @@ class Train(Step):
         """Count what is trained, and estimate memory and time. Raises UserError where the functions of the settings
         cannot train this student."""
         s, layerwise = self.settings, self.stage == "align"
-        if reason := problem_of_functions(s, student):
-            raise UserError(reason)
-        trainable, total = sum(p.numel() for p in selected(student, s.trains)), count(student)
         config = context.config if self.teacher is None else context.teachers[self.teacher]
         with torch.device("meta"):
             teacher = context.domain.empty_model(config)
+            if reason := problem_of_functions(s, student, teacher):
+                raise UserError(reason)
             owned = count(s.objective.build(student, teacher))
         num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.teacher else 0)
+        trainable, total = sum(p.numel() for p in selected(student, s.trains)), count(student)
         mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size

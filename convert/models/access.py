@@ -1,0 +1,61 @@
+"""The parts of a causal language model that training and evaluation need, found in the same way in a teacher, in a
+converted student and in a plain transformers model.
+
+B batch · T tokens · D width
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convert.models.student import ConvertedForCausalLM, Slot
+
+
+class TokenBatch(Protocol):
+    """What a model is run on: `input_ids` and `position_ids`, both [B, T]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, first to last."""
+    return model.blocks if isinstance(model, ConvertedForCausalLM) else model.base_model.layers
+
+
+def slots_of(model: nn.Module) -> dict[int, Slot]:
+    """Layer -> slot of each converted layer; {} for a model that has none."""
+    return model.slots() if isinstance(model, ConvertedForCausalLM) else {}
+
+
+def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The last hidden states [B, T, D], which the output embeddings turn into logits.
+
+    A model with a method `hidden_states` of its own (a converted student) is asked for them."""
+    if hasattr(model, "hidden_states"):
+        return model.hidden_states(batch.input_ids, position_ids=batch.position_ids)
+    return model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """A list that fills with the output [B, T, D] of each decoder layer while the model runs inside the block.
+
+    With `wanted` False it stays empty. (The list that transformers returns itself ends with the final norm's output
+    instead of the last layer's.)"""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(hook) for block in layers_of(model)] if wanted else []
+    try:
+        yield seen
+    finally:
+        for one in hooks:
+            one.remove()

@@ -1,0 +1,290 @@
+"""An objective is a weighted sum of terms, as data: `Objective.of("0.9*forward_kl(temperature=2) + 0.1*cross_entropy")`.
+
+N tokens · V vocabulary · B batch · T tokens of a sequence · D width
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convert.core.errors import UserError
+from convert.core.fields import Text, check, require, shown
+
+Weight = Annotated[float, (0, 1e6)]
+
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+TERM = re.compile(rf"\s*(?:({NUMBER})\s*\*\s*)?([A-Za-z_][A-Za-z0-9_]*)\s*(?:\(([^()]*)\)\s*)?", re.ASCII)
+FIELD = re.compile(rf"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*([+-]?{NUMBER}|[A-Za-z_][A-Za-z0-9_.-]*)\s*", re.ASCII)
+WORDS = {"true": True, "false": False, "none": None}
+NOTHING = "0"  # the text of an objective without terms
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss. Subclass LogitTerm, LayerTerm or AttentionTerm, which say what is compared, as a frozen
+    dataclass whose fields are the term's settings; nothing else has to know the new class.
+
+    A term may own parameters and state: `build` returns them as one module, which the stage optimises (with the rate of
+    everything else and without weight decay), saves in its checkpoints, and drops at its end. `loss` gets that module
+    back as `owned`; `advance` may change its state once per optimizer step."""
+
+    compares: ClassVar[str] = "nothing"  # in words, for messages
+    needs_teacher: ClassVar[bool] = True
+
+    __post_init__ = check
+
+    @property
+    def name(self) -> str:
+        """The snake_case of the class: ForwardKL is forward_kl."""
+        return name_of(type(self))
+
+    def build(self, student: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
+        """The parameters and buffers of this term for these two models, on the student's device; None if it has none.
+
+        The models may be on the meta device. Raises UserError if the term cannot compare them."""
+        return None
+
+    def advance(self, owned: nn.Module, loss: float, progress: float) -> None:
+        """Called after each optimizer step with the term's own loss (unweighted) in that step, and the share of the
+        stage's steps that came before it."""
+
+    def __str__(self) -> str:
+        """The name, and the fields that differ from their defaults."""
+        fields = [
+            f"{field.name}={_written(value)}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return self.name + (f"({', '.join(fields)})" if fields else "")
+
+
+class LogitTerm(Term):
+    """A term that compares distributions over the next token."""
+
+    compares = "logits"
+
+    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
+        """The loss [N] of N tokens, from logits [N, V] of both in float32 and the next tokens [N].
+
+        Called on one chunk of tokens after another. `teacher` is None for a term that needs none."""
+        raise NotImplementedError
+
+
+class LayerTerm(Term):
+    """A term that compares the outputs of decoder layers in a pass of the whole model."""
+
+    compares = "layer outputs"
+
+    def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], owned: nn.Module | None) -> Tensor:
+        """The loss [], a mean over tokens, from the output [B, T, D] of each layer in float32."""
+        raise NotImplementedError
+
+
+class AttentionTerm(Term):
+    """A term that compares the outputs of a mixer and of the attention it replaces, on the same input."""
+
+    compares = "attention outputs"
+
+    def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
+        """The loss [] of one layer, a mean over sequences, from two outputs [B, T, D] in float32."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms, each there once. `str` gives the line that `Objective.of` reads."""
+
+    terms: tuple[tuple[float, Term], ...]
+
+    def __post_init__(self) -> None:
+        require(tuple, self.terms, "Objective: terms")
+        for pair in self.terms:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Term)):
+                raise UserError(f"Objective: terms must be pairs of a weight and a Term; got {shown(pair)}.")
+            require(Weight, pair[0], f"Objective: the weight of {pair[1].name}")
+            if not pair[0]:
+                raise UserError(f"Objective: a weight must be above 0; that of {pair[1].name} is 0. Leave it out.")
+        object.__setattr__(self, "terms", tuple((float(weight), term) for weight, term in self.terms))
+        names = [term.name for _, term in self.terms]
+        if len(set(names)) < len(names):
+            raise UserError(f"Objective: each term must be there once; got {', '.join(names)}.")
+
+    @staticmethod
+    def of(text: str) -> "Objective":
+        """The objective that one line describes, like "0.9*forward_kl(temperature=2) + 0.1*cross_entropy"."""
+        require(Text, text, "Objective.of(): text")
+        if text.strip() == NOTHING:
+            return Objective(())
+        terms, at = [], 0
+        while match := TERM.match(text, at):
+            weight, name, fields = match.groups()
+            terms.append((float(weight or 1), _class_of(name)(**_fields(name, fields or ""))))
+            at = match.end()
+            if at == len(text):
+                return Objective(tuple(terms))
+            if text[at] != "+":
+                break
+            at += 1
+        raise UserError(
+            "An objective is written like 0.9*forward_kl(temperature=2) + 0.1*cross_entropy;"
+            f" {shown(text)} cannot be read from its character {at + 1} on."
+        )
+
+    def __str__(self) -> str:
+        return " + ".join(str(t) if w == 1 else f"{_written(w)}*{t}" for w, t in self.terms) or NOTHING
+
+    def with_weight(self, name: str, weight: float) -> "Objective":
+        """The objective with this weight of a term; 0 removes it, and one that is not there is added with the defaults
+        of its fields."""
+        require(Weight, weight, name)
+        terms = tuple((weight if t.name == name else w, t) for w, t in self.terms)
+        if name not in [t.name for _, t in terms]:
+            terms += ((weight, _class_of(name)()),)
+        return Objective(tuple(pair for pair in terms if pair[0]))
+
+    def with_field(self, name: str, value: object) -> "Objective":
+        """The objective with this value of a field, such as a temperature, in every term that has one."""
+        having = [term for _, term in self.terms if name in _field_names(term)]
+        if not having:
+            known = ", ".join(self.field_names()) or "none"
+            raise UserError(f"No term of the objective {self} has a field {name!r}; their fields: {known}.")
+        return Objective(
+            tuple((w, dataclasses.replace(t, **{name: value}) if t in having else t) for w, t in self.terms)
+        )
+
+    def field_names(self) -> list[str]:
+        """The fields of all terms."""
+        return list(dict.fromkeys(name for _, term in self.terms for name in _field_names(term)))
+
+    def plain(self) -> list[dict]:
+        """The terms as plain data: what the ledger compares."""
+        return [{"term": term.name, "weight": weight} | dataclasses.asdict(term) for weight, term in self.terms]
+
+    def build(self, student: nn.Module, teacher: nn.Module | None) -> "LiveObjective":
+        """The objective with all that its terms own, for one stage."""
+        return LiveObjective(self, student, teacher)
+
+
+class LiveObjective(nn.Module):
+    """An objective at work in one stage: its parameters and buffers are those that the terms own."""
+
+    def __init__(self, objective: Objective, student: nn.Module, teacher: nn.Module | None):
+        super().__init__()
+        self.terms = objective.terms
+        owned = {term.name: term.build(student, teacher) for _, term in self.terms}
+        self.owned = nn.ModuleDict({name: module for name, module in owned.items() if module is not None})
+        self._sums: dict[str, Tensor] = {}  # the losses of this step, of the terms that own something
+
+    def has(self, kind: type[Term]) -> bool:
+        """Whether a term is of this kind."""
+        return any(isinstance(term, kind) for _, term in self.terms)
+
+    def needs_teacher(self, kind: type[Term] = Term) -> bool:
+        """Whether a term of this kind needs the teacher."""
+        return any(isinstance(term, kind) and term.needs_teacher for _, term in self.terms)
+
+    def on_logits(self, student: Tensor, teacher: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+        """The sum of the LogitTerms over a chunk of N tokens, times `scale`: one over the tokens of the whole batch."""
+        total = student.new_zeros(())
+        for weight, term, owned in self._of(LogitTerm):
+            value = term.loss(student, teacher, targets, owned).sum()
+            self._note(term, value, scale)
+            total = total + weight * value
+        return total * scale
+
+    def on_layers(self, student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float) -> Tensor:
+        """The sum of the LayerTerms, times `scale`: the share of the whole batch that these sequences are."""
+        return self._on_features(LayerTerm, student[0], (student, teacher), scale)
+
+    def on_attention(self, student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+        """The sum of the AttentionTerms for one layer, times `scale`: that layer's and these sequences' share."""
+        return self._on_features(AttentionTerm, student, (student, teacher), scale)
+
+    def _on_features(self, kind: type[Term], like: Tensor, compared: tuple, scale: float) -> Tensor:
+        total = like.new_zeros(())
+        for weight, term, owned in self._of(kind):
+            value = term.loss(*compared, owned)
+            self._note(term, value, scale)
+            total = total + weight * value
+        return total * scale
+
+    def _of(self, kind: type[Term]) -> list[tuple[float, Term, nn.Module | None]]:
+        owned = dict(self.owned.items())
+        return [(weight, term, owned.get(term.name)) for weight, term in self.terms if isinstance(term, kind)]
+
+    def _note(self, term: Term, value: Tensor, scale: float) -> None:
+        if term.name in self.owned:
+            self._sums[term.name] = self._sums.get(term.name, 0.0) + value.detach() * scale
+
+    @torch.no_grad()
+    def advance(self, progress: float) -> None:
+        """After an optimizer step: each term that owns something may change its state."""
+        for _, term in self.terms:
+            if term.name in self._sums:
+                term.advance(self.owned[term.name], float(self._sums[term.name]), progress)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the losses of a step that was not taken."""
+        self._sums.clear()
+
+
+def name_of(term: type[Term]) -> str:
+    """The name of a class of terms: its snake_case."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", term.__name__).lower()
+
+
+def _class_of(name: str) -> type[Term]:
+    """A built-in term by its name."""
+    from convert.objectives import TERMS  # which imports this module
+
+    known = {name_of(term): term for term in TERMS}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.3) or list(known)
+        raise UserError(f"There is no term {shown(name)}. Nearest: {', '.join(near)}. All: {', '.join(known)}.")
+    return known[name]
+
+
+def _field_names(term: Term | type[Term]) -> list[str]:
+    return [field.name for field in dataclasses.fields(term)]
+
+
+def _fields(name: str, text: str) -> dict[str, object]:
+    """The fields of a term from "temperature=2, start=0.4"."""
+    found: dict[str, object] = {}
+    known = _field_names(_class_of(name))
+    for part in text.split(",") if text.strip() else ():
+        match = FIELD.fullmatch(part)
+        if not match:
+            raise UserError(f"A field of {name} is written NAME=VALUE; got {shown(part.strip())}.")
+        field, value = match.groups()
+        if field not in known or field in found:
+            near = difflib.get_close_matches(field, known, 3, 0.3) or known
+            rule = f"{name} has no field {field!r}" if field not in known else f"{name} has {field!r} twice"
+            raise UserError(f"{rule}. Nearest: {', '.join(near) or 'none; it has no fields'}.")
+        found[field] = value_of(value)
+    return found
+
+
+def value_of(text: str) -> object:
+    """A number, true, false or none, or else the word itself; the field then checks what it gets."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    if re.fullmatch(r"[+-]?[0-9]{1,30}", text, re.ASCII):
+        return int(text)
+    return float(text) if re.fullmatch(rf"[+-]?{NUMBER}", text, re.ASCII) else text
+
+
+def _written(value: object) -> str:
+    """A value as `value_of` reads it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)

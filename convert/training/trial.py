@@ -1,0 +1,68 @@
+"""Whether a stage's selector and terms, which may be the user's own, can do their part: each is tried once."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.core.fields import shown
+from convert.objectives.base import LayerTerm, LogitTerm, Term
+from convert.training.selectors import selected
+from convert.training.settings import Settings
+
+TOKENS, VOCABULARY = 2, 4  # of the tensors that terms are tried on
+
+
+def problem_of_functions(settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    """Why the selector and the terms of these settings cannot train this student, in a sentence; None if they can.
+
+    Both models may be on the meta device, without memory."""
+    trains = settings.trains
+    try:
+        chosen = list(selected(student, trains))
+    except Exception as error:  # of the user's code
+        return f"trains must choose parameters of a student; {shown(trains)} fails with {shown(error)}."
+    own = {id(p) for p in student.parameters()}
+    if not chosen or not all(id(p) in own for p in chosen):
+        return f"trains must choose parameters of the student, one or more; {shown(trains)} gives {shown(chosen)}."
+    for _, term in settings.objective.terms:
+        if reason := _problem_of_term(term, student, teacher):
+            return reason
+    return None
+
+
+def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    try:
+        owned = term.build(student, teacher)
+        loss = _loss(term, owned, student, teacher)
+        if owned is not None:
+            term.advance(owned, 1.0, 0.0)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # of the user's code
+        return f"an objective compares {term.compares}; {shown(term)} fails with {shown(error)}."
+    shape = (TOKENS,) if isinstance(term, LogitTerm) else ()
+    if not (isinstance(loss, Tensor) and loss.shape == shape and loss.requires_grad):
+        what = "one number for each token" if shape else "one number"
+        return (
+            f"an objective must give {what} to minimise, by its first argument; {shown(term)} gives {shown(loss)}."
+        )
+    return None
+
+
+def _loss(term: Term, owned: nn.Module | None, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
+    """The term's loss of tensors of ones, where its parameters are: on the CPU if it has none."""
+    parameter = None if owned is None else next(owned.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device
+
+    def outputs(model: PreTrainedModel, is_student: bool) -> list[Tensor]:
+        shape, depth = (1, TOKENS, model.config.hidden_size), model.config.num_hidden_layers
+        return [torch.ones(shape, device=device, requires_grad=is_student) for _ in range(depth)]
+
+    if isinstance(term, LogitTerm):
+        logits = torch.ones(TOKENS, VOCABULARY, device=device, requires_grad=True)
+        targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
+        return term.loss(logits, logits.detach() if term.needs_teacher else None, targets, owned)
+    if isinstance(term, LayerTerm):
+        return term.loss(outputs(student, True), outputs(teacher, False), owned)
+    return term.loss(outputs(student, True)[0], outputs(teacher, False)[0], owned)
