@@ -291,9 +291,7 @@ def _steps(
     return student or folders[-1].student(read), results
 
 
-def _done(
-    step: Step, student: PreTrainedModel, session: Session, seed: int
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Do one step and measure; return the student after it, and what the ledger says of it."""
     started = time.monotonic()
     result = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}

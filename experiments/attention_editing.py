@@ -24,8 +24,9 @@ from convert.core.console import Console
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.pipeline import finished
-from convert.recipes.base import Recipe, Train
+from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
+from convert.steps.train import Train
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from convert.evaluation.perplexity import perplexity
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.swap import swap
-from convert.training import loop as stages
 from convert.objectives import Objective
 from convert.training.align import align
 from convert.training.distill import distill

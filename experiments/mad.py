@@ -33,9 +33,9 @@ from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.mixers import MIXERS
+from convert.mixers.mamba_block import project_gradients
 from convert.models.devices import pick_device
 from convert.models.student import ConvertedForCausalLM
-from convert.mixers.mamba_block import project_gradients
 from convert.models.swap import swap
 from experiments.mad_tasks import IGNORED, TASKS, Difficulty, Task, compression
 

@@ -24,7 +24,6 @@ from convert.data.text import tokenize
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.models.swap import swap
-from convert.training import loop as stages
 from convert.training import STAGES
 from convert.training.loop import Silent
 from kernels import chunk_scan, selective_scan

@@ -25,9 +25,11 @@ from convert.core.files import write_json
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.pipeline import finished
-from convert.recipes.base import Recipe, Swap, Train
+from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
 from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
+from convert.steps.swap import Swap
+from convert.steps.train import Train
 
 METRIC = "gap/generation"
 

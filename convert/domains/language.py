@@ -8,16 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.data.batches import Batch, Batches, held_out_batches
-from convert.data.text import Corpus, TokenData, corpus, tokenize
-from convert.domains.base import Domain
+from convert.data.corpus import corpus
+from convert.data.text import Corpus, TokenData, tokenize
+from convert.domains.base import Domain, Monitor
 from convert.evaluation import final_metrics, perplexity, runner
-from convert.evaluation.monitor import Monitor, Rule
+from convert.evaluation.monitor import Rule
 from convert.exporting import verify
-from convert.mixers.projections import FAMILIES, refusal
+from convert.mixers.projections import refusal
 from convert.models import from_scratch
 from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
-from convert.reports import language as sections
+
 
 
 class Language(Domain):
@@ -26,7 +27,7 @@ class Language(Domain):
     name = "language"
     unit = "tokens"
     headline = "perplexity"
-    sections = sections.LANGUAGE
+
 
     # --- before a run
 

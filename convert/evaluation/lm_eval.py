@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.network import is_hub_reachable
+from convert.core.places import cache_folder
 from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
-from convert.data.text import cache_folder
 from convert.evaluation.scoring import greedily
 from convert.models.saving import fingerprint
 

@@ -20,8 +20,7 @@ from convert.evaluation.scoring import end_ids, greedily
 from convert.mixers.base import StateSize
 from convert.mixers.families import layer_window
 from convert.mixers.projections import Projections
-from convert.models.access import hidden_states
-from convert.models.access import layers_of
+from convert.models.access import hidden_states, layers_of
 from convert.models.cache import CACHE_NAME, layer_bytes
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM

@@ -11,7 +11,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convert.models.student import ConvertedForCausalLM, Slot
+from convert.models.slot import Slot
+from convert.models.student import ConvertedForCausalLM
 
 
 class TokenBatch(Protocol):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, cached_file, logging
@@ -23,14 +21,11 @@ from convert.core.fields import Place, checked, shown
 from convert.core.network import is_hub_reachable
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
-from convert.models.catalog import TEACHERS
-from convert.models.catalog import Source
-from convert.models.catalog import resolve
-from convert.models.devices import check_device
-from convert.models.failures import explained
-from convert.models.failures import first_line
-from convert.models.tokenizer import load_tokenizer
+from convert.models.catalog import TEACHERS, Source, resolve
 from convert.models.config import ConvertedConfig
+from convert.models.devices import check_device
+from convert.models.failures import explained, first_line
+from convert.models.tokenizer import load_tokenizer
 from convert.models.weights import check_size, check_whole
 
 

@@ -6,7 +6,16 @@ from typing import Any
 _HOMES = {  # module -> the names that are public here; each is imported when a name of it is first used
     "recipes.targets": ("TARGETS", "default_recipe", "target_named"),
     "recipes.base": ("Recipe", "tiny"),
-    "recipes.language": ("Budget", "budget", "to_gate_swa", "to_linear", "to_mamba", "to_mamba2", "to_mla", "to_scratch"),
+    "recipes.language": (
+        "Budget",
+        "budget",
+        "to_gate_swa",
+        "to_linear",
+        "to_mamba",
+        "to_mamba2",
+        "to_mla",
+        "to_scratch",
+    ),
     "recipes.overrides": ("with_setting",),
     "objectives.base": ("Objective",),
     "steps.build": ("Build",),

@@ -25,8 +25,7 @@ class Recipe:
         names = [step.name for step in self.steps]
         if not self.steps or len(set(names)) < len(names):
             raise UserError(
-                "Recipe: steps must be at least one, each with a name of its own; got"
-                f" {', '.join(names) or 'none'}."
+                f"Recipe: steps must be at least one, each with a name of its own; got {', '.join(names) or 'none'}."
             )
 
     @property

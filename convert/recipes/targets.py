@@ -15,7 +15,8 @@ from convert.core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from convert.recipes.base import Budget, Recipe
+    from convert.recipes.base import Recipe
+    from convert.recipes.language import Budget
 
 
 @dataclass(frozen=True)

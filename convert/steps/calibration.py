@@ -11,13 +11,10 @@ from transformers import PreTrainedModel
 from convert.data.batches import Batch
 from convert.mixers.init.qkv import copy_qkv
 from convert.mixers.parts import QKV
-from convert.mixers.projections import CalibrationStats
-from convert.mixers.projections import Projections
+from convert.mixers.projections import CalibrationStats, Projections
+from convert.models.access import hidden_states, layers_of
 from convert.models.positions import documents_of
-from convert.models.slot import Slot
-from convert.models.slot import attention_of
-from convert.models.access import hidden_states
-from convert.models.access import layers_of
+from convert.models.slot import Slot, attention_of
 
 
 @torch.no_grad()

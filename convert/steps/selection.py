@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 from convert.data.batches import Batch
 from convert.evaluation.perplexity import HEAD_CHUNK
 from convert.mixers.families import attention_name
+from convert.models.access import hidden_states, layer_outputs, layers_of
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
-from convert.models.access import hidden_states
-from convert.models.access import layer_outputs
-from convert.models.access import layers_of
 from convert.objectives.divergences import forward_kl
 
 Parts = Mapping[

@@ -24,7 +24,9 @@ from convert.steps.layers import Keep, MostSensitive
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
 TINY_SEQ_LEN = 64  # tokens
-SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(4)))  # stands for a calibration that is yet to come
+SEEN = CalibrationStats(
+    *(torch.empty(0, device="meta") for _ in range(4))
+)  # stands for a calibration that is yet to come
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class Swap(Step):
         layers = self.converted(num_layers)
         tokens = min(handover.TOKENS, student.config.max_position_embeddings)
         before = {layer: projections_of(student, layer) for layer in layers}
-        partial = {layer for layer in slots_of(student) if not STARTS[student.config.mixers[layer]["name"]].hands_on_all}
+        partial = {
+            layer for layer in slots_of(student) if not STARTS[student.config.mixers[layer]["name"]].hands_on_all
+        }
         stats = [SEEN] * num_layers if self.looks_first else None
         student = swap(student, self.mixer, self.options, layers, stats)
         for layer in layers if self.exact else ():

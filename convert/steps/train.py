@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import Name, Text, check
 from convert.models.access import slots_of
-from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.objectives import Objective
+from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.training import STAGES
 from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
@@ -105,7 +105,9 @@ class Train(Step):
         mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size
-        inner = width * 18 + config.intermediate_size * 3  # floats a layer keeps for its backward pass, per token (ours)
+        inner = (
+            width * 18 + config.intermediate_size * 3
+        )  # floats a layer keeps for its backward pass, per token (ours)
         kept_layers = 1 if layerwise or s.checkpointing else layers
         activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size

@@ -13,7 +13,7 @@ from convert.data.batches import Batch
 from convert.mixers.base import Context
 from convert.models.access import hidden_states, layers_of, slots_of
 from convert.models.positions import documents_of
-from convert.models.student import attention_of
+from convert.models.slot import attention_of
 from convert.training.backward import backward
 from convert.training.loop import BatchOfStep, Keeper, Measure, Tracker, train
 from convert.training.precision import autocast

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from convert.mixers.parts import FeatureMap
+from convert.mixers.hedgehog import FeatureMap
 from convert.models.access import slots_of
 
 

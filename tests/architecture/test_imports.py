@@ -37,7 +37,14 @@ LANGUAGE = (
     "convert.exporting", "convert.data.text", "convert.data.corpus", "convert.data.prompts", "convert.models.loading",
     "convert.models.catalog", "convert.models.tokenizer",
 )  # fmt: skip
-SERVE_EVERY_DOMAIN = ("convert.pipeline", "convert.steps", "convert.training", "convert.planning", "convert.runs", "convert.reports")
+SERVE_EVERY_DOMAIN = (
+    "convert.pipeline",
+    "convert.steps",
+    "convert.training",
+    "convert.planning",
+    "convert.runs",
+    "convert.reports",
+)
 NEVER = {  # beyond the folders: what a module must not import, directly
     "kernels": ("transformers", "wandb", "convert", "experiments"),
     **dict.fromkeys(SERVE_EVERY_DOMAIN, LANGUAGE),
@@ -123,7 +130,7 @@ def floors(graph: dict[str, set[str]]) -> dict[str, int]:
 
     def floor(folder: str, above: tuple[str, ...]) -> int:
         if folder in above:
-            raise WrongImport(f"a circle: {' -> '.join((*above[above.index(folder):], folder))}")
+            raise WrongImport(f"a circle: {' -> '.join((*above[above.index(folder) :], folder))}")
         if folder not in found:
             found[folder] = 1 + max((floor(other, (*above, folder)) for other in graph[folder]), default=0)
         return found[folder]

@@ -24,8 +24,7 @@ from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
 from convert.evaluation.monitor import Rule
 from convert.exporting.hub import export
-from convert.models.catalog import NANO
-from convert.models.catalog import resolve
+from convert.models.catalog import NANO, resolve
 from convert.models.swap import swap
 from tests.conftest import tiny_teacher
 

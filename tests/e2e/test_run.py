@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from convert import pipeline as conversion
+from convert.cli import number_of_tokens
 from convert.core.errors import UserError
 from convert.data.corpus import corpus
 from convert.evaluation import perplexity as measure
 from convert.evaluation import runner as evaluation
 from convert.exporting import verify as shipping
 from convert.models.student import ConvertedForCausalLM
-from convert.run import main, number_of_tokens
+from convert.run import main
 from convert.runs import ledger as checkpoint
 from convert.steps import swap as swaps
 from tests.conftest import VOCAB, tiny_teacher
@@ -164,7 +165,7 @@ def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys
 
 
 def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
-    from convert.exporting.hub import check_in_clean_process
+    from convert.exporting.verify import check_in_clean_process
 
     monkeypatch.setattr(shipping, "check_in_clean_process", check_in_clean_process)
     assert main(command(teacher, text, tmp_path / "run")) == 0

@@ -15,7 +15,9 @@ from transformers.dynamic_module_utils import get_imports
 
 from convert.core.errors import UserError
 from convert.exporting import hub as export_module
-from convert.exporting.hub import check_in_clean_process, export, flatten, model_code, run_without_us
+from convert.exporting.code import flatten, model_code
+from convert.exporting.hub import export
+from convert.exporting.verify import check_in_clean_process, run_without_us
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
 from tests.conftest import VOCAB, options_of, perturb, tiny_teacher, token_ids

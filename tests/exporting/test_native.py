@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from convert.exporting import native
-from convert.exporting.hub import check_in_clean_process, export_native
+from convert.exporting.hub import export_native
+from convert.exporting.verify import check_in_clean_process
 from convert.mixers import MLA
 from convert.models.cache import CACHE_NAME
 from convert.models.swap import swap

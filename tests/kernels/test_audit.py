@@ -52,7 +52,9 @@ print(json.dumps({name: [(row.faults, row.bytes, row.operations) for row in audi
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
 
 
 def test_these_kernels_pass(tmp_path):
@@ -60,7 +62,9 @@ def test_these_kernels_pass(tmp_path):
     done = run("-m", "kernels.audit", *names, "--targets", "sm_90,gfx942", "--json", str(tmp_path / "audit.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "audit.json").read_text())
-    assert {(row["case"], row["target"]) for row in rows} == {(name, target) for name in names for target in ("sm_90", "gfx942")}
+    assert {(row["case"], row["target"]) for row in rows} == {
+        (name, target) for name in names for target in ("sm_90", "gfx942")
+    }
     assert len(rows) < 50  # more take too long here
     assert all(row["found"]["registers"] > 0 and row["bytes"] > 0 and row["seconds"] > 0 for row in rows)
     assert all(row["found"]["matrix"] > 0 for row in rows if "bf16" in row["case"])
@@ -109,7 +113,11 @@ def test_bytes_and_operations(bad, name):
 
 def test_in_the_interpreter_it_says_why_not():
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.audit"], cwd=ROOT, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "kernels.audit"],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set, so there is nothing to compile; unset it." in done.stderr

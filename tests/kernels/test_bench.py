@@ -25,7 +25,9 @@ def put(monkeypatch, contenders: dict) -> None:
     monkeypatch.setitem(
         CASES,
         "selective_scan",
-        lambda size: dataclasses.replace(real(size), contenders=contenders, grows=("L", (TINY["selective_scan"]["L"],))),
+        lambda size: dataclasses.replace(
+            real(size), contenders=contenders, grows=("L", (TINY["selective_scan"]["L"],))
+        ),
     )
 
 
@@ -74,7 +76,11 @@ def test_a_failing_contender_stops_no_other(monkeypatch, tmp_path, capsys):
     assert max(map(len, printed.splitlines())) <= 140
     for row, base in ((ours, ours), (other, ours), (again, again)):
         belongs_together(row, base, found["ceilings"])
-    assert found["machine"]["cpu"] and found["machine"]["threads"] and found["machine"]["versions"]["torch"] == torch.__version__
+    assert (
+        found["machine"]["cpu"]
+        and found["machine"]["threads"]
+        and found["machine"]["versions"]["torch"] == torch.__version__
+    )
     assert found["machine"]["not_measured"] == {peer: why_not(peer) for peer in PEERS if why_not(peer)}
 
 
@@ -126,5 +132,12 @@ def test_wrong_arguments_are_refused(words, message, capsys):
 
 def test_peers_that_multiply_in_tf32_get_a_time():
     """On a GPU mamba-ssm and flash-linear-attention do: 5e-4 to 2e-3. Ours do not, nor does anybody on a CPU."""
-    assert bench.bound("mamba-ssm", "cuda") == bench.bound("flash-linear-attention", "cuda") == bench.WRONG_IN_TF32 > 2e-3
-    assert bench.bound("ours", "cuda") == bench.bound("transformers", "cuda") == bench.bound("mamba-ssm", "cpu") == bench.WRONG
+    assert (
+        bench.bound("mamba-ssm", "cuda") == bench.bound("flash-linear-attention", "cuda") == bench.WRONG_IN_TF32 > 2e-3
+    )
+    assert (
+        bench.bound("ours", "cuda")
+        == bench.bound("transformers", "cuda")
+        == bench.bound("mamba-ssm", "cpu")
+        == bench.WRONG
+    )

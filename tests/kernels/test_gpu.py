@@ -17,7 +17,9 @@ from tests.kernels.selective_scan.test_update import make as make_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
-needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
 
 SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
 CASES = [
@@ -61,7 +63,9 @@ def test_twice_the_same_bits(name):
     scan, make = SCANS[name]
     a = {k: on_gpu(v) for k, v in make(300, G=2, R=2, normalize=True, dtype=torch.float32).items()}
     first, second = run(scan, a, "triton"), run(scan, a, "triton")
-    assert all(torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True))
+    assert all(
+        torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
@@ -77,7 +81,9 @@ def test_state_update(options):
 def test_selective_scan_is_mamba_ssms():
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    a = {k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()}
+    a = {
+        k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()
+    }
     a.pop("normalize")
     assert_close(selective_scan(**a, impl="triton"), selective_scan_fn(**a), FLOAT32)
 
@@ -88,7 +94,9 @@ def test_chunk_scan_is_mamba_ssms():
 
     a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=2, dtype=torch.float32).items()}
     a.pop("normalize")
-    assert_close(chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2)  # theirs multiplies in TF32
+    assert_close(
+        chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2
+    )  # theirs multiplies in TF32
 
 
 @needs_fla

@@ -37,7 +37,9 @@ for name, (call, arguments, modes) in CALLS.items():
 
 def test_the_real_kernels_are_in_one_graph():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRACE], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, _ in found] == ["selective_scan"] * 2 + ["chunk_scan"] * 2 + ["update"]

@@ -78,11 +78,20 @@ DAMAGE = {
     "digest missing": (lambda library: record(library).unlink(), "has no .*sha256 beside it"),
     "writable by a group": (lambda library: library.chmod(0o775), "may be written by other users"),
     "writable by all": (lambda library: library.chmod(0o757), "may be written by other users"),
-    "digest writable by all": (lambda library: record(library).chmod(0o666), "sha256 that may be written by other users"),
-    "folder writable by all": (lambda library: library.parent.chmod(0o777), "was in a folder that other users could write to"),
+    "digest writable by all": (
+        lambda library: record(library).chmod(0o666),
+        "sha256 that may be written by other users",
+    ),
+    "folder writable by all": (
+        lambda library: library.parent.chmod(0o777),
+        "was in a folder that other users could write to",
+    ),
     "link": (link, "is neither a file nor a folder"),
     "link of the digest": (lambda library: link(record(library)), "sha256 that is neither a file nor a folder"),
-    "broken link": (lambda library: (library.unlink(), library.symlink_to("nowhere")), "is neither a file nor a folder"),
+    "broken link": (
+        lambda library: (library.unlink(), library.symlink_to("nowhere")),
+        "is neither a file nor a folder",
+    ),
 }
 
 
@@ -116,7 +125,8 @@ def test_other_owners_are_not_trusted(load, kept, capfd, monkeypatch):
 
 def _as_if_nobody_were_root(check):
     return lambda path: (
-        check(path) or (None if path.lstat().st_uid == os.geteuid() else f"belongs to another user (number {path.lstat().st_uid})")
+        check(path)
+        or (None if path.lstat().st_uid == os.geteuid() else f"belongs to another user (number {path.lstat().st_uid})")
     )
 
 
@@ -149,7 +159,11 @@ def test_many_at_once_all_get_a_sound_one(tmp_path, monkeypatch):
     (tmp_path / "tiny.cpp").write_text(SOURCE)
     target, found = tmp_path / "cache" / "tiny.so", []
     threads = [
-        threading.Thread(target=lambda: found.append(cpp_build._cached(target, lambda: cpp_build._compile("g++", tmp_path / "tiny.cpp", target))))
+        threading.Thread(
+            target=lambda: found.append(
+                cpp_build._cached(target, lambda: cpp_build._compile("g++", tmp_path / "tiny.cpp", target))
+            )
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -166,7 +180,10 @@ def test_a_user_without_a_home_has_a_folder_among_the_temporary_ones(tmp_path):
         "print(trust.cache()); print(trust.why_no_folder(trust.cache())); print(oct(trust.cache().parent.stat().st_mode))"
     )
     names = ("HOME", "XDG_CACHE_HOME", "CONVERT_CACHE", "CONVERT_KERNELS")
-    environment = {k: v for k, v in os.environ.items() if k not in names} | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.getcwd(),
+    }
 
     def run(**more) -> list[str]:
         done = subprocess.run([sys.executable, "-c", script], env=environment | more, capture_output=True, text=True)

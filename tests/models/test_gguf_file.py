@@ -10,8 +10,7 @@ import torch
 
 from convert.core.errors import UserError
 from convert.models.catalog import resolve
-from convert.models.loading import _load_model
-from convert.models.loading import read_config
+from convert.models.loading import _load_model, read_config
 from convert.models.swap import swap
 from tests.conftest import LAYERS, VOCAB, assert_close, tiny_teacher, token_ids
 from tests.models.test_student import logits_of

@@ -30,13 +30,9 @@ from convert.data.text import tokenize
 from convert.exporting.hub import export
 from convert.mixers.projections import refusal
 from convert.models import loading as teachers
-from convert.models.catalog import EMBEDDED
-from convert.models.catalog import TEACHERS
-from convert.models.catalog import Source
-from convert.models.catalog import resolve
+from convert.models.catalog import EMBEDDED, TEACHERS, Source, resolve
 from convert.models.devices import check_device
-from convert.models.loading import load_teacher
-from convert.models.loading import read_config
+from convert.models.loading import load_teacher, read_config
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
 from tests.conftest import tiny_teacher, token_ids

@@ -11,10 +11,8 @@ from transformers import AutoConfig
 
 from convert.core.errors import UserError
 from convert.exporting.hub import export
-from convert.models.catalog import NANO
-from convert.models.catalog import resolve
-from convert.models.loading import load_teacher
-from convert.models.loading import read_config
+from convert.models.catalog import NANO, resolve
+from convert.models.loading import load_teacher, read_config
 from convert.models.swap import swap
 from convert.models.teacher_files import config_of, read_json
 from tests.conftest import FAMILIES, tiny_teacher

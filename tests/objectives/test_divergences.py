@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from convert.objectives.divergences import (
-    Distill,
-    backward_through_head,
-    cosine_distance,
-    cross_entropy,
-    energy_mse,
-    forward_kl,
-    reverse_kl,
-)
+from convert.objectives.divergences import Distill, cross_entropy, forward_kl, reverse_kl
+from convert.objectives.features import cosine_distance, energy_mse
+from convert.training.backward import backward_through_head
 
 
 def logits(*shape, seed=0):

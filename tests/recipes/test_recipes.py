@@ -10,9 +10,12 @@ from convert.core.errors import UserError
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
 from convert.objectives import divergences as objectives
-from convert.recipes.base import Budget, Swap, Train, describe, tiny
+from convert.recipes.base import describe, tiny
+from convert.recipes.language import Budget
 from convert.recipes.overrides import with_setting
 from convert.recipes.targets import TARGETS
+from convert.steps.swap import Swap
+from convert.steps.train import Train
 from convert.training import loop as stages
 
 BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, objectives.Distill(), 4096)

@@ -50,7 +50,9 @@ def test_far_looking_layers_are_found():
         attention = attention_of(teacher.model.layers[i])
         torch.nn.init.zeros_(attention.v_proj.weight)
     before = selection.parts_of(teacher)
-    sensitivity = selection.sensitivity(swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches())
+    sensitivity = selection.sensitivity(
+        swap(teacher, "gate-swa", options_of("gate-swa", window=8, sinks=0)), before, batches()
+    )
     assert sensitivity[1] > 1e-3 and abs(sensitivity[0]) < 1e-6 and abs(sensitivity[2]) < 1e-6
 
 

@@ -15,9 +15,12 @@ from convert.evaluation.perplexity import perplexity
 from convert.mixers import MIXERS
 from convert.mixers.mamba_block import DecayRate, project_gradients
 from convert.models.swap import swap
-from convert.objectives.divergences import Distill, cosine_distance, energy_mse
+from convert.objectives.divergences import Distill
+from convert.objectives.features import cosine_distance, energy_mse
 from convert.training import loop as stages
-from convert.training.loop import Settings, Silent, align, distill
+from convert.training.align import align
+from convert.training.distill import distill
+from convert.training.loop import Settings, Silent
 from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
 
 SETTINGS = Settings(

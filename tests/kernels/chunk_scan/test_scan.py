@@ -15,14 +15,18 @@ from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_each_is_the_reference(options, length, impl):
-    (outputs, gradients), (expected, expected_gradients) = (run(chunk_scan, make(length, **options), i) for i in (impl, "reference"))
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(chunk_scan, make(length, **options), i) for i in (impl, "reference")
+    )
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 33, 96])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"]
+)
 def test_compiled_scan_of_many_vectors(N, dtype, tolerance):
     """States and channels that fill several vectors, or do not fill the last one."""
     options = dict(N=N, R=2, normalize=True, documents=True, state=True)
@@ -39,7 +43,9 @@ def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
     a = make(9, G=2)
     dt = a["dt"]
-    elapsed = torch.stack([torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2)  # [b, H, t, s]
+    elapsed = torch.stack(
+        [torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2
+    )  # [b, H, t, s]
     decay = torch.exp(elapsed * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()
     B, C = (a[name].repeat_interleave(2, 2) for name in "BC")
     expected = torch.einsum("bhts,bthn,bshn,bsh,bshp->bthp", decay, C, B, dt, a["x"])
@@ -85,7 +91,10 @@ def test_documents_are_separate_runs(impl, border):
     state = a.pop("initial_states")
     ids = torch.tensor([4] * border + [9] * (130 - border)).expand(2, -1)
     y, last = chunk_scan(**a, initial_states=state, document_ids=ids, return_final_states=True, impl=impl)
-    parts = [{k: v[:, s] if k in ("x", "dt", "B", "C") else v for k, v in a.items()} for s in (slice(border), slice(border, None))]
+    parts = [
+        {k: v[:, s] if k in ("x", "dt", "B", "C") else v for k, v in a.items()}
+        for s in (slice(border), slice(border, None))
+    ]
     first = chunk_scan(**parts[0], initial_states=state, impl=impl)
     second, expected = chunk_scan(**parts[1], return_final_states=True, impl=impl)
     assert_close(y, torch.cat([first, second], 1), FLOAT64)
@@ -110,7 +119,10 @@ def test_gradients_by_finite_differences(monkeypatch, options):
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options, impl):
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(chunk_scan, single, impl), run(chunk_scan, make(127, **options), "reference")
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(chunk_scan, single, impl),
+        run(chunk_scan, make(127, **options), "reference"),
+    )
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
@@ -142,7 +154,10 @@ def test_bfloat16_keeps_float32_states():
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
     a = make(70, **CASES["everything"], dtype=torch.float32)
-    outside, inside = run(chunk_scan, a, impl), run(chunk_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    outside, inside = (
+        run(chunk_scan, a, impl),
+        run(chunk_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    )
     for o, i in zip(outside, inside, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
@@ -217,4 +232,6 @@ def test_operators_keep_torchs_rules(impl):
 def test_an_id_that_comes_back_is_another_document(impl):
     a = make(6, dtype=torch.float64)
     back, other = torch.tensor([0, 0, 1, 1, 0, 0]).expand(2, 6), torch.tensor([0, 0, 1, 1, 2, 2]).expand(2, 6)
-    assert_close(chunk_scan(**a, document_ids=back, impl=impl), chunk_scan(**a, document_ids=other, impl="reference"), FLOAT64)
+    assert_close(
+        chunk_scan(**a, document_ids=back, impl=impl), chunk_scan(**a, document_ids=other, impl="reference"), FLOAT64
+    )

@@ -23,7 +23,11 @@ def make(N=16, G=None, heads=None, dtype=torch.float64, **present):
         B=normal(*rows),
         C=normal(*rows),
     )
-    a |= {name: normal(*((2, *channels) if name == "z" else channels)) for name in ("D", "z", "dt_bias") if present.get(name)}
+    a |= {
+        name: normal(*((2, *channels) if name == "z" else channels))
+        for name in ("D", "z", "dt_bias")
+        if present.get(name)
+    }
     return a | dict(dt_softplus=True)
 
 
@@ -38,7 +42,9 @@ def test_is_a_scan_of_one_step(options, impl):
     a = make(**options)
     state = a["state"].clone()
     y = selective_state_update(**a | dict(state=state), impl=impl)
-    flat = {k: v.flatten(-2) if k in ("x", "dt", "z", "D", "dt_bias") and options.get("heads") else v for k, v in a.items()}
+    flat = {
+        k: v.flatten(-2) if k in ("x", "dt", "z", "D", "dt_bias") and options.get("heads") else v for k, v in a.items()
+    }
     B, C = (t if t.ndim == 3 else t[:, None] for t in (a["B"], a["C"]))
     expected, last = selective_scan(
         flat["x"][..., None], flat["dt"][..., None], a["A"].flatten(0, -2), B[..., None], C[..., None], flat.get("D"),
