@@ -27,7 +27,7 @@ from convert.objectives import Distill, cosine_distance
 from convert.run import fail_in_words
 from convert.stages import Settings
 from convert.teachers import read_config, resolve
-from kernels.machine import DEVICE, Peak
+from kernels.machine import DEVICE, PeakMemory
 
 COMMAND = """
 import sys, torch
@@ -63,7 +63,7 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
             if step > 1:
                 self.peak.__exit__()
                 self.peaks.append(self.peak.bytes)
-            self.peak = Peak(DEVICE).__enter__()
+            self.peak = PeakMemory(DEVICE).__enter__()
 
     watch = Watch()
     stages.STAGES[stage](student, teacher, batches, one, track=watch)

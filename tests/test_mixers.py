@@ -201,7 +201,7 @@ def test_gradients_are_those_of_the_reference_kernels(name, shape, documents, fl
     mixer, x, c = mixer_of(name, shape).double(), inputs(shape).double(), context(shape, torch.arange(LENGTH), documents=documents)
     actual = gradients(mixer, x, c)
     for kernel in (kernels.chunk_scan, kernels.selective_scan):
-        monkeypatch.setattr(kernel, "_pick", lambda *_: "reference")
+        monkeypatch.setattr(kernel, "_choose", lambda *_: "reference")
     expected = gradients(mixer, x, c)
     assert_close(actual.values(), expected.values(), FLOAT64, floor=1e-3)
 

@@ -1,4 +1,4 @@
-"""Every argument of every operator, wrong in every way: a sentence as a ValueError, or the right result; never an error of somebody else's."""
+"""Wrong arguments of every operator: a ValueError of one sentence or the right result, and no other error."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,17 @@ from kernels.chunk_scan import chunk_scan
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.kernels.conftest import CPU
-from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
-    "selective_scan": (selective_scan, lambda: selective_cases.make(8, **selective_cases.CASES["everything"], dtype=torch.float32)),
+    "selective_scan": (
+        selective_scan,
+        lambda: selective_cases.make(8, **selective_cases.CASES["everything"], dtype=torch.float32),
+    ),
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, **chunk_cases.CASES["everything"], dtype=torch.float32)),
-    "selective_state_update": (selective_state_update, lambda: make_step(D=True, z=True, dt_bias=True, dtype=torch.float32)),
+    "selective_state_update": (
+        selective_state_update,
+        lambda: selective_cases.make_update(D=True, z=True, dt_bias=True, dtype=torch.float32),
+    ),
 }
 OBJECTS = {"list": lambda t: t.tolist(), "numpy": lambda t: t.numpy(), "tuple": lambda t: (t,)} | {
     type(value).__name__: lambda t, value=value: value for value in ("x", 3, 0.5, {}, True, Tensor)
@@ -72,18 +77,29 @@ def test_a_wrong_tensor_is_refused_by_name(operator, name, change, impl):
     _, make = OPERATORS[operator]
     sentence = refused(operator, {name: change(make()[name])})
     if "fake or none" not in sentence and "one device" not in sentence:
-        assert name in sentence.split(";")[0].replace("The groups of B", "B C") or name in ("u", "x", "A", "state", "delta", "dt", "B"), (
-            sentence
-        )
+        assert name in sentence.split(";")[0].replace("The groups of B", "B C") or name in (
+            "u",
+            "x",
+            "A",
+            "state",
+            "delta",
+            "dt",
+            "B",
+        ), sentence
 
 
-@pytest.mark.parametrize("operator, name", [(operator, name) for operator, (_, make) in OPERATORS.items() for name in list(make())[:5]])
+@pytest.mark.parametrize(
+    "operator, name", [(operator, name) for operator, (_, make) in OPERATORS.items() for name in list(make())[:5]]
+)
 def test_a_missing_tensor_is_refused(operator, name):
     assert refused(operator, {name: None}) == f"{name} must be a tensor; got NoneType."
 
 
-FLAGS = [("selective_scan", ("delta_softplus", "return_last_state", "normalize")), ("chunk_scan", ("return_final_states", "normalize")),
-         ("selective_state_update", ("dt_softplus",))]  # fmt: skip
+FLAGS = [
+    ("selective_scan", ("delta_softplus", "return_last_state", "normalize")),
+    ("chunk_scan", ("return_final_states", "normalize")),
+    ("selective_state_update", ("dt_softplus",)),
+]
 
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes", [], torch.tensor([True, False]), np.bool_(True), 0.5], ids=repr)
@@ -92,7 +108,9 @@ def test_flags_are_true_or_false(operator, name, value):
     assert refused(operator, {name: value}) == f"{name} must be True or False; got {type(value).__name__}."
 
 
-@pytest.mark.parametrize("impl", [None, 3, [], ["cpu"], {}, b"cpu", "", "CPU", object(), torch.tensor(1)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "impl", [None, 3, [], ["cpu"], {}, b"cpu", "", "CPU", object(), torch.tensor(1)], ids=lambda v: type(v).__name__
+)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_implementation_is_one_of_their_names(operator, impl):
     assert refused(operator, dict(impl=impl)).startswith("impl is 'auto' or one of 'triton', 'cpu'")
@@ -138,7 +156,9 @@ def test_other_layouts_and_dtypes_change_nothing(operator, kind, impl):
     call, make = OPERATORS[operator]
     wanted = call(**make(), impl=impl)
     for name, value in make().items():
-        if isinstance(value, Tensor) and not (name == "state" and kind in ("strides", "transposed memory")):  # refused: changed in place
+        if isinstance(value, Tensor) and not (
+            name == "state" and kind in ("strides", "transposed memory")
+        ):  # refused: changed in place
             torch.testing.assert_close(
                 call(**make() | {name: SAME[kind](value)}, impl=impl), wanted, rtol=1e-4, atol=1e-4, check_dtype=False
             )

@@ -12,12 +12,12 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.selective_scan.test_update import CASES as STEPS
-from tests.kernels.selective_scan.test_update import make as make_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
-needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
 
 SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
 CASES = [
@@ -61,13 +61,15 @@ def test_twice_the_same_bits(name):
     scan, make = SCANS[name]
     a = {k: on_gpu(v) for k, v in make(300, G=2, R=2, normalize=True, dtype=torch.float32).items()}
     first, second = run(scan, a, "triton"), run(scan, a, "triton")
-    assert all(torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True))
+    assert all(
+        torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True)
+    )
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)
 def test_state_update(options):
-    a = make_step(**options)
-    single = {k: on_gpu(v) for k, v in make_step(**options, dtype=torch.float32).items()}
+    a = selective_cases.make_update(**options)
+    single = {k: on_gpu(v) for k, v in selective_cases.make_update(**options, dtype=torch.float32).items()}
     y = selective_state_update(**single, impl="triton")
     assert_close(y.cpu(), selective_state_update(**a, impl="reference"), FLOAT32)
     assert_close(single["state"].cpu(), a["state"], FLOAT32)
@@ -77,7 +79,9 @@ def test_state_update(options):
 def test_selective_scan_is_mamba_ssms():
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    a = {k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()}
+    a = {
+        k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()
+    }
     a.pop("normalize")
     assert_close(selective_scan(**a, impl="triton"), selective_scan_fn(**a), FLOAT32)
 
@@ -88,7 +92,9 @@ def test_chunk_scan_is_mamba_ssms():
 
     a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=2, dtype=torch.float32).items()}
     a.pop("normalize")
-    assert_close(chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2)  # theirs multiplies in TF32
+    assert_close(
+        chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2
+    )  # theirs multiplies in TF32
 
 
 @needs_fla

@@ -1,4 +1,7 @@
-"""What is not finite reaches what the recurrence reaches: no earlier step, no other document, batch entry or head; in gradients, no later step."""
+"""A value that is not finite reaches what the recurrence reaches: no earlier step, other document, batch entry or head.
+
+In gradients it reaches no later step.
+"""
 
 import random
 from contextlib import nullcontext
@@ -18,7 +21,9 @@ VALUES = (float("nan"), float("inf"), -float("inf"))
 STATES = {"selective_scan": "return_last_state", "chunk_scan": "return_final_states"}
 
 
-def results(name: str, a: dict, impl: str, odd_gradient: tuple[int, float] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def results(
+    name: str, a: dict, impl: str, odd_gradient: tuple[int, float] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and states, and the gradients of their random sum, in which one weight of y may be odd."""
     leaves = []
 
@@ -48,7 +53,9 @@ def kinds(tensors: list[Tensor]) -> list[Tensor]:
 def draw(name: str, rng: random.Random, length: int, odd: bool = True) -> tuple[dict, str]:
     """Arguments of a case of the other tests, and the one in which a value is not finite."""
     cases = SCANS[name][1]
-    case = rng.choice([case for case in cases.CASES if case != "strong-decay"])  # 0 x infinity there depends on denormal numbers
+    case = rng.choice(
+        [case for case in cases.CASES if case != "strong-decay"]
+    )  # 0 x infinity there depends on denormal numbers
     options = dict(cases.CASES[case]) | ({"documents": True} if rng.random() < 0.5 else {})
     a = cases.make(length, N=rng.choice([1, 5, 16, 33]), **options, dtype=rng.choice([torch.float32, torch.float64]))
     floats = [k for k, v in a.items() if isinstance(v, tuple) or (isinstance(v, Tensor) and v.is_floating_point())]
@@ -70,7 +77,9 @@ def test_each_argument_as_in_the_reference(name, impl, seed):
         for f, w in zip(found, wanted, strict=True):
             assert all(map(torch.equal, kinds([f]), kinds([w]))), which
             finite = w.isfinite()
-            torch.testing.assert_close(f[finite], w[finite], rtol=1e-3, atol=1e-3 * float(w[finite].abs().max()) if finite.any() else 0)
+            torch.testing.assert_close(
+                f[finite], w[finite], rtol=1e-3, atol=1e-3 * float(w[finite].abs().max()) if finite.any() else 0
+            )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -91,7 +100,7 @@ def test_chunked_products_are_causal(monkeypatch, looks, argument, value):
     """Also as they are on another device or compiled, where no branch depends on a value."""
     if not looks:
         for module in (chunked, products):
-            monkeypatch.setattr(module, "has_values", lambda t: False)
+            monkeypatch.setattr(module, "can_read_values", lambda t: False)
     a = chunk_cases.make(130, normalize=True, documents=True, state=True)
     before = chunk_scan(**a, impl="chunked")
     t = 77
@@ -125,11 +134,23 @@ def test_gradients_do_not_depend_on_where_backward_is_called(name, impl, compile
     scan, cases = SCANS[name]
     if double and (impl == "cpu" or compiled or (name, impl) == ("selective_scan", "chunked")):
         pytest.skip("it is differentiated once")
-    a = cases.make(3 if impl == "reference" or compiled else 70, N=20, G=2, R=2, normalize=True, documents=True, dtype=torch.float32)
+    a = cases.make(
+        3 if impl == "reference" or compiled else 70,
+        N=20,
+        G=2,
+        R=2,
+        normalize=True,
+        documents=True,
+        dtype=torch.float32,
+    )
     call = torch.compile(scan, backend="aot_eager", fullgraph=True) if compiled else scan
     found = []
     for inside in (False, True):
-        leaves = {k: v.detach().clone().requires_grad_() for k, v in a.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        leaves = {
+            k: v.detach().clone().requires_grad_()
+            for k, v in a.items()
+            if isinstance(v, Tensor) and v.is_floating_point()
+        }
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = call(**a | leaves, impl=impl).sin().sum()
         with torch.autocast("cpu", dtype=torch.bfloat16) if inside else nullcontext():
@@ -144,10 +165,10 @@ def test_gradients_do_not_depend_on_where_backward_is_called(name, impl, compile
 def test_running_sums_without_cumsum(length):
     """As a GPU makes them in deterministic mode, where torch's own would warn, and warnings are errors here."""
     t = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(products.sums_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
+    torch.testing.assert_close(products.cumulative_sum_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("what", [products.scores_of, products.weighted_sum])
+@pytest.mark.parametrize("what", [products.masked_scores, products.weighted_sum])
 def test_products_can_be_differentiated_twice(what):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True) for size in ((2, 4, 3), (2, 3, 3)))

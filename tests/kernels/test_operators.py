@@ -1,4 +1,4 @@
-"""What torch's own machinery finds of the compiled operators: a saved program in a new process, forward-mode gradients."""
+"""The compiled operators in torch's own machinery: a saved program in a new process, and forward-mode gradients."""
 
 import subprocess
 import sys
@@ -13,12 +13,11 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
-from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
-    "selective_state_update": (selective_state_update, lambda: make_step(dtype=torch.float32)),
+    "selective_state_update": (selective_state_update, lambda: selective_cases.make_update(dtype=torch.float32)),
 }
 LOAD = """
 import sys, torch
@@ -34,7 +33,9 @@ assert torch.equal(found, y), (found - y).abs().max()
 def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
     """Before any operator was used there, which is when they compile."""
     a = make()
-    tensors, options = ({k: v for k, v in a.items() if isinstance(v, torch.Tensor) is is_tensor} for is_tensor in (True, False))
+    tensors, options = (
+        {k: v for k, v in a.items() if isinstance(v, torch.Tensor) is is_tensor} for is_tensor in (True, False)
+    )
 
     class Model(torch.nn.Module):
         def forward(self, *arguments):
@@ -44,12 +45,16 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
     with torch.no_grad():
         torch.export.save(torch.export.export(Model(), arguments), tmp_path / "model.pt2")
         torch.save((arguments, Model()(*(t.clone() for t in arguments))), tmp_path / "expected.pt")
-    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model.pt2", tmp_path / "expected.pt"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "model.pt2", tmp_path / "expected.pt"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
-@pytest.mark.parametrize("name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))])
+@pytest.mark.parametrize(
+    "name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))]
+)
 def test_an_export_takes_any_length(name, lengths):
     """Not only those whose results are small: kernels/allocator.py."""
     scan, make = OPERATORS[name]
@@ -73,7 +78,9 @@ def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
     direction = torch.randn_like(a[value])
     with forward_ad.dual_level():
         moved = a | {value: forward_ad.make_dual(a[value], direction)}
-        with pytest.raises(RuntimeError, match=f"The compiled {name} has no forward-mode gradients; impl='reference' has."):
+        with pytest.raises(
+            RuntimeError, match=f"The compiled {name} has no forward-mode gradients; impl='reference' has."
+        ):
             scan(**moved, impl="cpu")
         tangent = forward_ad.unpack_dual(scan(**moved, impl="reference")).tangent
     assert_close(tangent, scan(**a | {value: direction}, impl="reference"), 1e-5)  # it is linear in its values

@@ -70,16 +70,22 @@ def theirs(tmp_path) -> Path:
 
 
 def python(code: str, *path: Path) -> str:
-    """What a clean process prints, with these folders on its path in this order. Away from the repository, for 30 seconds at most."""
+    """Return what a clean process prints, with these folders on its path, away from the repository, in 30 seconds."""
     code = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, (30, 30))\n{code}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
     return done.stdout
 
 
 def test_ours_alone():
-    python(f"{LLAMA}\n{OURS}\nimport kernels\nassert not hasattr(kernels, 'get_kernel')\nassert not hasattr(kernels, '__version__')", ROOT)
+    python(
+        f"{LLAMA}\n{OURS}\nimport kernels\nassert not hasattr(kernels, 'get_kernel')"
+        "\nassert not hasattr(kernels, '__version__')",
+        ROOT,
+    )
 
 
 def test_ours_first(theirs):
@@ -88,16 +94,23 @@ def test_ours_first(theirs):
 
 def test_theirs_first(theirs):
     """As in an editable install that is used from another folder."""
-    python(f"import kernels\nassert {str(theirs)!r} in kernels.__file__\nimport convert\n{OURS}\n{LLAMA}\n{THEIRS}", theirs, ROOT)
+    python(
+        f"import kernels\nassert {str(theirs)!r} in kernels.__file__\nimport convert\n{OURS}\n{LLAMA}\n{THEIRS}",
+        theirs,
+        ROOT,
+    )
 
 
 def test_our_imports_never_run_theirs(theirs):
     """Nor does a broken package of theirs break ours."""
     (theirs / "kernels" / "__init__.py").write_text("raise RuntimeError('theirs was run')")
-    ours = sorted(p.stem for p in (ROOT / "kernels").iterdir() if p.stem[0] not in "._" and (p.is_dir() or p.suffix == ".py"))
+    ours = sorted(
+        p.stem for p in (ROOT / "kernels").iterdir() if p.stem[0] not in "._" and (p.is_dir() or p.suffix == ".py")
+    )
     assert {"chunk_scan", "selective_scan"} <= set(ours)
     code = "\n".join(
-        f"try:\n    from kernels import {name}\nexcept ModuleNotFoundError as e:\n    assert e.name == 'triton', e" for name in ours
+        f"try:\n    from kernels import {name}\nexcept ModuleNotFoundError as e:\n    assert e.name == 'triton', e"
+        for name in ours
     )
     python(code, ROOT, theirs)
 

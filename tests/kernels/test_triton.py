@@ -13,11 +13,11 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.selective_scan.test_update import CASES as STEPS
-from tests.kernels.selective_scan.test_update import make as make_step
 
 SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
-pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu.py has these cases")
+pytestmark = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu.py has these cases"
+)
 CASES = [
     pytest.param(name, options, id=f"{name}-{case}")
     for name, cases in (("selective_scan", selective_cases.CASES), ("chunk_scan", chunk_cases.CASES))
@@ -30,7 +30,9 @@ def compare(name: str, length: int, dtype=torch.float32, tolerance: float = FLOA
     expected, expected_gradients = run(scan, make(length, **options), "reference")
     outputs, gradients = run(scan, make(length, **options, dtype=dtype), "triton")
     assert_close(outputs, expected, tolerance)
-    assert_close(gradients, expected_gradients, tolerance, floor=0.1 if length == 1 else 0.0)  # one normalized step: nearly 0
+    assert_close(
+        gradients, expected_gradients, tolerance, floor=0.1 if length == 1 else 0.0
+    )  # one normalized step: nearly 0
 
 
 @pytest.mark.parametrize("length", [1, 63])
@@ -39,7 +41,10 @@ def test_every_case(name, options, length):
     compare(name, length, **options)
 
 
-LEAST = {"selective_scan": dict(channels=2), "chunk_scan": {}}  # the interpreter's associative scan is a loop over elements
+LEAST = {
+    "selective_scan": dict(channels=2),
+    "chunk_scan": {},
+}  # the interpreter's associative scan is a loop over elements
 
 
 @pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 127)])
@@ -79,22 +84,28 @@ def test_a_perturbed_decay_shows(name):
         assert_close(scan(**a | dict(A=a["A"] * 1.001), impl="triton"), y, FLOAT32)
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)
 def test_state_update(options):
-    a, single = make_step(**options), make_step(**options, dtype=torch.float32)
-    assert_close(selective_state_update(**single, impl="triton"), selective_state_update(**a, impl="reference"), FLOAT32)
+    a, single = selective_cases.make_update(**options), selective_cases.make_update(**options, dtype=torch.float32)
+    assert_close(
+        selective_state_update(**single, impl="triton"), selective_state_update(**a, impl="reference"), FLOAT32
+    )
     assert_close(single["state"], a["state"], FLOAT32)
 
 
 def test_a_small_step_through_softplus_is_not_rounded_away():
-    a = make_step(dtype=torch.float32)
+    a = selective_cases.make_update(dtype=torch.float32)
     a["dt"] = torch.linspace(-20, 25, a["dt"].numel()).view_as(a["dt"])
-    wanted = selective_state_update(**{k: v.double() if k != "dt_softplus" else v for k, v in a.items()}, impl="reference")
+    wanted = selective_state_update(
+        **{k: v.double() if k != "dt_softplus" else v for k, v in a.items()}, impl="reference"
+    )
     assert_close(selective_state_update(**a, impl="triton"), wanted, FLOAT32)
 
 
 @pytest.mark.parametrize("name", SCANS)
 def test_float64_is_refused(name):
     scan, make = SCANS[name]
-    with pytest.raises(ValueError, match="cannot run here: it computes in float32; for float64 there are 'chunked' and 'reference'"):
+    with pytest.raises(
+        ValueError, match="cannot run here: it computes in float32; for float64 there are 'chunked' and 'reference'"
+    ):
         scan(**make(8), impl="triton")

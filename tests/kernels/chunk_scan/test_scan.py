@@ -1,4 +1,4 @@
-"""The chunked scan with one decay per head is its reference, and the reference is the quadratic form of the paper."""
+"""Every implementation equals the reference, and the reference equals the quadratic form of the paper."""
 
 import pytest
 import torch
@@ -15,14 +15,18 @@ from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_each_is_the_reference(options, length, impl):
-    (outputs, gradients), (expected, expected_gradients) = (run(chunk_scan, make(length, **options), i) for i in (impl, "reference"))
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(chunk_scan, make(length, **options), i) for i in (impl, "reference")
+    )
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 33, 96])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"]
+)
 def test_compiled_scan_of_many_vectors(N, dtype, tolerance):
     """States and channels that fill several vectors, or do not fill the last one."""
     options = dict(N=N, R=2, normalize=True, documents=True, state=True)
@@ -39,7 +43,9 @@ def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
     a = make(9, G=2)
     dt = a["dt"]
-    elapsed = torch.stack([torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2)  # [b, H, t, s]
+    elapsed = torch.stack(
+        [torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2
+    )  # [b, H, t, s]
     decay = torch.exp(elapsed * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()
     B, C = (a[name].repeat_interleave(2, 2) for name in "BC")
     expected = torch.einsum("bhts,bthn,bshn,bsh,bshp->bthp", decay, C, B, dt, a["x"])
@@ -47,10 +53,10 @@ def test_formula(impl):
 
 
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
-@pytest.mark.parametrize("readings", [1, 2])
-def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
-    """The two kernels agree where both apply; their readings are laid out differently."""
-    a = make(70, G=HEADS, R=readings, normalize=True)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_is_a_selective_scan_with_one_decay_per_head(impl, queries):
+    """The two kernels agree where both apply; their queries are laid out differently."""
+    a = make(70, G=HEADS, R=queries, normalize=True)
     u, delta = a["x"].flatten(2).mT, a["dt"].repeat_interleave(CHANNELS, 2).mT
     A = a["A"].repeat_interleave(CHANNELS)[:, None].expand(-1, 5)
     B, C = (a[name].permute(0, 2, 3, 1) for name in "BC")
@@ -80,12 +86,15 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 @pytest.mark.parametrize("border", [20, 64, 70])
 def test_documents_are_separate_runs(impl, border):
-    """The first continues the state it is given; the last state is the last document's. Borders in a chunk and between two."""
+    """The first continues the given state, and the last state is the last document's; borders in and between chunks."""
     a = make(130, normalize=True, state=True)
     state = a.pop("initial_states")
     ids = torch.tensor([4] * border + [9] * (130 - border)).expand(2, -1)
     y, last = chunk_scan(**a, initial_states=state, document_ids=ids, return_final_states=True, impl=impl)
-    parts = [{k: v[:, s] if k in ("x", "dt", "B", "C") else v for k, v in a.items()} for s in (slice(border), slice(border, None))]
+    parts = [
+        {k: v[:, s] if k in ("x", "dt", "B", "C") else v for k, v in a.items()}
+        for s in (slice(border), slice(border, None))
+    ]
     first = chunk_scan(**parts[0], initial_states=state, impl=impl)
     second, expected = chunk_scan(**parts[1], return_final_states=True, impl=impl)
     assert_close(y, torch.cat([first, second], 1), FLOAT64)
@@ -110,7 +119,10 @@ def test_gradients_by_finite_differences(monkeypatch, options):
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options, impl):
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(chunk_scan, single, impl), run(chunk_scan, make(127, **options), "reference")
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(chunk_scan, single, impl),
+        run(chunk_scan, make(127, **options), "reference"),
+    )
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
@@ -142,13 +154,16 @@ def test_bfloat16_keeps_float32_states():
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
     a = make(70, **CASES["everything"], dtype=torch.float32)
-    outside, inside = run(chunk_scan, a, impl), run(chunk_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    outside, inside = (
+        run(chunk_scan, a, impl),
+        run(chunk_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    )
     for o, i in zip(outside, inside, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
 
 def saved_numbers(L: int, impl: str) -> int:
-    """How many numbers the storages hold that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+    """Count the numbers in the storages that autograd keeps for the backward pass; a view keeps all of its storage."""
     a = {
         k: v.requires_grad_() if isinstance(v, torch.Tensor) else v
         for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()
@@ -174,7 +189,10 @@ WRONG = {
     "no groups": (dict(B=torch.ones(2, 8, 0, 5)), r"must divide H; .* got H 4, B 0, C 1"),
     "integers": (dict(A=torch.ones(4, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(4, device="meta")), "on one device; got x on cpu and A on meta"),
-    "too many states": (dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)), "must be at most 1024; got 1025"),
+    "too many states": (
+        dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)),
+        "must be at most 1024; got 1025",
+    ),
     "NaN": (dict(A=torch.tensor([0, 0, torch.nan, -1])), "A must be finite; got 1 NaN and 0 infinities of 4"),
     "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "x": (dict(x=torch.ones(2, 8, 4)), r"x must be \[batch, L, H, P\], not empty; got \(2, 8, 4\)"),
@@ -187,12 +205,16 @@ WRONG = {
     "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
     "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference'; got 'cuda'"),
     "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
-    "initial_states": (dict(initial_states=torch.ones(1, 4, 5, 3)), r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)"),
+    "initial_states": (
+        dict(initial_states=torch.ones(1, 4, 5, 3)),
+        r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)",
+    ),
     "initial_states normalized": (
-        dict(initial_states=torch.ones(2, 4, 5, 3), normalize=True), r"initial_states must .*\(2, 4, 5, 4\).*; got \(2, 4, 5, 3\)",
+        dict(initial_states=torch.ones(2, 4, 5, 3), normalize=True),
+        r"initial_states must .*\(2, 4, 5, 4\).*; got \(2, 4, 5, 3\)",
     ),
     "document_ids": (dict(document_ids=torch.zeros(2, 7)), r"document_ids must .*\(2, 8\).*; got \(2, 7\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
@@ -217,4 +239,6 @@ def test_operators_keep_torchs_rules(impl):
 def test_an_id_that_comes_back_is_another_document(impl):
     a = make(6, dtype=torch.float64)
     back, other = torch.tensor([0, 0, 1, 1, 0, 0]).expand(2, 6), torch.tensor([0, 0, 1, 1, 2, 2]).expand(2, 6)
-    assert_close(chunk_scan(**a, document_ids=back, impl=impl), chunk_scan(**a, document_ids=other, impl="reference"), FLOAT64)
+    assert_close(
+        chunk_scan(**a, document_ids=back, impl=impl), chunk_scan(**a, document_ids=other, impl="reference"), FLOAT64
+    )

@@ -1,4 +1,6 @@
-"""The chunked selective scan is the reference, and the reference is the published formula."""
+"""Every implementation equals the reference, and the reference equals the published formula."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,16 +16,20 @@ from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_each_is_the_reference(options, length, impl):
-    (outputs, gradients), (expected, expected_gradients) = (run(selective_scan, make(length, **options), i) for i in (impl, "reference"))
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(selective_scan, make(length, **options), i) for i in (impl, "reference")
+    )
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
 @needs_compiler
 @pytest.mark.parametrize("layout", ["time last", "channels last", "neither"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"]
+)
 def test_compiled_scan_of_many_blocks(layout, dtype, tolerance):
-    """More channels than lanes, a number of states that is no multiple of anything, groups, in any memory layout."""
+    """More channels than lanes, a prime number of states, groups, and any memory layout."""
     options = dict(N=29, G=2, R=2, channels=70, normalize=True, documents=True, state=True)
     expected = run(selective_scan, make(150, **options), "reference")
     a = make(150, **options, dtype=dtype)
@@ -67,8 +73,12 @@ def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} delta_r A) delta_s u_s B_s . C_t, in its quadratic form."""
     a = make(9, N=3, channels=4)
     u, delta, B, C = a["u"], a["delta"], a["B"][:, 0], a["C"][:, 0]
-    elapsed = torch.stack([torch.stack([delta[..., s + 1 : t + 1].sum(-1) for s in range(9)], -1) for t in range(9)], -2)  # [b, d, t, s]
-    decay = torch.exp(elapsed[..., None] * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()[..., None]
+    elapsed = torch.stack(
+        [torch.stack([delta[..., s + 1 : t + 1].sum(-1) for s in range(9)], -1) for t in range(9)], -2
+    )  # [b, d, t, s]
+    decay = (
+        torch.exp(elapsed[..., None] * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()[..., None]
+    )
     expected = torch.einsum("bdtsn,bds,bns,bnt->bdt", decay, delta * u, B, C)
     assert_close(selective_scan(**a, impl=impl), expected, FLOAT64)
 
@@ -79,7 +89,9 @@ def test_normalize_divides_by_a_scan_of_ones(impl):
     state = a.pop("initial_state")
     y, last = selective_scan(**(a | dict(normalize=True)), initial_state=state, return_last_state=True, impl=impl)
     num, last_num = selective_scan(**a, initial_state=state[0], return_last_state=True, impl=impl)
-    den, last_den = selective_scan(**(a | dict(u=torch.ones_like(a["u"]))), initial_state=state[1], return_last_state=True, impl=impl)
+    den, last_den = selective_scan(
+        **(a | dict(u=torch.ones_like(a["u"]))), initial_state=state[1], return_last_state=True, impl=impl
+    )
     assert_close(y, num / (den.abs() + 1e-6), FLOAT64)
     assert_close(last, (last_num, last_den), FLOAT64)
 
@@ -100,7 +112,9 @@ def test_documents_are_separate_runs(impl):
     y, last = selective_scan(**a, return_last_state=True, impl=impl)
     state = a.pop("initial_state")
     del a["document_ids"]
-    parts = [{k: v[..., s] if k in ("u", "delta", "B", "C") else v for k, v in a.items()} for s in (slice(20), slice(20, 50))]
+    parts = [
+        {k: v[..., s] if k in ("u", "delta", "B", "C") else v for k, v in a.items()} for s in (slice(20), slice(20, 50))
+    ]
     first = selective_scan(**parts[0], initial_state=state, impl=impl)
     second, expected = selective_scan(**parts[1], return_last_state=True, impl=impl)
     assert_close(y, torch.cat([first, second], -1), FLOAT64)
@@ -127,7 +141,10 @@ def test_gradients_by_finite_differences(monkeypatch, options):
 def test_float32_is_close_to_float64(options, impl):
     arguments = make(127, **options)
     single = make(127, **options, dtype=torch.float32)
-    (outputs, gradients), (expected, expected_gradients) = run(selective_scan, single, impl), run(selective_scan, arguments, "reference")
+    (outputs, gradients), (expected, expected_gradients) = (
+        run(selective_scan, single, impl),
+        run(selective_scan, arguments, "reference"),
+    )
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32)
@@ -141,13 +158,16 @@ def test_bfloat16_keeps_float32_states():
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 def test_autocast_changes_nothing(impl):
     a = make(70, **CASES["everything"], dtype=torch.float32)
-    outside, inside = run(selective_scan, a, impl), run(selective_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    outside, inside = (
+        run(selective_scan, a, impl),
+        run(selective_scan, a, impl, lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    )
     for o, i in zip(outside, inside, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
 
-def saved_bytes(function) -> int:
-    """Of the storages that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+def saved_bytes(function: Callable) -> int:
+    """Return the size of the storages that autograd keeps for the backward pass; a view keeps all of its storage."""
     storages = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
@@ -158,7 +178,7 @@ def saved_bytes(function) -> int:
 
 
 def test_backward_keeps_no_state_per_step():
-    """Of size [batch, D, N, L] nothing is kept: inputs and the states between chunks only."""
+    """Nothing of size [batch, D, N, L] is kept: only inputs and the states between chunks."""
     batch, channels, N, L = 2, 8, 16, 512
     a = make(L, N=N, channels=channels, dtype=torch.float32)
     a = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in a.items()}
@@ -175,8 +195,14 @@ WRONG = {
     "infinite": (dict(A=torch.full((6, 5), -torch.inf)), "A must be finite; got 0 NaN and 30 infinities of 30"),
     "integers": (dict(A=torch.ones(6, 5, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(6, 5, device="meta")), "on one device; got u on cpu and A on meta"),
-    "no states": (dict(A=torch.ones(6, 0), B=torch.ones(2, 0, 8), C=torch.ones(2, 0, 8)), r"A must not be empty; got \(6, 0\)"),
-    "too many states": (dict(A=torch.ones(6, 1025), B=torch.ones(2, 1025, 8), C=torch.ones(2, 1025, 8)), "must be at most 1024; got 1025"),
+    "no states": (
+        dict(A=torch.ones(6, 0), B=torch.ones(2, 0, 8), C=torch.ones(2, 0, 8)),
+        r"A must not be empty; got \(6, 0\)",
+    ),
+    "too many states": (
+        dict(A=torch.ones(6, 1025), B=torch.ones(2, 1025, 8), C=torch.ones(2, 1025, 8)),
+        "must be at most 1024; got 1025",
+    ),
     "NaN": (dict(A=torch.full((6, 5), torch.nan)), "A must be finite; got 30 NaN and 0 infinities of 30"),
     "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "u and delta": (dict(delta=torch.ones(2, 6, 7)), r"u and delta .*\(2, 6, 8\) and \(2, 6, 7\)"),
@@ -190,8 +216,14 @@ WRONG = {
     "D": (dict(D=torch.ones(1)), r"D must .*6.*; got \(1,\)"),
     "z": (dict(z=torch.ones(2, 1, 8)), r"z must .*\(2, 6, 8\).*; got \(2, 1, 8\)"),
     "delta_bias": (dict(delta_bias=torch.ones(1)), r"delta_bias must .*6.*; got \(1,\)"),
-    "initial_state": (dict(initial_state=torch.ones(1, 6, 5)), r"initial_state must .*\(2, 6, 5\).*; got .*\(1, 6, 5\)"),
-    "initial_state pair": (dict(initial_state=torch.ones(2, 6, 5), normalize=True), r"initial_state must .*pair.*; got .*\(2, 6, 5\)"),
+    "initial_state": (
+        dict(initial_state=torch.ones(1, 6, 5)),
+        r"initial_state must .*\(2, 6, 5\).*; got .*\(1, 6, 5\)",
+    ),
+    "initial_state pair": (
+        dict(initial_state=torch.ones(2, 6, 5), normalize=True),
+        r"initial_state must .*pair.*; got .*\(2, 6, 5\)",
+    ),
     "document_ids": (dict(document_ids=torch.zeros(2, 7)), r"document_ids must .*\(2, 8\).*; got \(2, 7\)"),
 }
 
