@@ -28,7 +28,8 @@ from convert.objectives import Objective
 from convert.training import STAGES
 from convert.training.loop import Silent
 from convert.training.settings import Settings
-from kernels.machine import DEVICE, Peak
+from kernels.machine import DEVICE
+from kernels.machine import PeakMemory
 
 COMMAND = """
 import sys, torch
@@ -77,7 +78,7 @@ def measure(stage: str, config, mixer: str, one: Settings) -> int:
             if step > 1:
                 self.peak.__exit__()
                 self.peaks.append(self.peak.bytes)
-            self.peak = Peak(DEVICE).__enter__()
+            self.peak = PeakMemory(DEVICE).__enter__()
 
     watch = Watch()
     STAGES[stage](student, teacher, batches, one, track=watch)

@@ -104,13 +104,13 @@ def speeds(name: str, steps: int) -> Table:
         "ratio",
         title=f"{name}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else f'{torch.get_num_threads()} threads'}",
     )
-    compiled = {module: module.WAYS[KERNELS] for module in (chunk_scan, selective_scan)}
+    compiled = {module: module.IMPLEMENTATIONS[KERNELS] for module in (chunk_scan, selective_scan)}
     for target in TARGETS:
         for stage in ("align", "distill"):
             found = []
             for use in (True, False):
                 for module, way in compiled.items():
-                    module.WAYS[KERNELS] = way if use else (lambda device, dtype: "it is left out of this measurement")
+                    module.IMPLEMENTATIONS[KERNELS] = way if use else (lambda device, dtype: "it is left out of this measurement")
                 teacher, student, batches, settings = prepare(name, target, stage)
                 seconds = sorted(
                     steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3)
@@ -118,7 +118,7 @@ def speeds(name: str, steps: int) -> Table:
                 found.append(settings.batch_tokens / seconds[len(seconds) // 2])
             table.add_row(target, stage, *(f"{speed:,.0f}" for speed in found), f"{found[0] / found[1]:.1f}")
     for module, way in compiled.items():
-        module.WAYS[KERNELS] = way
+        module.IMPLEMENTATIONS[KERNELS] = way
     return table
 
 

@@ -1,7 +1,8 @@
-"""Room for large results on a CPU: the memory of freed tensors, used again.
+"""Caching allocator for large results on a CPU: it reuses the memory of freed tensors.
 
-glibc takes what is larger than 32 MB from the system each time, and the first write to each new page costs more than the arithmetic of
-a scan. The system may take kept memory back whenever it needs some.
+glibc maps a block of more than 32 MB anew each time, and the first write to each new page costs more than the
+arithmetic of a scan. Cached blocks are marked as free (MADV_FREE), so the system may take their pages back whenever it
+needs some.
 """
 
 import contextlib
@@ -13,47 +14,56 @@ import weakref
 import torch
 from torch import Tensor
 
-LARGE = 1 << 23  # bytes from which a result has room of its own (ours)
-MOST = 1 << 29  # bytes kept for later (ours)
+MIN_BYTES = 1 << 23  # smaller results are allocated by torch (ours)
+MAX_CACHED_BYTES = 1 << 29  # total size of the blocks that are kept (ours)
 
-_free: list[mmap.mmap] = []  # the oldest first
+_free_blocks: list[mmap.mmap] = []  # the oldest first
 
 
-def room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """As like.new_empty(shape), contiguous, but for a storage that cannot be resized. A fake or meta tensor's has no memory."""
-    real = type(like) is Tensor and like.device.type == "cpu"
-    if not real or sys.platform != "linux":  # before its size is looked at: that would bind an export to it
+def allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an uninitialized contiguous tensor of this shape, in the dtype and on the device of `like`.
+
+    It equals like.new_empty(shape), except that the storage of a large one cannot be resized. The result is a fake or
+    meta tensor, without memory, where `like` is one.
+    """
+    on_cpu = type(like) is Tensor and like.device.type == "cpu"
+    if (
+        not on_cpu or sys.platform != "linux"
+    ):  # decided before the size is read, which would bind an export to this size
         return like.new_empty(shape)
     size = math.prod(shape) * like.element_size()
-    if size < LARGE:
+    if size < MIN_BYTES:
         return like.new_empty(shape)
-    memory = _kept(size)
-    if memory is None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _advise(memory, mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)  # lives as long as the tensor
-    weakref.finalize(view, _keep, memory).atexit = False
+    block = _take_free_block(size)
+    if block is None:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _advise(block, mmap.MADV_HUGEPAGE)
+    view = memoryview(block)  # it lives as long as the tensor's storage
+    weakref.finalize(view, _free, block).atexit = False  # type: ignore[misc]  # a property, unknown to typeshed
     return torch.frombuffer(view, dtype=like.dtype).view(shape)
 
 
-def _kept(size: int) -> mmap.mmap | None:
-    for memory in list(_free):
-        if len(memory) == size:
+def _take_free_block(size: int) -> mmap.mmap | None:
+    for block in list(_free_blocks):
+        if len(block) == size:
             with contextlib.suppress(ValueError):  # another thread took it
-                _free.remove(memory)
-                return memory
+                _free_blocks.remove(block)
+                return block
     return None
 
 
-def _keep(memory: mmap.mmap) -> None:
-    """Runs wherever a tensor happens to be freed, so each line is one step for all threads."""
-    _advise(memory, mmap.MADV_FREE)
-    _free.append(memory)
-    while sum(map(len, list(_free))) > MOST:
+def _free(block: mmap.mmap) -> None:
+    """Put a block back, and drop the oldest ones beyond MAX_CACHED_BYTES.
+
+    It runs in whichever thread frees the tensor, so each line is one atomic step.
+    """
+    _advise(block, mmap.MADV_FREE)
+    _free_blocks.append(block)
+    while sum(map(len, list(_free_blocks))) > MAX_CACHED_BYTES:
         with contextlib.suppress(IndexError):
-            _free.pop(0)
+            _free_blocks.pop(0)
 
 
-def _advise(memory: mmap.mmap, wish: int) -> None:
-    with contextlib.suppress(OSError):  # a system without
-        memory.madvise(wish)
+def _advise(block: mmap.mmap, advice: int) -> None:
+    with contextlib.suppress(OSError):  # a kernel without this advice
+        block.madvise(advice)

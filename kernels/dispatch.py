@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: the one asked for, or the first that can."""
+"""Choice of the implementation of an operator: the one that the caller names, or the first that can run."""
 
 import functools
 import importlib.util
@@ -8,33 +8,42 @@ from collections.abc import Callable
 
 import torch
 
-# implementation -> why it cannot run on a type of device with states of a dtype, or None
-Ways = dict[str, Callable[[str, torch.dtype], str | None]]
+# Name of an implementation -> a function of the device type and the dtype of the states that returns why it cannot run
+# there, or None if it can. The order is that in which "auto" tries them.
+Implementations = dict[str, Callable[[str, torch.dtype], str | None]]
 
 
-def pick(operator: str, impl: str, device: str, dtype: torch.dtype, ways: Ways) -> str:
-    """`impl`, or for "auto" the first of `ways` that runs on this device in this dtype, which is said once per process.
+def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementations: Implementations) -> str:
+    """Return `impl`, or for "auto" the first implementation that runs on this device in this dtype.
 
-    Raises ValueError for a name that is not there, or that cannot run here, with the reason."""
-    if not isinstance(impl, str) or (impl not in ways and impl != "auto"):
-        raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, ways))}; got {impl!r}.")
-    reasons = []
-    automatic = [name for name in ways if name != "triton" or device != "cpu"]  # Triton's interpreter only runs when asked for
-    for name in automatic if impl == "auto" else (impl,):
-        if (reason := ways[name](device, dtype)) is None:
-            if impl == "auto":
-                _say(f"{operator} runs on this {device} by its implementation {name!r}{''.join(f', not {reason}' for reason in reasons)}.")
+    The automatic choice is printed to stderr once per process.
+
+    Raises:
+        ValueError: if `impl` is not a known name, or cannot run here; the message has the reason.
+    """
+    if not isinstance(impl, str) or (impl not in implementations and impl != "auto"):
+        raise ValueError(f"impl is 'auto' or one of {', '.join(map(repr, implementations))}; got {impl!r}.")
+    if impl != "auto":
+        if (reason := implementations[impl](device, dtype)) is not None:
+            raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")
+        return impl
+    rejected, reason = "", None
+    for name, why_unavailable in implementations.items():
+        if name == "triton" and device == "cpu":
+            continue  # on a CPU there is only Triton's interpreter, which is for tests
+        if (reason := why_unavailable(device, dtype)) is None:
+            _print_once(f"{operator} runs on this {device} by its implementation {name!r}{rejected}.")
             return name
-        reasons.append(f"{name!r} ({reason})")
+        rejected += f", not {name!r} ({reason})"
     raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")
 
 
-def anywhere(device: str, dtype: torch.dtype) -> None:
-    """Of an implementation that always runs."""
+def always_available(device: str, dtype: torch.dtype) -> None:
+    """Return None: an implementation in PyTorch operators runs on every device in every dtype."""
 
 
-def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot run on this device in this dtype; None if they can."""
+def why_no_triton(device: str, dtype: torch.dtype) -> str | None:
+    """Return why Triton kernels cannot run on this device in this dtype, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device not in ("cpu", "cuda", "xpu"):
@@ -47,5 +56,5 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _say(line: str) -> None:
+def _print_once(line: str) -> None:
     print(line, file=sys.stderr)

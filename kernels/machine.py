@@ -1,4 +1,4 @@
-"""The machine under a measurement: its facts, its memory, its clock, and what it can do at most."""
+"""The machine under a measurement: its description, its memory, its clock, and the highest rates that it reaches."""
 
 import ctypes
 import importlib.metadata
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.utils.benchmark import Timer
@@ -15,108 +16,123 @@ from torch.utils.benchmark import Timer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Peak:
-    """The highest memory while it is open, above that at its start, in bytes: a GPU's own count, else what is resident, sampled."""
+class PeakMemory:
+    """Context manager whose `bytes` is the highest memory inside it, above that at its start.
 
-    def __init__(self, device: str = "cpu"):
+    On a GPU it is the allocator's own count; on a CPU the resident memory, sampled every millisecond.
+    """
+
+    bytes: int
+
+    def __init__(self, device: str = "cpu") -> None:
         self.device = device
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
+            self._start = torch.cuda.memory_allocated()
             return self
-        self.start = self.highest = _resident()
-        self.open = True
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
+        self._start = self._highest = _resident_bytes()
+        self._sampling = True
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
         return self
 
-    def _watch(self):
-        while self.open:
-            self.highest = max(self.highest, _resident())
+    def _sample(self) -> None:
+        while self._sampling:
+            self._highest = max(self._highest, _resident_bytes())
             time.sleep(0.001)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.device == "cuda":
-            self.highest = torch.cuda.max_memory_allocated()
+            self._highest = torch.cuda.max_memory_allocated()
         else:
-            self.open = False
-            self.thread.join()
-            self.highest = max(self.highest, _resident())
-        self.bytes = self.highest - self.start
+            self._sampling = False
+            self._thread.join()
+            self._highest = max(self._highest, _resident_bytes())
+        self.bytes = self._highest - self._start
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
-def give_back() -> None:
-    """Memory that was freed but kept by glibc would be taken again unseen."""
-    if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
-        trim.malloc_trim(0)
+def trim_heap() -> None:
+    """Return freed memory from glibc to the system, so that using it again counts as new memory."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
-def stay_within_memory() -> None:
-    """A contender that needs more than three quarters of what is free now fails, instead of having another process killed."""
-    listed = Path("/proc/meminfo")
-    if DEVICE == "cpu" and listed.exists():
-        available = next(line.split()[1] for line in listed.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable"))
-        resource.setrlimit(resource.RLIMIT_DATA, 2 * (int(available) * 768,))  # of kB
+def limit_memory() -> None:
+    """Limit this process to three quarters of the memory that is free now.
+
+    An implementation that needs more then fails, instead of having another process killed.
+    """
+    meminfo = Path("/proc/meminfo")
+    if DEVICE == "cpu" and meminfo.exists():
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
+        available_kb = int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+        limit = available_kb * 768  # three quarters, in bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def seconds(run: Callable, at_least: float) -> list[float]:
-    """How long it takes, several times: three runs and `at_least` seconds of them, or more."""
+def measure_seconds(run: Callable[[], object], min_seconds: float) -> list[float]:
+    """Return the durations of several runs, in seconds: at least three runs, and `min_seconds` of running in all."""
     if DEVICE == "cuda":
         from triton.testing import do_bench
 
-        return [ms / 1e3 for ms in do_bench(run, rep=1e3 * at_least, return_mode="all")]
+        return [ms / 1e3 for ms in do_bench(run, rep=1e3 * min_seconds, return_mode="all")]
     start = time.perf_counter()
     run()
-    enough = max(at_least, 2.5 * (time.perf_counter() - start))
-    timer, times = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()), []
+    block_seconds = max(min_seconds, 2.5 * (time.perf_counter() - start))
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    times: list[float] = []
     while len(times) < 3:
-        times += timer.blocked_autorange(min_run_time=enough).times
+        times += timer.blocked_autorange(min_run_time=block_seconds).times
     return times
 
 
-def ceilings(at_least: float) -> dict:
-    """The most that this machine did in a second: GB copied (read and written), float32 operations of a matrix product, exponentials."""
-    a, b = torch.rand(1 << 25, device=DEVICE), torch.rand(1 << 25, device=DEVICE)  # more than a cache holds
+def ceilings(min_seconds: float) -> dict[str, float]:
+    """Measure the roofline's ceilings: the highest rates of this machine, per second.
+
+    They are GB copied (read and written), float32 operations of a matrix product, and exponentials.
+    """
+    a, b = torch.rand(1 << 25, device=DEVICE), torch.rand(1 << 25, device=DEVICE)  # larger than any cache
     sides = (4096, 8192) if DEVICE == "cuda" else (256, 512, 1024)
     return {
-        "copy_GB_s": 2 * a.nbytes / min(seconds(lambda: a.copy_(b), at_least)) / 1e9,
-        "product_GFLOP_s": max(_products(side, at_least) for side in sides) / 1e9,
-        "exponentials_G_s": _exponentials(at_least) / 1e9,
+        "copy_GB_s": 2 * a.nbytes / min(measure_seconds(lambda: a.copy_(b), min_seconds)) / 1e9,
+        "product_GFLOP_s": max(_matrix_product_rate(side, min_seconds) for side in sides) / 1e9,
+        "exponentials_G_s": _exponential_rate(min_seconds) / 1e9,
     }
 
 
-def _products(side: int, at_least: float) -> float:
+def _matrix_product_rate(side: int, min_seconds: float) -> float:
     m = torch.rand(side, side, device=DEVICE)
-    return 2 * side**3 / min(seconds(lambda: m @ m, at_least))
+    return 2 * side**3 / min(measure_seconds(lambda: m @ m, min_seconds))
 
 
-def _exponentials(at_least: float) -> float:
-    """torch's exp2 of what fits in a cache, not slower than the kernels' own; threads times what one does, because several would
-    wait for each other longer than such a call takes."""
+def _exponential_rate(min_seconds: float) -> float:
+    """Measure torch's exp2 on data that fits in a cache, which is no slower than the kernels' own exponential.
+
+    One thread is measured and multiplied by their number: several would wait for each other longer than such a call
+        takes.
+    """
     x = torch.rand(1 << (22 if DEVICE == "cuda" else 17), device=DEVICE)
     out, threads = torch.empty_like(x), torch.get_num_threads()
     torch.set_num_threads(1)
-    shortest = min(seconds(lambda: torch.exp2(x, out=out), 4 * at_least))  # one core of a busy machine: wait for a quiet moment
+    # four times as long, because one core of a busy machine must be met at a quiet moment
+    shortest = min(measure_seconds(lambda: torch.exp2(x, out=out), 4 * min_seconds))
     torch.set_num_threads(threads)
     return x.numel() / shortest * (1 if DEVICE == "cuda" else threads)
 
 
-def facts(packages: tuple[str, ...]) -> dict:
-    """Of this machine, and the versions of those packages that are installed."""
-    listed = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in listed.read_text(encoding="utf-8").splitlines() if "model name" in line]
-        if listed.exists()
-        else []
-    )
+def describe_machine(packages: tuple[str, ...]) -> dict:
+    """Return processor, GPU, threads and system, and the versions of those packages that are installed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu,
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
         "threads": torch.get_num_threads(),
         "system": platform.platform(),

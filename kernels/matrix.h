@@ -2,12 +2,13 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int ROWS = BYTES == 64 ? 8 : BYTES == 32 ? 6 : 4;  // of a block of sums held in registers, times two vectors
+constexpr int ROWS = BYTES == 64 ? 8 : BYTES == 32 ? 6 : 4;  // rows of sums held in registers, two vectors each
 
 template <typename T> static int64_t padded(int64_t n) { return (n + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }
 
 template <typename T, int M, int V>
-static inline void block(int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C, bool add) {
+static inline void block(int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C,
+                         int64_t row_C, bool add) {
     constexpr int W = WIDTH<T>;
     Vec<T> sums[M][V];
     for (int i = 0; i < M; i++)
@@ -23,23 +24,27 @@ static inline void block(int64_t depth, const T* A, int64_t row_A, int64_t step_
 }
 
 template <typename T, int M>
-static inline void rows(int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C,
-                        bool add) {
+static inline void rows(int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B,
+                        int64_t row_B, T* C, int64_t row_C, bool add) {
     constexpr int W = WIDTH<T>;
     int64_t j = 0;
     for (; j + 2 * W <= columns; j += 2 * W) block<T, M, 2>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
     for (; j < columns; j += W) block<T, M, 1>(depth, A, row_A, step_A, B + j, row_B, C + j, row_C, add);
 }
 
-// Of `left` rows, as many as the next block has: 8 and 9 rows are two blocks of 4, because single rows leave most registers idle.
-static inline int64_t rows_at_once(int64_t left) { return left >= ROWS && !(ROWS == 6 && left / 4 == 2) ? ROWS : left >= 4 ? 4 : 1; }
+// The number of rows of the next block, where `left` are left. 8 and 9 rows become two blocks of 4, because single rows
+// leave most registers idle.
+static inline int64_t rows_at_once(int64_t left) {
+    return left >= ROWS && !(ROWS == 6 && left / 4 == 2) ? ROWS : left >= 4 ? 4 : 1;
+}
 
-enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // which triangle is all that is wanted, or all there is
+enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // all; the lower triangle of C only; A is a lower or an upper triangle
 
-// C [count, columns] (+)= A [count, depth] B [depth, columns]; A by any strides; B, C by rows padded to whole vectors.
+// C [count, columns] (+)= A [count, depth] B [depth, columns]. A has any strides; rows of B and C are padded to whole
+// vectors.
 template <typename T>
-static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A, const T* B, int64_t row_B, T* C,
-                     int64_t row_C, bool add, Part part = ALL) {
+static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A,
+                     const T* B, int64_t row_B, T* C, int64_t row_C, bool add, Part part = ALL) {
     for (int64_t i = 0; i < count;) {
         int64_t some = rows_at_once(count - i), end = i + some;
         int64_t wide = part == LOWER_OUT && padded<T>(end) < columns ? padded<T>(end) : columns;
@@ -51,8 +56,9 @@ static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, 
     }
 }
 
-// to [columns, row_to] = from [count, columns]^T, zeros beyond `count`
-template <typename T> static void transpose(int64_t count, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
+// to [columns, row_to] = from [count, columns]^T, with zeros beyond `count`
+template <typename T>
+static void transpose(int64_t count, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
     constexpr int W = WIDTH<T>;
     for (int64_t i = 0; i < row_to; i += W)  // row_to: whole vectors
         for (int64_t j = 0; j < columns; j += W) {
@@ -68,7 +74,7 @@ template <typename T> static void transpose(int64_t count, int64_t columns, cons
         }
 }
 
-// Whether all of `count` numbers, a whole number of vectors, are finite.
+// Whether `count` numbers are all finite; they must be a whole number of vectors.
 template <typename T> static bool all_finite(int64_t count, const T* p) {
     Vec<T> odd{};
     for (int64_t i = 0; i < count; i += WIDTH<T>) odd += load<T>(p + i) * (T)0;

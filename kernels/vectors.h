@@ -1,4 +1,4 @@
-// Vectors as wide as the machine's, through the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
+// Vectors as wide as those of the machine, in the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,7 +20,7 @@ template <typename T> struct Lanes;
 template <> struct Lanes<float> {
     typedef float type __attribute__((vector_size(BYTES)));
     typedef int32_t bits __attribute__((vector_size(BYTES)));
-    typedef double wide __attribute__((vector_size(2 * BYTES)));  // as many doubles
+    typedef double wide __attribute__((vector_size(2 * BYTES)));  // as many doubles as a vector has floats
 };
 template <> struct Lanes<double> {
     typedef double type __attribute__((vector_size(BYTES)));
@@ -38,12 +38,14 @@ template <typename T> static inline Vec<T> load(const T* p) {
 }
 template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, sizeof v); }
 
-// 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double), exactly 1 at 0, 0 for x = -infinity, infinity for +infinity; below
-// 2^-126 (2^-1022) it is off by as little, or 0. x = k + r, r in [-1/2, 1/2]; float: a minimax polynomial with its constant fixed at 1,
-// double: Taylor's. The clamps end where 2^k is exactly 0, and infinity.
+// 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double): exactly 1 at 0, 0 for x = -infinity, and infinity for
+// +infinity. Results below 2^-126 (2^-1022) are off by as little, or 0. x = k + r with r in [-1/2, 1/2]; 2^r is a
+// minimax polynomial with its constant fixed at 1 (float) or Taylor's (double). The clamps are where 2^k is exactly 0
+// or infinity.
 static inline Vec<float> exp2_of(Vec<float> x) {
 #if defined(__AVX512F__)
-    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), (__m512)x));  // NaN stays
+    // the order of operands keeps a NaN
+    x = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), (__m512)x));
     Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT), r = x - whole;
 #else
     x = x < -127.0f ? Vec<float>{} - 127.0f : x;
@@ -68,9 +70,10 @@ static inline Vec<double> exp2_of(Vec<double> x) {
     x = x > 1024.0 ? Vec<double>{} + 1024.0 : x;
     Vec<double> shifted = x + 6755399441055744.0;  // 1.5 x 2^52
     Vec<double> r = x - (shifted - 6755399441055744.0);
-    constexpr double c[] = {1.0, 0.6931471805599453, 0.24022650695910072, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443,
-                            0.00015403530393381606, 1.5252733804059841e-05, 1.3215486790144309e-06, 1.01780860092397e-07,
-                            7.054911620801123e-09, 4.4455382718708116e-10, 2.5678435993488206e-11, 1.3691488853904128e-12};
+    constexpr double c[] = {1.0, 0.6931471805599453, 0.24022650695910072, 0.05550410866482158, 0.009618129107628477,
+                            0.0013333558146428443, 0.00015403530393381606, 1.5252733804059841e-05,
+                            1.3215486790144309e-06, 1.01780860092397e-07, 7.054911620801123e-09,
+                            4.4455382718708116e-10, 2.5678435993488206e-11, 1.3691488853904128e-12};
     Vec<double> p = r * c[13] + c[12];
     for (int i = 11; i >= 0; i--) p = p * r + c[i];
     return (Vec<double>)((Lanes<double>::bits)p + ((Lanes<double>::bits)shifted << 52));
@@ -78,15 +81,17 @@ static inline Vec<double> exp2_of(Vec<double> x) {
 
 template <typename T> static inline Vec<T> exp_of(Vec<T> x) { return exp2_of(x * (T)1.4426950408889634); }
 
-// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x| <= 1, and log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3, by its series
+// log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x| <= 1; log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, by
+// the series of atanh.
 template <typename T> static inline Vec<T> softplus_of(Vec<T> x) {
     constexpr int TERMS = sizeof(T) == 4 ? 8 : 17;
-    Vec<T> zero{}, e = exp_of<T>(x < zero ? x : -x), s = e / (e + (T)2), s2 = s * s, sum = zero + (T)1 / (2 * TERMS - 1);
+    Vec<T> zero{}, e = exp_of<T>(x < zero ? x : -x), s = e / (e + (T)2), s2 = s * s;
+    Vec<T> sum = zero + (T)1 / (2 * TERMS - 1);
     for (int i = TERMS - 2; i >= 0; i--) sum = sum * s2 + (T)1 / (2 * i + 1);
     return (x > zero ? x : zero) + (T)2 * s * sum;
 }
 
-// Lanes I of a and, from WIDTH on, of b
+// The lanes I of a and b together; those of b are numbered from WIDTH on.
 template <typename T, size_t... I> static inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, I...);
@@ -95,7 +100,7 @@ template <typename T, size_t... I> static inline Vec<T> shuffle(Vec<T> a, Vec<T>
 #endif
 }
 
-// Sums over the lanes of several vectors at once: each level adds the halves of twice as many segments.
+// Sums over the lanes of several vectors together: each level adds the halves of twice as many segments.
 template <typename T, int D, size_t... I> static inline Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
     constexpr int W = WIDTH<T>;
     return shuffle<T, (I / (2 * D) * (2 * D) + I % D + (I / D % 2) * W)...>(a, b) +
@@ -103,7 +108,8 @@ template <typename T, int D, size_t... I> static inline Vec<T> merge(Vec<T> a, V
 }
 template <typename T, int COUNT, int D> static inline void merge_all(Vec<T>* v) {
     if constexpr (COUNT > 1) {
-        for (int i = 0; i < COUNT / 2; i++) v[i] = merge<T, D>(v[i], v[i + COUNT / 2], std::make_index_sequence<WIDTH<T>>{});
+        for (int i = 0; i < COUNT / 2; i++)
+            v[i] = merge<T, D>(v[i], v[i + COUNT / 2], std::make_index_sequence<WIDTH<T>>{});
         merge_all<T, COUNT / 2, D / 2>(v);
     }
 }
@@ -131,8 +137,9 @@ template <typename T, int COUNT> static inline void add_lane_sums(Vec<T>* v, T* 
     }
 }
 
-// The transpose of as many vectors as one has lanes: each level swaps the squares of side D beside the diagonal.
-template <typename T, int D, size_t... I> static inline void swap_squares(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {
+// Transposes as many vectors as one has lanes: each level swaps the squares of side D beside the diagonal.
+template <typename T, int D, size_t... I>
+static inline void swap_squares(Vec<T>& a, Vec<T>& b, std::index_sequence<I...>) {
     constexpr int W = WIDTH<T>;
     Vec<T> above = shuffle<T, (I & D ? I - D + W : I)...>(a, b);
     b = shuffle<T, (I & D ? I + W : I + D)...>(a, b);
@@ -146,10 +153,12 @@ template <typename T, int D = WIDTH<T> / 2> static inline void transpose_square(
     }
 }
 
-// A tile [steps][WIDTH] of channels by time, from and to any layout; lanes beyond `channels` are 0. `ahead` numbers on is what the
-// next tile takes: fetched now, it is there when the arithmetic of this one is done.
+// Copies a tile [steps][WIDTH] of channels by time from memory of any layout; lanes beyond `channels` are 0. The
+// numbers at an offset of `ahead`, which the next tile takes, are prefetched: they are there when the arithmetic of
+// this one is done.
 template <typename T>
-static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels, int steps, int64_t ahead) {
+static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int64_t time_stride, int channels,
+                             int steps, int64_t ahead) {
     constexpr int W = WIDTH<T>;
     if (channel_stride == 1 && channels == W) {
         for (int t = 0; t < steps; t++) memcpy(tile + t * W, from + t * time_stride, W * sizeof(T));
@@ -165,12 +174,16 @@ static inline void load_tile(T* tile, const T* from, int64_t channel_stride, int
             for (int t = 0; t < W; t++) store(tile + (t0 + t) * W, v[t]);
         } else {
             for (int c = 0; c < channels; c++)
-                for (int t = t0; t < steps && t < t0 + W; t++) tile[t * W + c] = from[c * channel_stride + t * time_stride];
+                for (int t = t0; t < steps && t < t0 + W; t++)
+                    tile[t * W + c] = from[c * channel_stride + t * time_stride];
         }
     }
 }
+
+// Copies a tile to memory of any layout, and prefetches as load_tile does.
 template <typename T>
-static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int64_t time_stride, int channels, int steps, int64_t ahead) {
+static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int64_t time_stride, int channels,
+                              int steps, int64_t ahead) {
     constexpr int W = WIDTH<T>;
     if (channel_stride == 1 && channels == W) {
         for (int t = 0; t < steps; t++) memcpy(to + t * time_stride, tile + t * W, W * sizeof(T));
@@ -185,7 +198,8 @@ static inline void store_tile(const T* tile, T* to, int64_t channel_stride, int6
             for (int c = 0; c < W; c++) store(to + c * channel_stride + t0, v[c]);
         } else {
             for (int c = 0; c < channels; c++)
-                for (int t = t0; t < steps && t < t0 + W; t++) to[c * channel_stride + t * time_stride] = tile[t * W + c];
+                for (int t = t0; t < steps && t < t0 + W; t++)
+                    to[c * channel_stride + t * time_stride] = tile[t * W + c];
         }
     }
 }

@@ -1,7 +1,9 @@
-"""The chunk scan as matrix products (SSD, arXiv 2405.21060, section 6): chunks of Q steps are Q x Q attention inside, a
-state of N x P between. Nothing of size L x L is stored.
+"""The chunk scan as matrix products (SSD, arXiv 2405.21060, section 6).
 
-batch b · chunk c · t, s time in the chunk · H heads · R readings · N state · P channels
+A chunk of Q steps is Q x Q attention inside; a state of N x P passes from chunk to chunk. Nothing of size L x L is
+stored.
+
+b batch · c chunk · t, s time in the chunk · H heads · R queries per state · N state · P channels
 """
 
 import torch
@@ -9,81 +11,97 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.checks import has_values
-from kernels.chunk_scan.products import product, running_sums, scores_of, weighted_sum
+from kernels.checks import can_read_values
+from kernels.chunk_scan.products import cumulative_sum, masked_scores, product, weighted_sum
 from kernels.chunk_scan.reference import chunk_scan_reference
 
-CHUNK = 64  # steps: at N and P about 64 the two parts cost the same (ours)
+CHUNK = 64  # steps: where N and P are about 64, the work inside chunks and between them is the same (ours)
 
 
-def chunk_scan_chunked(x, log_decay, B, C, S, document_ids=None) -> tuple[Tensor, Tensor]:
-    """As chunk_scan_reference. A value that is not finite reaches what it reaches there; where a look at values costs nothing (on a CPU)
-    it is also of the same kind, else infinity may become NaN."""
-    if has_values(x) and not all(bool(t.detach().sum().isfinite()) for t in (x, log_decay, B, C, S)):
-        return _step_by_step(x, log_decay, B, C, S, document_ids)
-    length, readings = x.shape[1], C.shape[3]
+def chunk_scan_chunked(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, S: Tensor, document_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute chunk_scan_reference in chunks.
+
+    A value that is not finite reaches what it reaches in the reference. On a CPU, where values can be read, the result
+    is also of the same kind; elsewhere an infinity may become NaN.
+    """
+    if can_read_values(x) and not all(bool(t.detach().sum().isfinite()) for t in (x, log_decay, B, C, S)):
+        return _scan_by_steps(x, log_decay, B, C, S, document_ids)
+    length, R = x.shape[1], C.shape[3]
     Q = min(CHUNK, length)
-    extra = -length % Q
+    padding = -length % Q
 
-    def chunks(t: Tensor) -> Tensor:  # [batch, L, H, ...] -> [batch, c, H, Q, ...]; the padding adds nothing and does not decay
-        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, extra)) if extra else t
+    def chunks(t: Tensor) -> Tensor:
+        """[batch, L, H, ...] -> [b, c, H, Q, ...]; the padding adds nothing to a state and does not decay it."""
+        t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)) if padding else t
         return t.unflatten(1, (-1, Q)).transpose(2, 3)
 
     x, B, log_decay = chunks(x).contiguous(), chunks(B).contiguous(), chunks(log_decay[..., None])[..., 0]
     C = chunks(C).transpose(3, 4).flatten(3, 4)  # [b, c, H, R Q, N]
-    fall = _fall(log_decay)
-    since = (fall[..., :, None] - fall[..., None, :]).to(x.dtype)  # from s to t
-    visible = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-    into, out_of = torch.exp(fall).to(x.dtype)[..., None], torch.exp(fall[..., -1:] - fall).to(x.dtype)[..., None]
-    keep = into[..., -1:, :]  # [b, c, H, 1, 1]
-    reads, kept = C, None
-    if document_ids is not None:  # what is not seen is left out, not multiplied by 0, which would keep a NaN
-        documents = F.pad(document_ids, (0, extra), mode="replicate") if extra else document_ids
+    summed = _cumulative_log_decay(log_decay)  # [b, c, H, Q]
+    log_decays = (summed[..., :, None] - summed[..., None, :]).to(x.dtype)  # from s to t
+    mask = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    # decays from the state that enters the chunk to t, from t to the chunk's end, and from end to end [b, c, H, 1, 1]
+    decay_in = torch.exp(summed).to(x.dtype)[..., None]
+    decay_out = torch.exp(summed[..., -1:] - summed).to(x.dtype)[..., None]
+    chunk_decay = decay_in[..., -1:, :]
+    queries, carried = C, None
+    if document_ids is not None:  # other documents are masked, because multiplying by 0 would keep a NaN
+        documents = F.pad(document_ids, (0, padding), mode="replicate") if padding else document_ids
         documents = documents.unflatten(1, (-1, Q))  # [b, c, Q]
-        before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], 1)[..., None]  # of the state that enters a chunk
-        visible = visible & (documents[..., :, None] == documents[..., None, :])[:, :, None]
-        unread, unwritten = ((documents != of)[:, :, None, :, None] for of in (before, documents[..., -1:]))  # [b, c, 1, Q, 1]
-        kept = (documents[..., -1:] == before)[:, :, None, None]  # [b, c, 1, 1, 1]
-        into, out_of, keep = into.masked_fill(unread, 0), out_of.masked_fill(unwritten, 0), keep.masked_fill(~kept, 0)
-        reads = C.masked_fill(unread.repeat(1, 1, 1, readings, 1), 0)
-    now = torch.eye(Q, dtype=torch.bool, device=x.device)  # exp(0), which has no gradient: sums of the others are far smaller
-    since = torch.exp(since.masked_fill(~visible, -torch.inf).masked_fill(now, 0.0))
+        previous = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], 1)[..., None]  # of the state that enters
+        mask = mask & (documents[..., :, None] == documents[..., None, :])[:, :, None]
+        other_before, other_after = (  # whether t is in another document than the chunk's start, end: [b, c, 1, Q, 1]
+            (documents != document)[:, :, None, :, None] for document in (previous, documents[..., -1:])
+        )
+        carried = (documents[..., -1:] == previous)[:, :, None, None]  # one document from end to end: [b, c, 1, 1, 1]
+        decay_in, decay_out = decay_in.masked_fill(other_before, 0), decay_out.masked_fill(other_after, 0)
+        chunk_decay = chunk_decay.masked_fill(~carried, 0)
+        queries = C.masked_fill(other_before.repeat(1, 1, 1, R, 1), 0)
+    diagonal = torch.eye(Q, dtype=torch.bool, device=x.device)
+    # exp(0) without a gradient on the diagonal: its gradients would be far larger than those of the other decays
+    decays = torch.exp(log_decays.masked_fill(~mask, -torch.inf).masked_fill(diagonal, 0.0))
 
-    seen = visible.repeat(*(1,) * (visible.ndim - 2), readings, 1)  # [..., R Q, Q]
-    scores = scores_of(C, B, seen).unflatten(3, (readings, Q)) * since[:, :, :, None]
-    y = weighted_sum(scores.flatten(3, 4), x, seen)
+    mask = mask.repeat(*(1,) * (mask.ndim - 2), R, 1)  # [..., R Q, Q]
+    scores = masked_scores(C, B, mask).unflatten(3, (R, Q)) * decays[:, :, :, None]
+    y = weighted_sum(scores.flatten(3, 4), x, mask)
 
-    scaled, keys = x * out_of, B
-    if kept is not None:
-        scaled, keys = scaled.masked_fill(unwritten, 0), B.masked_fill(unwritten, 0)
-    added = product(keys.mT, scaled)  # [b, c, H, N, P]
+    values, keys = x * decay_out, B
+    if carried is not None:
+        values, keys = values.masked_fill(other_after, 0), B.masked_fill(other_after, 0)
+    added = product(keys.mT, values)  # [b, c, H, N, P]
     states = []
     for c in range(x.shape[1]):
         states.append(S)
-        S = keep[:, c] * (S if kept is None else S.masked_fill(~kept[:, c], 0)) + added[:, c]
-    entered = into[:, :, :, None] * product(reads, torch.stack(states, 1)).unflatten(3, (readings, Q))
-    if kept is not None:
-        entered = entered.masked_fill(unread[:, :, :, None], 0)
-    y = y.unflatten(3, (readings, Q)) + entered
+        S = chunk_decay[:, c] * (S if carried is None else S.masked_fill(~carried[:, c], 0)) + added[:, c]
+    from_states = decay_in[:, :, :, None] * product(queries, torch.stack(states, 1)).unflatten(3, (R, Q))
+    if carried is not None:
+        from_states = from_states.masked_fill(other_before[:, :, :, None], 0)
+    y = y.unflatten(3, (R, Q)) + from_states
     return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :length], S  # [batch, L, H, R, P]
 
 
-def _fall(log_decay: Tensor) -> Tensor:
-    """Log of the decay from before the chunk to t, [b, c, H, Q]; in double, as its differences cancel. One step's that is not finite is
-    NaN at that step alone: summed up it would reach the chunk's other documents."""
+def _cumulative_log_decay(log_decay: Tensor) -> Tensor:
+    """Return the log of the decay from before the chunk to t, [b, c, H, Q], in double because its differences cancel.
+
+    One that is not finite becomes NaN at its own step only: in the sum it would reach the other documents of the chunk.
+    """
     finite = log_decay.isfinite()
-    return running_sums(log_decay.masked_fill(~finite, 0).double()) + (log_decay - log_decay)
+    return cumulative_sum(log_decay.masked_fill(~finite, 0).double()) + (log_decay - log_decay)
 
 
-def _step_by_step(x, log_decay, B, C, S, document_ids) -> tuple[Tensor, Tensor]:
-    """The reference, which keeps the states of a chunk at a time for the backward pass, not those of all steps."""
+def _scan_by_steps(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, S: Tensor, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run the reference on one chunk after another; for the backward pass it keeps the states between chunks only."""
     outputs = []
     for t in range(0, x.shape[1], CHUNK):
         steps = slice(t, t + CHUNK)
         ids = None if document_ids is None else document_ids[:, steps]
-        if ids is not None and t > 0:
-            S = S.masked_fill((ids[:, 0] != document_ids[:, t - 1])[:, None, None, None], 0)
-        part = x[:, steps], log_decay[:, steps], B[:, steps], C[:, steps], S, ids
-        y, S = checkpoint(chunk_scan_reference, *part, use_reentrant=False, preserve_rng_state=False)
+        if document_ids is not None and t > 0:
+            S = S.masked_fill((document_ids[:, t] != document_ids[:, t - 1])[:, None, None, None], 0)
+        arguments = x[:, steps], log_decay[:, steps], B[:, steps], C[:, steps], S, ids
+        y, S = checkpoint(chunk_scan_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
         outputs.append(y)
     return torch.cat(outputs, 1), S

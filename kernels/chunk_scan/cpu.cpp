@@ -1,41 +1,50 @@
-// The chunk scan on a CPU. Derivation, bytes and operations: README.md.
+// The chunk scan on a CPU. README.md has the derivation, and counts bytes and operations.
 //
-// A task has one batch entry and one head and walks over its chunks with the state in its cache; every product of a chunk is
-// one call of `multiply`. Sums have one order, whatever the threads are. A chunk whose results are not all finite is taken again, step
-// by step: in a product, 0 x NaN would reach what the recurrence does not, and 0 x infinity be NaN.
+// A task has one batch entry and one head, and walks over its chunks with the state in its cache. Every product of a
+// chunk is one call of `multiply`. Sums have one order, whatever the number of threads is. A chunk whose results are
+// not all finite is computed again, step by step: in a product, 0 x NaN would reach what the recurrence does not reach,
+// and 0 x infinity would be NaN.
 //
-// t, s time in a chunk · n state · p channel · r reading · F log of the decay since the chunk's start
+// t, s time in a chunk · n state · p channel · r query · F log of the decay since the chunk's start
 #include <cmath>
 #include <vector>
 
 #include "../matrix.h"
 
-constexpr int STEPS = 64;  // of a chunk
+constexpr int STEPS = 64;  // steps per chunk
 
-struct Scan {  // shapes: README.md; `state`: the first, then the last (backward: gradient of the last, then of the first)
-    int64_t batch, length, heads, readings, states, channels, threads;
+// The arguments of a call. `state` is the first state, and the last when done; backward it is the gradient of the last
+// state, and of the first when done.
+struct Scan {
+    int64_t batch, length, heads, queries, states, channels, threads;
     const void *x, *B, *C;         // [batch, L, H, P], [batch, L, H, N], [batch, L, H, R, N]
     const double* log_decay;       // [batch, L, H]
     const int64_t* document_ids;   // [batch, L] or null
-    void *state, *begins, *y;      // [batch, H, N, P], [batch, H, chunks, N, padded P], [batch, L, H, R, P]
+    void* state;                   // [batch, H, N, P]
+    void* chunk_states;            // [batch, H, chunks, N, padded P]: the state before each chunk
+    void* y;                       // [batch, L, H, R, P]
     void *dx, *dB, *dC;            // as x, B, C
     double* dlog_decay;
 };
 
+// The memory of a task, and its place in the tensors.
 template <typename T> struct Head {
     static constexpr int W = WIDTH<T>;
     const Scan& scan;
     int64_t b, h, L, H, R, N, P, Pp, Np, chunks;
     std::vector<Vec<T>> memory;
-    T *S, *next, *x, *xs, *Bt, *decay, *scores;  // the state (backward: its gradient) [N][Pp] twice; [STEPS][Pp]; scaled x; [N][STEPS]; [STEPS][STEPS] twice
-    T *DT, *ST, *xT, *dy, *products, *tile_p, *tile_n, *row;  // backward: of the gradient and of the state, transposed, ...
+    T *S, *next;                        // the state (backward: its gradient) before and after the chunk [N][Pp]
+    T *x, *xs, *Bt, *decay, *scores;    // x and scaled x [STEPS][Pp]; B^T [N][STEPS]; [STEPS][STEPS] twice
+    T *DT, *ST, *xT;                    // backward: the transposes of the state's gradient, of the state and of x
+    T *dy, *products, *tile_p, *tile_n, *row;  // backward: more blocks of steps
     double F[STEPS];
-    T into[STEPS], out[STEPS], keep;  // from the state to t, from t to the chunk's end, from end to end
-    int first[STEPS];                 // of t's document in this chunk
+    T decay_in[STEPS], decay_out[STEPS];  // from the state that enters to t; from t to the chunk's end
+    T chunk_decay;                        // from end to end
+    int first[STEPS];                     // the first step of t's document in this chunk
 
     Head(const Scan& s, int64_t task, bool backward)
-        : scan(s), b(task / s.heads), h(task % s.heads), L(s.length), H(s.heads), R(s.readings), N(s.states), P(s.channels), Pp(padded<T>(s.channels)),
-          Np(padded<T>(s.states)), chunks((s.length + STEPS - 1) / STEPS) {
+        : scan(s), b(task / s.heads), h(task % s.heads), L(s.length), H(s.heads), R(s.queries), N(s.states),
+          P(s.channels), Pp(padded<T>(s.channels)), Np(padded<T>(s.states)), chunks((s.length + STEPS - 1) / STEPS) {
         int64_t sizes[] = {N * Pp, N * Pp, STEPS * Pp, STEPS * Pp, N * STEPS, STEPS * STEPS, STEPS * STEPS};
         int64_t more[] = {P * Np, P * Np, P * STEPS, STEPS * Pp, STEPS * STEPS, STEPS * Pp, STEPS * Np, STEPS * Np};
         T** places[] = {&S, &next, &x, &xs, &Bt, &decay, &scores};
@@ -52,8 +61,10 @@ template <typename T> struct Head {
     int64_t row_of_C(int64_t t, int64_t r) { return ((b * L + t) * H + h) * R + r; }
     const T* C(int64_t t, int64_t r) { return (const T*)scan.C + row_of_C(t, r) * N; }
     T decay_of(int64_t t) { return std::exp(scan.log_decay[(b * L + t) * H + h]); }
-    bool starts(int64_t t) { return scan.document_ids && t > 0 && scan.document_ids[b * L + t] != scan.document_ids[b * L + t - 1]; }
-    T* begin(int64_t chunk) { return (T*)scan.begins + ((b * H + h) * chunks + chunk) * N * Pp; }
+    bool starts(int64_t t) {  // whether a document starts at t
+        return scan.document_ids && t > 0 && scan.document_ids[b * L + t] != scan.document_ids[b * L + t - 1];
+    }
+    T* chunk_state(int64_t chunk) { return (T*)scan.chunk_states + ((b * H + h) * chunks + chunk) * N * Pp; }
 
     void load_state(T* to) {
         for (int64_t n = 0; n < N; n++) {
@@ -62,9 +73,10 @@ template <typename T> struct Head {
         }
     }
     void store_state(const T* from) {
-        for (int64_t n = 0; n < N; n++) memcpy((T*)scan.state + ((b * H + h) * N + n) * P, from + n * Pp, sizeof(T) * P);
+        for (int64_t n = 0; n < N; n++)
+            memcpy((T*)scan.state + ((b * H + h) * N + n) * P, from + n * Pp, sizeof(T) * P);
     }
-    // x, the decays and the transpose of B, of the chunk at t0; the number of its steps
+    // Loads x, the decays and the transpose of B of the chunk at t0; returns the number of its steps.
     int enter(int64_t t0) {
         int steps = L - t0 < STEPS ? L - t0 : STEPS;
         double sum = 0;
@@ -73,7 +85,7 @@ template <typename T> struct Head {
             F[t] = sum += scan.log_decay[(b * L + t0 + t) * H + h];
             first[t] = 0;
         }
-        bool same = true, whole = true;  // as the state that enters; from the chunk's start to its end
+        bool same = true, whole = true;  // one document from the chunk before to t = 0; from t = 0 to the chunk's end
         if (scan.document_ids) {
             const int64_t* ids = scan.document_ids + b * L + t0;
             same = t0 == 0 || ids[-1] == ids[0];
@@ -81,11 +93,11 @@ template <typename T> struct Head {
             whole = first[steps - 1] == 0;
         }
         for (int t = 0; t < steps; t++) {
-            into[t] = same && first[t] == 0 ? std::exp(F[t]) : 0;
-            out[t] = first[t] == first[steps - 1] ? std::exp(F[steps - 1] - F[t]) : 0;
+            decay_in[t] = same && first[t] == 0 ? std::exp(F[t]) : 0;
+            decay_out[t] = first[t] == first[steps - 1] ? std::exp(F[steps - 1] - F[t]) : 0;
         }
-        keep = same && whole ? std::exp(F[steps - 1]) : 0;
-        // exp(F_t - F_s): the difference of two doubles, each as a sum of two T
+        chunk_decay = same && whole ? std::exp(F[steps - 1]) : 0;
+        // exp(F_t - F_s) from the difference of two doubles, each a sum of two T
         alignas(64) T high[STEPS], low[STEPS], index[STEPS];
         constexpr double LOG2E = 1.4426950408889634;
         for (int t = 0; t < STEPS; t++) {
@@ -95,7 +107,7 @@ template <typename T> struct Head {
         for (int t = 0; t < steps; t++)
             for (int s = 0; s < STEPS; s += W) {
                 Vec<T> i = load<T>(index + s), e = (high[t] - load<T>(high + s)) + (low[t] - load<T>(low + s));
-                e = exp2_of(i > (T)t ? Vec<T>{} : e);  // s > t is not wanted, and could overflow
+                e = exp2_of(i > (T)t ? Vec<T>{} : e);  // s > t is not used, and could overflow
                 e = i > (T)t ? Vec<T>{} : e;
                 store(decay + t * STEPS + s, i < (T)first[t] ? Vec<T>{} : e);
             }
@@ -106,17 +118,18 @@ template <typename T> struct Head {
         for (int t = 0; t < steps; t++)
             for (int64_t p = 0; p < Pp; p += W) store(to + t * Pp + p, load<T>(from + t * Pp + p) * by[t]);
     }
-    void score(int steps, int64_t t0, int64_t r) {  // C B^T, the lower triangle
+    void score(int steps, int64_t t0, int64_t r) {  // the lower triangle of C B^T
         multiply<T>(steps, STEPS, N, C(t0, r), H * R * N, 1, Bt, STEPS, scores, STEPS, false, LOWER_OUT);
     }
 };
 
-// One step of the recurrence, from `before` to `after` (which may be the same), as the reference has it.
+// One step of the recurrence, from `before` to `after`, which may be the same.
 template <typename T> static void advance(Head<T>& k, int64_t t, const T* x, const T* before, T* after) {
-    bool anew = k.starts(t);
+    bool fresh = k.starts(t);
     T decay = k.decay_of(t);
     for (int64_t n = 0; n < k.N; n++)
-        for (int64_t p = 0; p < k.P; p++) after[n * k.Pp + p] = (anew ? 0 : decay * before[n * k.Pp + p]) + k.B(t)[n] * x[p];
+        for (int64_t p = 0; p < k.P; p++)
+            after[n * k.Pp + p] = (fresh ? 0 : decay * before[n * k.Pp + p]) + k.B(t)[n] * x[p];
 }
 
 template <typename T> static void forward_by_steps(Head<T>& k, int64_t t0, int steps) {
@@ -140,20 +153,22 @@ template <typename T> static void forward(const Scan& s) {
         T* y = (T*)tile.data();
         k.load_state(k.S);
         for (int64_t t0 = 0; t0 < k.L; t0 += STEPS) {
-            if (s.begins) memcpy(k.begin(t0 / STEPS), k.S, sizeof(T) * k.N * k.Pp);
+            if (s.chunk_states) memcpy(k.chunk_state(t0 / STEPS), k.S, sizeof(T) * k.N * k.Pp);
             int steps = k.enter(t0);
             bool finite = true;
             for (int64_t r = 0; r < k.R; r++) {
                 k.score(steps, t0, r);
-                for (int64_t i = 0; i < steps * STEPS; i += W) store(k.scores + i, load<T>(k.scores + i) * load<T>(k.decay + i));
+                for (int64_t i = 0; i < steps * STEPS; i += W)
+                    store(k.scores + i, load<T>(k.scores + i) * load<T>(k.decay + i));
                 multiply<T>(steps, k.Pp, k.N, k.C(t0, r), k.H * k.R * k.N, 1, k.S, k.Pp, y, k.Pp, false);
-                k.scale(steps, y, k.into, y);
+                k.scale(steps, y, k.decay_in, y);
                 multiply<T>(steps, k.Pp, steps, k.scores, STEPS, 1, k.x, k.Pp, y, k.Pp, true, LOWER_A);
                 finite &= all_finite(steps * k.Pp, y);
-                for (int t = 0; t < steps; t++) memcpy((T*)s.y + k.row_of_C(t0 + t, r) * k.P, y + t * k.Pp, sizeof(T) * k.P);
+                for (int t = 0; t < steps; t++)
+                    memcpy((T*)s.y + k.row_of_C(t0 + t, r) * k.P, y + t * k.Pp, sizeof(T) * k.P);
             }
-            k.scale(steps, k.x, k.out, k.xs);
-            for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.keep);
+            k.scale(steps, k.x, k.decay_out, k.xs);
+            for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.chunk_decay);
             multiply<T>(k.N, k.Pp, steps, k.Bt, STEPS, 1, k.xs, k.Pp, k.next, k.Pp, true);
             if (finite && all_finite(k.N * k.Pp, k.next)) std::swap(k.S, k.next);
             else forward_by_steps(k, t0, steps);
@@ -162,7 +177,7 @@ template <typename T> static void forward(const Scan& s) {
     }
 }
 
-// Sums in double: the gradient of a decay is a small difference of large ones.
+// Sums are in double, because the gradient of a decay is a small difference of large numbers.
 template <typename T> static Wide<T> widened(Vec<T> v) { return __builtin_convertvector(v, Wide<T>); }
 template <typename T> static double sum_of_lanes(Wide<T> v) {
     double total = 0;
@@ -182,11 +197,12 @@ template <typename T> static double dot(int64_t n, const T* a, const T* b) {
     return sum;
 }
 
-// The gradients of a chunk's steps from that of the state that leaves it, in k.S, which becomes that of the state that enters.
+// The gradients of a chunk's steps. k.S is the gradient of the state that leaves the chunk, and becomes that of the
+// state that enters it.
 template <typename T> static void backward_by_steps(Head<T>& k, int64_t t0, int steps) {
     int64_t N = k.N, P = k.P, Pp = k.Pp;
-    std::vector<T> states((steps + 1) * N * Pp);  // before each step, and after the last
-    memcpy(states.data(), k.begin(t0 / STEPS), sizeof(T) * N * Pp);
+    std::vector<T> states((steps + 1) * N * Pp);  // the state before each step, and after the last
+    memcpy(states.data(), k.chunk_state(t0 / STEPS), sizeof(T) * N * Pp);
     for (int t = 0; t < steps; t++) advance(k, t0 + t, k.x + t * Pp, &states[t * N * Pp], &states[(t + 1) * N * Pp]);
     for (int t = steps - 1; t >= 0; t--) {
         const T *before = &states[t * N * Pp], *after = before + N * Pp, *x = k.x + t * Pp, *B = k.B(t0 + t);
@@ -200,20 +216,20 @@ template <typename T> static void backward_by_steps(Head<T>& k, int64_t t0, int 
                 for (int64_t p = 0; p < P; p++) k.S[n * Pp + p] += C[n] * dy[p];
             }
         }
-        double through = 0;
+        double dS_S = 0;  // the product of the state before the step and its gradient
         for (int64_t p = 0; p < P; p++) dx[p] = 0;
         for (int64_t n = 0; n < N; n++) {
             dB[n] = dot(P, k.S + n * Pp, x);
-            through += dot(P, k.S + n * Pp, before + n * Pp);
+            dS_S += dot(P, k.S + n * Pp, before + n * Pp);
             for (int64_t p = 0; p < P; p++) dx[p] += k.S[n * Pp + p] * B[n];
         }
-        bool anew = k.starts(t0 + t);
-        k.scan.dlog_decay[row] = anew ? 0 : through * decay;
-        for (int64_t i = 0; i < N * Pp; i++) k.S[i] = anew ? 0 : k.S[i] * decay;
+        bool fresh = k.starts(t0 + t);
+        k.scan.dlog_decay[row] = fresh ? 0 : dS_S * decay;
+        for (int64_t i = 0; i < N * Pp; i++) k.S[i] = fresh ? 0 : k.S[i] * decay;
     }
 }
 
-// `y` holds the gradient of y, `state` that of the last state.
+// The gradients of all arguments; `y` holds the gradient of y, and `state` that of the last state.
 template <typename T> static void backward(const Scan& s) {
     constexpr int W = WIDTH<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
@@ -223,59 +239,62 @@ template <typename T> static void backward(const Scan& s) {
         k.load_state(k.S);
         for (int64_t t0 = (k.L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
             int steps = k.enter(t0);
-            const T* S = k.begin(t0 / STEPS);
+            const T* S = k.chunk_state(t0 / STEPS);
             double dF[STEPS] = {};
             transpose(N, P, S, Pp, k.ST, Np);
             transpose<T>(N, P, k.S, Pp, k.DT, Np);
             transpose<T>(steps, P, k.x, Pp, k.xT, STEPS);
-            // from the state that leaves: dB = out x D^T, dx = out B D
-            k.scale(steps, k.x, k.out, k.xs);
+            // from the state that leaves: dB = decay_out x D^T, dx = decay_out B D
+            k.scale(steps, k.x, k.decay_out, k.xs);
             T *dB = k.tile_n, *dx = k.tile_p;
             multiply<T>(steps, Np, P, k.xs, Pp, 1, k.DT, Np, dB, Np, false);
             multiply<T>(steps, Pp, N, k.B(t0), H * N, 1, k.S, Pp, dx, Pp, false);
-            k.scale(steps, dx, k.out, dx);
+            k.scale(steps, dx, k.decay_out, dx);
             for (int t = 0; t < steps; t++) {
-                double through = dot(P, k.x + t * Pp, dx + t * Pp);
-                dF[t] -= through, dF[steps - 1] += through;
+                double dx_x = dot(P, k.x + t * Pp, dx + t * Pp);
+                dF[t] -= dx_x, dF[steps - 1] += dx_x;
             }
-            if (k.keep != 0) dF[steps - 1] += k.keep * dot<T>(N * Pp, k.S, S);
-            for (int64_t i = 0; i < N * Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.keep);
+            if (k.chunk_decay != 0) dF[steps - 1] += k.chunk_decay * dot<T>(N * Pp, k.S, S);
+            for (int64_t i = 0; i < N * Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.chunk_decay);
             bool finite = true;
             for (int64_t r = 0; r < R; r++) {
-                for (int t = 0; t < steps; t++) memcpy(k.dy + t * Pp, (const T*)s.y + k.row_of_C(t0 + t, r) * P, sizeof(T) * P);
+                for (int t = 0; t < steps; t++)
+                    memcpy(k.dy + t * Pp, (const T*)s.y + k.row_of_C(t0 + t, r) * P, sizeof(T) * P);
                 k.score(steps, t0, r);
                 // the rows of B and C are not padded and far apart, so the matrices that products walk down are copies
-                T* right = k.Bt;  // done with; [STEPS][Np] fits where N is a whole number of vectors, else `side`
+                T* right = k.Bt;  // no longer used; [STEPS][Np] fits where N is a whole number of vectors, else `side`
                 std::vector<Vec<T>> side;
                 if (Np != N) side.assign(STEPS * Np / W, Vec<T>{}), right = (T*)side.data();
                 for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.C(t0 + t, r), sizeof(T) * N);
-                // from the state that enters: dC = into dy S^T, D += C^T into dy
-                k.scale(steps, k.dy, k.into, k.xs);
+                // from the state that enters: dC = decay_in dy S^T, D += C^T decay_in dy
+                k.scale(steps, k.dy, k.decay_in, k.xs);
                 multiply<T>(steps, Np, P, k.xs, Pp, 1, k.ST, Np, k.row, Np, false);
                 for (int t = 0; t < steps; t++) dF[t] += dot(N, k.C(t0 + t, r), k.row + t * Np);
                 multiply<T>(N, Pp, steps, right, 1, Np, k.xs, Pp, k.next, Pp, true);
                 // inside the chunk: products = dy x^T
                 multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
-                Wide<T> fallen[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
+                Wide<T> lost[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
                 for (int t = 0; t < steps; t++) {
                     Wide<T> gained{};
                     for (int i = 0; i < STEPS; i += W) {  // the decays are 0 above the diagonal
                         T *c = k.scores + t * STEPS + i, *p = k.products + t * STEPS + i;
-                        Vec<T> m = load<T>(k.decay + t * STEPS + i), of_c = i > t ? m : load<T>(p) * m, e = i > t ? m : of_c * load<T>(c);
-                        store(p, of_c);
+                        Vec<T> m = load<T>(k.decay + t * STEPS + i), dscore = i > t ? m : load<T>(p) * m;
+                        Vec<T> e = i > t ? m : dscore * load<T>(c);
+                        store(p, dscore);
                         store(c, i > t ? m : load<T>(c) * m);
-                        if (i <= t && t < i + W) e[t - i] = 0;  // F_t - F_t
-                        gained += widened<T>(e), fallen[i / W] += widened<T>(e);
+                        if (i <= t && t < i + W) e[t - i] = 0;  // F_t - F_t has no gradient
+                        gained += widened<T>(e), lost[i / W] += widened<T>(e);
                     }
                     dF[t] += sum_of_lanes<T>(gained);
                 }
-                for (int t = 0; t < steps; t++) dF[t] -= fallen[t / W][t % W];
+                for (int t = 0; t < steps; t++) dF[t] -= lost[t / W][t % W];
                 multiply<T>(steps, Pp, steps, k.scores, 1, STEPS, k.dy, Pp, dx, Pp, true, UPPER_A);
                 multiply<T>(steps, Np, steps, k.products, 1, STEPS, right, Np, dB, Np, true, UPPER_A);
                 for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.B(t0 + t), sizeof(T) * N);
                 multiply<T>(steps, Np, steps, k.products, STEPS, 1, right, Np, k.row, Np, true, LOWER_A);
                 finite &= all_finite(steps * Np, k.row);
-                for (int t = 0; t < steps; t++) memcpy((T*)s.dC + k.row_of_C(t0 + t, r) * N, k.row + t * Np, sizeof(T) * N);
+                for (int t = 0; t < steps; t++)
+                    memcpy((T*)s.dC + k.row_of_C(t0 + t, r) * N, k.row + t * Np, sizeof(T) * N);
                 if (right == k.Bt && r + 1 < R) transpose(steps, N, k.B(t0), H * N, k.Bt, STEPS);
             }
             double sum = 0;

@@ -1,88 +1,96 @@
-"""The chunk scan's matrix products, whose gradients do not depend on where backward() is called, and that keep to what is seen.
+"""Matrix products of the chunk scan: their gradients ignore autocast, and they read only what a mask lets a row see.
 
-autocast belongs to the thread, not to the graph: in a backward() inside it, torch's own products would multiply in bfloat16. And
-0 x NaN is NaN: in a plain product with a triangle of zeros, a NaN would reach the steps before it. Each gradient here is one of these
-products again, so they can be differentiated any number of times.
+autocast belongs to the thread and not to the graph: in a backward() inside it, torch's own products would multiply in
+bfloat16. And 0 x NaN is NaN: in a plain product with a triangle of zeros, a NaN would reach the steps before it. Each
+gradient here is one of these products again, so they can be differentiated any number of times.
 
-a [..., rows, K] · b [..., columns, K] or values [..., columns, P] · seen [..., rows, columns], bool
+a [..., rows, K] · b [..., columns, K] or values [..., columns, P] · mask [..., rows, columns], bool: which column a row
+sees
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from kernels.checks import has_values
+from kernels.checks import can_read_values
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, seen):
-        ctx.save_for_backward(a, b, seen)
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, mask)
         with torch.autocast(a.device.type, enabled=False):
-            return (a @ b.mT).masked_fill(~seen, 0)
+            return (a @ b.mT).masked_fill(~mask, 0)
 
     @staticmethod
-    def backward(ctx, dscores):
-        a, b, seen = ctx.saved_tensors
-        return weighted_sum(dscores, b, seen), weighted_sum(dscores.mT, a, seen.mT), None
+    def backward(ctx: FunctionCtx, dscores: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b, mask = ctx.saved_tensors
+        return weighted_sum(dscores, b, mask), weighted_sum(dscores.mT, a, mask.mT), None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights, values, seen):
-        ctx.save_for_backward(weights, values, seen)
+    def forward(ctx: FunctionCtx, weights: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, values, mask)
         with torch.autocast(values.device.type, enabled=False):
-            weights, finite = weights.masked_fill(~seen, 0), values.isfinite()
-            if has_values(values) and bool(finite.all()):
+            weights, finite = weights.masked_fill(~mask, 0), values.isfinite()
+            if can_read_values(values) and bool(finite.all()):
                 return weights @ values
-            reached = seen.to(values.dtype) @ (~finite).to(values.dtype) > 0
+            reached = mask.to(values.dtype) @ (~finite).to(values.dtype) > 0
             return (weights @ values.masked_fill(~finite, 0)).masked_fill(reached, torch.nan)
 
     @staticmethod
-    def backward(ctx, dy):
-        weights, values, seen = ctx.saved_tensors
-        return scores_of(dy, values, seen), weighted_sum(weights.mT, dy, seen.mT), None
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, values, mask = ctx.saved_tensors
+        return masked_scores(dy, values, mask), weighted_sum(weights.mT, dy, mask.mT), None
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b):
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         with torch.autocast(a.device.type, enabled=False):
             return a @ b
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         return product(dy, b.mT), product(a.mT, dy)
 
 
-def scores_of(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
-    """a b^T where it is seen, 0 elsewhere."""
-    return _Scores.apply(a, b, seen)
+def masked_scores(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Return a b^T where the mask is true, and 0 elsewhere."""
+    return _Scores.apply(a, b, mask)
 
 
-def weighted_sum(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """weights values, over the values that a row sees: one that is not finite makes those rows NaN, and no other."""
-    return _WeightedSum.apply(weights, values, seen)
+def weighted_sum(weights: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return weights @ values over the values that each row sees.
+
+    A value that is not finite makes the rows that see it NaN, and no other.
+    """
+    return _WeightedSum.apply(weights, values, mask)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, of matrices with the same leading dimensions."""
+    """Return a @ b, of matrices with the same leading dimensions."""
     return _Product.apply(a, b)
 
 
-def running_sums(t: Tensor) -> Tensor:
-    """Of the last dimension. torch promises no determinism of its own on a GPU, and warns or raises where it is asked for."""
+def cumulative_sum(t: Tensor) -> Tensor:
+    """Return the cumulative sum over the last dimension.
+
+    On a GPU torch's own is not deterministic, and warns or raises where determinism is asked for.
+    """
     if t.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return t.cumsum(-1)
-    return sums_by_doubling(t)
+    return cumulative_sum_by_doubling(t)
 
 
-def sums_by_doubling(t: Tensor) -> Tensor:
-    """Running sums in passes of twice the reach each."""
-    reach = 1
-    while reach < t.shape[-1]:
-        t = t + F.pad(t, (reach, 0))[..., :-reach]
-        reach *= 2
+def cumulative_sum_by_doubling(t: Tensor) -> Tensor:
+    """Return the cumulative sum over the last dimension, in passes that add from twice as far each (Hillis, Steele)."""
+    distance = 1
+    while distance < t.shape[-1]:
+        t = t + F.pad(t, (distance, 0))[..., :-distance]
+        distance *= 2
     return t

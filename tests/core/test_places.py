@@ -108,7 +108,7 @@ def test_compiled_kernels_are_kept_in_the_same_cache(name, value, monkeypatch):
     for other in ("CONVERT_KERNELS", "CONVERT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    assert trust.cache() == places.cache_folder() / "kernels" and "~" not in str(trust.cache())
+    assert trust.cache_folder() == places.cache_folder() / "kernels" and "~" not in str(trust.cache_folder())
 
 
 @pytest.mark.parametrize("cache", ["~nobody-of-that-name/x", "/" + "x" * 5000])

@@ -1,28 +1,35 @@
-"""What the kernel tests share: running an operator with its gradients, and the mark of those that need a compiler."""
+"""Shared by the kernel tests: running an operator with its gradients, and the mark of tests that need a compiler."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.selective_scan.cpu import why_not
+from kernels.selective_scan.cpu import why_unavailable
 from tests.conftest import assert_close
 
 FLOAT64 = 1e-12  # measured: 1.2e-15; 5e-14 for gradients that nearly cancel
 FLOAT32 = 1e-5  # measured: 6.5e-7
 BFLOAT16 = 1e-2
 
-_reason = why_not("cpu", torch.float32)
+_reason = why_unavailable("cpu", torch.float32)
 needs_compiler = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 CPU = pytest.param("cpu", marks=needs_compiler)
 
 
-def run(scan, arguments: dict, impl: str, forward=nullcontext) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Outputs and last states, and the gradients of a random projection of both. The forward pass runs inside `forward()`."""
+def run(
+    scan: Callable, arguments: dict, impl: str, forward: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Return outputs and last states, and the gradients of a random projection of both.
+
+    The forward pass runs inside the context manager `forward()`.
+    """
     leaves = []
 
-    def leaf(v):
+    def leaf(v: Any) -> Any:
         if isinstance(v, tuple):
             return tuple(leaf(item) for item in v)
         if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -40,8 +47,8 @@ def run(scan, arguments: dict, impl: str, forward=nullcontext) -> tuple[list[Ten
     return outputs, torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
 
 
-def assert_compiles(scan, arguments: dict) -> None:
-    """torch.compile takes it in one graph, forward and backward, and changes nothing."""
+def assert_compiles(scan: Callable, arguments: dict) -> None:
+    """Check that torch.compile takes a scan in one graph, forward and backward, and changes nothing."""
     plain = run(scan, arguments, "auto")
     compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
     for found, wanted in zip(run(compiled, arguments, "auto"), plain, strict=True):

@@ -1,4 +1,4 @@
-"""Memory of large results is used again, and never while something looks at it."""
+"""Memory of large results is reused, and never while a tensor still refers to it."""
 
 import sys
 import threading
@@ -7,65 +7,65 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from kernels import allocator as module
-from kernels.allocator import LARGE, room
+from kernels import allocator
+from kernels.allocator import MIN_BYTES, allocate
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere results are torch's own")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems use torch's allocator")
 LIKE = torch.empty(0)
-SHAPE = (2, LARGE // 8)
+SHAPE = (2, MIN_BYTES // 8)
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
-    module._free.clear()
+def empty_cache():
+    allocator._free_blocks.clear()
     yield
-    module._free.clear()
+    allocator._free_blocks.clear()
 
 
-def test_memory_of_a_freed_tensor_is_used_again():
-    first = room(SHAPE, LIKE)
+def test_memory_of_a_freed_tensor_is_reused():
+    first = allocate(SHAPE, LIKE)
     assert (first.shape, first.dtype, first.is_contiguous()) == (SHAPE, torch.float32, True)
     first.fill_(1)
     place = first.data_ptr()
-    second = room(SHAPE, LIKE)
+    second = allocate(SHAPE, LIKE)
     assert second.data_ptr() != place
     del first
-    assert room(SHAPE, LIKE).data_ptr() == place
-    assert room((2, LARGE // 4), LIKE).data_ptr() != place  # another size
+    assert allocate(SHAPE, LIKE).data_ptr() == place
+    assert allocate((2, MIN_BYTES // 4), LIKE).data_ptr() != place  # another size
 
 
-def test_memory_that_a_view_or_autograd_looks_at_is_not():
+def test_memory_of_a_view_or_a_saved_tensor_is_not_reused():
     w = torch.ones((), requires_grad=True)
-    x = room(SHAPE, LIKE).fill_(3)
+    x = allocate(SHAPE, LIKE).fill_(3)
     row, product, place = x[1, :5], (x * w).sum(), x.data_ptr()
     del x
-    assert room(SHAPE, LIKE).fill_(0).data_ptr() != place
+    assert allocate(SHAPE, LIKE).fill_(0).data_ptr() != place
     assert row.tolist() == [3] * 5
     product.backward()
-    assert w.grad.item() == pytest.approx(3 * LARGE / 4)
+    assert w.grad.item() == pytest.approx(3 * MIN_BYTES / 4)
 
 
-def test_what_is_kept_is_bounded(monkeypatch):
-    monkeypatch.setattr(module, "MOST", 2 * LARGE)
-    some = [room((n * LARGE // 4,), LIKE) for n in (1, 1, 1, 3)]
+def test_the_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(allocator, "MAX_CACHED_BYTES", 2 * MIN_BYTES)
+    some = [allocate((n * MIN_BYTES // 4,), LIKE) for n in (1, 1, 1, 3)]
     while some:
         some.pop()
-    assert 0 < sum(map(len, module._free)) <= 2 * LARGE
+    assert 0 < sum(map(len, allocator._free_blocks)) <= 2 * MIN_BYTES
 
 
-def test_many_threads_free_and_take():
+def test_many_threads_free_and_allocate():
     errors = []
 
-    def work(seed: int) -> None:
+    def allocate_and_free(seed: int) -> None:
         try:
             for i in range(200):
-                t = room((LARGE // 4 * (1 + (seed + i) % 3),), LIKE)
+                t = allocate((MIN_BYTES // 4 * (1 + (seed + i) % 3),), LIKE)
                 t[0], t[-1] = seed, i
                 assert (t[0].item(), t[-1].item()) == (seed, i)
         except Exception as e:
             errors.append(e)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=allocate_and_free, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,9 +73,9 @@ def test_many_threads_free_and_take():
     assert not errors
 
 
-def test_small_and_fake_tensors_are_torchs_own():
-    room((10,), LIKE)
+def test_small_and_fake_tensors_are_allocated_by_torch():
+    allocate((10,), LIKE)
     with FakeTensorMode() as mode:
-        assert room(SHAPE, mode.from_tensor(LIKE)).shape == SHAPE
-    assert room(SHAPE, LIKE.to("meta")).is_meta
-    assert not module._free
+        assert allocate(SHAPE, mode.from_tensor(LIKE)).shape == SHAPE
+    assert allocate(SHAPE, LIKE.to("meta")).is_meta
+    assert not allocator._free_blocks

@@ -1,4 +1,4 @@
-"""The microbenchmark: what is wrong or fails gets no time, and its numbers belong together."""
+"""The benchmark: an implementation that is wrong or fails gets no time, and the numbers are consistent."""
 
 import dataclasses
 import json
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kernels import bench
-from kernels.baselines import CASES, PEERS, why_not
-from kernels.machine import Peak
+from kernels.baselines import BASELINES, CASES, why_not_measured
+from kernels.bench_report import format_row
+from kernels.machine import PeakMemory
 from kernels.selective_scan import selective_scan
 
 TINY = {
@@ -19,72 +20,79 @@ TINY = {
 }
 
 
-def put(monkeypatch, contenders: dict) -> None:
-    """Others in the place of the selective scan's; one length."""
+def replace_implementations(monkeypatch: pytest.MonkeyPatch, implementations: dict) -> None:
+    """Measure these instead of the selective scan's implementations, at one length."""
     real = CASES["selective_scan"]
     monkeypatch.setitem(
         CASES,
         "selective_scan",
         lambda size: dataclasses.replace(
-            real(size), contenders=contenders, grows=("L", (TINY["selective_scan"]["L"],))
+            real(size), implementations=implementations, scaling=("L", (TINY["selective_scan"]["L"],))
         ),
     )
 
 
-def wrong_gradient(a):
+def wrong_gradient(a: dict) -> torch.Tensor:
     y = selective_scan(**a)
     return y.detach() + 1.01 * (y - y.detach())
 
 
 WRONG = {
-    "output": lambda a: 1.01 * selective_scan(**a), "gradient": wrong_gradient, "nan": lambda a: selective_scan(**a) * float("nan"),
-}  # fmt: skip
+    "output": lambda a: 1.01 * selective_scan(**a),
+    "gradient": wrong_gradient,
+    "nan": lambda a: selective_scan(**a) * float("nan"),
+}
 
 
 @pytest.mark.parametrize("run", WRONG.values(), ids=WRONG)
-def test_a_wrong_contender_gets_no_time(monkeypatch, run):
-    put(monkeypatch, {"wrong": run})
-    row = bench.one("selective_scan", "wrong", TINY["selective_scan"], 0.001)
-    assert not row["error"] < bench.WRONG
+def test_a_wrong_implementation_gets_no_time(monkeypatch, run):
+    replace_implementations(monkeypatch, {"wrong": run})
+    row = bench.measure("selective_scan", "wrong", TINY["selective_scan"], 0.001)
+    assert not row["error"] < bench.MAX_ERROR
     assert not [name for name in row if name.endswith("_s")]
     assert bench.ratios(row, row, {}, {}) == {}
-    assert "WRONG, so no time" in bench.line(row | {"label": "wrong"}, 1e3)
+    assert "WRONG, so no time" in format_row(row | {"label": "wrong"}, 1e3)
 
 
-@pytest.mark.parametrize("case, contender", [(case, name) for case in CASES for name in CASES[case]({}).contenders])
-def test_every_contender_that_is_here_is_right(case, contender):
-    row = bench.one(case, contender, TINY[case], 0.001)
+@pytest.mark.parametrize(
+    "case, implementation", [(case, name) for case in CASES for name in CASES[case]({}).implementations]
+)
+def test_every_installed_implementation_is_right(case, implementation):
+    row = bench.measure(case, implementation, TINY[case], 0.001)
     assert row["error"] < 1e-5
     assert row["time_s"] > 0 and row["forward_spread_s"] >= 0
-    assert ("backward_s" in row) == ("both_s" in row) == CASES[case]({}).gradients
+    assert ("backward_s" in row) == ("both_s" in row) == CASES[case]({}).has_gradients
 
 
-def test_a_failing_contender_stops_no_other(monkeypatch, tmp_path, capsys):
-    """Nor is it silent; and the numbers of a whole run, each process included, belong together."""
-    put(monkeypatch, {"ours": lambda a: selective_scan(**a), "nobody": None, "another": lambda a: selective_scan(**a)})
-    a_process = bench.in_a_process
+def test_a_failing_implementation_stops_no_other(monkeypatch, tmp_path, capsys):
+    """The failure is reported, and the numbers of a whole run with all its processes are consistent."""
+    replace_implementations(
+        monkeypatch, {"ours": lambda a: selective_scan(**a), "nobody": None, "another": lambda a: selective_scan(**a)}
+    )
+    measure_in_process = bench.measure_in_process
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    starts = iter([True, True, False, False])  # of a process; the others save it
-    monkeypatch.setattr(bench, "in_a_process", lambda *of: a_process(*of) if next(starts) else bench.one(*of))
+    in_process = iter([True, True, False, False])  # two rows are enough to test the processes
+    monkeypatch.setattr(
+        bench,
+        "measure_in_process",
+        lambda *arguments: measure_in_process(*arguments) if next(in_process) else bench.measure(*arguments),
+    )
     size = [f"{name}={value}" for name, value in TINY["selective_scan"].items()]
     bench.main(["selective_scan", "--size", *size, "--seconds", "0.01", "--json", str(tmp_path / "bench.json")])
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
     ours, failing, other, again = found["rows"]
     assert failing["failed"] == "KeyError: 'nobody'" and "time_s" not in failing
     assert "failed: KeyError: 'nobody'" in printed
-    assert again["table"] == "growing" and again["label"] == "L=32"
+    assert again["table"] == "scaling" and again["label"] == "L=32"
     assert max(map(len, printed.splitlines())) <= 140
     for row, base in ((ours, ours), (other, ours), (again, again)):
-        belongs_together(row, base, found["ceilings"])
-    assert (
-        found["machine"]["cpu"]
-        and found["machine"]["threads"]
-        and found["machine"]["versions"]["torch"] == torch.__version__
-    )
-    assert found["machine"]["not_measured"] == {peer: why_not(peer) for peer in PEERS if why_not(peer)}
+        check_consistent(row, base, found["ceilings"])
+    machine = found["machine"]
+    assert machine["cpu"] and machine["threads"] and machine["versions"]["torch"] == torch.__version__
+    assert machine["not_measured"] == {name: reason for name in BASELINES if (reason := why_not_measured(name))}
 
 
-def belongs_together(row: dict, base: dict, rates: dict) -> None:
+def check_consistent(row: dict, base: dict, rates: dict) -> None:
     same = pytest.approx
     cost = CASES["selective_scan"](row["size"]).cost.values()
     assert row["time_s"] == row["both_s"]
@@ -95,49 +103,48 @@ def belongs_together(row: dict, base: dict, rates: dict) -> None:
     assert row["of_copy"] * rates["copy_GB_s"] == same(row["GB_s"])
     assert row["of_product"] * rates["product_GFLOP_s"] == same(row["GFLOP_s"])
     assert row["bound_ratio"] * row["bound_s"] == same(row["time_s"])
-    bytes_s, exponentials_s = (
-        sum(c.bytes for c in cost) / rates["copy_GB_s"] / 1e9,
-        sum(c.exponentials for c in cost) / rates["exponentials_G_s"] / 1e9,
-    )
+    bytes_s = sum(c.bytes for c in cost) / rates["copy_GB_s"] / 1e9
+    exponentials_s = sum(c.exponentials for c in cost) / rates["exponentials_G_s"] / 1e9
     least = max(bytes_s, exponentials_s)  # each pass has its own limit, so their sum is this or more
     assert row["bound_s"] > least or row["bound_s"] == same(least)
 
 
-def test_a_peer_that_takes_less_is_compared_at_its_size(monkeypatch):
-    def measured(case, contender, size, at_least):
-        return {"case": case, "contender": contender, "size": size, "time_s": size["L"], "peak_bytes": size["L"]}
+def test_a_baseline_with_a_size_limit_is_compared_at_that_size(monkeypatch):
+    def measured(case, implementation, size, min_seconds):
+        labels = {"case": case, "implementation": implementation, "size": size}
+        return labels | {"time_s": size["L"], "peak_bytes": size["L"]}
 
-    monkeypatch.setattr(bench, "in_a_process", measured)
-    monkeypatch.setitem(PEERS, "transformers", "torch")  # as if it were installed
+    monkeypatch.setattr(bench, "measure_in_process", measured)
+    monkeypatch.setitem(BASELINES, "transformers", "torch")  # as if it were installed
     rates = {"copy_GB_s": 1.0, "product_GFLOP_s": 1.0, "exponentials_G_s": 1.0}
-    rows = {row["label"]: row for row in bench.versus("selective_scan", {"L": 512}, 1.0, rates)}
+    rows = {row["label"]: row for row in bench.compare("selective_scan", {"L": 512}, 1.0, rates)}
     assert rows["ours"]["size"]["L"] == 512 and rows["transformers, L=128"]["size"]["L"] == 128
     assert {row["time_ratio"] for row in rows.values()} == {1.0}
 
 
 def test_peak_sees_what_is_freed_again():
-    with Peak() as peak:
+    with PeakMemory() as peak:
         torch.ones(1 << 24)
     assert 60e6 < peak.bytes < 100e6
 
 
 @pytest.mark.parametrize(
-    "words, message", [(["--size", "L=4"], "goes with a name"), (["chunk_scan", "--size", "D=4"], "parts of its size"), (["chunk_scan", "--size", "L"], "invalid")]
-)  # fmt: skip
+    "words, message",
+    [
+        (["--size", "L=4"], "goes with a name"),
+        (["chunk_scan", "--size", "D=4"], "parts of its size"),
+        (["chunk_scan", "--size", "L"], "invalid"),
+    ],
+)
 def test_wrong_arguments_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert message in capsys.readouterr().err
 
 
-def test_peers_that_multiply_in_tf32_get_a_time():
-    """On a GPU mamba-ssm and flash-linear-attention do: 5e-4 to 2e-3. Ours do not, nor does anybody on a CPU."""
-    assert (
-        bench.bound("mamba-ssm", "cuda") == bench.bound("flash-linear-attention", "cuda") == bench.WRONG_IN_TF32 > 2e-3
-    )
-    assert (
-        bench.bound("ours", "cuda")
-        == bench.bound("transformers", "cuda")
-        == bench.bound("mamba-ssm", "cpu")
-        == bench.WRONG
-    )
+def test_baselines_that_multiply_in_tf32_get_a_time():
+    """mamba-ssm and flash-linear-attention do so on a GPU: 5e-4 to 2e-3. Ours do not, and on a CPU none does."""
+    for name in ("mamba-ssm", "flash-linear-attention"):
+        assert bench.max_error(name, "cuda") == bench.MAX_TF32_ERROR > 2e-3
+    for name, device in (("ours", "cuda"), ("transformers", "cuda"), ("mamba-ssm", "cpu")):
+        assert bench.max_error(name, device) == bench.MAX_ERROR

@@ -1,4 +1,4 @@
-"""Every argument of every operator, wrong in every way: a sentence as a ValueError, or the right result; never an error of somebody else's."""
+"""Wrong arguments of every operator: a ValueError of one sentence or the right result, and no other error."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from kernels.chunk_scan import chunk_scan
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.kernels.conftest import CPU
-from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
     "selective_scan": (
@@ -22,7 +21,7 @@ OPERATORS = {
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, **chunk_cases.CASES["everything"], dtype=torch.float32)),
     "selective_state_update": (
         selective_state_update,
-        lambda: make_step(D=True, z=True, dt_bias=True, dtype=torch.float32),
+        lambda: selective_cases.make_update(D=True, z=True, dt_bias=True, dtype=torch.float32),
     ),
 }
 OBJECTS = {"list": lambda t: t.tolist(), "numpy": lambda t: t.numpy(), "tuple": lambda t: (t,)} | {
@@ -96,8 +95,11 @@ def test_a_missing_tensor_is_refused(operator, name):
     assert refused(operator, {name: None}) == f"{name} must be a tensor; got NoneType."
 
 
-FLAGS = [("selective_scan", ("delta_softplus", "return_last_state", "normalize")), ("chunk_scan", ("return_final_states", "normalize")),
-         ("selective_state_update", ("dt_softplus",))]  # fmt: skip
+FLAGS = [
+    ("selective_scan", ("delta_softplus", "return_last_state", "normalize")),
+    ("chunk_scan", ("return_final_states", "normalize")),
+    ("selective_state_update", ("dt_softplus",)),
+]
 
 
 @pytest.mark.parametrize("value", [None, 1, 0, "yes", [], torch.tensor([True, False]), np.bool_(True), 0.5], ids=repr)

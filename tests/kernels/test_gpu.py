@@ -12,8 +12,6 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.selective_scan.test_update import CASES as STEPS
-from tests.kernels.selective_scan.test_update import make as make_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
@@ -68,10 +66,10 @@ def test_twice_the_same_bits(name):
     )
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)
 def test_state_update(options):
-    a = make_step(**options)
-    single = {k: on_gpu(v) for k, v in make_step(**options, dtype=torch.float32).items()}
+    a = selective_cases.make_update(**options)
+    single = {k: on_gpu(v) for k, v in selective_cases.make_update(**options, dtype=torch.float32).items()}
     y = selective_state_update(**single, impl="triton")
     assert_close(y.cpu(), selective_state_update(**a, impl="reference"), FLOAT32)
     assert_close(single["state"].cpu(), a["state"], FLOAT32)

@@ -1,4 +1,7 @@
-"""What is not finite reaches what the recurrence reaches: no earlier step, no other document, batch entry or head; in gradients, no later step."""
+"""A value that is not finite reaches what the recurrence reaches: no earlier step, other document, batch entry or head.
+
+In gradients it reaches no later step.
+"""
 
 import random
 from contextlib import nullcontext
@@ -97,7 +100,7 @@ def test_chunked_products_are_causal(monkeypatch, looks, argument, value):
     """Also as they are on another device or compiled, where no branch depends on a value."""
     if not looks:
         for module in (chunked, products):
-            monkeypatch.setattr(module, "has_values", lambda t: False)
+            monkeypatch.setattr(module, "can_read_values", lambda t: False)
     a = chunk_cases.make(130, normalize=True, documents=True, state=True)
     before = chunk_scan(**a, impl="chunked")
     t = 77
@@ -162,10 +165,10 @@ def test_gradients_do_not_depend_on_where_backward_is_called(name, impl, compile
 def test_running_sums_without_cumsum(length):
     """As a GPU makes them in deterministic mode, where torch's own would warn, and warnings are errors here."""
     t = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(products.sums_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
+    torch.testing.assert_close(products.cumulative_sum_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("what", [products.scores_of, products.weighted_sum])
+@pytest.mark.parametrize("what", [products.masked_scores, products.weighted_sum])
 def test_products_can_be_differentiated_twice(what):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True) for size in ((2, 4, 3), (2, 3, 3)))

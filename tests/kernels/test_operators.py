@@ -1,4 +1,4 @@
-"""What torch's own machinery finds of the compiled operators: a saved program in a new process, forward-mode gradients."""
+"""The compiled operators in torch's own machinery: a saved program in a new process, and forward-mode gradients."""
 
 import subprocess
 import sys
@@ -13,12 +13,11 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
-from tests.kernels.selective_scan.test_update import make as make_step
 
 OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
-    "selective_state_update": (selective_state_update, lambda: make_step(dtype=torch.float32)),
+    "selective_state_update": (selective_state_update, lambda: selective_cases.make_update(dtype=torch.float32)),
 }
 LOAD = """
 import sys, torch

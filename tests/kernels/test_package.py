@@ -70,7 +70,7 @@ def theirs(tmp_path) -> Path:
 
 
 def python(code: str, *path: Path) -> str:
-    """What a clean process prints, with these folders on its path in this order. Away from the repository, for 30 seconds at most."""
+    """Return what a clean process prints, with these folders on its path, away from the repository, in 30 seconds."""
     code = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, (30, 30))\n{code}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
@@ -82,7 +82,8 @@ def python(code: str, *path: Path) -> str:
 
 def test_ours_alone():
     python(
-        f"{LLAMA}\n{OURS}\nimport kernels\nassert not hasattr(kernels, 'get_kernel')\nassert not hasattr(kernels, '__version__')",
+        f"{LLAMA}\n{OURS}\nimport kernels\nassert not hasattr(kernels, 'get_kernel')"
+        "\nassert not hasattr(kernels, '__version__')",
         ROOT,
     )
 

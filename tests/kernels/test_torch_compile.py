@@ -1,4 +1,4 @@
-"""torch.compile takes the Triton kernels, with all around them, as one graph; without a GPU its tracing is all there is to see."""
+"""torch.compile traces the Triton kernels and all around them as one graph; no GPU is needed for tracing."""
 
 import os
 import subprocess
@@ -14,18 +14,21 @@ import torch
 import torch.utils._triton
 torch.utils._triton.has_triton = lambda *device: True  # else kernels are not looked for where there is no GPU
 from kernels.chunk_scan.fused import chunk_scan_triton
-from kernels.selective_scan.fused import selective_scan_triton
-from kernels.selective_scan.fused_update import update_triton
+from kernels.selective_scan.fused import selective_scan_triton, update_triton
 
 def traced(graph, _):
-    print(name, sum("triton_kernel_wrapper" in str(node.target) for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes))
+    nodes = [node for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes]
+    print(name, sum("triton_kernel_wrapper" in str(node.target) for node in nodes))
     return lambda *arguments: [torch.zeros(())] * 10  # nothing runs
 
 r = torch.randn
+selective = r(1, 2, 8), r(1, 2, 8), r(2, 4), r(1, 1, 4, 8), r(1, 1, 4, 8), r(1, 1, 2, 4)
+chunk = r(1, 8, 2, 16), r(1, 8, 2), r(1, 8, 2, 16), r(1, 8, 2, 1, 16), r(1, 2, 16, 16)
+update = r(1, 2, 8, 16), r(1, 2, 8), r(1, 2, 8), r(2, 8, 16), r(1, 1, 16), r(1, 1, 16), None, None, None, True
 CALLS = {
-    "selective_scan": (selective_scan_triton, (r(1, 2, 8), r(1, 2, 8), r(2, 4), r(1, 1, 4, 8), r(1, 1, 4, 8), r(1, 1, 2, 4)), (False, True)),
-    "chunk_scan": (chunk_scan_triton, (r(1, 8, 2, 16), r(1, 8, 2), r(1, 8, 2, 16), r(1, 8, 2, 1, 16), r(1, 2, 16, 16)), (False, True)),
-    "update": (update_triton, (r(1, 2, 8, 16), r(1, 2, 8), r(1, 2, 8), r(2, 8, 16), r(1, 1, 16), r(1, 1, 16), None, None, None, True), (False,)),
+    "selective_scan": (selective_scan_triton, selective, (False, True)),
+    "chunk_scan": (chunk_scan_triton, chunk, (False, True)),
+    "update": (update_triton, update, (False,)),
 }
 for name, (call, arguments, modes) in CALLS.items():
     for gradients in modes:

@@ -13,8 +13,6 @@ from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
-from tests.kernels.selective_scan.test_update import CASES as STEPS
-from tests.kernels.selective_scan.test_update import make as make_step
 
 SCANS = {"selective_scan": (selective_scan, selective_cases.make), "chunk_scan": (chunk_scan, chunk_cases.make)}
 pytestmark = pytest.mark.skipif(
@@ -86,9 +84,9 @@ def test_a_perturbed_decay_shows(name):
         assert_close(scan(**a | dict(A=a["A"] * 1.001), impl="triton"), y, FLOAT32)
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)
 def test_state_update(options):
-    a, single = make_step(**options), make_step(**options, dtype=torch.float32)
+    a, single = selective_cases.make_update(**options), selective_cases.make_update(**options, dtype=torch.float32)
     assert_close(
         selective_state_update(**single, impl="triton"), selective_state_update(**a, impl="reference"), FLOAT32
     )
@@ -96,7 +94,7 @@ def test_state_update(options):
 
 
 def test_a_small_step_through_softplus_is_not_rounded_away():
-    a = make_step(dtype=torch.float32)
+    a = selective_cases.make_update(dtype=torch.float32)
     a["dt"] = torch.linspace(-20, 25, a["dt"].numel()).view_as(a["dt"])
     wanted = selective_state_update(
         **{k: v.double() if k != "dt_softplus" else v for k, v in a.items()}, impl="reference"

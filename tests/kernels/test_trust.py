@@ -29,11 +29,11 @@ def load(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_KERNELS", str(tmp_path / "cache"))
 
     def now():
-        cpp_build.library.cache_clear()
-        return cpp_build.library(source)
+        cpp_build.load_library.cache_clear()
+        return cpp_build.load_library(source)
 
     yield now
-    cpp_build.library.cache_clear()
+    cpp_build.load_library.cache_clear()
 
 
 @pytest.fixture
@@ -102,7 +102,9 @@ def test_damage_is_named_and_the_library_made_again(load, kept, capfd, damage, w
     said = capfd.readouterr().err
     assert re.search(f"The compiled library {kept} .*{words}.*, so it is not used", said), said
     assert "Compiling tiny" in said
-    assert trust.why_not_sound(kept) is None and stat.S_IMODE(kept.parent.stat().st_mode) & trust.OTHERS == 0
+    assert (
+        trust.why_untrusted(kept) is None and stat.S_IMODE(kept.parent.stat().st_mode) & trust.WRITABLE_BY_OTHERS == 0
+    )
     load()
     assert "Compiling" not in capfd.readouterr().err
 
@@ -118,7 +120,7 @@ def test_other_owners_are_not_trusted(load, kept, capfd, monkeypatch):
     """As another user sees it: the folder is not theirs, so nothing in it is loaded or replaced."""
     before = kept.read_bytes()
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    monkeypatch.setattr(trust, "why_not_ours", _as_if_nobody_were_root(trust.why_not_ours))
+    monkeypatch.setattr(trust, "why_not_private", _as_if_nobody_were_root(trust.why_not_private))
     assert "belongs to another user" in load()
     assert kept.read_bytes() == before
 
@@ -151,7 +153,7 @@ def test_modes_do_not_depend_on_the_umask(load, tmp_path):
     finally:
         os.umask(before)
     for path in (tmp_path / "cache", *(tmp_path / "cache").iterdir()):
-        assert not path.stat().st_mode & trust.OTHERS, path
+        assert not path.stat().st_mode & trust.WRITABLE_BY_OTHERS, path
 
 
 def test_many_at_once_all_get_a_sound_one(tmp_path, monkeypatch):
@@ -161,7 +163,7 @@ def test_many_at_once_all_get_a_sound_one(tmp_path, monkeypatch):
     threads = [
         threading.Thread(
             target=lambda: found.append(
-                cpp_build._cached(target, lambda: cpp_build._compile("g++", tmp_path / "tiny.cpp", target))
+                cpp_build._load_or_build(target, lambda: cpp_build._compile("g++", tmp_path / "tiny.cpp", target))
             )
         )
         for _ in range(4)
@@ -177,7 +179,8 @@ def test_many_at_once_all_get_a_sound_one(tmp_path, monkeypatch):
 def test_a_user_without_a_home_has_a_folder_among_the_temporary_ones(tmp_path):
     script = (
         "import pwd, os\ndef nobody(number): raise KeyError(number)\npwd.getpwuid = nobody\nfrom kernels import trust\n"
-        "print(trust.cache()); print(trust.why_no_folder(trust.cache())); print(oct(trust.cache().parent.stat().st_mode))"
+        "folder = trust.cache_folder()\n"
+        "print(folder); print(trust.make_folder(folder)); print(oct(folder.parent.stat().st_mode))"
     )
     names = ("HOME", "XDG_CACHE_HOME", "CONVERT_CACHE", "CONVERT_KERNELS")
     environment = {k: v for k, v in os.environ.items() if k not in names} | {
@@ -199,12 +202,14 @@ def test_a_user_without_a_home_has_a_folder_among_the_temporary_ones(tmp_path):
 
 def test_the_environment_decides_where(monkeypatch):
     for name, value, wanted in (
-        ("CONVERT_KERNELS", "/a", "/a"), ("CONVERT_CACHE", "/b", "/b/kernels"), ("XDG_CACHE_HOME", "/c", "/c/conversion-workbench/kernels"),
+        ("CONVERT_KERNELS", "/a", "/a"),
+        ("CONVERT_CACHE", "/b", "/b/kernels"),
+        ("XDG_CACHE_HOME", "/c", "/c/conversion-workbench/kernels"),
         ("HOME", "/d", "/d/.cache/conversion-workbench/kernels"),
-    ):  # fmt: skip
+    ):
         with monkeypatch.context() as only:
             for other in ("CONVERT_KERNELS", "CONVERT_CACHE", "XDG_CACHE_HOME", "HOME"):
                 only.delenv(other, raising=False)
             only.setenv(name, value)
-            assert str(trust.cache()) == wanted
-    assert str(trust._temporary()).startswith(tempfile.gettempdir())
+            assert str(trust.cache_folder()) == wanted
+    assert str(trust._temporary_folder()).startswith(tempfile.gettempdir())

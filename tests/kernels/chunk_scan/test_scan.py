@@ -1,4 +1,4 @@
-"""The chunked scan with one decay per head is its reference, and the reference is the quadratic form of the paper."""
+"""Every implementation equals the reference, and the reference equals the quadratic form of the paper."""
 
 import pytest
 import torch
@@ -53,10 +53,10 @@ def test_formula(impl):
 
 
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
-@pytest.mark.parametrize("readings", [1, 2])
-def test_is_a_selective_scan_with_one_decay_per_head(impl, readings):
-    """The two kernels agree where both apply; their readings are laid out differently."""
-    a = make(70, G=HEADS, R=readings, normalize=True)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_is_a_selective_scan_with_one_decay_per_head(impl, queries):
+    """The two kernels agree where both apply; their queries are laid out differently."""
+    a = make(70, G=HEADS, R=queries, normalize=True)
     u, delta = a["x"].flatten(2).mT, a["dt"].repeat_interleave(CHANNELS, 2).mT
     A = a["A"].repeat_interleave(CHANNELS)[:, None].expand(-1, 5)
     B, C = (a[name].permute(0, 2, 3, 1) for name in "BC")
@@ -86,7 +86,7 @@ def test_epsilon_counts_where_the_denominator_is_small(impl):
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
 @pytest.mark.parametrize("border", [20, 64, 70])
 def test_documents_are_separate_runs(impl, border):
-    """The first continues the state it is given; the last state is the last document's. Borders in a chunk and between two."""
+    """The first continues the given state, and the last state is the last document's; borders in and between chunks."""
     a = make(130, normalize=True, state=True)
     state = a.pop("initial_states")
     ids = torch.tensor([4] * border + [9] * (130 - border)).expand(2, -1)
@@ -163,7 +163,7 @@ def test_autocast_changes_nothing(impl):
 
 
 def saved_numbers(L: int, impl: str) -> int:
-    """How many numbers the storages hold that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+    """Count the numbers in the storages that autograd keeps for the backward pass; a view keeps all of its storage."""
     a = {
         k: v.requires_grad_() if isinstance(v, torch.Tensor) else v
         for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()
@@ -189,7 +189,10 @@ WRONG = {
     "no groups": (dict(B=torch.ones(2, 8, 0, 5)), r"must divide H; .* got H 4, B 0, C 1"),
     "integers": (dict(A=torch.ones(4, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "devices": (dict(A=torch.ones(4, device="meta")), "on one device; got x on cpu and A on meta"),
-    "too many states": (dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)), "must be at most 1024; got 1025"),
+    "too many states": (
+        dict(B=torch.ones(2, 8, 1, 1025), C=torch.ones(2, 8, 1, 1025)),
+        "must be at most 1024; got 1025",
+    ),
     "NaN": (dict(A=torch.tensor([0, 0, torch.nan, -1])), "A must be finite; got 1 NaN and 0 infinities of 4"),
     "document_ids of floats": (dict(document_ids=torch.zeros(2, 8)), "whole numbers on cpu; got torch.float32 on cpu"),
     "x": (dict(x=torch.ones(2, 8, 4)), r"x must be \[batch, L, H, P\], not empty; got \(2, 8, 4\)"),
@@ -202,12 +205,16 @@ WRONG = {
     "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
     "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference'; got 'cuda'"),
     "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
-    "initial_states": (dict(initial_states=torch.ones(1, 4, 5, 3)), r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)"),
+    "initial_states": (
+        dict(initial_states=torch.ones(1, 4, 5, 3)),
+        r"initial_states must .*\(2, 4, 5, 3\).*; got \(1, 4, 5, 3\)",
+    ),
     "initial_states normalized": (
-        dict(initial_states=torch.ones(2, 4, 5, 3), normalize=True), r"initial_states must .*\(2, 4, 5, 4\).*; got \(2, 4, 5, 3\)",
+        dict(initial_states=torch.ones(2, 4, 5, 3), normalize=True),
+        r"initial_states must .*\(2, 4, 5, 4\).*; got \(2, 4, 5, 3\)",
     ),
     "document_ids": (dict(document_ids=torch.zeros(2, 7)), r"document_ids must .*\(2, 8\).*; got \(2, 7\)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)

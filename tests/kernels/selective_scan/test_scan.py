@@ -1,4 +1,6 @@
-"""The chunked selective scan is the reference, and the reference is the published formula."""
+"""Every implementation equals the reference, and the reference equals the published formula."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_each_is_the_reference(options, length, impl):
     "dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)], ids=["float64", "float32"]
 )
 def test_compiled_scan_of_many_blocks(layout, dtype, tolerance):
-    """More channels than lanes, a number of states that is no multiple of anything, groups, in any memory layout."""
+    """More channels than lanes, a prime number of states, groups, and any memory layout."""
     options = dict(N=29, G=2, R=2, channels=70, normalize=True, documents=True, state=True)
     expected = run(selective_scan, make(150, **options), "reference")
     a = make(150, **options, dtype=dtype)
@@ -164,8 +166,8 @@ def test_autocast_changes_nothing(impl):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
 
-def saved_bytes(function) -> int:
-    """Of the storages that autograd keeps for the backward pass: a view keeps all of what it looks at."""
+def saved_bytes(function: Callable) -> int:
+    """Return the size of the storages that autograd keeps for the backward pass; a view keeps all of its storage."""
     storages = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
@@ -176,7 +178,7 @@ def saved_bytes(function) -> int:
 
 
 def test_backward_keeps_no_state_per_step():
-    """Of size [batch, D, N, L] nothing is kept: inputs and the states between chunks only."""
+    """Nothing of size [batch, D, N, L] is kept: only inputs and the states between chunks."""
     batch, channels, N, L = 2, 8, 16, 512
     a = make(L, N=N, channels=channels, dtype=torch.float32)
     a = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in a.items()}

@@ -5,41 +5,15 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from kernels.selective_scan import selective_scan, selective_state_update
+from kernels.selective_scan.cases import UPDATE_CASES, make_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import CPU, needs_compiler
 
 
-def make(N=16, G=None, heads=None, dtype=torch.float64, **present):
-    """Arguments of selective_state_update: batch 2, 6 channels, or heads of 3."""
-    g = torch.Generator().manual_seed(N)
-    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
-    channels = (heads, 3) if heads else (6,)
-    rows = (2, G, N) if G else (2, N)
-    a = dict(
-        state=normal(2, *channels, N),
-        x=normal(2, *channels),
-        dt=normal(2, *channels),
-        A=-normal(*channels, N).abs(),
-        B=normal(*rows),
-        C=normal(*rows),
-    )
-    a |= {
-        name: normal(*((2, *channels) if name == "z" else channels))
-        for name in ("D", "z", "dt_bias")
-        if present.get(name)
-    }
-    return a | dict(dt_softplus=True)
-
-
-CASES = {
-    "plain": {}, "odd": dict(N=21), "one": dict(N=1), "all": dict(D=True, z=True, dt_bias=True), "heads": dict(heads=4, G=2, D=True),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("impl", [CPU, "reference"])
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", UPDATE_CASES.values(), ids=UPDATE_CASES)
 def test_is_a_scan_of_one_step(options, impl):
-    a = make(**options)
+    a = make_update(**options)
     state = a["state"].clone()
     y = selective_state_update(**a | dict(state=state), impl=impl)
     flat = {
@@ -47,25 +21,34 @@ def test_is_a_scan_of_one_step(options, impl):
     }
     B, C = (t if t.ndim == 3 else t[:, None] for t in (a["B"], a["C"]))
     expected, last = selective_scan(
-        flat["x"][..., None], flat["dt"][..., None], a["A"].flatten(0, -2), B[..., None], C[..., None], flat.get("D"),
-        None if "z" not in flat else flat["z"][..., None], flat.get("dt_bias"), True, True, initial_state=a["state"].flatten(1, -2),
+        flat["x"][..., None],
+        flat["dt"][..., None],
+        a["A"].flatten(0, -2),
+        B[..., None],
+        C[..., None],
+        flat.get("D"),
+        None if "z" not in flat else flat["z"][..., None],
+        flat.get("dt_bias"),
+        True,
+        True,
+        initial_state=a["state"].flatten(1, -2),
         impl="reference",
-    )  # fmt: skip
+    )
     assert_close(y.flatten(1), expected[..., 0], 1e-12)
     assert_close(state.flatten(1, -2), last, 1e-12)
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", UPDATE_CASES.values(), ids=UPDATE_CASES)
 def test_float32_is_close_to_float64(options):
-    a, single = make(**options), make(**options, dtype=torch.float32)
+    a, single = make_update(**options), make_update(**options, dtype=torch.float32)
     assert_close(selective_state_update(**single, impl="cpu"), selective_state_update(**a, impl="reference"), 1e-5)
     assert_close(single["state"], a["state"], 1e-5)
 
 
 @needs_compiler
 def test_expanded_views_and_bfloat16_inputs():
-    a = make(heads=4, dtype=torch.float32)
+    a = make_update(heads=4, dtype=torch.float32)
     a["dt"], a["A"] = a["dt"][..., :1].expand(2, 4, 3), a["A"][:, :1, :1].expand(4, 3, 16)
     b = {k: v.bfloat16() if k in ("x", "B", "C") else v for k, v in a.items()} | dict(state=a["state"].clone())
     wanted, found = selective_state_update(**a, impl="reference"), selective_state_update(**b, impl="cpu")
@@ -74,10 +57,10 @@ def test_expanded_views_and_bfloat16_inputs():
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", UPDATE_CASES.values(), ids=UPDATE_CASES)
 def test_a_remembered_layout_computes_the_same(options):
     """The second call of a layout skips what the first one checked."""
-    a = make(**options)
+    a = make_update(**options)
     for _ in range(2):
         wanted_state = a["state"].clone()
         wanted = selective_state_update(**a | dict(state=wanted_state), impl="reference")
@@ -91,7 +74,7 @@ def test_a_remembered_layout_computes_the_same(options):
 @pytest.mark.parametrize("impl", [CPU, "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_decay_that_is_not_finite_is_refused(impl, value):
-    a = make(dtype=torch.float32)
+    a = make_update(dtype=torch.float32)
     wrong = a["A"].clone()
     wrong[3, 5] = value
     for _ in range(2):
@@ -120,18 +103,18 @@ WRONG = {
 @pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        selective_state_update(**make() | changes)
+        selective_state_update(**make_update() | changes)
 
 
 def test_torch_compile_sees_one_operator():
-    a = make(dtype=torch.float32)
+    a = make_update(dtype=torch.float32)
     wanted = selective_state_update(**a | dict(state=a["state"].clone()))
     compiled = torch.compile(lambda **k: selective_state_update(**k), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(**a), wanted, 1e-6)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for N in (2, 3, 4):  # what is remembered of other layouts is no reason to compile again
-            selective_state_update(**make(N=N, dtype=torch.float32))
+            selective_state_update(**make_update(N=N, dtype=torch.float32))
             compiled(**a)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
@@ -139,8 +122,8 @@ def test_torch_compile_sees_one_operator():
 @needs_compiler
 def test_layouts_under_a_fake_mode(monkeypatch):
     """Its new tensors have no memory to write to, whether or not the arguments have."""
-    monkeypatch.setattr("kernels.selective_scan.update.DIRECT", {})
-    for a in (make(dtype=torch.float32), make(heads=4, G=2, dtype=torch.float32)):
+    monkeypatch.setattr("kernels.selective_scan.update.KNOWN_CALLS", {})
+    for a in (make_update(dtype=torch.float32), make_update(heads=4, G=2, dtype=torch.float32)):
         for known in (False, True):
             if known:
                 selective_state_update(**a)
@@ -152,12 +135,15 @@ def test_layouts_under_a_fake_mode(monkeypatch):
 @needs_compiler
 def test_fake_tensors_have_shapes_only():
     with FakeTensorMode() as mode:
-        a = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in make(dtype=torch.float32).items()}
+        a = {
+            k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+            for k, v in make_update(dtype=torch.float32).items()
+        }
         assert selective_state_update(**a).shape == (2, 6)
 
 
 def test_a_backward_pass_notices_that_the_state_changed():
-    a, w = make(), torch.ones(2, 6, 16, dtype=torch.float64, requires_grad=True)
+    a, w = make_update(), torch.ones(2, 6, 16, dtype=torch.float64, requires_grad=True)
     product = (w * a["state"]).sum()
     with torch.no_grad():
         selective_state_update(**a)
