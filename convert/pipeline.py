@@ -1,6 +1,7 @@
 """run_recipe(): the one place where recipe, data, tracking, checkpoints and measurements meet."""
 
 import copy
+import dataclasses
 import difflib
 import functools
 import json
@@ -23,19 +24,24 @@ from convert.core.provenance import commit, versions
 from convert.data.batches import Batch, Batches
 from convert.data.text import TokenData, corpus, tokenize
 from convert.evaluation import final_metrics as final
-from convert.evaluation import perplexity as measure
-from convert.evaluation import runner as evaluation
-from convert.evaluation.monitor import Rule, Watch
+from convert.evaluation.monitor import Monitor, Rule
+from convert.evaluation.perplexity import perplexity
+from convert.evaluation.runner import chosen, evaluate_tasks, write
 from convert.exporting.verify import ship
 from convert.mixers.parts import DecayRate
 from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
 from convert.recipes.language import Forget, Recipe, Swap, Train
-from convert.reports import report
+from convert.reports import report as reports
+from convert.reports import scores
+from convert.reports.language import LANGUAGE
 from convert.reports.page import write_page
 from convert.runs import records
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.language_schemas import LanguageReport
 from convert.runs.ledger import LOGS, StepFolder, StopRequest, check_out, locked, open_run
+from convert.runs.schemas import Export, Handover, Layers, Seconds, Settings, StepResult, TokenCount
 from convert.runs.tracking import Track
 from convert.steps.swap import do_swap
 
@@ -65,7 +71,7 @@ def run_recipe(
     wandb: Literal["online", "offline", "disabled"] | None = None,
     stop_when: Sequence[Text] = (),
     trust_remote_code: bool = False,
-) -> dict:
+) -> LanguageReport:
     """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; returns the report.
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured.
@@ -102,8 +108,8 @@ def run_recipe(
     )
     taught = load_teacher(source, device=device, trust_remote_code=trust_remote_code)
     text = tokenize(documents, taught.tokenizer, limit=recipe.tokens)
-    final.held_out(text, recipe)  # and too little text before the folder is taken
-    evaluation.chosen(None, taught.tokenizer)  # and a chat template that renders nothing
+    held_out(text, recipe)  # and too little text before the folder is taken
+    chosen(None, taught.tokenizer)  # and a chat template that renders nothing
     for step in recipe.steps:
         if isinstance(step, Train):
             Batches(text.train, step.settings.seq_len, step.settings.num_sequences)
@@ -117,14 +123,14 @@ def run_recipe(
     open_run(out, settings, fresh)
     with locked(out):
         _check_what_is_read_back(out)
-        numbers = _locked_run(recipe, taught, text, out, settings, wandb, rules, started, plan)
-    report.show(numbers, console)
-    evaluation.show(numbers["evaluation"], console)
+        report = _locked_run(recipe, taught, text, out, settings, wandb, rules, started, plan)
+    reports.show(report, console, LANGUAGE)
+    scores.show(report.evaluation, console)
     console.print(
         f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  python -m convert.generate {out}"
         ' "def add("'
     )
-    return numbers
+    return report
 
 
 def _locked_run(
@@ -137,30 +143,27 @@ def _locked_run(
     rules: Sequence[Rule],
     started: float,
     plan: planning.Plan,
-) -> dict:
+) -> LanguageReport:
     track = Track(out, mode=wandb, config=settings, name=out.name)
     try:
         with StopRequest() as stop:
             student, results = _steps(recipe, taught, text, out, track, stop, rules, plan)
         _round(student, taught.dtype)
-        numbers = _report(student, taught, text, recipe, settings, results)
-        numbers["evaluation"] = _ask(student, taught, recipe, out)
+        report = _report(student, taught, text, recipe, settings, results, out)
         with manifest.renewing(out, *SHIPPED):
-            numbers["export"] = ship(student, taught, out / "model", numbers, text)
-            numbers["seconds"]["this_call"] = time.monotonic() - started
-            write_json(out / "report.json", numbers)
-            write_text(out / "report.md", report.markdown(numbers))
-            write_page([out], out / "report.html")
+            export = records.checked(ship(student, taught, out / "model", report, text), Export, "The export", "")
+            seconds = dataclasses.replace(report.seconds, this_call=time.monotonic() - started)
+            report = dataclasses.replace(report, export=export, seconds=seconds)
+            write_json(out / "report.json", dataclasses.asdict(report))
+            write_text(out / "report.md", reports.markdown(report, LANGUAGE))
+            write_page([out], out / "report.html", LANGUAGE)
         track.enter("evaluate")
-        track.made(fingerprint(student), {"architecture": recipe.target} | numbers["perplexity"], out / "model")
-        short = {
-            part: numbers[part][key]
-            for part, key in (("perplexity", "ratio"), ("agreement", "top1"), ("kl", "mean_nats"))
-        }
-        track.finish(numbers["evaluation"], out / "report.html", short)
+        numbers = dataclasses.asdict(report.perplexity)
+        track.made(fingerprint(student), {"architecture": recipe.target} | numbers, out / "model")
+        track.finish(report.evaluation, out / "report.html", LANGUAGE.numbers(report))
     finally:
         track.close()
-    return numbers
+    return report
 
 
 def _places(source: Source) -> list[Path]:
@@ -175,7 +178,7 @@ def _places(source: Source) -> list[Path]:
 def _check_what_is_read_back(out: Path) -> None:
     """Of an earlier call: before hours are spent."""
     manifest.check(out, "answers.jsonl", *LOGS)
-    evaluation.earlier(out)
+    records.evaluation(out)
     records.context(out)
 
 
@@ -192,8 +195,8 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     folders = [StepFolder(out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     results, student, tokens_before, steps_before = [], None, 0, 0
-    batches = final.held_out(text, recipe)
-    watch = Watch(taught, batches[: max(1, len(batches) // 4)], rules)
+    batches = held_out(text, recipe)
+    watch = Monitor(taught, batches[: max(1, len(batches) // 4)], rules)
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
         result = folder.result()
         if result is not None:
@@ -214,7 +217,7 @@ def _steps(
             result = folder.finish(student, result)
             if isinstance(step, Train):
                 track.made(
-                    result["model"], {"architecture": architecture(student), "perplexity": result["perplexity_after"]}
+                    result["model"], {"architecture": architecture(student), "perplexity": result["headline_after"]}
                 )
             if "layers" in result:
                 with manifest.renewing(out, "layers.json"):
@@ -223,7 +226,7 @@ def _steps(
                 folders[i - 1].drop_weights()
             left = planning.time_left(plan, [*results, result])
             ahead = f"; about {duration(left)} of training left" if left else ""
-            console.print(f"{step.name}: perplexity {result['perplexity_after']:.3f}{ahead}", style="dim")
+            console.print(f"{step.name}: perplexity {result['headline_after']:.3f}{ahead}", style="dim")
         results.append(result)
         if stop.requested:
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
@@ -242,7 +245,7 @@ def _do(
     recipe: Recipe,
     folder: StepFolder,
     track: Track,
-    watch: Watch,
+    watch: Monitor,
     batches: list[Batch],
 ):
     """The student after the step, and what the ledger says of it. `start()` makes the student from before the step once
@@ -261,12 +264,12 @@ def _do(
     else:
         student, found = _train(step, student, taught, text, folder, track, watch)
         result |= found
-    result["perplexity_after"] = measure.perplexity(student, batches)
+    result["headline_after"] = perplexity(student, batches)
     result["seconds"] += time.monotonic() - started
     return student, result
 
 
-def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, watch: Watch):
+def _train(step: Train, student, taught: Teacher, text: TokenData, folder: StepFolder, track: Track, watch: Monitor):
     """`seconds`: those before a crash."""
     started, s = time.monotonic(), step.settings
 
@@ -306,39 +309,40 @@ def seed_of(recipe: Recipe) -> int:
     return next((step.settings.seed for step in recipe.steps if isinstance(step, Train)), 0)
 
 
-def _report(student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict]) -> dict:
+def _report(
+    student, taught: Teacher, text: TokenData, recipe: Recipe, settings: dict, results: list[dict], out: Path
+) -> LanguageReport:
     console.print("measure", style="bold")
-    handovers = [r["handover"] for r in results if r.get("handover")]
-    stages = [r for r in results if r["tokens"]]
-    return final.numbers(student, taught, text, final.held_out(text, recipe)) | {
-        "teacher": taught.source.name,
-        "target": recipe.target,
-        "settings": settings,
-        "handover": handovers[-1] if handovers else {"max_abs_logit": None},
-        "seconds": {"total": sum(r["seconds"] for r in results)},
-        "tokens": {"total": sum(r["tokens"] for r in stages)},
-        "stages": stages,
-        "steps": results,
-        "layers": next((r["layers"] for r in results if "layers" in r), {"kept": []}),
-        "versions": versions(),
-        "commit": commit(),
-        "seed": seed_of(recipe),
-        "device": str(student.device),
-    }
+    metrics = final.final_metrics(student, taught, text, held_out(text, recipe))
+    steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
+    stages = [step for step in steps if step.tokens]
+    return LanguageReport(
+        domain="language",
+        teacher=taught.source.name,
+        target=recipe.target,
+        evaluation=_evaluate(student, taught, recipe, out),
+        seed=seed_of(recipe),
+        device=str(student.device),
+        commit=commit(),
+        versions=versions(),
+        settings=Settings(**settings),
+        steps=steps,
+        stages=stages,
+        handover=next((step.handover for step in reversed(steps) if step.handover), Handover()),
+        layers=next((step.layers for step in steps if step.layers), Layers()),
+        seconds=Seconds(total=sum(step.seconds for step in steps)),
+        tokens=TokenCount(total=sum(step.tokens for step in stages)),
+        **vars(metrics),
+    )
 
 
-def _ask(student, taught: Teacher, recipe: Recipe, out: Path) -> dict:
-    """A loss can be fine and the writing rotten: the tasks by both readings."""
+def _evaluate(student, taught: Teacher, recipe: Recipe, out: Path) -> Evaluation:
+    """Scores of both models on the tasks: a loss can be fine and what the student writes useless."""
     console.print("evaluate", style="bold")
     models = {"teacher": taught.model, "student": student}
-    found = evaluation.evaluate_tasks(
-        models,
-        taught.tokenizer,
-        evaluation.chosen(None, taught.tokenizer),
-        limit=recipe.questions,
-        file=out / "answers.jsonl",
-    )
-    evaluation.write(found, out / "evaluation.json")
+    tasks = chosen(None, taught.tokenizer)
+    found = evaluate_tasks(models, taught.tokenizer, tasks, limit=recipe.questions, file=out / "answers.jsonl")
+    write(found, out / "evaluation.json")
     return found
 
 
@@ -349,6 +353,12 @@ def _round(student, dtype: torch.dtype) -> None:
         p.copy_(p.to(dtype))
 
 
+def held_out(text: TokenData, recipe: Recipe) -> list[Batch]:
+    """The batches on which every perplexity of a run is measured."""
+    last = [step.settings for step in recipe.steps if isinstance(step, Train)][-1]
+    return final.held_out(text, recipe.tokens, last.seq_len, last.micro_tokens)
+
+
 # --- defaults
 
 
@@ -357,7 +367,7 @@ def _whole_name(teacher: str, source: Source) -> str:
     return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
 
 
-def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict | None:
+def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> LanguageReport | None:
     """The report of a finished run of just this, else None."""
     if not (out / "report.json").exists():
         return None
@@ -370,7 +380,7 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> dict 
         "data": data or source.data,
         "steps": steps,
     }
-    return report if asked.items() <= report["settings"].items() else None
+    return report if asked.items() <= vars(report.settings).items() else None
 
 
 @checked

@@ -12,13 +12,15 @@ from convert.data.text import TokenData
 from convert.exporting import native
 from convert.exporting.hub import check_in_clean_process, export, export_native
 from convert.models.loading import Teacher
-from convert.reports import report
+from convert.reports import report as reports
+from convert.reports.language import LANGUAGE
+from convert.runs.language_schemas import LanguageReport
 
 
-def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData) -> dict:
+def ship(student, taught: Teacher, folder: Path, report: LanguageReport, text: TokenData) -> dict:
     """Write model/, and read it back in a process that does not know this project."""
     console.print("export", style="bold")
-    export(student, taught.tokenizer, folder, card=report.card(numbers), dtype=taught.dtype)
+    export(student, taught.tokenizer, folder, card=reports.card(report, LANGUAGE), dtype=taught.dtype)
     found = _checked(student, folder, text, trust_remote_code=True) | {
         "dtype": str(taught.dtype).removeprefix("torch.")
     }
@@ -29,7 +31,7 @@ def ship(student, taught: Teacher, folder: Path, numbers: dict, text: TokenData)
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
-        export_native(student, taught.tokenizer, beside, card=report.card(numbers, native=True), dtype=taught.dtype)
+        export_native(student, taught.tokenizer, beside, card=reports.card(report, LANGUAGE, native=True), dtype=taught.dtype)
         checked = _checked(student, beside, text, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
         if disk_reason(error):

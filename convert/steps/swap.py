@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from convert.core.errors import UserError
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.text import TokenData
-from convert.evaluation import perplexity as measure
+from convert.evaluation.perplexity import perplexity as perplexity_of
 from convert.models.student import ConvertedForCausalLM, swap
 from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
 from convert.steps import selection
@@ -67,10 +67,10 @@ def _exact_swap(
     leaves a real difference as it is, decides. For that `start()` makes the student from before the swap once more."""
     length = min(HANDOVER_TOKENS, student.config.max_position_embeddings, len(text.held_out) - 1)
     batch = held_out_batches(text.held_out, length, 1, length)[0].to(student.device)
-    before, perplexity = hidden_states(student, batch), measure.perplexity(student, [batch])
+    before, perplexity = hidden_states(student, batch), perplexity_of(student, [batch])
     student = swap(student, step.mixer, step.options, edited, inputs).eval()
     worst, largest = _largest_change(student.get_output_embeddings(), before, hidden_states(student, batch))
-    change = abs(measure.perplexity(student, [batch]) / perplexity - 1)
+    change = abs(perplexity_of(student, [batch]) / perplexity - 1)
     checked = {
         "tokens": length,
         "max_abs_logit": worst,
