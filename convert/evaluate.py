@@ -1,4 +1,4 @@
-"""The command that asks teacher and student the same questions, by generation and by likelihood, and measures a run's
+"""The command that asks teacher and student the same examples, by generation and by likelihood, and measures a run's
 final numbers again.
 
 python -m convert.evaluate runs/neox-nano-mamba2
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(
         prog="python -m convert.evaluate",
-        description="Teacher and student on the same questions, by generation and by likelihood.",
+        description="Teacher and student on the same examples, by generation and by likelihood.",
     )
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
@@ -37,17 +37,25 @@ def evaluate(args: argparse.Namespace) -> None:
     run = path_of(args.folder, "The folder")
     has_page = (run / "report.json").exists() and path_of(args.out or run, "--out") == run
     with heavy_imports():
-        from convert.evaluation.runner import evaluate_run
-        from convert.reports.page import Run, write_report_page
+        from convert.evaluation.runner import evaluate_model, evaluate_run, is_run
+        from convert.reports.language import LANGUAGE
+        from convert.reports.page import write_report_page
+        from convert.reports.sections import Run
 
     if has_page:
-        Run.read(run)  # what cannot be shown is said before minutes of questions
-    evaluate_run(
-        args.folder, tasks=args.tasks, limit=args.limit, lm_eval=args.lm_eval, out=args.out, device=args.device,
+        Run.read(run)  # what cannot be shown is said before minutes of evaluation
+    evaluated = evaluate_run if is_run(run) else evaluate_model
+    evaluated(
+        args.folder,
+        tasks=args.tasks,
+        limit=args.limit,
+        lm_eval=args.lm_eval,
+        out=args.out,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    )
     if has_page:
-        write_report_page(run)
+        write_report_page(run, LANGUAGE)
 
 
 if __name__ == "__main__":

@@ -48,29 +48,22 @@ def generate(args: argparse.Namespace) -> None:
         from transformers import TextStreamer
 
         from convert.data.prompts import encode, has_chat_template
-        from convert.evaluation.scoring import end_ids, greedily
+        from convert.evaluation import generation
         from convert.models.devices import pick_device
         from convert.models.loading import load_teacher
 
     loaded = load_teacher(source, device=pick_device(args.device), trust_remote_code=args.trust_remote_code)
     model, tokenizer = loaded.model, loaded.tokenizer
     chat = has_chat_template(tokenizer) and not args.raw
-    ids = torch.tensor([encode(tokenizer, args.prompt, chat=chat)], device=model.device)
     torch.manual_seed(args.seed)
-    # the settings published with a model (beams, penalties, watermarks) would make it another text
-    sampling = (
-        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    generation.generate(
+        model,
+        tokenizer,
+        [encode(tokenizer, args.prompt, chat=chat)],
+        args.max_new_tokens,
+        choose=generation.drawn(args.temperature) if args.temperature else None,
+        streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
     )
-    with greedily(model):
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=args.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_ids(model, tokenizer),
-            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
-            **sampling,
-        )
 
 
 if __name__ == "__main__":

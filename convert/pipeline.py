@@ -29,11 +29,13 @@ from convert.planning.plan import Plan
 from convert.planning.validate import named_teachers
 from convert.recipes.base import Recipe
 from convert.recipes.targets import default_recipe
-from convert.reports import report
+from convert.reports import report as reports
+from convert.reports import scores
 from convert.reports.page import write_page
 from convert.runs import records
 from convert.runs.checkpoint import LOGS, StepFolder, StopRequest
 from convert.runs.ledger import check_out, locked, open_run
+from convert.runs.schemas import Export, Handover, Layers, Report, Seconds, Settings, StepResult, TokenCount
 from convert.runs.tracking import Track
 from convert.steps.base import Session, Step
 
@@ -75,7 +77,7 @@ def run_recipe(
     wandb: Literal["online", "offline", "disabled"] | None = None,
     stop_when: Sequence[Text] = (),
     trust_remote_code: bool = False,
-) -> Any:
+) -> Report:
     """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; return the report.
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured.
@@ -119,14 +121,14 @@ def run_recipe(
     open_run(out, run.settings, fresh)
     with locked(out):
         _check_what_is_read_back(out)
-        numbers = _locked_run(run, wandb, rules, started)
-    report.show(numbers, domain.sections, console)
-    domain.show_evaluation(numbers.evaluation, console)
+        report = _locked_run(run, wandb, rules, started)
+    reports.show(report, console, domain.sections)
+    scores.show(report.evaluation, console)
     console.print(
         f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  python -m convert.generate"
         f' {out} "def add("'
     )
-    return numbers
+    return report
 
 
 def _planned(
@@ -208,7 +210,7 @@ def _check_what_is_read_back(out: Path) -> None:
     records.context(out)
 
 
-def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: float) -> Any:
+def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: float) -> Report:
     """Do the steps, measure, evaluate, export and report."""
     out, domain = run.out, run.domain
     track = Track(out, mode=wandb, config=run.settings, name=out.name)
@@ -216,23 +218,25 @@ def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: floa
         with StopRequest() as stop:
             student, results = _steps(run, track, stop, rules)
         _round(student, run.teacher.dtype)
-        numbers = _report(run, student, results)
-        console.print("evaluate", style="bold")
-        models = {"teacher": run.teacher.model, "student": student}
-        numbers["evaluation"] = domain.evaluate(models, run.teacher, run.recipe.examples, out)
+        report = _report(run, student, results)
         with manifest.renewing(out, *SHIPPED):
-            numbers["export"] = domain.export(student, run.teacher, out / "model", numbers, run.data)
-            numbers["seconds"]["this_call"] = time.monotonic() - started
-            write_json(out / "report.json", numbers)
-            write_text(out / "report.md", report.markdown(numbers))
-            write_page([out], out / "report.html")
+            cards = reports.card(report, domain.sections), reports.card(report, domain.sections, native=True)
+            exported = domain.export(student, run.teacher, out / "model", cards, run.data)
+            report = dataclasses.replace(
+                report,
+                export=records.checked(exported, Export, "The export", ""),
+                seconds=dataclasses.replace(report.seconds, this_call=time.monotonic() - started),
+            )
+            write_json(out / "report.json", dataclasses.asdict(report))
+            write_text(out / "report.md", reports.markdown(report, domain.sections))
+            write_page([out], out / "report.html", domain.sections)
         track.enter("evaluate")
-        facts = {"architecture": run.recipe.target} | numbers["perplexity"]
+        facts = {"architecture": run.recipe.target} | dataclasses.asdict(report.headline)
         track.made(fingerprint(student), facts, out / "model")
-        track.finish(numbers["evaluation"], out / "report.html", domain.summary(numbers))
+        track.finish(report.evaluation, out / "report.html", domain.sections.numbers(report))
     finally:
         track.close()
-    return numbers
+    return report
 
 
 def _steps(
@@ -280,7 +284,7 @@ def _steps(
                 folders[i - 1].drop_weights()
             left = planning.time_left(run.plan, [*results, result])
             ahead = f"; about {duration(left)} of training left" if left else ""
-            metric = f"{run.domain.headline} {result['perplexity_after']:.3f}"
+            metric = f"{run.domain.headline} {result['headline_after']:.3f}"
             console.print(f"{step.name}: {metric}{ahead}", style="dim")
         results.append(result)
         if stop.requested:
@@ -298,7 +302,7 @@ def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> 
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     student, found = step.run(student, session)
     result |= found
-    result["perplexity_after"] = session.domain.measure(student, session.held_out)
+    result["headline_after"] = session.domain.measure(student, session.held_out)
     result["seconds"] += time.monotonic() - started
     if step.training is not None:
         result["model"] = fingerprint(student)
@@ -308,7 +312,7 @@ def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> 
 def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, Any], track: Track) -> None:
     """Track the student of a training step, and keep which layers a swap left alone beside the report."""
     if step.training is not None:
-        facts = {"architecture": architecture(run.domain, student), "perplexity": result["perplexity_after"]}
+        facts = {"architecture": architecture(run.domain, student), run.domain.headline: result["headline_after"]}
         track.made(result["model"], facts)
     if "layers" in result:
         with manifest.renewing(run.out, "layers.json"):
@@ -321,26 +325,33 @@ def architecture(domain: Domain, student: PreTrainedModel) -> str:
     return ", ".join(dict.fromkeys(name for name in mixers if name)) or host.model_type
 
 
-def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of a finished run, but for its evaluation and its export."""
+def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -> Report:
+    """Measure and evaluate the finished student: its report, but for the export."""
     console.print("measure", style="bold")
-    handovers = [result["handover"] for result in results if result.get("handover")]
-    stages = [result for result in results if result["tokens"]]
-    return run.domain.final_metrics(student, run.teacher, run.data, run.held_out()) | {
-        "teacher": run.teacher.source.name,
-        "target": run.recipe.target,
-        "settings": run.settings,
-        "handover": handovers[-1] if handovers else {"max_abs_logit": None},
-        "seconds": {"total": sum(result["seconds"] for result in results)},
-        "tokens": {"total": sum(result["tokens"] for result in stages)},
-        "stages": stages,
-        "steps": results,
-        "layers": next((result["layers"] for result in results if "layers" in result), {"kept": []}),
-        "versions": versions(),
-        "commit": commit(),
-        "seed": run.recipe.seed,
-        "device": str(student.device),
-    }
+    metrics = run.domain.final_metrics(student, run.teacher, run.data, run.held_out())
+    console.print("evaluate", style="bold")
+    models = {"teacher": run.teacher.model, "student": student}
+    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.examples, run.out)
+    steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
+    stages = [step for step in steps if step.tokens]
+    return run.domain.report_type(
+        domain=run.domain.name,
+        teacher=run.teacher.source.name,
+        target=run.recipe.target,
+        evaluation=evaluation,
+        seed=run.recipe.seed,
+        device=str(student.device),
+        commit=commit(),
+        versions=versions(),
+        settings=Settings(**{name: run.settings[name] for name in Settings.__dataclass_fields__}),
+        steps=steps,
+        stages=stages,
+        handover=next((step.handover for step in reversed(steps) if step.handover), Handover()),
+        layers=next((step.layers for step in steps if step.layers), Layers()),
+        seconds=Seconds(total=sum(step.seconds for step in steps)),
+        tokens=TokenCount(total=sum(step.tokens for step in stages)),
+        **vars(metrics),
+    )
 
 
 @torch.no_grad()
@@ -355,7 +366,7 @@ def whole_name(teacher: str, source: Source) -> str:
     return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
 
 
-def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Any:
+def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Report | None:
     """Return the report of a finished run of just this, else None."""
     if not (out / "report.json").exists():
         return None
@@ -367,4 +378,4 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Any:
         "data": data or source.data,
         "steps": json.loads(json.dumps(recipe.describe())),
     }
-    return found if asked.items() <= found.settings.items() else None
+    return found if asked.items() <= vars(found.settings).items() else None

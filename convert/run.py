@@ -119,10 +119,15 @@ def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, re
     """Print the plan; raises UserError with its first refusal, if there is one."""
     with heavy_imports():
         from convert.models.devices import pick_device
+        from convert.domains import domain_of
         from convert.planning import plan as planning
+        from convert.planning.validate import named_teachers
 
     text = corpus(source.data if args.data is None else args.data)  # refuses a folder without text
-    plan = planning.make_plan(source.name, config, recipe, text.spec, pick_device(args.device))
+    domain = domain_of(args.teacher)
+    teachers = named_teachers(domain, recipe, args.trust_remote_code)
+    device = pick_device(args.device)
+    plan = planning.make_plan(domain, source.name, config, recipe, text.spec, device, teachers)
     planning.show(plan, console)
     if plan.refusals:
         raise UserError(plan.refusals[0])

@@ -34,14 +34,16 @@ from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
 from convert.evaluation import perplexity as measure
-from convert.evaluation.scoring import READINGS, prompt_ids
+from convert.evaluation.scoring import prompt_ids
+from convert.evaluation.scoring import READINGS
 from convert.evaluation.tasks import TASKS, Item, Task, needles
 from convert.mixers import MLA
 from convert.models.cache import StateLayer, layer_bytes
 from convert.models.loading import Teacher
 from convert.models.student import ConvertedForCausalLM
 from convert.planning.plan import free_memory
-from convert.reports.page import Run, write_report_page
+from convert.reports.page import write_report_page
+from convert.reports.sections import Run
 from convert.runs.ledger import locked
 
 DEPTHS = (0.1, 0.5, 0.9)

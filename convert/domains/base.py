@@ -11,6 +11,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from convert.reports.sections import Sections
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.schemas import Report
+
 Batches = Callable[[int], Any]  # step -> batch; a batch is a function of the seed and the step
 
 
@@ -64,6 +68,8 @@ class Domain(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]  # what training counts: tokens, images
     headline: ClassVar[str]  # the name of the headline metric
+    report_type: ClassVar[type[Report]]  # what report.json holds: the common keys and those of `final_metrics`
+    sections: ClassVar[Sections]  # how the domain's part of a report is shown
 
     # --- before a run: nothing is loaded
 
@@ -147,13 +153,13 @@ class Domain(ABC):
     @abstractmethod
     def final_metrics(
         self, student: PreTrainedModel, teacher: Teacher, data: Data, batches: Sequence[Any]
-    ) -> dict[str, Any]:
-        """Measure the finished student beside its teacher: the domain's part of the report."""
+    ) -> Any:
+        """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
 
     @abstractmethod
     def evaluate(
         self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
 
     @abstractmethod

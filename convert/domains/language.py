@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.corpus import corpus
-from convert.data.text import Corpus, TokenData, tokenize
+from convert.data.text import TokenData, tokenize
+from convert.data.text import Corpus
 from convert.domains.base import Domain, Monitor
 from convert.evaluation import final_metrics, perplexity, runner
 from convert.evaluation.monitor import Rule
@@ -18,6 +19,9 @@ from convert.mixers.projections import refusal
 from convert.models import from_scratch
 from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
+from convert.reports.language import LANGUAGE
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.language_schemas import LanguageMetrics, LanguageReport
 
 
 
@@ -27,6 +31,8 @@ class Language(Domain):
     name = "language"
     unit = "tokens"
     headline = "perplexity"
+    report_type = LanguageReport
+    sections = LANGUAGE
 
 
     # --- before a run
@@ -82,7 +88,7 @@ class Language(Domain):
         return Batches(data.train, seq_len, num_sequences, seed)
 
     def held_out(self, data: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
-        return final_metrics.held_out_of(data, budget, seq_len, micro_tokens)
+        return final_metrics.held_out(data, budget, seq_len, micro_tokens)
 
     def probe(self, data: TokenData, length: int) -> Batch:
         length = min(length, len(data.held_out) - 1)
@@ -101,10 +107,10 @@ class Language(Domain):
 
     def final_metrics(
         self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch]
-    ) -> dict[str, Any]:
-        return final_metrics.numbers(student, teacher, data, list(batches))
+    ) -> LanguageMetrics:
+        return final_metrics.final_metrics(student, teacher, data, list(batches))
 
-    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path) -> Any:
+    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path) -> Evaluation:
         tasks = runner.chosen(None, teacher.tokenizer)
         answers = folder / "answers.jsonl"
         found = runner.evaluate_tasks(dict(models), teacher.tokenizer, tasks, limit=examples, file=answers)

@@ -1,31 +1,30 @@
-"""Public tasks by EleutherAI's lm-evaluation-harness, on our model objects: its own evaluator, nothing of it written
-again.
+"""Public tasks by EleutherAI's lm-evaluation-harness, on our model objects and by its own evaluator.
 
-Reading: tasks that the harness scores by log p are "likelihood", those for which a model writes are "generation".
+Tasks that the harness scores by log probability count as "likelihood", those for which a model writes as "generation".
 """
 
 import difflib
 import json
 import logging
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.errors import UserError
 from convert.core.network import is_hub_reachable
 from convert.core.places import cache_folder
 from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
-from convert.evaluation.scoring import greedily
 from convert.models.saving import fingerprint
+from convert.evaluation.generation import plain_settings
 
 BATCH = 16
 
 
-def _lm_eval():
+def _lm_eval() -> tuple[ModuleType, ModuleType]:
+    """The harness and yaml, which are extras."""
     try:
         import lm_eval
         import yaml
@@ -35,8 +34,8 @@ def _lm_eval():
     return lm_eval, yaml
 
 
-def find(names: str):
-    """The tasks that these names and folders stand for, and the harness's own list of what there is; wrong ones are
+def find(names: str) -> tuple[list[str], Any]:
+    """Find the tasks that these names and folders stand for, and the harness's TaskManager; wrong names are
     refused."""
     _, yaml = _lm_eval()
     from lm_eval.tasks import TaskManager
@@ -55,28 +54,36 @@ def find(names: str):
 
 
 def run_harness(
-    models: dict[str, PreTrainedModel], tokenizer, names: str, *, limit: int | None = None, chat: bool = True
-) -> list[dict]:
-    """Rows task, model, reading, metric, score, error (standard), n. `names`: tasks or groups of the harness, or
-    folders of local tasks (YAML and JSONL), with commas. `chat`: an instruct model is asked in its chat template.
-    Answers are kept as they come: what was killed goes on."""
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    names: str,
+    *,
+    limit: int | None = None,
+    chat: bool = True,
+) -> list[LmEvalScore]:
+    """Score models by the harness. `names` are its tasks or groups, or folders of local tasks (YAML and JSONL), with
+    commas. With `chat` an instruct model is prompted in its chat template. Answers are kept as they come, so an
+    evaluation that was stopped goes on."""
     lm_eval, _ = _lm_eval()
     from lm_eval.models.huggingface import HFLM
 
     asked, manager = find(names)
-    rows, templated = [], chat and has_chat_template(tokenizer)
+    rows: list[LmEvalScore] = []
+    templated = chat and has_chat_template(tokenizer)
     for model_name, model in models.items():
-        answers = (
-            cache_folder() / "lm-eval" / fingerprint(model)
-        )  # not in the run's folder: it is a pickle, and folders are handed on
+        # not in the run's folder: it is a pickle, and folders are handed on
+        answers = cache_folder() / "lm-eval" / fingerprint(model)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
-        with greedily(model):
+        with plain_settings(model):
             done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
         rows += _rows(model_name, done)
-    return sorted(rows, key=lambda row: (row["task"], row["metric"]))
+    return sorted(rows, key=lambda row: (row.task, row.metric))
 
 
-def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, templated: bool, answers: str) -> dict:
+def _evaluate(
+    lm_eval: ModuleType, model: Any, tasks: list[str], manager: Any, limit: int | None, templated: bool, answers: str
+) -> dict[str, Any]:
+    """Results of the harness's evaluator; what a task does wrong is a UserError."""
     import datasets
 
     unreachable = not is_hub_reachable()
@@ -103,37 +110,38 @@ def _evaluate(lm_eval, model, tasks: list[str], manager, limit: int | None, temp
         ) from error
 
 
-def _rows(model: str, done: dict) -> list[dict]:
+def _rows(model: str, done: dict[str, Any]) -> list[LmEvalScore]:
+    """The harness's results of one model as our rows."""
     rows = []
     for task, metrics in done["results"].items():
         config = done["configs"].get(task)
         if config is None:  # a group: its tasks have rows of their own
             continue
-        reading = "generation" if config["output_type"].startswith("generate") else "likelihood"
+        scoring: Scoring = "generation" if config["output_type"].startswith("generate") else "likelihood"
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
             rows.append(
-                {
-                    "task": task,
-                    "model": model,
-                    "reading": reading,
-                    "metric": metric if kind == "none" else f"{metric}, {kind}",
-                    "score": value,
-                    "error": error if isinstance(error, int | float) else None,
-                    "n": done["n-samples"][task]["effective"],
-                }
+                LmEvalScore(
+                    task=task,
+                    model=model,
+                    scoring=scoring,
+                    metric=metric if kind == "none" else f"{metric}, {kind}",
+                    score=float(value),
+                    error=error if isinstance(error, int | float) else None,
+                    n=done["n-samples"][task]["effective"],
+                )
             )
     return rows
 
 
-def local_tasks(folder: Path, yaml) -> list[str]:
-    """The names that the YAML files of a folder define. What does not parse is said with file and line."""
+def local_tasks(folder: Path, yaml: ModuleType) -> list[str]:
+    """Names of the tasks that the YAML files of a folder define. What does not parse is said with file and line."""
 
-    class Loader(yaml.SafeLoader):
-        pass
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+        """Reads YAML with tags of the harness, such as !function, which are left alone."""
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     found = []
@@ -149,9 +157,8 @@ def local_tasks(folder: Path, yaml) -> list[str]:
         if isinstance(config, dict) and isinstance(config.get("task"), str):
             found.append(config["task"])
     for file in sorted(folder.rglob("*.jsonl")):
-        for number, line in enumerate(
-            _read(file).rstrip("\n").split("\n"), 1
-        ):  # no other line breaks: a string may hold them
+        lines = _read(file).rstrip("\n").split("\n")  # at no other line breaks: a string may hold them
+        for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
             except ValueError as error:
@@ -169,21 +176,3 @@ def _read(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"A task's files must be UTF-8; {file}, line {line} is not.") from None
-
-
-def show(rows: list[dict], console: Console) -> None:
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    table = Table(box=box.SIMPLE_HEAD, title="lm-evaluation-harness", title_justify="left")
-    for column in ("task", "reading", "metric", *models, *(["gap"] if len(models) == 2 else []), "n"):
-        table.add_column(column, justify="left" if column in ("task", "reading", "metric") else "right")
-    by_key: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        by_key.setdefault((row["task"], row["reading"], row["metric"]), {})[row["model"]] = row
-    for key, found in by_key.items():
-        cells = [
-            f"{row['score']:.4f}" + (f" ± {row['error']:.4f}" if row["error"] is not None else "")
-            for row in found.values()
-        ]
-        gap = [f"{found['teacher']['score'] - found['student']['score']:+.4f}"] if len(models) == 2 else []
-        table.add_row(*key, *cells, *gap, str(next(iter(found.values()))["n"]))
-    console.print(table, soft_wrap=False)

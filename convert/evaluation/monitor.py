@@ -1,7 +1,7 @@
-"""What is measured while a stage trains: some held-out text, and a few questions by generation; and the rules that end
-a run.
+"""Monitoring of training: perplexity on some held-out text and a few examples by generation while a stage trains, and
+the rules that end a run.
 
-A loss can fall while the writing rots.
+A loss can fall while what the student writes gets worse.
 """
 
 import re
@@ -9,25 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from transformers import PreTrainedModel
+
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.fields import Text, check, checked, shown
 from convert.data.batches import Batch
 from convert.data.prompts import has_chat_template
-from convert.evaluation import perplexity as measure
-from convert.evaluation import statistics as scores
-from convert.evaluation.scoring import Answer, by_generation, fits
+from convert.evaluation.perplexity import perplexity
+from convert.evaluation.scoring import Answer, by_generation, fitting
+from convert.evaluation.statistics import gap
 from convert.evaluation.tasks import TASKS, Item, Task
 from convert.models.loading import Teacher
 
-WATCHED = ("names", "indentation", "copying", "sums", "forms")  # quick to write (ours)
-QUESTIONS = 8  # of each
-SHOWN = 2  # of each, in the table of generations
+MONITORED = ("names", "indentation", "copying", "sums", "forms")  # tasks with short answers (ours)
+EXAMPLES = 8  # of each task
+SEED = 1  # other examples than at the end of a run
+SHOWN = 2  # examples of each task in the table of generations
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`generation<0.2`: the run stops when this holds at a measurement."""
+    """A rule such as `generation<0.2`: the run stops when it holds at a measurement."""
 
     text: Text
     name: Literal["perplexity", "generation", "generation_gap"]
@@ -39,6 +42,7 @@ class Rule:
     @staticmethod
     @checked
     def of(text: str) -> "Rule":
+        """Read a rule; UserError where it is none."""
         found = re.fullmatch(
             r"\s*(perplexity|generation|generation_gap)\s*([<>])\s*(-?[0-9]{0,9}\.?[0-9]{1,9})\s*", text
         )
@@ -50,39 +54,42 @@ class Rule:
         return Rule(text, found[1], found[2], float(found[3]))
 
     def holds(self, numbers: dict[str, float]) -> bool:
+        """Whether the rule holds for these measurements; it does not where its number was not measured."""
         value = numbers.get(f"held_out/{self.name}")
-        if value is None:  # no question fits this model
+        if value is None:  # no example fits this model
             return False
         return value < self.bound if self.sign == "<" else value > self.bound
 
 
-class Watch:
-    """Called with the student: numbers to log. The questions and the teacher's answers are the same each time;
-    `generations` holds the texts of the last call."""
+class Monitor:
+    """Measures the student that it is called with, and returns numbers to log. The examples and the teacher's answers are
+    the same each time. `generations` holds the texts of the last call, `stopped_by` the rule that held."""
 
-    def __init__(self, taught: Teacher, batches: list[Batch], rules: Sequence[Rule] = ()):
-        self.taught, self.batches, self.rules = taught, batches, rules
-        self.teachers: dict[Task, tuple[list[Item], list[Answer]]] | None = None
-        self.generations: list[dict] = []
+    def __init__(self, teacher: Teacher, batches: list[Batch], rules: Sequence[Rule] = ()) -> None:
+        self.teacher, self.batches, self.rules = teacher, batches, rules
+        self.teacher_answers: dict[Task, tuple[list[Item], list[Answer]]] | None = None
+        self.generations: list[dict[str, str]] = []
         self.stopped_by: Rule | None = None
 
-    def __call__(self, student) -> dict[str, float]:
+    def __call__(self, student: PreTrainedModel) -> dict[str, float]:
+        """Perplexity on the held-out batches, and the share of correct answers by generation with its gap to the
+        teacher's, both means of the tasks."""
         student.eval()
-        if self.teachers is None:
-            self.teachers = {
-                task: (items, self._answers(self.taught.model, task, items)) for task, items in self._questions()
+        if self.teacher_answers is None:
+            self.teacher_answers = {
+                task: (items, self._answers(self.teacher.model, task, items)) for task, items in self._examples()
             }
-        numbers, self.generations = {"held_out/perplexity": measure.perplexity(student, self.batches)}, []
+        numbers, self.generations = {"held_out/perplexity": perplexity(student, self.batches)}, []
         shares, gaps = [], []
-        for task, (items, teachers) in self.teachers.items():
+        for task, (items, theirs) in self.teacher_answers.items():
             answers = self._answers(student, task, items)
-            shares.append(sum(a.right for a in answers) / len(items))
-            gaps.append(scores.gap(items, teachers, answers)["gap"])
+            shares.append(sum(answer.correct for answer in answers) / len(items))
+            gaps.append(gap(items, theirs, answers)["gap"])
             self.generations += [
                 {
                     "task": task.name,
                     "prompt": items[i].prompt,
-                    "teacher": teachers[i].text,
+                    "teacher": theirs[i].text,
                     "student": answers[i].text,
                     "reference": items[i].answer,
                 }
@@ -98,18 +105,18 @@ class Watch:
             console.print(f"The run stops here, by --stop-when {self.stopped_by.text}.", style="yellow")
         return numbers
 
-    def _questions(self) -> list[tuple[Task, list[Item]]]:
-        asked = []
-        for task in (TASKS[name] for name in WATCHED):
-            if task.chat and not has_chat_template(self.taught.tokenizer):
+    def _examples(self) -> list[tuple[Task, list[Item]]]:
+        """The items of each task that fit into the model's positions."""
+        found = []
+        for task in (TASKS[name] for name in MONITORED):
+            if task.chat and not has_chat_template(self.teacher.tokenizer):
                 continue
-            items = task.items(QUESTIONS, 1)  # other questions than at the end
-            if room := fits(self.taught.model, self.taught.tokenizer, task, items):
-                asked.append((task, [items[i] for i in room]))
-        return asked
+            items = task.items(EXAMPLES, SEED)
+            if places := fitting(self.teacher.model, self.teacher.tokenizer, task, items):
+                found.append((task, [items[i] for i in places]))
+        return found
 
-    def _answers(self, model, task: Task, items: list[Item]) -> list[Answer]:
-        return sorted(
-            (a for batch in by_generation(model, self.taught.tokenizer, task, items) for a in batch),
-            key=lambda a: a.item,
-        )
+    def _answers(self, model: PreTrainedModel, task: Task, items: list[Item]) -> list[Answer]:
+        """Answers by generation, in the order of the items."""
+        answers = (a for batch in by_generation(model, self.teacher.tokenizer, task, items) for a in batch)
+        return sorted(answers, key=lambda answer: answer.item)

@@ -1,48 +1,55 @@
-"""Teacher and student on the same questions, by what they write and by what they rank first.
+"""Evaluation of teacher and student on the same examples, by both scoring methods.
 
-Answers go to disk as they come, so that an evaluation that was killed goes on where it was.
+Answers go to disk as they come, so that an evaluation that was stopped goes on where it was.
 """
 
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convert.core import json_lines as lines
-from convert.core import manifest
+from convert.core import json_lines, manifest
 from convert.core.console import console
 from convert.core.errors import UserError, files_in_words
 from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
-from convert.data.corpus import corpus
 from convert.data.prompts import chat_text, has_chat_template
 from convert.data.text import tokenize
-from convert.evaluation import lm_eval as harness
-from convert.evaluation import statistics as scores
-from convert.evaluation.final_metrics import held_out_of, numbers
-from convert.evaluation.scoring import READINGS, Answer, fits, prompt_ids
+from convert.data.corpus import corpus
+from convert.evaluation.final_metrics import final_metrics, held_out
+from convert.evaluation.lm_eval import find, run_harness
+from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, prompt_ids
+from convert.evaluation.statistics import divergence, gap, score
 from convert.evaluation.tasks import TASKS, Item, Task
 from convert.evaluation.tasks.base import LIMIT
-from convert.models.devices import pick_device
 from convert.models.loading import Teacher, load_teacher
 from convert.models.saving import fingerprint
-from convert.reports import report
+from convert.models.devices import pick_device
+from convert.reports import report as reports
+from convert.reports.language import LANGUAGE
+from convert.reports.scores import show, show_lm_eval
 from convert.runs import records
+from convert.runs.evaluation_schemas import AnswerRow
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.evaluation_schemas import Gap
+from convert.runs.evaluation_schemas import LmEvalScore
+from convert.runs.evaluation_schemas import Score
+from convert.runs.keys import MODELS
+from convert.runs.language_schemas import LanguageReport
 from convert.runs.ledger import locked
-from convert.runs.schemas import AnswerRow
+
+Row = TypeVar("Row", Score, Gap, LmEvalScore)
 
 
-def chosen(names: str | None, tokenizer) -> list[Task]:
-    """The tasks of these names; without names all that this model can be asked."""
+def chosen(names: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+    """The tasks of these names (with commas); without names all that this model can be prompted for."""
     if has_chat_template(tokenizer):
         chat_text(tokenizer, "Is anybody there?")  # a template that renders nothing is said now, not after hours
     if names is None:
@@ -59,30 +66,32 @@ def chosen(names: str | None, tokenizer) -> list[Task]:
 
 
 class Answers:
-    """All answers so far, a line each in `file`. A line that a power cut left half is dropped; None keeps them in
-    memory alone."""
+    """All answers so far, a line each in `file`; None keeps them in memory alone. A line that a power cut left half is
+    dropped."""
 
-    def __init__(self, file: Path | None):
-        self.file, self.known = file, {}
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.known: dict[str, dict[int, Answer]] = {}
         if file is not None and file.exists():
             manifest.check(file.parent, file.name)
-            lines.mend(file)
+            json_lines.mend(file)
             for row in records.rows(file, AnswerRow):
-                answer = Answer(
-                    row["item"], row["right"], row["said"], row["text"], tuple(row["tokens"]), tuple(row["nats"])
-                )
-                self._put(row["key"], answer)
+                answer = Answer(row.item, row.correct, row.prediction, row.text, tuple(row.tokens), tuple(row.nats))
+                self._keep(row.key, answer)
 
-    def _put(self, key: str, answer: Answer) -> None:
+    def _keep(self, key: str, answer: Answer) -> None:
         self.known.setdefault(key, {})[answer.item] = answer
 
     def add(self, key: str, answers: Sequence[Answer]) -> None:
+        """Keep these answers, and append them to the file."""
         for answer in answers:
-            self._put(key, answer)
+            self._keep(key, answer)
         if self.file is not None:
-            lines.append(self.file, [{"key": key} | dataclasses.asdict(answer) for answer in answers])
+            rows = [AnswerRow(key=key, **dataclasses.asdict(answer)) for answer in answers]
+            json_lines.append(self.file, map(dataclasses.asdict, rows))
 
     def of(self, key: str) -> dict[int, Answer]:
+        """Item -> answer, of those under a key."""
         return self.known.get(key, {})
 
 
@@ -90,54 +99,54 @@ class Answers:
 def evaluate_tasks(
     models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
     limit: Annotated[int, (1, 100_000)] = LIMIT, seed: Annotated[int, (0, 2**63 - 1)] = 0, file: Path | None = None,
-) -> dict:  # fmt: skip
-    """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts
-    in the same batches."""
+) -> Evaluation:  # fmt: skip
+    """Score models on tasks by both scoring methods, and the gaps where "teacher" and "student" are among them. Every
+    model sees the same prompts in the same batches. `limit`: examples of each task; `file`: where answers are kept."""
     answers, rows, gaps = Answers(file), [], []
     weights = {name: fingerprint(model) for name, model in models.items()}
-    asked = {task: _asked(models, tokenizer, task, limit, seed) for task in tasks}
-    total = len(models) * len(READINGS) * sum(map(len, asked.values()))
-    with tqdm(total=total, desc="ask", unit="answer", dynamic_ncols=True, delay=1) as bar:
-        for task, items in asked.items():
+    prompted = {task: _items(models, tokenizer, task, limit, seed) for task in tasks}
+    total = len(models) * len(SCORING_METHODS) * sum(map(len, prompted.values()))
+    with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1) as bar:
+        for task, items in prompted.items():
             found = {}
             for name, model in models.items():
-                for reading in READINGS:
-                    bar.set_description(f"{task.name}, {name}, {reading}", refresh=False)  # shown with the next answers
-                    key = f"{weights[name]} {task.name} {reading} {_digest(tokenizer, task, items)}"
-                    found[name, reading] = _read(model, tokenizer, task, items, reading, answers, key, bar)
-            rows += _rows(task, items, found)
-            if {"teacher", "student"} <= set(models) and items:
-                for reading in READINGS:
-                    pair = found["teacher", reading], found["student", reading]
-                    gaps.append({"task": task.name, "reading": reading} | scores.gap(items, *pair))
-    return {
-        "rows": rows,
-        "gaps": gaps,
-        "models": weights,
-        "seed": seed,
-    }
+                for scoring in SCORING_METHODS:
+                    bar.set_description(f"{task.name}, {name}, {scoring}", refresh=False)  # shown with the next answers
+                    key = f"{weights[name]} {task.name} {scoring} {_digest(tokenizer, task, items)}"
+                    found[name, scoring] = _answers_of(model, tokenizer, task, items, scoring, answers, key, bar)
+            rows += _scores(task, items, found)
+            if set(MODELS) <= set(models) and items:
+                for scoring in SCORING_METHODS:
+                    pair = found["teacher", scoring], found["student", scoring]
+                    gaps.append(Gap(task=task.name, scoring=scoring, **gap(items, *pair)))
+    return Evaluation(rows=rows, gaps=gaps, models=weights, seed=seed)
 
 
-def _asked(models, tokenizer, task: Task, limit: int, seed: int) -> list[Item]:
+def _items(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, task: Task, limit: int, seed: int
+) -> list[Item]:
+    """The items of so many examples that fit into the positions of every model."""
     items = task.items(limit, seed)
-    if (there := len({item.question for item in items})) < limit:
-        console.print(f"{task.name}: there are {there} questions, fewer than the {limit} asked for.", style="yellow")
-    room = set.intersection(*(set(fits(model, tokenizer, task, items)) for model in models.values()))
-    if len(room) < len(items):
-        left_out = f"{len(items) - len(room)} of {len(items)} prompts are too long for the model and left out."
+    if (there := len({item.example for item in items})) < limit:
+        console.print(f"{task.name}: there are {there} examples, fewer than the {limit} asked for.", style="yellow")
+    places = set.intersection(*(set(fitting(model, tokenizer, task, items)) for model in models.values()))
+    if len(places) < len(items):
+        left_out = f"{len(items) - len(places)} of {len(items)} prompts are too long for the model and left out."
         console.print(f"{task.name}: {left_out}", style="yellow")
-    return [items[i] for i in sorted(room)]
+    return [items[i] for i in sorted(places)]
 
 
-def _digest(tokenizer, task: Task, items: list[Item]) -> str:
-    """Of the questions as the model sees them."""
+def _digest(tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item]) -> str:
+    """Hash of the items as the model sees them."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
     return hashlib.sha256(repr((items, prompts, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
 
 
-def _read(
-    model, tokenizer, task: Task, items: list[Item], reading: str, answers: Answers, key: str, bar: tqdm
-) -> list[Answer]:
+def _answers_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item],
+    scoring: str, answers: Answers, key: str, bar: tqdm,
+) -> list[Answer]:  # fmt: skip
+    """Answers to all items by one scoring method, in their order; those that are known are not made again."""
     known = answers.of(key)
     if known and max(known) >= len(items):
         raise UserError(
@@ -145,175 +154,156 @@ def _read(
             f" {manifest.WAYS_OUT['answers.jsonl']}."
         )
     bar.update(len(known))
-    for batch in READINGS[reading](model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
+    method = SCORING_METHODS[scoring]
+    for batch in method(model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
         bar.update(sum(answer.item not in known for answer in batch))
         answers.add(key, batch)
     return [
-        _judged(task, items, answer) if reading == "generation" else answer
+        _parsed_again(task, items, answer) if scoring == "generation" else answer
         for _, answer in sorted(answers.of(key).items())
     ]
 
 
-def _judged(task: Task, items: list[Item], answer: Answer) -> Answer:
-    """A text from disk is read as texts are read now."""
-    said = task.parse(answer.text)
-    return dataclasses.replace(answer, said=said, right=said == items[answer.item].answer)
+def _parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
+    """The answer with its text parsed by today's parser: a text from disk may have been parsed by another."""
+    prediction = task.parse(answer.text)
+    return dataclasses.replace(answer, prediction=prediction, correct=prediction == items[answer.item].answer)
 
 
-def _rows(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[dict]:
+def _scores(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[Score]:
+    """A row for each model and scoring method that has answers."""
     rows = []
-    for (model, reading), answers in found.items():
+    for (model, scoring), answers in found.items():
         if not answers:
             continue
-        row = {"task": task.name, "model": model, "reading": reading} | scores.score(
-            items, answers, lettered=task.lettered
-        )
-        if model == "student" and reading == "generation" and ("teacher", reading) in found:
-            row |= scores.divergence(found["teacher", reading], answers)
-        rows.append(row)
+        numbers: dict[str, Any] = score(items, answers, lettered=task.lettered)
+        if model == "student" and scoring == "generation" and ("teacher", scoring) in found:
+            numbers |= divergence(found["teacher", scoring], answers)
+        rows.append(Score(task=task.name, model=model, scoring=scoring, **numbers))
     return rows
-
-
-def show(found: dict, console: Console) -> None:
-    """The table, and what it says in a line."""
-    rows = {(row["task"], row["model"], row["reading"]): row for row in found["rows"]}
-    gaps = {(row["task"], row["reading"]): row for row in found["gaps"]}
-    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
-    table = Table(box=box.SIMPLE_HEAD, title="questions answered rightly, in %", title_justify="left")
-    table.add_column("task")
-    for reading in READINGS:
-        for number, column in enumerate([*models, *(["gap, 95 %"] if gaps else [])]):
-            table.add_column(f"{'by ' + reading if number == 0 else ''}\n{column}", justify="right", no_wrap=True)
-    table.add_column("\nunparsable", justify="right")
-    table.add_column("\nn", justify="right")
-    for task in dict.fromkeys(row["task"] for row in found["rows"]):
-        cells = [task]
-        for reading in READINGS:
-            cells += [_percent(rows[task, model, reading], "score", bare=bool(gaps)) for model in models]
-            cells += [_percent(gaps[task, reading], "gap")] if gaps else []
-        mute = [f"{rows[task, model, 'generation']['unparsable']:.0%}" for model in models]
-        table.add_row(*cells, " / ".join(mute), str(rows[task, models[0], "generation"]["n"]))
-    console.print(table, soft_wrap=False)
-    for line in findings(found):
-        console.print(line, highlight=False)
-
-
-def _percent(row: dict, key: str, bare: bool = False) -> str:
-    return f"{100 * row[key]:z.1f}" + ("" if bare else f" [{100 * row['low']:z.0f}, {100 * row['high']:z.0f}]")
-
-
-def findings(found: dict) -> list[str]:
-    """What the numbers say, in sentences."""
-    lines = []
-    if found["gaps"]:
-        mean = {r: [row["gap"] for row in found["gaps"] if row["reading"] == r] for r in READINGS}
-        by = {r: sum(values) / len(values) for r, values in mean.items()}
-        lines.append(
-            f"The student is {_behind(by['generation'])} when it writes, and {_behind(by['likelihood'])} when it ranks"
-            " (mean of the tasks)."
-        )
-    for row in found["rows"]:
-        if row.get("stickiness", 0) > 0.5 and row["reading"] == "generation":
-            most = max(row["letters"], key=row["letters"].get)
-            lines.append(
-                f"The {row['model']} follows the label, not the content, in {row['task']}: it says {most} in"
-                f" {row['letters'][most]:.0%} of the items, and mostly the same letter whatever the order of the"
-                f" options (stickiness {row['stickiness']:.2f})."
-            )
-    return lines
-
-
-def _behind(gap: float) -> str:
-    return f"{abs(gap):.1%} {'behind' if gap >= 0 else 'ahead'}"
 
 
 @files_in_words()
 @checked
 def evaluate_run(
-    folder: Place,
-    *,
-    tasks: Text | None = None,
-    limit: Annotated[int, (1, 100_000)] | None = None,
-    lm_eval: Text | None = None,
-    device: Text = "auto",
-    out: Place | None = None,
-    trust_remote_code: bool = False,
-) -> dict:
-    """Of a finished run: the final measurements again, and the tasks by both readings; of any other model: the tasks.
-    Writes evaluation.json into `out` (the run's folder, or runs/evaluation-NAME) and returns it; of a run without
-    `tasks`, in its report.
+    folder: Place, *,
+    tasks: Text | None = None, limit: Annotated[int, (1, 100_000)] | None = None, lm_eval: Text | None = None,
+    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
+) -> LanguageReport:  # fmt: skip
+    """Evaluate a finished run: its final metrics again, and the tasks by both scoring methods. Writes evaluation.json
+    into `out` (the run's folder by default), and returns the report with what was found.
 
-    `tasks`: names with commas, and then nothing else is measured. `lm_eval`: likewise, of lm-evaluation-harness; its
-    rows are found["lm_eval"]."""
+    `tasks`: names with commas; the final metrics are then left out. `lm_eval`: likewise, tasks of
+    lm-evaluation-harness. `limit`: examples of each task."""
     if lm_eval:
-        harness.find(lm_eval)  # wrong names are said before anything is asked
-    device, run, old = pick_device(device), path_of(folder, "The folder"), {}
-    if (run / "ledger.json").exists() or (run / "report.json").exists():
-        models, taught, old = _of_run(run, device, trust_remote_code)
-        out = path_of(out or run, "--out")
-    else:
-        taught = load_teacher(str(folder), device=device, trust_remote_code=trust_remote_code)
-        models, out = {"teacher": taught.model}, path_of(out or f"runs/evaluation-{taught.source.name}", "--out")
-    asked = chosen(tasks, taught.tokenizer) if tasks or not lm_eval else []
+        find(lm_eval)  # wrong names are said before anything is evaluated
+    device, run = pick_device(device), path_of(folder, "The folder")
+    out = path_of(out or run, "--out")
+    student, teacher, report = _models_of(run, device, trust_remote_code)
+    models = {"teacher": teacher.model, "student": student}
+    selected = chosen(tasks, teacher.tokenizer) if tasks or not lm_eval else []
+    with _evaluated(out):
+        if not (tasks or lm_eval):
+            report = _measured_again(student, teacher, report)
+            reports.show(report, console, LANGUAGE)
+        found = _evaluate(models, teacher, selected, lm_eval, limit, out)
+    return dataclasses.replace(report, evaluation=found)
+
+
+@files_in_words()
+@checked
+def evaluate_model(
+    name: Place, *,
+    tasks: Text | None = None, limit: Annotated[int, (1, 100_000)] | None = None, lm_eval: Text | None = None,
+    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
+) -> Evaluation:  # fmt: skip
+    """Evaluate any model that `load_teacher` takes on the tasks by both scoring methods. Writes evaluation.json into
+    `out` (runs/evaluation-NAME by default). The other arguments are those of `evaluate_run`."""
+    if lm_eval:
+        find(lm_eval)
+    teacher = load_teacher(str(name), device=pick_device(device), trust_remote_code=trust_remote_code)
+    out = path_of(out or f"runs/evaluation-{teacher.source.name}", "--out")
+    selected = chosen(tasks, teacher.tokenizer) if tasks or not lm_eval else []
+    with _evaluated(out):
+        return _evaluate({"teacher": teacher.model}, teacher, selected, lm_eval, limit, out)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, finished or not."""
+    return (folder / "ledger.json").exists() or (folder / "report.json").exists()
+
+
+@contextmanager
+def _evaluated(out: Path) -> Iterator[None]:
+    """The folder of an evaluation while it is written; damage of what is there is said before anything is evaluated."""
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        earlier(out)  # damage is said before anything is asked
-        if old and not (tasks or lm_eval):
-            old |= _measured_again(models["student"], taught, old["settings"])
-            report.show(old, console)
-        found = evaluate_tasks(models, taught.tokenizer, asked, limit=limit or LIMIT, file=out / "answers.jsonl")
-        if asked:
-            write(found, out / "evaluation.json")
-            show(found, console)
-        if lm_eval:
-            found["lm_eval"] = harness.run_harness(models, taught.tokenizer, lm_eval, limit=limit)
-            write(found, out / "evaluation.json")
-            harness.show(found["lm_eval"], console)
+        records.evaluation(out)
+        yield
     console.print(f"{out / 'evaluation.json'} has the numbers, {out / 'answers.jsonl'} every answer.", style="dim")
-    return old | {"evaluation": found}
 
 
-def _of_run(run: Path, device: str, trust_remote_code: bool) -> tuple[dict[str, PreTrainedModel], Teacher, dict]:
-    """Both models, and the report."""
-    found = records.report(run)
-    taught = load_teacher(found["settings"]["teacher"], device=device, trust_remote_code=trust_remote_code)
-    if fingerprint(taught.model) != found["settings"]["teacher_fingerprint"]:
+def _evaluate(
+    models: dict[str, PreTrainedModel], teacher: Teacher, tasks: list[Task], lm_eval: str | None,
+    limit: int | None, out: Path,
+) -> Evaluation:  # fmt: skip
+    """Evaluate on the tasks and by the harness; show and write what was found."""
+    found = evaluate_tasks(models, teacher.tokenizer, tasks, limit=limit or LIMIT, file=out / "answers.jsonl")
+    if tasks:
+        write(found, out / "evaluation.json")
+        show(found, console)
+    if lm_eval:
+        found = dataclasses.replace(found, lm_eval=run_harness(models, teacher.tokenizer, lm_eval, limit=limit))
+        write(found, out / "evaluation.json")
+        show_lm_eval(found.lm_eval, console)
+    return found
+
+
+def _models_of(
+    run: Path, device: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
+    """Student, teacher and report of a run. A student stands beside the teacher that it was made from."""
+    report = records.report(run)
+    teacher = load_teacher(report.settings.teacher, device=device, trust_remote_code=trust_remote_code)
+    if fingerprint(teacher.model) != report.settings.teacher_fingerprint:
         raise UserError(
-            f"A student stands beside its own teacher; {found['settings']['teacher']} has other weights here than when"
+            f"A student stands beside its own teacher; {report.settings.teacher} has other weights here than when"
             f" {run} was made. Evaluate where those are, or repeat the run."
         )
     student = load_teacher(str(run.absolute()), device=device).model  # not an alias of that name
-    return {"teacher": taught.model, "student": student}, taught, found
+    return student, teacher, report
 
 
-def earlier(folder: Path) -> dict:
-    """What an evaluation in this folder found before."""
-    return records.evaluation(folder) or {}
-
-
-def write(found: dict, file: Path) -> None:
-    """Together with what earlier evaluations of the same models found: of each task what was asked most questions."""
-    before, merged = earlier(file.parent), dict(found)
-    if before.get("models") == found["models"]:
-        for key in ("rows", "gaps", "lm_eval"):
-            merged[key] = _most(before.get(key, []), found.get(key, []))
-    with manifest.renewing(file.parent, file.name, "answers.jsonl"):
-        write_json(file, merged)
-
-
-def _most(earlier: list[dict], later: list[dict]) -> list[dict]:
-    """Rows of the tasks of both; of a task in both those with more questions, the later ones where they are equal."""
-    before, now = ({row["task"]: row["n"] for row in rows} for rows in (earlier, later))
-    kept = {task for task, n in before.items() if n > now.get(task, 0)}
-    return [row for row in earlier if row["task"] in kept] + [row for row in later if row["task"] not in kept]
-
-
-def _measured_again(student, taught: Teacher, settings: dict) -> dict:
-    trains = [step["settings"] for step in settings["steps"] if step["kind"] == "Train"]
-    tokens = sum(train["tokens"] for train in trains)
-    text = tokenize(corpus(settings["data"]), taught.tokenizer, limit=tokens)
-    if text.fingerprint != settings["data_fingerprint"]:
-        console.print(
-            f"The data {settings['data']} changed since the run, so its held-out text is another one.", style="yellow"
+def write(found: Evaluation, file: Path) -> None:
+    """Write evaluation.json, with what earlier evaluations of the same models found: of each task that with the most
+    examples."""
+    before = records.evaluation(file.parent)
+    if before is not None and before.models == found.models:
+        found = dataclasses.replace(
+            found,
+            rows=_most(before.rows, found.rows),
+            gaps=_most(before.gaps, found.gaps),
+            lm_eval=_most(before.lm_eval, found.lm_eval),
         )
-    return numbers(student, taught, text, held_out_of(text, tokens, trains[-1]["seq_len"], trains[-1]["micro_tokens"]))
+    with manifest.renewing(file.parent, file.name, "answers.jsonl"):
+        write_json(file, dataclasses.asdict(found))
+
+
+def _most(earlier: list[Row], later: list[Row]) -> list[Row]:
+    """The rows of the tasks of both; of a task in both those with more examples, the later ones where they are equal."""
+    before, now = ({row.task: row.n for row in rows} for rows in (earlier, later))
+    kept = {task for task, n in before.items() if n > now.get(task, 0)}
+    return [row for row in earlier if row.task in kept] + [row for row in later if row.task not in kept]
+
+
+def _measured_again(student: PreTrainedModel, teacher: Teacher, report: LanguageReport) -> LanguageReport:
+    """The report with its final metrics measured anew."""
+    settings, training = report.settings, report.settings.training
+    tokens = sum(step.tokens for step in training)
+    text = tokenize(corpus(settings.data), teacher.tokenizer, limit=tokens)
+    if text.fingerprint != settings.data_fingerprint:
+        console.print(
+            f"The data {settings.data} changed since the run, so its held-out text is another one.", style="yellow"
+        )
+    batches = held_out(text, tokens, training[-1].seq_len, training[-1].micro_tokens)
+    return dataclasses.replace(report, **vars(final_metrics(student, teacher, text, batches)))

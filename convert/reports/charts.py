@@ -1,4 +1,4 @@
-"""Charts as SVG that follows the page's colours, light or dark. Names in them are a stranger's: they come out as
+"""Charts as SVG that follow the page's colours, light or dark. Names in them may be a stranger's: they come out as
 text."""
 
 import hashlib
@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
@@ -16,8 +17,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from convert.core.console import count, short, size
 from convert.core.files import write_text
+from convert.runs.evaluation_schemas import Gap
+from convert.runs.evaluation_schemas import tasks_of
+from convert.runs.keys import SCORINGS
 
-INK, MUTED = "#000001", "#000002"  # stand for variables of the page
+INK, MUTED = "#000001", "#000002"  # placeholders for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))
 COLOURS = """\
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #22252a; --muted: #85888f; --line: #e3e0d8; --mark: #ffe08a;
@@ -44,17 +48,17 @@ STYLE = {
     "lines.linewidth": 1.6,
     "text.parse_math": False,
 }
-Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
+Line = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 
-def _figure(height: float = 2.9):
+def _figure(height: float = 2.9) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """Without a size of its own; ids are the chart's own, colours the page's. matplotlib escapes the text in it, this
-    the name."""
+    """The figure as SVG without a size of its own; ids are the chart's own, colours the page's. matplotlib escapes the
+    text in it, this function the name."""
     out, own = io.StringIO(), f"c{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:8]}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has others
@@ -75,15 +79,16 @@ def _svg(figure: Figure, name: str) -> Markup:
     return Markup(text)
 
 
-def _legend(home: Axes | Figure, labels: Sequence[str], **settings) -> None:
-    """Of everything plotted with a number as its label: matplotlib leaves labels out that begin with _."""
+def _legend(home: Axes | Figure, labels: Sequence[str], **settings: Any) -> None:
+    """Add a legend of everything that was plotted with a number as its label: matplotlib leaves out labels that begin
+    with _."""
     legend = home.legend(**settings)
     for text in legend.get_texts():
         text.set_text(short(labels[int(text.get_text())], 40))
 
 
-def curves(name: str, lines: Sequence[Curve], ylabel: str, *, log: bool = False, zero: bool = False) -> Markup:
-    """Over the tokens of a run."""
+def curves(name: str, lines: Sequence[Line], ylabel: str, *, log: bool = False, zero: bool = False) -> Markup:
+    """Lines over the tokens of a run; the y axis is logarithmic with `log`, and begins at 0 with `zero`."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for number, (_, x, y) in enumerate(lines):
@@ -108,18 +113,18 @@ def curves(name: str, lines: Sequence[Curve], ylabel: str, *, log: bool = False,
         return _svg(figure, name)
 
 
-def gaps(name: str, rows: Sequence[dict]) -> Markup:
-    """Per task the gap by likelihood and by generation, with their intervals; rows of `evaluation.json`."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+def gaps(name: str, rows: Sequence[Gap]) -> Markup:
+    """The gap of each task by each scoring method, with its interval."""
+    tasks = tasks_of(rows)
     with rc_context(STYLE):
         figure, axes = _figure(0.9 + 0.36 * len(tasks))
-        for number, (reading, label) in enumerate((("generation", "when it writes"), ("likelihood", "when it ranks"))):
-            some = {row["task"]: row for row in rows if row["reading"] == reading}
+        for number, scoring in enumerate(SCORINGS):
+            some = {row.task: row for row in rows if row.scoring == scoring}
             at = [place + (0.14 if number else -0.14) for place in range(len(tasks))]
-            middle = [100 * some[task]["gap"] for task in tasks]
+            middle = [100 * some[task].gap for task in tasks]
             spread = [
-                [100 * (some[task]["gap"] - some[task]["low"]) for task in tasks],
-                [100 * (some[task]["high"] - some[task]["gap"]) for task in tasks],
+                [100 * (some[task].gap - some[task].low) for task in tasks],
+                [100 * (some[task].high - some[task].gap) for task in tasks],
             ]
             axes.errorbar(
                 middle,
@@ -127,7 +132,7 @@ def gaps(name: str, rows: Sequence[dict]) -> Markup:
                 xerr=spread,
                 fmt="o" if number == 0 else "s",
                 color=SERIES[number],
-                label=label,
+                label=f"by {scoring}",
                 markersize=5,
                 linewidth=1.2,
             )
@@ -143,8 +148,8 @@ def gaps(name: str, rows: Sequence[dict]) -> Markup:
         return _svg(figure, name)
 
 
-def by_context(name: str, lines: Sequence[Curve], ylabel: str, *, in_bytes: bool = False) -> Markup:
-    """Over the length of the context, both axes logarithmic."""
+def by_context(name: str, lines: Sequence[Line], ylabel: str, *, in_bytes: bool = False) -> Markup:
+    """Lines over the length of the context, both axes logarithmic."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for number, (_, x, y) in enumerate(lines):
@@ -162,7 +167,7 @@ def by_context(name: str, lines: Sequence[Curve], ylabel: str, *, in_bytes: bool
 
 
 def quality(name: str, points: Sequence[tuple[str, float, float]], length: int) -> Markup:
-    """Perplexity over cache bytes: (label, bytes, perplexity); further down and to the left is better."""
+    """Perplexity over cache size at this context length: points (label, bytes, perplexity)."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for number, (_, x, y) in enumerate(points):
@@ -175,8 +180,8 @@ def quality(name: str, points: Sequence[tuple[str, float, float]], length: int) 
         return _svg(figure, name)
 
 
-def readings(name: str, points: Sequence[tuple[str, float, float]]) -> Markup:
-    """Students by their gap when they rank (x) and when they write (y), in points; above the diagonal likelihood
+def gaps_by_scoring(name: str, points: Sequence[tuple[str, float, float]]) -> Markup:
+    """Students by their gap by likelihood (x) and by generation (y), in points; above the diagonal likelihood
     flatters."""
     with rc_context(STYLE):
         figure, axes = _figure(3.6)
@@ -191,11 +196,11 @@ def readings(name: str, points: Sequence[tuple[str, float, float]]) -> Markup:
                 label=number,
                 markersize=6,
             )
-        axes.set(xlabel="points behind when it ranks", ylabel="points behind when it writes", xlim=ends, ylim=ends)
+        axes.set(xlabel="points behind by likelihood", ylabel="points behind by generation", xlim=ends, ylim=ends)
         _legend(figure, [label for label, _, _ in points], loc="outside lower center", ncols=2, fontsize=7)
         return _svg(figure, name)
 
 
 def write(svg: Markup, file: Path) -> None:
-    """A chart as a file of its own, whose colours follow the reader's light or dark."""
+    """Write a chart as a file of its own, whose colours follow the reader's light or dark."""
     write_text(file, str(svg).replace(">", f"><style>{COLOURS} svg {{ background: var(--paper); }}</style>", 1))

@@ -1,344 +1,245 @@
-"""The types of what a run's folder holds: what report.json, evaluation.json, context.json and the rows of the growing
-files must have.
+"""What report.json holds whatever was converted: dataclasses, written with dataclasses.asdict and checked when read.
 
-Dictionaries, because the files are JSON and are written as they are read. Keys that no one reads are kept as they are.
+A domain adds what it measures in a subclass of Report (convert.runs.language_schemas). The rows of the files that grow
+while a run trains are here too.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Literal, NotRequired
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
-from typing_extensions import TypedDict
+from pydantic import Field
 
-from convert.evaluation.tasks import LETTERS
-
-ROUNDING = 1e-9
-LENGTH = "8192"  # of the context at which caches are compared
-
-Count = Annotated[int, Field(ge=0, le=1 << 60)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
-Measured = float  # may have overflowed
-Rate = Annotated[float, Field(gt=0, le=1e30)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[int, Field(gt=0, le=1 << 60)]
-Length = Annotated[str, Field(pattern=r"^[0-9]{1,12}$")]
-Quantile = Annotated[str, Field(pattern=r"^0?\.[0-9]{1,6}$")]
-WHO, READINGS = ("teacher", "student"), ("generation", "likelihood")
-Who, How = Literal["teacher", "student"], Literal["generation", "likelihood"]
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.keys import VERSION, CheckedAs, Count, Key, Measured, Number, Size, Text, Whole, require
 
 
-class Open(TypedDict):
-    """A dictionary with the keys that are read; others stay as they are."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The settings of a training step that a later evaluation needs."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-
-
-def _needs(*keys: str, when: Callable[[dict], bool] = lambda found: True) -> AfterValidator:
-    def check(found: dict) -> dict:
-        missing = [key for key in keys if key not in found]
-        if missing and when(found):
-            raise ValueError(f"{missing[0]} is missing")
-        return found
-
-    return AfterValidator(check)
+    tokens: Annotated[Size, Key("Tokens that the step trains on.", "tokens")]
+    seq_len: Annotated[Size, Key("Length of its sequences.", "tokens")]
+    micro_tokens: Annotated[Size, Key("Tokens of one forward and backward pass.", "tokens")]
 
 
-def _within(key: str) -> AfterValidator:
-    """A number lies in its interval. Both are means, which round by themselves: so little is no damage, and is taken
-    out."""
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The parts of a step's settings that are read again."""
 
-    def check(found: dict) -> dict:
-        value, low, high = found[key], found["low"], found["high"]
-        if not low - ROUNDING <= value <= high + ROUNDING:
-            raise ValueError(f"{key} is not within low and high")
-        return found | {"low": min(low, value), "high": max(high, value)}
-
-    return AfterValidator(check)
-
-
-# --- evaluation.json
-
-
-class Row(Open):
-    task: str
-    model: str
-    reading: How
-    score: Number
-    low: Number
-    high: Number
-    n: Count
-    unparsable: Share
-    repetition: NotRequired[Share]
-    distinct_2: NotRequired[Share]
-    letters: NotRequired[Annotated[dict[str, Share], _needs(*LETTERS)]]
-    stickiness: NotRequired[Number]
-    same_text: NotRequired[Share]
-    first_divergence: NotRequired[Number | None]
-
-
-class Gap(Open):
-    task: str
-    reading: How
-    gap: Number
-    low: Number
-    high: Number
-    n: Count
-
-
-class HarnessRow(Open):
-    task: str
-    model: str
-    reading: How
-    metric: str
-    score: Measured
-    error: Measured | None
-    n: Count
-
-
-class _Evaluation(Open):
-    rows: list[Annotated[Row, _needs("stickiness", when=lambda row: "letters" in row), _within("score")]]
-    gaps: list[Annotated[Gap, _within("gap")]]
-    lm_eval: NotRequired[list[HarnessRow]]
-    models: NotRequired[dict[str, str]]
-
-
-def _both_readings(found: _Evaluation) -> _Evaluation:
-    """Every task is read both ways, and every gap is between two rows."""
-    rows, gaps = (
-        {(r["task"], r["reading"], r["model"]) for r in found["rows"]},
-        {(g["task"], g["reading"]) for g in found["gaps"]},
+    kind: Annotated[Text, Key("Kind of the step: the name of its class, such as Swap or Train.")]
+    name: Annotated[Text, Key("Name of the step, by which --set reaches it.")]
+    settings: Annotated[TrainingSettings | None, Key("Settings of a training step; all of them are in the file.")] = (
+        None
     )
-    tasks, models = (
-        {task for task, _, _ in rows} | {task for task, _ in gaps},
-        {who for _, _, who in rows} | set(WHO if gaps else ()),
-    )
-    missing = [
-        f"the gap of {task} by {how}"
-        for task in {task for task, _ in gaps}
-        for how in READINGS
-        if (task, how) not in gaps
-    ]
-    missing += [
-        f"the {who}'s row of {task} by {how}"
-        for task in tasks
-        for who in models
-        for how in READINGS
-        if (task, how, who) not in rows
-    ]
-    if missing:
-        raise ValueError(f"{min(missing)} is missing")
-    return found
+
+    def __post_init__(self) -> None:
+        require(self.kind != "Train" or self.settings is not None, "settings is missing")
 
 
-Evaluation = Annotated[_Evaluation, AfterValidator(_both_readings)]
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the run was asked for, as the ledger has it."""
 
-
-# --- report.json
-
-
-def _same_quantiles(layers: dict) -> dict:
-    if len({tuple(quantiles) for quantiles in layers.values()}) > 1:
-        raise ValueError("a quantile of some layer is missing")
-    return layers
-
-
-class Training(Open):
-    tokens: Size
-    seq_len: Size
-    micro_tokens: Size
-
-
-class Step(Open):
-    kind: str
-    name: str
-    settings: NotRequired[Training]
-
-
-def _some_training(steps: list[Step]) -> list[Step]:
-    if not any(step["kind"] == "Train" for step in steps):
-        raise ValueError("a training step is missing")
-    return steps
-
-
-class Settings(Open):
-    teacher: str
-    teacher_fingerprint: str
-    data: str
-    data_fingerprint: str
+    teacher: Annotated[Text, Key("The teacher as it was named: an alias, a hub id, or an absolute path.")]
+    teacher_fingerprint: Annotated[Text, Key("Hash of the teacher's weights.")]
+    target: Annotated[Text, Key("Name of the target.")]
+    data: Annotated[Text, Key("The data as it was named.")]
+    data_fingerprint: Annotated[Text, Key("Hash of the tokenized data.")]
     steps: Annotated[
-        list[Annotated[Step, _needs("settings", when=lambda step: step["kind"] == "Train")]],
-        AfterValidator(_some_training),
+        list[dict[str, Any]],
+        CheckedAs(list[StepSettings]),
+        Key("Every setting of every step, in order; of a training step at least these."),
     ]
 
+    def __post_init__(self) -> None:
+        require(any(step["kind"] == "Train" for step in self.steps), "steps: a training step is missing")
 
-class Perplexity(Open):
-    teacher: Measured
-    student: Measured
-    ratio: Measured
-
-
-class Agreement(Open):
-    top1: Share
-
-
-class Divergence(Open):
-    mean_nats: Measured
-
-
-class Formula(Open):
-    teacher: Annotated[dict[Length, Size], _needs(LENGTH)]
-    student: dict[Length, Size]
-
-
-class CacheBytes(Open):
-    teacher: dict[Length, Size]
-    student: dict[Length, Size]
-    formula: Formula
-    break_even_tokens: Count | None
-
-
-def _same_lengths(found: CacheBytes) -> CacheBytes:
-    formula, measured = found["formula"], found["teacher"].keys()
-    if (
-        formula["student"].keys() != formula["teacher"].keys()
-        or found["student"].keys() != measured
-        or measured - formula["teacher"].keys()
-    ):
-        raise ValueError("a length of teacher, student or formula is missing")
-    return found
-
-
-class Cost(Open):
-    length: Size
-    tokens_per_s: Rate
-    first_token_s: Rate
-
-
-class Contexts(Open):
-    teacher: list[Cost]
-    student: list[Cost]
-
-
-class Layers(Open):
-    kept: list[int]
-    kl_when_edited_alone: NotRequired[list[Measured]]
-
-
-class Handover(Open):
-    max_abs_logit: Measured | None
-    allowed: NotRequired[Measured]
-    tokens: NotRequired[Count]
-    perplexity_change: NotRequired[Measured]
-    max_abs_logit_float64: NotRequired[Measured]
-
-
-class Done(Open):
-    name: str
-    tokens: Count
-    seconds: Number
-    perplexity_after: Measured
-    loss_first: NotRequired[Measured]
-    loss_last: NotRequired[Measured]
-    skipped: NotRequired[Count]
-
-
-class Total(Open):
-    total: Number
-
-
-class TokenCount(Open):
-    total: Count
-
-
-class Continuation(Open):
-    prompt: str
-    teacher: str
-    student: str
-
-
-class Native(Open):
-    obstacle: NotRequired[str]
-    model_type: NotRequired[str]
-    max_abs_logit: NotRequired[Measured]
-    allowed: NotRequired[Measured]
-
-
-class Export(Open):
-    native: NotRequired[
-        Annotated[
-            Native, _needs("model_type", "max_abs_logit", "allowed", when=lambda native: "obstacle" not in native)
+    @property
+    def training(self) -> list[TrainingSettings]:
+        """The settings of the training steps, in order."""
+        names = TrainingSettings.__dataclass_fields__
+        return [
+            TrainingSettings(**{name: step["settings"][name] for name in names})
+            for step in self.steps
+            if step["kind"] == "Train"
         ]
-    ]
 
 
-class Report(Open):
-    teacher: str
-    target: str
-    seed: int
-    device: str
-    commit: str | None
-    measured_tokens: Count
-    perplexity: Perplexity
-    agreement: Agreement
-    kl: Divergence
-    cache_bytes: Annotated[CacheBytes, AfterValidator(_same_lengths)]
-    contexts: NotRequired[Contexts]
-    half_lives: Annotated[dict[Length, dict[Quantile, Rate | None]], AfterValidator(_same_quantiles)]
-    layers: Layers
-    handover: Annotated[
-        Handover,
-        _needs("allowed", "tokens", "perplexity_change", when=lambda handover: handover["max_abs_logit"] is not None),
-    ]
-    seconds: Total
-    tokens: TokenCount
-    stages: list[Annotated[Done, _needs("skipped")]]
-    steps: list[Annotated[Done, _needs("loss_first", "loss_last", when=lambda step: step["tokens"] > 0)]]
-    continuations: list[Continuation]
-    settings: Settings
-    versions: dict[str, str | None]
-    evaluation: Evaluation
-    export: NotRequired[Export]
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The one number by which a domain compares a student with its teacher."""
+
+    name: Annotated[Text, Key("Name of the metric, such as perplexity.")]
+    unit: Annotated[Text, Key("Unit of the metric; empty where it has none.")]
+    teacher: Annotated[Measured, Key("Value of the teacher, in the metric's unit.")]
+    student: Annotated[Measured, Key("Value of the finished student, in the metric's unit.")]
 
 
-# --- metrics.jsonl, generations.jsonl, answers.jsonl, context.json
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Which layers kept their attention."""
 
-MEASURED = ("train/loss", "train/seconds", "held_out/perplexity", "held_out/generation")
-Metric = TypedDict(
-    "Metric",
-    {"stage": str, "step": Count, "tokens": Count, "train/skipped": NotRequired[Count]}
-    | dict.fromkeys(MEASURED, NotRequired[Measured]),
-)
-Metric.__pydantic_config__ = Open.__pydantic_config__
-
-
-class Text(Open):
-    stage: str
-    step: Count
+    kept: Annotated[list[Whole], Key("Layers that keep the teacher's attention.")] = field(default_factory=list)
+    kl_when_edited_alone: Annotated[
+        list[Measured] | None,
+        Key("KL divergence from the unedited model when only this layer is edited, layer by layer.", "nats per token"),
+    ] = None
 
 
-class AnswerRow(Open):
-    key: str
-    item: Count
-    right: bool
-    said: str | None
-    text: str
-    tokens: list[Count]
-    nats: list[float]
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """How far the logits moved in a swap that must not change the function."""
+
+    max_abs_logit: Annotated[Measured | None, Key("Largest change of a logit; null where no swap was exact.")] = None
+    allowed: Annotated[Measured | None, Key("Largest change that rounding explains.")] = None
+    tokens: Annotated[Count | None, Key("Held-out tokens that were compared.", "tokens")] = None
+    headline_change: Annotated[Measured | None, Key("Relative change of the headline metric.", "share")] = None
+    max_abs_logit_float64: Annotated[
+        Measured | None, Key("Largest change of a logit in float64, where float32 was not exact enough.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.max_abs_logit is not None:
+            for name in ("allowed", "tokens", "headline_change"):
+                require(getattr(self, name) is not None, f"{name} is missing")
 
 
-class ContextCost(Cost):
-    model: Who
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a finished step did."""
+
+    name: Annotated[Text, Key("Name of the step.")]
+    kind: Annotated[Text, Key("Kind of the step, such as Swap or Train.")]
+    tokens: Annotated[Count, Key("Tokens that it trained on; 0 where it trains nothing.", "tokens")]
+    seconds: Annotated[Number, Key("Time that it took, in all processes that worked on it.", "seconds")]
+    headline_after: Annotated[Measured, Key("Headline metric of the student on held-out data after the step.")]
+    loss_first: Annotated[Measured | None, Key("Mean loss of the first twentieth of the step.")] = None
+    loss_last: Annotated[Measured | None, Key("Mean loss of the last twentieth of the step.")] = None
+    skipped: Annotated[Count | None, Key("Optimizer steps skipped: their gradients were not finite.", "steps")] = None
+    model: Annotated[Text | None, Key("Hash of the student's weights after a training step.")] = None
+    layers: Annotated[Layers | None, Key("Layers that a swap left alone.")] = None
+    handover: Annotated[Handover | None, Key("Hand-over check of a swap that must not change the function.")] = None
+
+    def __post_init__(self) -> None:
+        if self.tokens > 0:
+            for name in ("loss_first", "loss_last", "skipped"):
+                require(getattr(self, name) is not None, f"{name} is missing")
 
 
-class Needle(Open):
-    model: Who
-    length: Size
-    depth: Share
-    generation: Share
-    likelihood: Share
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Time of a run."""
+
+    total: Annotated[Number, Key("Time of all steps, in all processes that worked on them.", "seconds")]
+    this_call: Annotated[Number | None, Key("Time of the call that finished the run.", "seconds")] = None
 
 
-class Context(Open):
-    costs: NotRequired[list[ContextCost]]
-    needles: NotRequired[list[Needle]]
-    perplexity_by_position: NotRequired[dict[Who, dict[Length, Measured]]]
+@dataclass(frozen=True, kw_only=True)
+class TokenCount:
+    """Tokens of a run."""
+
+    total: Annotated[Count, Key("Tokens trained on, over all steps.", "tokens")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeExport:
+    """The export that needs no code of ours, or why there is none."""
+
+    obstacle: Annotated[Text | None, Key("Why there is no native/: the reason, in words.")] = None
+    model_type: Annotated[Text | None, Key("transformers' model type of native/.")] = None
+    max_abs_logit: Annotated[Measured | None, Key("Largest difference of its logits in a clean process.")] = None
+    allowed: Annotated[Measured | None, Key("Largest difference that rounding explains.")] = None
+
+    def __post_init__(self) -> None:
+        if self.obstacle is None:
+            for name in ("model_type", "max_abs_logit", "allowed"):
+                require(getattr(self, name) is not None, f"{name} is missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """How the export was checked: loaded in a process that does not know this project."""
+
+    max_abs_logit: Annotated[Measured | None, Key("Largest difference of the export's logits in a clean process.")] = (
+        None
+    )
+    allowed: Annotated[Measured | None, Key("Largest difference that rounding explains.")] = None
+    dtype: Annotated[Text | None, Key("Data type of the exported weights.")] = None
+    native: Annotated[NativeExport | None, Key("The export without code of ours.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every finished run tells."""
+
+    domain: Annotated[Text, Key("What was converted: language. It decides which further keys there are.")]
+    teacher: Annotated[Text, Key("Short name of the teacher.")]
+    target: Annotated[Text, Key("Name of the target.")]
+    headline: Annotated[Headline, Key("The number by which student and teacher are compared.")]
+    evaluation: Annotated[Evaluation, Key("Scores by task at the end of the run; the keys of evaluation.json.")]
+    seed: Annotated[Whole, Key("Seed of training.")]
+    device: Annotated[Text, Key("Device that the student was measured on, such as cpu or cuda:0.")]
+    commit: Annotated[Text | None, Key("Commit of this project; null outside of a checkout.")]
+    versions: Annotated[dict[str, Text | None], Key("Library to its version.")]
+    settings: Annotated[Settings, Key("What the run was asked for.")]
+    steps: Annotated[list[StepResult], Key("What each step did, in order.")]
+    stages: Annotated[list[StepResult], Key("The training steps among them.")]
+    handover: Annotated[Handover, Key("Hand-over check of the last swap that had one.")]
+    layers: Annotated[Layers, Key("Layers that keep the teacher's attention.")]
+    seconds: Annotated[Seconds, Key("Time of the run.")]
+    tokens: Annotated[TokenCount, Key("Tokens of the run.")]
+    export: Annotated[Export | None, Key("How the export was checked.")] = None
+    version: Annotated[Size, Key("Version of this file's layout.")] = VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """A line of metrics.jsonl: one optimizer step. Layer by layer there are also weights/layer_NN and
+    gradients/layer_NN, the norms of the mixer's trained parameters and of their clipped gradients."""
+
+    stage: Annotated[Text, Key("Name of the training step.")]
+    step: Annotated[Count, Key("Optimizer step within the stage, from 1 on.", "steps")]
+    tokens: Annotated[Count, Key("Tokens trained on since the run began.", "tokens")]
+    global_step: Annotated[Count | None, Key("Optimizer step since the run began.", "steps")] = None
+    loss: Annotated[Measured | None, Field(alias="train/loss"), Key("Training loss of the batch.")] = None
+    grad_norm: Annotated[
+        Measured | None, Field(alias="train/grad_norm"), Key("Norm of all gradients before clipping.")
+    ] = None
+    learning_rate: Annotated[Measured | None, Field(alias="train/lr"), Key("Learning rate.")] = None
+    skipped: Annotated[
+        Count | None, Field(alias="train/skipped"), Key("Steps of the stage skipped so far.", "steps")
+    ] = None
+    seconds: Annotated[
+        Measured | None, Field(alias="train/seconds"), Key("Time of the stage so far, in all processes.", "seconds")
+    ] = None
+    tokens_per_s: Annotated[
+        Measured | None, Field(alias="speed/tokens_per_s"), Key("Mean training speed so far.", "tokens per second")
+    ] = None
+    perplexity: Annotated[
+        Measured | None, Field(alias="held_out/perplexity"), Key("Language: perplexity of the student, when measured.")
+    ] = None
+    generation: Annotated[
+        Measured | None,
+        Field(alias="held_out/generation"),
+        Key("Language: correct answers by generation, when measured.", "share"),
+    ] = None
+    generation_gap: Annotated[
+        Measured | None,
+        Field(alias="held_out/generation_gap"),
+        Key("Language: teacher's score by generation minus the student's, when measured.", "share"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRow:
+    """A line of generations.jsonl: what the student wrote when it was measured in training."""
+
+    stage: Annotated[Text, Key("Name of the training step.")]
+    step: Annotated[Count, Key("Optimizer step within the stage.", "steps")]
+    tokens: Annotated[Count | None, Key("Tokens trained on since the run began.", "tokens")] = None
+    global_step: Annotated[Count | None, Key("Optimizer step since the run began.", "steps")] = None
+    task: Annotated[Text | None, Key("Name of the task.")] = None
+    prompt: Annotated[Text | None, Key("The prompt.")] = None
+    teacher: Annotated[Text | None, Key("What the teacher wrote.")] = None
+    student: Annotated[Text | None, Key("What the student wrote.")] = None
+    reference: Annotated[Text | None, Key("The right answer.")] = None

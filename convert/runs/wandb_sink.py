@@ -1,7 +1,8 @@
-"""Weights & Biases beside the files of a run: a W&B run for each stage, all in one group, over one axis of tokens.
+"""Weights & Biases shows what the files of a run hold: a W&B run for each stage, all in one group, over one axis of
+tokens.
 
-Offline where no key is configured, silent, and never in the way: a server that does not answer costs seconds, and what
-it missed is in the run's folder for `wandb sync`."""
+It is offline where no key is configured, prints nothing, and never stops a run: a server that does not answer costs
+seconds, and what it missed is in the run's folder for `wandb sync`."""
 
 import hashlib
 import netrc
@@ -10,19 +11,21 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from convert.core.console import console, short, visible
 from convert.core.errors import UserError
 from convert.core.files import write_text
 from convert.core.network import answers
+from convert.runs.evaluation_schemas import Evaluation
 
 PROJECT = "conversion-workbench"
-# of the table of generations
+# columns of the table of generations
 COLUMNS = ("stage", "global_step", "tokens", "task", "prompt", "teacher", "student", "reference")
-SCORES = ("task", "model", "reading", "score", "low", "high", "n", "unparsable")
-TAG = 64  # characters that W&B takes
-PATIENCE = {  # with a server that was there and is gone: seconds, not the library's hours
+SCORES = ("task", "model", "scoring", "score", "low", "high", "n", "unparsable")
+TAG = 64  # characters that W&B takes in a name
+PATIENCE = {  # a server that is gone costs seconds, not the library's default of hours
     "init_timeout": 20,
     "finish_timeout": 30,
     "x_graphql_retry_max": 3,
@@ -35,16 +38,14 @@ PATIENCE = {  # with a server that was there and is gone: seconds, not the libra
 
 
 class Dashboard:
-    """`mode`: "online" or "offline"."""
+    """The W&B runs of one conversion. `mode` is "online" or "offline"; with `must_answer` a server that does not answer
+    is a UserError."""
 
-    def __init__(self, folder: Path, mode: str, config: dict, name: str, *, must_answer: bool = False):
-        self.folder, self.mode, self.config, self.name, self.must_answer = (
-            folder,
-            mode,
-            _shown(config),
-            name,
-            must_answer,
-        )
+    def __init__(
+        self, folder: Path, mode: str, config: dict[str, Any], name: str, *, must_answer: bool = False
+    ) -> None:
+        self.folder, self.mode, self.name, self.must_answer = folder, mode, name, must_answer
+        self.config = _shown(config)
         id_file = folder / "wandb-id"
         if not id_file.exists():
             write_text(id_file, secrets.token_hex(4))
@@ -54,12 +55,12 @@ class Dashboard:
                 f"{id_file} is damaged: W&B's name of a run is eight hexadecimal digits. Remove it: the curves then"
                 " begin anew."
             )
-        self.run = None
+        self.run: Any = None
 
     @staticmethod
-    def of(folder: Path, *, mode: str | None, config: dict, name: str) -> "Dashboard | None":
-        """Without `mode`: as WANDB_MODE says, else online where a key is configured, else offline. None where it is
-        disabled."""
+    def of(folder: Path, *, mode: str | None, config: dict[str, Any], name: str) -> "Dashboard | None":
+        """Make the dashboard of a run; None where W&B is disabled. Without `mode` WANDB_MODE decides, else it is online
+        where a key is configured, and offline where none is."""
         chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         if chosen == "disabled":
             return None
@@ -75,11 +76,11 @@ class Dashboard:
         return Dashboard(folder, chosen, config, name, must_answer=mode == "online")
 
     def enter(self, stage: str) -> None:
-        """The W&B run of this stage; a stored id continues it."""
+        """Begin the W&B run of this stage; a stored id continues it."""
         self.close()
         import wandb
 
-        def start(mode: str):
+        def start(mode: str) -> Any:
             return wandb.init(
                 project=PROJECT,
                 dir=self.folder,
@@ -104,7 +105,7 @@ class Dashboard:
                 ) from None
             console.print(f"W&B does not answer ({reason}); this run is tracked offline. {LATER.capitalize()}.")
             self.mode = "offline"
-            wandb.teardown()  # whoever is still trying holds the run's id
+            wandb.teardown()  # the service that still tries holds the run's id
             self.run = start("offline")
         self.run.define_metric("step")
         self.run.define_metric("tokens")
@@ -113,9 +114,9 @@ class Dashboard:
     def _teacher(self) -> str:
         return Path(str(self.config.get("teacher", ""))).name
 
-    def log(self, place: dict, numbers: dict[str, float], texts: Sequence[dict]) -> None:
-        """`texts`: all that were written so far, where there are new ones, so that one prompt can be read down the
-        steps."""
+    def log(self, place: dict[str, Any], numbers: dict[str, float], texts: Sequence[dict[str, Any]]) -> None:
+        """Log a step. `texts` are all that were written so far, where there are new ones, so that one prompt can be
+        read down the steps."""
         import wandb
 
         logged = {"step": place["global_step"], "tokens": place["tokens"]} | numbers
@@ -124,8 +125,9 @@ class Dashboard:
             logged["generations"] = wandb.Table(columns=list(COLUMNS), data=rows, log_mode="IMMUTABLE")
         self.run.log(logged)
 
-    def made(self, source: str, model: str, facts: dict, folder: Path | None) -> None:
-        """The artifact of a student, made from another's or the teacher's. The files stay where they are."""
+    def made(self, source: str, model: str, facts: dict[str, Any], folder: Path | None) -> None:
+        """Log a student as an artifact that was made from another's or the teacher's. Its files stay where they
+        are."""
         import wandb
 
         if not self.run.offline:  # W&B takes no inputs offline: there a student's metadata name what it was made from
@@ -137,24 +139,25 @@ class Dashboard:
             artifact.add_reference(folder.absolute().as_uri(), checksum=False)
         self.run.log_artifact(artifact, aliases=[self.run.job_type, _plain(str(facts.get("architecture", "student")))])
 
-    def finish(self, found: dict, page: Path, numbers: dict[str, float]) -> None:
-        """The rows of evaluation.json as a table, each score and gap as a number, and the page."""
+    def finish(self, found: Evaluation, page: Path, numbers: dict[str, float]) -> None:
+        """Log the rows of evaluation.json as a table, each score and gap as a number, and the page."""
         import wandb
 
-        table = wandb.Table(columns=list(SCORES), data=[[row[key] for key in SCORES] for row in found["rows"]])
-        scores = {f"score/{row['task']}/{row['reading']}/{row['model']}": row["score"] for row in found["rows"]}
-        gaps = {f"gap/{row['task']}/{row['reading']}": row["gap"] for row in found["gaps"]}
+        table = wandb.Table(columns=list(SCORES), data=[[getattr(row, key) for key in SCORES] for row in found.rows])
+        scores = {f"score/{row.task}/{row.scoring}/{row.model}": row.score for row in found.rows}
+        gaps = {f"gap/{gap.task}/{gap.scoring}": gap.gap for gap in found.gaps}
         html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         self.run.log({"evaluation": table, "report": html} | numbers | scores | gaps)
 
     def close(self) -> None:
+        """End the W&B run of the current stage."""
         if self.run:
             self.run.finish()
         self.run = None
 
 
-def _shown(found):
-    """With no half surrogates in it: a path that is not UTF-8 is no text to W&B."""
+def _shown(found: Any) -> Any:
+    """Replace half surrogates by escapes: W&B takes no path that is not UTF-8."""
     if isinstance(found, dict):
         return {_shown(key): _shown(value) for key, value in found.items()}
     if isinstance(found, list | tuple):
@@ -163,7 +166,7 @@ def _shown(found):
 
 
 def _plain(name: str) -> str:
-    """Fit for an address: W&B takes no others for ids, kinds of job and aliases. Names stay different."""
+    """Make a name fit for an address: W&B takes no other ids, kinds of job and aliases. Names stay different."""
     plain = re.sub(r"[^\w ,.-]+", "-", short(name, TAG), flags=re.ASCII).strip() or "-"
     return (
         plain
@@ -176,6 +179,7 @@ LATER = "offline runs can be uploaded later with `wandb sync`"
 
 
 def is_reachable() -> bool:
+    """Whether the W&B server answers."""
     return answers(_server())
 
 

@@ -41,7 +41,7 @@ def checked(
         "tokens": length,
         "max_abs_logit": worst,
         "allowed": max(1e-4, 1e-5 * largest),
-        f"{domain.headline}_change": change,
+        "headline_change": change,
     }
     console.print(
         f"hand-over over {length:,} {domain.unit}: logits moved by {worst:.2g}, allowed {found['allowed']:.2g};"

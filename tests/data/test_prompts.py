@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from convert import generate
 from convert.core.errors import UserError
 from convert.data.prompts import chat_text, encode, has_chat_template, leading, left_padded
-from convert.evaluation.perplexity import continuations
+from convert.evaluation.generation import continuations
 from convert.evaluation.scoring import READINGS
 from convert.evaluation.tasks import TASKS
 from convert.models.catalog import NANO

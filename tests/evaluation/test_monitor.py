@@ -9,7 +9,8 @@ from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
-from convert.evaluation.monitor import SHOWN, Rule, Watch
+from convert.evaluation.monitor import SHOWN, Rule
+from convert.evaluation.monitor import Watch
 from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 from convert.runs.tracking import Track

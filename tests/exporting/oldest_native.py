@@ -17,7 +17,8 @@ TEXT = "def add(a, b):\n    return a + b  # é <|endoftext|>"
 
 
 def write(place: Path) -> None:
-    from convert.exporting.hub import export, export_native
+    from convert.exporting.hub import export
+    from convert.exporting.hub import export_native
     from convert.models.catalog import NANO
     from tests.conftest import token_ids
     from tests.exporting.test_native import CASES, student_of

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from convert.objectives.divergences import Distill, cross_entropy, forward_kl, reverse_kl
+from convert.objectives.divergences import cross_entropy, forward_kl, reverse_kl
+from convert.objectives.divergences import Distill
 from convert.objectives.features import cosine_distance, energy_mse
 from convert.training.backward import backward_through_head
 

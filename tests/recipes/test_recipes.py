@@ -10,7 +10,8 @@ from convert.core.errors import UserError
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
 from convert.objectives import divergences as objectives
-from convert.recipes.base import describe, tiny
+from convert.recipes.base import tiny
+from convert.recipes.base import describe
 from convert.recipes.language import Budget
 from convert.recipes.overrides import with_setting
 from convert.recipes.targets import TARGETS

@@ -17,7 +17,8 @@ from convert.core.errors import UserError
 from convert.evaluate import main
 from convert.evaluation import runner as evaluation
 from convert.reports import charts, page, report
-from convert.reports.page import Run, write_page
+from convert.reports.page import write_page
+from convert.reports.sections import Run
 from experiments import compare
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from convert.evaluation.perplexity import QUANTILES
-from convert.reports.report import HALF_LIFE_LINES, _half_lives
+from convert.evaluation.half_lives import QUANTILES
+from convert.reports.language import HALF_LIFE_LINES
+from convert.reports.report import _half_lives
 
 
 def lives(layers: int) -> dict:

@@ -12,7 +12,7 @@ from convert.runs import records
 from convert.runs import schemas
 from convert.core.errors import UserError
 from convert.evaluate import main
-from convert.reports.page import Run
+from convert.reports.sections import Run
 
 FILES = ("report.json", "evaluation.json", "metrics.jsonl", "context.json")
 OTHERS = (None, "x", -1, 0, 10**400, 1e308, float("nan"), [], {}, True, "\ud800", [1], {"a": 1}, "")

@@ -20,7 +20,8 @@ from convert.objectives.features import cosine_distance, energy_mse
 from convert.training import loop as stages
 from convert.training.align import align
 from convert.training.distill import distill
-from convert.training.loop import Settings, Silent
+from convert.training.loop import Silent
+from convert.training.loop import Settings
 from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
 
 SETTINGS = Settings(

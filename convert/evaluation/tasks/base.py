@@ -1,6 +1,7 @@
-"""Questions with one right answer each. A task says how they are asked and what counts; `convert.evaluation.scoring`
-asks."""
+"""Tasks of examples with one right answer each. A task says how models are prompted and what counts as an answer;
+`convert.evaluation.scoring` prompts them."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,14 +11,14 @@ LIMIT = 48  # questions of each task (ours: three minutes for two small models o
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, the answer that `Task.parse` must find in what is generated, and the continuations that are ranked by
-    likelihood.
+    """A prompt of an example, the answer that `Task.parse` must find in what is generated, and the continuations that
+    are ranked by likelihood.
 
     `choices[gold]` is the right one. No choice begins with another: the shorter of two would always be the likelier.
-    `question`: items that ask the same thing, with its options in another order, share it. `group`: what a score may be
-    broken down by."""
+    `example` is shared by the items that ask the same thing with its options in another order. `group` is what a score
+    may be broken down by."""
 
-    question: int
+    example: int
     prompt: str
     answer: str
     choices: tuple[str, ...]
@@ -27,12 +28,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """`items(count, seed)`: that many questions, always the same, or all that there are. `parse`: the answer in a
-    generated text, None if there is none.
+    """A kind of examples. `items(count, seed)` makes the items of that many examples, always the same, or of all that
+    there are. `parse` finds the answer in a generated text, None if there is none.
 
-    `stop`: where generation ends, if not at `max_new_tokens` or the model's own end. `chat`: the prompt is a user's
-    message, for models that have a chat template. `lettered`: the answer is the letter of an option, and every question
-    comes in four orders of its options."""
+    `stop` says where generation ends, if not at `max_new_tokens` or the model's own end. In a `chat` the prompt is a
+    user's message, for models that have a chat template. In a `lettered` task the answer is the letter of an option, and
+    every example comes in four orders of its options."""
 
     name: str
     about: str
@@ -44,7 +45,7 @@ class Task:
     lettered: bool = False
 
 
-def ranked(rng, right: str, wrong: list[str]) -> tuple[tuple[str, ...], int]:
+def ranked(rng: random.Random, right: str, wrong: list[str]) -> tuple[tuple[str, ...], int]:
     """Four choices in a random order, and the place of the right one."""
     choices = rng.sample([right, *wrong[:3]], 4)
     return tuple(choices), choices.index(right)

@@ -1,5 +1,5 @@
-"""Questions for models that follow instructions: facts that every Python knows, by the letter; sums; and answers in a
-given form."""
+"""Tasks for models that follow instructions: facts that every Python knows, by the letter; sums; and answers in a given
+form."""
 
 import calendar
 import contextlib
@@ -85,7 +85,7 @@ def _entity(rng: random.Random) -> tuple[str, str, list[str]]:
 
 
 def _facts(count: int, seed: int) -> list[Item]:
-    """Every question in four orders: each option stands once at each letter."""
+    """Make every example in four orders: each option stands once at each letter."""
     rng, items, asked = random.Random(f"facts {seed}"), [], set()
     kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
     for attempt in range(20 * count):
@@ -108,7 +108,7 @@ def _facts(count: int, seed: int) -> list[Item]:
 
 
 def letter(text: str) -> str | None:
-    """The letter that it calls the answer, begins with, or says later; "a" is one where there is nothing else."""
+    """Find the letter that the text calls the answer, begins with, or says later; "a" is one where there is nothing else."""
     alone = text.strip(" \n\t.()*\"'")
     if len(alone) == 1 and alone in "abcd":
         return alone.upper()
@@ -151,7 +151,7 @@ def _sums(count: int, seed: int) -> list[Item]:
 
 
 def _result(text: str) -> str | None:
-    """ "17 + 25 = 42", "The sum of 17 and 25 is 42."."""
+    """Find the result in texts such as "17 + 25 = 42" and "The sum of 17 and 25 is 42."."""
     text = SIGN.sub(r"\1 -", text.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-"))
     for part in (RESULT.split(text)[-1], text):
         if len(found := NUMBER.findall(part)) == 1:
@@ -160,7 +160,7 @@ def _result(text: str) -> str | None:
 
 
 def _forms(count: int, seed: int) -> list[Item]:
-    """An exact form of common words: capitals, repetition, order, a list, JSON."""
+    """Ask for an exact form of common words: capitals, repetition, order, a list, JSON."""
     rng, items, asked = random.Random(f"forms {seed}"), [], set()
     for attempt in range(20 * count):
         number = len(items)
@@ -200,7 +200,7 @@ def _forms(count: int, seed: int) -> list[Item]:
 
 
 def _form(text: str) -> str | None:
-    """Everything that was written, JSON and lists with the usual spaces; nothing is unparsable but silence."""
+    """Take everything that was written, JSON and lists with the usual spaces; nothing but silence is unparsable."""
     text = text.strip()
     if text.startswith("{"):
         with contextlib.suppress(ValueError):

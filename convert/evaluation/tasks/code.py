@@ -1,5 +1,5 @@
-"""Tasks from files of Python's standard library that no training here has seen: a name, closing brackets, the next
-line's indentation.
+"""Tasks from files of Python's standard library that no training here has seen: predict a name, closing brackets, the
+next line's indentation.
 
 Prompts end with a word and answers begin with a space, a bracket or a line break: no tokenizer joins the two.
 """
@@ -51,7 +51,7 @@ def _is_name(kind: int, text: str) -> bool:
 
 
 def _names(count: int, seed: int) -> list[Item]:
-    """A name that the context has; the wrong choices are other names in it."""
+    """Ask for a name that the context has; the wrong choices are other names in it."""
     rng, found = random.Random(f"names {seed}"), []
     for _, text in unseen():
         tokens = _tokens(text)
@@ -73,7 +73,7 @@ def _names(count: int, seed: int) -> list[Item]:
 
 
 def _apart(names: list[str]) -> list[str]:
-    """Without those that begin with, or begin, one before them."""
+    """The names but for those that begin with, or begin, one before them."""
     kept = []
     for name in names:
         if not any(name.startswith(other) or other.startswith(name) for other in kept):
@@ -82,7 +82,7 @@ def _apart(names: list[str]) -> list[str]:
 
 
 def _brackets(count: int, seed: int) -> list[Item]:
-    """All that must be closed before the line ends, two brackets or more."""
+    """Ask for all brackets, two or more, that must be closed before the line ends."""
     rng, found = random.Random(f"brackets {seed}"), []
     for _, text in unseen():
         ends = {start for kind, _, start, _ in _tokens(text) if kind == tokenize.OP}
@@ -103,7 +103,7 @@ def _closing(text: str) -> str | None:
 
 
 def _indentation(count: int, seed: int) -> list[Item]:
-    """How far the next line is indented; the wrong choices are the same line, indented otherwise."""
+    """Ask how far the next line is indented; the wrong choices are the same line, indented otherwise."""
     rng, found = random.Random(f"indentation {seed}"), []
     for _, text in unseen():
         kinds = {start: kind for kind, _, start, _ in _tokens(text)}

@@ -1,4 +1,5 @@
-"""What a constant state may lose: copying, recall among several keys, one fact in a long text. In Python."""
+"""Tasks that a state of constant size may fail at, in Python: copying, recall among several keys, one fact in a long
+text."""
 
 import random
 import re
@@ -14,7 +15,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 
 def words(rng: random.Random, count: int) -> list[str]:
-    """Different ones, of three syllables, that mean nothing."""
+    """Different words of three syllables that mean nothing."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))] = None
@@ -26,8 +27,8 @@ def _numbers(rng: random.Random, count: int) -> list[str]:
 
 
 def _copying(count: int, seed: int) -> list[Item]:
-    """A list once more, from its second word on: arguments with names that code is full of, or words that mean nothing.
-    The wrong choices have words exchanged, or one too many."""
+    """Ask for a list once more, from its second word on: arguments with names that code is full of, or words that mean
+    nothing. The wrong choices have words exchanged, or one too many."""
     rng, items = random.Random(f"copying {seed}"), []
     for number in range(count):
         known, length = (True, 3 + number // 2 % 2) if number % 2 == 0 else (False, 4 + 2 * (number // 2 % 2))
@@ -52,7 +53,7 @@ def _copied(text: str) -> str | None:
 
 
 def _keys(count: int, seed: int) -> list[Item]:
-    """The number that belongs to one of several keys; the wrong choices belong to others."""
+    """Ask for the number that belongs to one of several keys; the wrong choices belong to others."""
     rng, items = random.Random(f"keys {seed}"), []
     for number in range(count):
         pairs = 4 << number % 3
@@ -69,7 +70,7 @@ def _keys(count: int, seed: int) -> list[Item]:
 def needles(
     count: int, seed: int, lengths: tuple[int, ...] = NEEDLE_LENGTHS, depths: tuple[float, ...] = DEPTHS
 ) -> list[Item]:
-    """One assignment somewhere in so many characters of code, asked for at the end."""
+    """Ask at the end for one assignment that stands somewhere in so many characters of code."""
     rng, items = random.Random(f"needle {seed}"), []
     hay = "".join(text for _, text in unseen())
     for number in range(count):
