@@ -118,8 +118,8 @@ def convert(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, recipe: Recipe) -> None:
     """Print the plan; raises UserError with its first refusal, if there is one."""
     with heavy_imports():
-        from convert.models.devices import pick_device
         from convert.domains import domain_of
+        from convert.models.devices import pick_device
         from convert.planning import plan as planning
         from convert.planning.validate import named_teachers
 

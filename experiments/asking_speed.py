@@ -19,8 +19,7 @@ from convert.cli import fail_in_words, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.evaluation.runner import chosen
-from convert.evaluation.scoring import BATCH_ROWS, by_generation
-from convert.evaluation.scoring import fits
+from convert.evaluation.scoring import BATCH_ROWS, by_generation, fits
 from convert.evaluation.tasks import Item, Task
 from convert.models.loading import Teacher, load_teacher
 

@@ -34,8 +34,7 @@ from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
 from convert.evaluation import perplexity as measure
-from convert.evaluation.scoring import prompt_ids
-from convert.evaluation.scoring import READINGS
+from convert.evaluation.scoring import READINGS, prompt_ids
 from convert.evaluation.tasks import TASKS, Item, Task, needles
 from convert.mixers import MLA
 from convert.models.cache import StateLayer, layer_bytes

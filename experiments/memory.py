@@ -28,8 +28,7 @@ from convert.objectives import Objective
 from convert.training import STAGES
 from convert.training.loop import Silent
 from convert.training.settings import Settings
-from kernels.machine import DEVICE
-from kernels.machine import PeakMemory
+from kernels.machine import DEVICE, PeakMemory
 
 COMMAND = """
 import sys, torch

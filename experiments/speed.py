@@ -110,7 +110,9 @@ def speeds(name: str, steps: int) -> Table:
             found = []
             for use in (True, False):
                 for module, way in compiled.items():
-                    module.IMPLEMENTATIONS[KERNELS] = way if use else (lambda device, dtype: "it is left out of this measurement")
+                    module.IMPLEMENTATIONS[KERNELS] = (
+                        way if use else (lambda device, dtype: "it is left out of this measurement")
+                    )
                 teacher, student, batches, settings = prepare(name, target, stage)
                 seconds = sorted(
                     steps_of(stage, teacher, student, batches, settings, steps if use or target != "mamba" else 3)

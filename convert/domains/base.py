@@ -151,9 +151,7 @@ class Domain(ABC):
         """Return what is called whenever a training step measures."""
 
     @abstractmethod
-    def final_metrics(
-        self, student: PreTrainedModel, teacher: Teacher, data: Data, batches: Sequence[Any]
-    ) -> Any:
+    def final_metrics(self, student: PreTrainedModel, teacher: Teacher, data: Data, batches: Sequence[Any]) -> Any:
         """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
 
     @abstractmethod

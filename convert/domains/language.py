@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.corpus import corpus
-from convert.data.text import TokenData, tokenize
-from convert.data.text import Corpus
+from convert.data.text import Corpus, TokenData, tokenize
 from convert.domains.base import Domain, Monitor
 from convert.evaluation import final_metrics, perplexity, runner
 from convert.evaluation.monitor import Rule
@@ -24,7 +23,6 @@ from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.language_schemas import LanguageMetrics, LanguageReport
 
 
-
 class Language(Domain):
     """Perplexity on held-out text is the headline metric; training counts tokens."""
 
@@ -33,7 +31,6 @@ class Language(Domain):
     headline = "perplexity"
     report_type = LanguageReport
     sections = LANGUAGE
-
 
     # --- before a run
 
@@ -110,7 +107,9 @@ class Language(Domain):
     ) -> LanguageMetrics:
         return final_metrics.final_metrics(student, teacher, data, list(batches))
 
-    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path) -> Evaluation:
+    def evaluate(
+        self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
+    ) -> Evaluation:
         tasks = runner.chosen(None, teacher.tokenizer)
         answers = folder / "answers.jsonl"
         found = runner.evaluate_tasks(dict(models), teacher.tokenizer, tasks, limit=examples, file=answers)

@@ -16,8 +16,16 @@ from convert.evaluation.inference import (
 )
 from convert.evaluation.perplexity import compare
 from convert.models.loading import Teacher
-from convert.recipes.base import Recipe
-from convert.steps.train import Train
+from convert.runs.language_schemas import (
+    Agreement,
+    CacheBytes,
+    CacheFormula,
+    ContextCosts,
+    Continuation,
+    Divergence,
+    LanguageMetrics,
+    Perplexity,
+)
 from convert.runs.schemas import Headline
 
 PROMPT_TOKENS = 48

@@ -12,13 +12,13 @@ from transformers.cache_utils import Cache
 
 from convert.evaluation.generation import prefill, steps
 from convert.mixers.base import StateSize
-from convert.mixers.projections import Projections
 from convert.mixers.families import layer_window
-from convert.models.cache import layer_bytes
-from convert.models.student import ConvertedForCausalLM
-from convert.models.slot import attention_of
-from convert.runs.language_schemas import ContextCost
+from convert.mixers.projections import Projections
 from convert.models.access import layers_of
+from convert.models.cache import layer_bytes
+from convert.models.slot import attention_of
+from convert.models.student import ConvertedForCausalLM
+from convert.runs.language_schemas import ContextCost
 
 CONTEXT_LENGTHS = (128, 1024, 8192, 32_768)  # tokens
 ALWAYS_MEASURED = 1024  # tokens
@@ -97,7 +97,9 @@ def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:
             continue
         shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
         # transformers keeps one less than the window: the token that looks is the last of it
-        sizes.append(StateSize(elements_per_token=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1))
+        sizes.append(
+            StateSize(elements_per_token=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1)
+        )
     return tuple(sizes)
 
 

@@ -17,8 +17,10 @@ from convert.core.network import is_hub_reachable
 from convert.core.places import cache_folder
 from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
-from convert.models.saving import fingerprint
 from convert.evaluation.generation import plain_settings
+from convert.models.saving import fingerprint
+from convert.runs.evaluation_schemas import LmEvalScore
+from convert.runs.keys import Scoring
 
 BATCH = 16
 

@@ -12,14 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
-from convert.objectives.divergences import cross_entropy, forward_kl
 from convert.models.access import hidden_states
+from convert.objectives.divergences import cross_entropy, forward_kl
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
 SHORTEST_BUCKET = 64  # tokens before, where perplexity is told by position
 
 
-def _predicted(models: Sequence[PreTrainedModel], batches: list[Batch]) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+def _predicted(
+    models: Sequence[PreTrainedModel], batches: list[Batch]
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     """In chunks of N target tokens: the logits [N, vocabulary] of each model, the targets [N] and their positions
     [N]."""
     device = models[-1].device

@@ -20,27 +20,23 @@ from convert.core.errors import UserError, files_in_words
 from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
+from convert.data.corpus import corpus
 from convert.data.prompts import chat_text, has_chat_template
 from convert.data.text import tokenize
-from convert.data.corpus import corpus
 from convert.evaluation.final_metrics import final_metrics, held_out
 from convert.evaluation.lm_eval import find, run_harness
 from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, prompt_ids
 from convert.evaluation.statistics import divergence, gap, score
 from convert.evaluation.tasks import TASKS, Item, Task
 from convert.evaluation.tasks.base import LIMIT
+from convert.models.devices import pick_device
 from convert.models.loading import Teacher, load_teacher
 from convert.models.saving import fingerprint
-from convert.models.devices import pick_device
 from convert.reports import report as reports
 from convert.reports.language import LANGUAGE
 from convert.reports.scores import show, show_lm_eval
 from convert.runs import records
-from convert.runs.evaluation_schemas import AnswerRow
-from convert.runs.evaluation_schemas import Evaluation
-from convert.runs.evaluation_schemas import Gap
-from convert.runs.evaluation_schemas import LmEvalScore
-from convert.runs.evaluation_schemas import Score
+from convert.runs.evaluation_schemas import AnswerRow, Evaluation, Gap, LmEvalScore, Score
 from convert.runs.keys import MODELS
 from convert.runs.language_schemas import LanguageReport
 from convert.runs.ledger import locked
@@ -259,9 +255,7 @@ def _evaluate(
     return found
 
 
-def _models_of(
-    run: Path, device: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
+def _models_of(run: Path, device: str, trust_remote_code: bool) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
     """Student, teacher and report of a run. A student stands beside the teacher that it was made from."""
     report = records.report(run)
     teacher = load_teacher(report.settings.teacher, device=device, trust_remote_code=trust_remote_code)

@@ -17,8 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from convert.core.console import count, short, size
 from convert.core.files import write_text
-from convert.runs.evaluation_schemas import Gap
-from convert.runs.evaluation_schemas import tasks_of
+from convert.runs.evaluation_schemas import Gap, tasks_of
 from convert.runs.keys import SCORINGS
 
 INK, MUTED = "#000001", "#000002"  # placeholders for variables of the page

@@ -9,8 +9,7 @@ from convert.reports import language_page
 from convert.reports.markdown import block
 from convert.reports.scores import markdown_table
 from convert.reports.sections import Curve, Sections
-from convert.runs.language_schemas import HalfLives
-from convert.runs.language_schemas import LanguageReport
+from convert.runs.language_schemas import HalfLives, LanguageReport
 
 HALF_LIFE_LINES = 8
 

@@ -6,11 +6,7 @@ from rich import box
 from rich.table import Table
 
 from convert.core.console import Console
-from convert.runs.evaluation_schemas import Evaluation
-from convert.runs.evaluation_schemas import Gap
-from convert.runs.evaluation_schemas import LmEvalScore
-from convert.runs.evaluation_schemas import Score
-from convert.runs.evaluation_schemas import tasks_of
+from convert.runs.evaluation_schemas import Evaluation, Gap, LmEvalScore, Score, tasks_of
 from convert.runs.keys import SCORINGS
 
 STICKY = 0.5  # stickiness above which a model is said to follow the label (ours)

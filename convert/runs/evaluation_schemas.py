@@ -67,9 +67,7 @@ class Score:
         Number | None,
         Key("Multiple choice: 0 where the letter follows the content, 1 where it is the same in every order."),
     ] = None
-    same_text: Annotated[
-        Share | None, Key("Student, generation: texts that equal the teacher's.", "share")
-    ] = None
+    same_text: Annotated[Share | None, Key("Student, generation: texts that equal the teacher's.", "share")] = None
     first_divergence: Annotated[
         Number | None,
         Key("Student, generation: median number of tokens before the first difference from the teacher.", "tokens"),

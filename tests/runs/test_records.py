@@ -7,12 +7,11 @@ import shutil
 
 import pytest
 
-from convert.reports import page
-from convert.runs import records
-from convert.runs import schemas
 from convert.core.errors import UserError
 from convert.evaluate import main
+from convert.reports import page
 from convert.reports.sections import Run
+from convert.runs import records, schemas
 
 FILES = ("report.json", "evaluation.json", "metrics.jsonl", "context.json")
 OTHERS = (None, "x", -1, 0, 10**400, 1e308, float("nan"), [], {}, True, "\ud800", [1], {"a": 1}, "")

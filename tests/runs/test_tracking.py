@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import wandb
 
-from convert.runs import wandb_sink as dashboard
 from convert.core.errors import UserError
+from convert.runs import wandb_sink as dashboard
 from convert.runs.tracking import Track
 
 
