@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.data.batches import Batch, Batches, held_out_batches
-from convert.data.corpus import corpus
-from convert.data.text import Corpus, TokenData, tokenize
-from convert.domains.base import Domain, Monitor
+from convert.data.corpus import Corpus, corpus
+from convert.data.text import TokenData, tokenize
+from convert.domains.base import Domain
 from convert.evaluation import final_metrics, perplexity, runner
-from convert.evaluation.monitor import Rule
+from convert.evaluation.monitor import Monitor, Rule
 from convert.exporting import verify
 from convert.mixers.projections import refusal
 from convert.models import from_scratch

@@ -67,7 +67,9 @@ class Swap(Step):
     # --- before a run
 
     def problems(self, before: Outline) -> list[str]:
-        num_layers, found = len(before.mixers), self._bad_layers(len(before.mixers))
+        num_layers = len(before.mixers)
+        if found := self._bad_layers(num_layers):
+            return found
         if before.is_measured:
             found.append(
                 f"Step {self.name}: the layers that a step before it replaces are chosen by measurement, so it cannot"
@@ -113,9 +115,8 @@ class Swap(Step):
         return []
 
     def after(self, before: Outline) -> Outline:
-        mixers = list(before.mixers)
-        for i in self.converted(len(mixers)):
-            mixers[i] = self.mixer
+        converted = self.converted(len(before.mixers))
+        mixers = [self.mixer if i in converted else name for i, name in enumerate(before.mixers)]
         return dataclasses.replace(
             before,
             mixers=tuple(mixers),

@@ -1,6 +1,8 @@
 """Plans from configurations alone: counts that are right, for every alias, without network or weights."""
 
+import copy
 import dataclasses
+import functools
 import io
 import re
 import socket
@@ -10,10 +12,17 @@ from rich.console import Console
 
 from convert import recipes
 from convert.core.console import size
+from convert.core.errors import UserError
+from convert.domains.language import Language
+from convert.mixers import MIXERS
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
+from convert.objectives.base import AttentionTerm, LogitTerm, Objective
 from convert.planning import plan as planning
-from convert.planning.plan import make_plan
+from convert.planning.plan import make_plan as make_plan_in
+
+LANGUAGE = Language()
+make_plan = functools.partial(make_plan_in, LANGUAGE)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +85,7 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
     plan = make_plan(
         "x",
         config,
-        recipes.to_linear(recipes.Budget(1000, 64, 128, 1e-3, 1e-3, recipes.Distill(), 128)),
+        recipes.to_linear(recipes.Budget(1000, 64, 128, 1e-3, 1e-3, Objective.of("forward_kl"), 128)),
         "stdlib",
         "cpu",
     )
@@ -169,36 +178,126 @@ def test_steps_that_do_not_follow_from_each_other_are_refused(keep, words):
     assert any(words in reason for reason in reasons)
 
 
-def minus(a, b):
-    return a - b
-
-
-def without_gradient(a, b):
-    return (a - b).square().mean().detach()
-
-
-@pytest.mark.parametrize("field, function", [
-    *(("trains", f) for f in (print, len, list, lambda student: [], lambda student: [student], lambda student: student.state_dict())),
-    *(("objective", f) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, objectives.cross_entropy)),
-])  # fmt: skip
-def test_functions_that_do_not_do_their_part_are_refused(field, function, capsys):
+def planned(**changes):
+    """The plan of neox-nano to linear, with changes to the settings of its first training step."""
     config = read_config(resolve("neox-nano"))
     recipe = recipes.to_linear(recipes.budget("neox-nano", config))
     swap, align, distill = recipe.steps
-    align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **{field: function}))
-    plan = make_plan("neox-nano", config, dataclasses.replace(recipe, steps=(swap, align, distill)), "stdlib", "cpu")
-    assert re.match(r"Step align: (trains|an objective) .*\.$", plan.refusals[0]) and "\n" not in plan.refusals[0]
+    align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **changes))
+    return make_plan("neox-nano", config, dataclasses.replace(recipe, steps=(swap, align, distill)), "stdlib", "cpu")
 
 
-def test_functions_of_the_users_own_are_planned():
+def objective_of(function):
+    """An objective whose one term, of the user's own, computes its loss by this function of two outputs."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(AttentionTerm):
+        def loss(self, student, teacher, owned):
+            return function(student, teacher)
+
+    return Objective(((1.0, Own()),))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnOfLogits(LogitTerm):
+    def loss(self, student, teacher, targets, owned):
+        return student.logsumexp(-1)
+
+
+SELECTORS = (print, len, list, lambda s: [], lambda s: [s], lambda s: s.state_dict())
+LOSSES = (print, len, lambda a, b: a - b, lambda a, b: (a - b).square().mean().detach(), lambda a, b: 1.0)
+
+
+@pytest.mark.parametrize("function", SELECTORS)
+def test_selectors_that_choose_no_parameters_are_refused(function, capsys):
+    (reason,) = planned(trains=function).refusals
+    assert re.match(r"Step align: trains .*\.$", reason) and "\n" not in reason
+
+
+@pytest.mark.parametrize("objective", [*map(objective_of, LOSSES), Objective(((1.0, OwnOfLogits()),))])
+def test_terms_that_give_no_loss_are_refused(objective, capsys):
+    (reason,) = planned(objective=objective).refusals
+    assert re.match(r"Step align: (an objective|align compares) .*\.$", reason) and "\n" not in reason
+
+
+def test_functions_and_terms_of_the_users_own_are_planned():
+    own = objective_of(lambda student, teacher: (student - teacher).abs().mean())
+    assert not planned(trains=lambda student: student.parameters(), objective=own).refusals
+
+
+# --- hybrids, students from scratch, data and teachers of a step's own
+
+
+def config_and_recipe(target, **changes):
     config = read_config(resolve("neox-nano"))
-    recipe = recipes.to_linear(recipes.budget("neox-nano", config))
+    recipe = recipes.TARGETS[target].recipe(recipes.budget("neox-nano", config, 100_000))
+    return config, dataclasses.replace(recipe, **changes)
+
+
+def test_a_student_from_scratch_is_counted():
+    plan = plan_of("neox-nano", "scratch")
+    build, distill = plan.steps
+    assert not plan.refusals and build.what == "build a llama of 4 layers, width 128"
+    assert plan.parameters_student == distill.trainable - 2 * 0 + distill.frozen - projectors(4, 128, 192)
+    assert plan.parameters_student < plan.parameters_teacher
+
+
+def projectors(layers, width, teacher_width):
+    return layers * width * teacher_width
+
+
+@pytest.mark.parametrize(
+    "setting, words", [("build.width=130", "width must be its heads"), ("build.kv_heads=3", "share")]
+)
+def test_sizes_of_a_student_that_do_not_fit_are_refused(setting, words):
+    config, recipe = config_and_recipe("scratch")
+    with pytest.raises(UserError, match=words):
+        make_plan("x", config, recipes.with_setting(recipe, setting), "stdlib", "cpu")
+
+
+def test_two_swaps_make_a_hybrid():
+    config, recipe = config_and_recipe("gate-swa")
+    edit, *trainings = recipe.steps
+    first = dataclasses.replace(edit, keep=(), layers=(0, 2, 4))
+    second = recipes.Swap("second", "mamba2", MIXERS["mamba2"].Options(), layers=(1, 3))
+    hybrid = dataclasses.replace(recipe, steps=(first, second, *trainings))
+    plan = make_plan("x", config, hybrid, "stdlib", "cpu")
+    assert not plan.refusals
+    assert [step.what for step in plan.steps[:2]] == [
+        "swap in gate-swa, keep 3 of 6 layers",
+        "swap in mamba2, keep 4 of 6 layers",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"layers": (0, 6)}, "within 0 .. 5"),
+        ({"layers": (1,), "keep": (1,)}, "not all be kept"),
+        ({"layers": (1, 2), "keep": recipes.MostSensitive(3)}, "given or measured, not both"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(changes, words):
+    config, recipe = config_and_recipe("gate-swa")
+    edit, *trainings = recipe.steps
+    wrong = dataclasses.replace(recipe, steps=(dataclasses.replace(edit, **changes), *trainings))
+    (reason,) = make_plan("x", config, wrong, "stdlib", "cpu").refusals
+    assert words in reason
+
+
+def test_a_steps_own_teacher_is_counted_and_must_fit():
+    config, recipe = config_and_recipe("linear")
+    plain = make_plan("x", config, recipe, "stdlib", "cpu")
     swap, align, distill = recipe.steps
-    own = {
-        "trains": lambda student: student.parameters(),
-        "objective": lambda student, teacher: (student - teacher).abs().mean(),
-    }
-    align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **own))
-    assert not make_plan(
-        "neox-nano", config, dataclasses.replace(recipe, steps=(swap, align, distill)), "stdlib", "cpu"
-    ).refusals
+    own = dataclasses.replace(recipe, steps=(swap, align, dataclasses.replace(distill, teacher="other")))
+    larger = copy.deepcopy(config)
+    larger.num_hidden_layers = 12
+    plan = make_plan("x", config, own, "stdlib", "cpu", {"other": larger})
+    assert not plan.refusals and plan.steps[2].what.endswith("from other")
+    assert plan.steps[2].seconds > plain.steps[2].seconds and plan.steps[2].peak_bytes > plain.steps[2].peak_bytes
+    foreign = read_config(resolve("pythia-14m"))
+    (reason,) = make_plan("x", config, own, "stdlib", "cpu", {"other": foreign}).refusals
+    assert "share one tokenizer; the run's has 4,096 tokens, this one 50,304" in reason
+    layerwise = dataclasses.replace(recipe, steps=(swap, dataclasses.replace(align, teacher="other"), distill))
+    (reason,) = make_plan("x", config, layerwise, "stdlib", "cpu", {"other": larger}).refusals
+    assert "align compares layer with layer" in reason
