@@ -15,8 +15,8 @@ from convert.models.config import ConvertedConfig
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
 from tests.conftest import FAMILIES, VOCAB, assert_close, options_of, tiny_teacher, token_ids
-from tests.test_export import tiny_tokenizer
-from tests.test_model import CACHED, logits_of
+from tests.exporting.test_hub import tiny_tokenizer
+from tests.models.test_student import CACHED, logits_of
 
 OF_HOST = (
     "vocab_size",
