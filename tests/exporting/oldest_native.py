@@ -18,15 +18,15 @@ TEXT = "def add(a, b):\n    return a + b  # é <|endoftext|>"
 
 def write(place: Path) -> None:
     from convert.exporting.hub import export
-    from convert.exporting.hub import export_native
-    from convert.models.catalog import NANO
+    from convert.exporting.native import to_native
+    from convert.models.loading import NANO
     from tests.conftest import token_ids
     from tests.exporting.test_native import CASES, student_of
 
     tokenizer, ids = AutoTokenizer.from_pretrained(NANO), token_ids()
     for name, case in CASES.items():
         student, folder = student_of(*case), place / name.replace(" ", "-")
-        export_native(student, tokenizer, folder, card=name)
+        export(to_native(student), tokenizer, folder, card=name)
         with torch.no_grad():
             logits = student(ids, use_cache=False).logits
         greedy = student.generate(ids[:, :9], max_new_tokens=12, do_sample=False)

@@ -3,6 +3,8 @@ in all."""
 
 import ast
 import copy
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,10 +19,13 @@ from convert.core.errors import UserError
 from convert.exporting import hub as export_module
 from convert.exporting.code import flatten, model_code
 from convert.exporting.hub import export
-from convert.exporting.verify import check_in_clean_process, run_without_us
+from convert.exporting.verify import check_in_clean_process
+from convert.exporting.verify import run_without_us
+from convert.exporting.verify import export_and_verify
+from convert.mixers import MIXERS
 from convert.models.student import ConvertedForCausalLM
-from convert.models.swap import swap
-from tests.conftest import VOCAB, options_of, perturb, tiny_teacher, token_ids
+from tests.conftest import VOCAB, tiny_teacher, token_ids
+from tests.models.test_student import student_of
 
 # teacher, mixer, layers: gpt_neox without tied embeddings, llama with them and with grouped-query attention
 CASES = {
@@ -30,15 +35,18 @@ CASES = {
     "llama-partial": ("llama", "mamba", (0, 2)),
     "qwen3-gate-swa": ("qwen3", "gate-swa", (0, 2)),
     "qwen3-mla": ("qwen3", "mla", None),
+    "qwen3-hybrid": ("qwen3", "mamba2+gate-swa", (0, 2)),
+    "llama-hybrid": ("llama", "mla+mamba", None),
 }
 IDS = token_ids(2, 20)
 
 
 def make_student(family: str, mixer: str, layers: tuple[int, ...] | None) -> ConvertedForCausalLM:
-    student = swap(tiny_teacher(family, tie_word_embeddings=family == "llama"), mixer, options_of(mixer), layers)
-    for slot in student.slots().values():
-        perturb(slot.mixer)
-    return student
+    return student_of(family, mixer, layers, tie_word_embeddings=family == "llama")
+
+
+def mixers_of(student: ConvertedForCausalLM) -> set[str]:
+    return {mixer["name"] for mixer in student.config.mixers if mixer is not None}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -147,11 +155,11 @@ def test_a_process_without_us_answers_the_same(name, students, clean):
     assert torch.equal(theirs["batch"][0, -6:], theirs["greedy"][0, -6:])  # padding changed nothing
 
 
-def test_saved_again_by_a_process_without_us(clean, folders):
+def test_saved_again_by_a_process_without_us(clean, students):
     name = list(CASES)[-1]
     assert torch.equal(clean["again"]["logits"], clean[name]["logits"])
     assert torch.equal(clean["again"]["greedy"], clean[name]["greedy"])
-    for file, source in model_code().items():
+    for file, source in model_code(mixers_of(students[name])).items():
         assert (clean["again_folder"] / file).read_text(encoding="utf-8") == source
 
 
@@ -275,7 +283,7 @@ def test_a_folder_of_something_else_is_refused(students, tokenizer, tmp_path):
 
 
 def test_the_code_imports_only_itself_torch_transformers_and_the_standard_library():
-    code = model_code()
+    code = model_code(MIXERS)
     assert "convert_models_student.py" in code and not {"convert.py", "kernels.py"} & set(code)
     for name, source in code.items():
         assert source.startswith("# Generated from ")
@@ -290,10 +298,79 @@ def test_the_code_imports_only_itself_torch_transformers_and_the_standard_librar
                 } | sys.stdlib_module_names | ({"triton"} if "fused" in name or "tune" in name else set()), name
 
 
+OF_A_MIXER = {  # the modules that one mixer has and not all of them
+    "linear": {"hedgehog", "linear"},
+    "mamba": {"hedgehog", "mamba", "mamba_block"},
+    "mamba2": {"hedgehog", "mamba2", "mamba_block"},
+    "gate-swa": {"gate_swa"},
+    "mla": {"mla"},
+}
+KERNEL = {
+    "linear": {"chunk_scan"},
+    "mamba": {"selective_scan"},
+    "mamba2": {"chunk_scan"},
+    "gate-swa": set(),
+    "mla": set(),
+}
+combinations = [*((name,) for name in MIXERS), ("mamba", "gate-swa"), ("linear", "mla"), (), tuple(MIXERS)]
+
+
+@pytest.mark.parametrize("names", combinations, ids="+".join)
+def test_an_export_carries_what_it_runs(names):
+    """The student's mixers and no others, their kernels, and nothing of how they were started, calibrated or swapped
+    in."""
+    code = model_code(names)
+    own = set().union(*(OF_A_MIXER[name] for name in names))
+    of_mixers = {file.removeprefix("convert_mixers_").removesuffix(".py") for file in code if "convert_mixers_" in file}
+    assert of_mixers - {"parts"} == own | {"base", "families"} and ("parts" in of_mixers) == bool(names)
+    scans = set().union(*(KERNEL[name] for name in names))
+    assert {scan for scan in ("chunk_scan", "selective_scan") if f"kernels_{scan}.py" in code} == scans
+    assert any(file.startswith("kernels_") for file in code) == bool(scans)
+    rest = {file for file in code if not file.startswith(("convert_mixers_", "kernels_"))}
+    models = ("cache", "config", "positions", "slot", "student")
+    assert rest == {"convert_mixers.py", "convert_core_errors.py", "convert_core_fields.py"} | {
+        f"convert_models_{name}.py" for name in models
+    }
+    for word in ("Projections", "from_projections", "CalibrationStats", "STARTS", "def swap"):
+        assert not any(word in source for source in code.values()), word
+    table = {}
+    exec(re.sub(r"from \.\w+ import (\w+)", r"\1 = '\1'", code["convert_mixers.py"]), table)
+    assert table["MIXERS"] == {name: MIXERS[name].__name__ for name in names}
+
+
+def test_a_plain_student_is_saved_without_code(tokenizer, tmp_path):
+    """A model of transformers' own, which a training from scratch makes: it loads without trust_remote_code."""
+    student = tiny_teacher("llama", tie_word_embeddings=True)
+    found = export_and_verify(
+        student,
+        tokenizer,
+        tmp_path / "model",
+        card="code",
+        card_without_code="none",
+        dtype=torch.float32,
+        input_ids=IDS,
+    )
+    assert found["max_abs_logit"] <= found["allowed"] and "native" not in found
+    assert not list(tmp_path.rglob("*.py")) and (tmp_path / "model" / "README.md").read_text() == "none"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config and config["rope_theta"] == 1e4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, student(IDS).logits)
+
+
+def test_one_kind_of_export_replaces_another(students, tokenizer, tmp_path):
+    export(students["llama-partial"], tokenizer, tmp_path / "x", card="")
+    export(tiny_teacher("llama"), tokenizer, tmp_path / "x", card="")
+    assert not list((tmp_path / "x").glob("*.py"))
+    export(students["llama-hybrid"], tokenizer, tmp_path / "x", card="")
+    assert (tmp_path / "x" / "convert_mixers_mla.py").exists()
+
+
 def test_transformers_asks_for_no_triton(tmp_path):
     """It checks what the files of a hub repository import, one by one; a machine without Triton never runs the fused
     kernels."""
-    for name, source in model_code().items():
+    for name, source in model_code(MIXERS).items():
         (tmp_path / name).write_text(source, encoding="utf-8")
         assert set(get_imports(tmp_path / name)) <= {"torch", "transformers"} | sys.stdlib_module_names, name
 

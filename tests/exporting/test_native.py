@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from convert.exporting import native
-from convert.exporting.hub import export_native
+from convert.exporting.hub import export
 from convert.exporting.verify import check_in_clean_process
 from convert.mixers import MLA
 from convert.models.cache import CACHE_NAME
@@ -57,13 +57,13 @@ def test_the_native_model_gives_the_same_logits(family, changes, options):
 @torch.no_grad()
 def test_exported_it_loads_in_a_clean_process_without_code(tmp_path):
     student, ids = student_of("llama", dict(tie_word_embeddings=True), {}), token_ids()
-    export_native(student, tiny_tokenizer(), tmp_path / "native", card="a card")
+    export(native.to_native(student), tiny_tokenizer(), tmp_path / "native", card="a card")
     assert not list((tmp_path / "native").glob("*.py"))
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     assert config["model_type"] == "deepseek_v3" and "auto_map" not in config
     found = check_in_clean_process(tmp_path / "native", ids, trust_remote_code=False)
     assert_close(found, student(ids, use_cache=False).logits, 1e-5)
-    export_native(student, tiny_tokenizer(), tmp_path / "native", card="again")  # over an earlier export
+    export(native.to_native(student), tiny_tokenizer(), tmp_path / "native", card="again")  # over an earlier export
     assert (tmp_path / "native" / "README.md").read_text() == "again"
 
 
@@ -104,6 +104,12 @@ def test_obstacles_are_named(make, words):
 
 
 def test_auto_classes_do_not_need_us(tmp_path):
-    export_native(student_of("llama", {}, {}), tiny_tokenizer(), tmp_path / "native", card="", dtype=torch.bfloat16)
+    export(
+        native.to_native(student_of("llama", {}, {})),
+        tiny_tokenizer(),
+        tmp_path / "native",
+        card="",
+        dtype=torch.bfloat16,
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert model.dtype == torch.bfloat16 and type(model).__module__.startswith("transformers.")

@@ -16,9 +16,13 @@ from transformers import (
 )
 
 from convert.exporting import hub as export_module
-from convert.exporting.code import OLDEST, model_code
-from convert.exporting.hub import export_native
+from convert.exporting.code import OLDEST
+from convert.exporting.code import model_code
+from convert.exporting.code import ROOT
+from convert.exporting.hub import export
+from convert.exporting.native import to_native
 from convert.exporting.portability import make_tokenizer_portable
+from convert.mixers import MIXERS
 from tests.conftest import token_ids
 from tests.exporting.test_hub import tiny_tokenizer
 from tests.exporting.test_native import CASES, student_of
@@ -94,7 +98,7 @@ def test_tokenizers(make, tmp_path):
 @pytest.mark.parametrize("family, changes, options", CASES.values(), ids=CASES)
 def test_rotary_positions_by_both_names(family, changes, options, tmp_path):
     student = student_of(family, changes, options)
-    export_native(student, tiny_tokenizer(), tmp_path / "native", card="")
+    export(to_native(student), tiny_tokenizer(), tmp_path / "native", card="")
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     rope = config["rope_parameters"]
     assert config["rope_theta"] == rope["rope_theta"] == student.host.config.rope_parameters["rope_theta"]
@@ -109,10 +113,10 @@ def test_rotary_positions_by_both_names(family, changes, options, tmp_path):
 
 
 def test_the_code_says_what_it_needs(monkeypatch):
-    source = (export_module.ROOT / "setup.py").read_text()
+    source = (ROOT / "setup.py").read_text()
     assert f"transformers>={OLDEST[0]}.{OLDEST[1]}," in source
-    code, (first, *_) = model_code(), model_code()
-    assert first == "convert_models_student.py" and all(
+    code, (first, *_) = model_code(MIXERS), model_code(MIXERS)
+    assert first == "convert_models_config.py" and all(
         f"from .{name.removesuffix('.py')} import" in code[first] for name in code if name != first
     )
     guard = code[first].split("if False")[0]

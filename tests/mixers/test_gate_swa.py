@@ -7,10 +7,16 @@ import torch
 from torch.nn import functional as F
 
 from convert.mixers import GateSWA
+from convert.mixers.init.gate_swa import GateSWAStart
 from convert.models.cache import StudentCache
 from convert.models.swap import swap
 from tests.conftest import FAMILIES, assert_close, options_of, tiny_teacher, token_ids
-from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs, mixer_of
+from tests.mixers.small_layers import SHAPES
+from tests.mixers.small_layers import attention
+from tests.mixers.small_layers import context
+from tests.mixers.small_layers import in_pieces
+from tests.mixers.small_layers import inputs
+from tests.mixers.small_layers import mixer_of
 
 EXACT = 1e-5
 
@@ -46,14 +52,14 @@ def test_padding_between_the_tokens_of_a_long_text():
     """It takes no place in the window, in whichever block it lies."""
     shape = SHAPES["gqa-norms"]
     mixer, x = mixer_of("gate-swa", shape), inputs(shape, 300)
-    real = torch.ones(2, 300, dtype=torch.bool)
-    real[0, 140:180], real[1, :7] = False, False
-    y, state = mixer(x, context(shape, (real.cumsum(1) - 1).clamp(min=0), real))
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[0, 140:180], mask[1, :7] = False, False
+    y, state = mixer(x, context(shape, (mask.cumsum(1) - 1).clamp(min=0), mask))
     for row in range(2):
-        short = x[row : row + 1, real[row]]
+        short = x[row : row + 1, mask[row]]
         c = context(shape, torch.arange(short.shape[1]))
         expected, expected_state = mixer(short, type(c)(c.cos[:1], c.sin[:1]))
-        assert_close(y[row : row + 1, real[row]], expected, 2e-6)
+        assert_close(y[row : row + 1, mask[row]], expected, 2e-6)
         assert_close([s[row : row + 1] for s in state], expected_state, 2e-6)
 
 
@@ -100,7 +106,7 @@ def test_the_cache_is_the_window():
 
 def test_other_softmax_scales_are_refused():
     with pytest.raises(ValueError, match="scale 1 / sqrt"):
-        GateSWA.from_projections(replace(attention(SHAPES["mha"]), scale=1.0), GateSWA.Options())
+        GateSWAStart.from_projections(replace(attention(SHAPES["mha"]), scale=1.0), GateSWA.Options())
 
 
 def test_uses_torchs_attention(monkeypatch):

@@ -10,12 +10,17 @@ from convert.core.errors import UserError
 from convert.data.batches import Batch
 from convert.mixers import MLA
 from convert.mixers.init.latent_ranks import choose_ranks
+from convert.mixers.init.mla import MLAStart
 from convert.mixers.parts import rotate
 from convert.mixers.projections import CalibrationStats, Projections
 from convert.models.swap import swap
 from convert.steps.calibration import inputs_of
 from tests.conftest import FAMILIES, assert_close, perturb, rms, tiny_teacher, token_ids
-from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs
+from tests.mixers.small_layers import SHAPES
+from tests.mixers.small_layers import attention
+from tests.mixers.small_layers import context
+from tests.mixers.small_layers import in_pieces
+from tests.mixers.small_layers import inputs
 
 EXACT = 1e-5
 PLAIN = ("mha",)  # no norms and no biases: what the native shape can hold
@@ -28,7 +33,7 @@ def batches(length: int = 100, count: int = 4) -> list[Batch]:
 
 
 def mla(shape, /, **options) -> MLA:
-    return perturb(MLA.from_projections(attention(shape), MLA.Options(**options)))
+    return perturb(MLAStart.from_projections(attention(shape), MLA.Options(**options)))
 
 
 def plain(m: MLA, x, c) -> torch.Tensor:
@@ -102,7 +107,7 @@ def test_a_start_by_the_weights_alone_looks_at_nothing_else():
         swap(copy.deepcopy(teacher), "mla", MLA.Options(cache_budget=0.5), None, inputs) for inputs in (None, seen)
     ]
     assert torch.equal(*(student(ids, use_cache=False).logits for student in students))
-    assert not MLA.needs_inputs(MLA.Options()) and MLA.needs_inputs(MLA.Options(start="calibrated"))
+    assert not MLAStart.needs_stats(MLA.Options()) and MLAStart.needs_stats(MLA.Options(start="calibrated"))
 
 
 @pytest.mark.parametrize("how", ["expanded", "absorbed"])
@@ -141,7 +146,7 @@ def test_a_norm_is_of_the_whole_key():
     go too, keys are still normed over rotated and unrotated dimensions together."""
     teacher = tiny_teacher("qwen3")
     p = Projections.of(teacher.model.layers[0].self_attn)
-    m = MLA.from_projections(p, MLA.Options(rope_dim=4, kv_rank=24))
+    m = MLAStart.from_projections(p, MLA.Options(rope_dim=4, kv_rank=24))
     x, c = torch.randn(2, 9, 32), context(p.shape, torch.arange(9))
     _, (latent, rope, real, scale) = m(x, c)
     raw = torch.einsum("gkd,btd->btgk", p.k, x)
@@ -219,28 +224,28 @@ def test_the_shared_rotary_key_is_exact_where_the_heads_agree():
     """With equal keys in all heads, the native shape loses nothing but the latents' norm."""
     p = attention(SHAPES["mha"])
     p = replace(p, k=p.k[:1].expand(3, -1, -1).clone())
-    m = MLA.from_projections(p, MLA.Options(shape="native"))
+    m = MLAStart.from_projections(p, MLA.Options(shape="native"))
     x, c = inputs(SHAPES["mha"], LENGTH), context(SHAPES["mha"], torch.arange(LENGTH))
     m.latent_norm.forward = lambda t: t
-    exact = MLA.from_projections(p, MLA.Options())
+    exact = MLAStart.from_projections(p, MLA.Options())
     assert_close(m(x, c)[0], exact(x, c)[0], EXACT)
 
 
 @torch.no_grad()
 def test_a_calibrated_native_start_steadies_the_norm():
-    """CalibrationStats of which some direction is nearly constant, as real models have: the norm of the latents then does nearly
+    """Inputs of which some direction is nearly constant, as real models have: the norm of the latents then does nearly
     nothing."""
     shape, g = SHAPES["mha"], torch.Generator().manual_seed(0)
     x = torch.randn(2, 400, shape.width, generator=g) * torch.logspace(0, -2, shape.width)
     x[..., -1] = 1 + 0.01 * x[..., -1]
     x[:, ::7] *= 1 + torch.rand(2, 58, 1, generator=g) * (torch.arange(shape.width) < 12)  # and lengths that differ
     moment = torch.einsum("btd,bte->de", x, x) / 800
-    p = replace(attention(shape), inputs=CalibrationStats(x.mean((0, 1)), moment, moment, torch.zeros(4)))
-    m = MLA.from_projections(p, MLA.Options(shape="native", kv_rank=20, q_rank=20, start="calibrated"))
+    p = replace(attention(shape), stats=CalibrationStats(x.mean((0, 1)), moment, moment, torch.zeros(4)))
+    m = MLAStart.from_projections(p, MLA.Options(shape="native", kv_rank=20, q_rank=20, start="calibrated"))
     for norm, latent in ((m.latent_norm, m.latent(x)), (m.q_latent_norm, m.q_down(x))):
         assert rms((norm(latent) - latent)[..., :-1]) < 0.03 * rms(latent[..., :-1])
         assert rms(norm(latent)[..., -1] - 1) < 0.03
-    by_weights = MLA.from_projections(p, MLA.Options(shape="native", kv_rank=20, start="svd"))
+    by_weights = MLAStart.from_projections(p, MLA.Options(shape="native", kv_rank=20, start="svd"))
     latent = by_weights.latent(x)
     assert rms(by_weights.latent_norm(latent) - latent) > 0.3 * rms(latent)
 
@@ -248,7 +253,7 @@ def test_a_calibrated_native_start_steadies_the_norm():
 @torch.no_grad()
 def test_random_start_inherits_the_output_projection_alone():
     p = attention(SHAPES["gqa-norms"])
-    m = MLA.from_projections(p, MLA.Options(start="random", kv_rank=8, rope_dim=4))
+    m = MLAStart.from_projections(p, MLA.Options(start="random", kv_rank=8, rope_dim=4))
     assert torch.equal(m.out.weight, p.o.flatten(1))
     assert 0.01 < m.latent.weight.std() < 0.03
 
@@ -267,7 +272,7 @@ REFUSED = [
 @pytest.mark.parametrize("options, words", REFUSED, ids=[str(o) for o, _ in REFUSED])
 def test_what_cannot_be_is_refused_in_a_sentence(options, words):
     with pytest.raises(UserError, match=words):
-        MLA.from_projections(attention(SHAPES["mha"]), MLA.Options(**options))
+        MLAStart.from_projections(attention(SHAPES["mha"]), MLA.Options(**options))
 
 
 def test_features_it_cannot_express_are_refused():
@@ -275,7 +280,7 @@ def test_features_it_cannot_express_are_refused():
         choose_ranks([replace(attention(SHAPES["mha"]), window=9)], MLA.Options())
     for name, words in (("gqa-norms", "q/k norm"), ("partial-rotary-biases", "biases")):
         with pytest.raises(UserError, match=f"this teacher has {words}. Take edit.shape=exact"):
-            MLA.from_projections(attention(SHAPES[name]), MLA.Options(shape="native"))
+            MLAStart.from_projections(attention(SHAPES[name]), MLA.Options(shape="native"))
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -77,7 +77,7 @@ def test_loading_checks_the_cache(loader, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mixer", ["mamba", "mla", "gate-swa"])
+@pytest.mark.parametrize("mixer", ["mamba", "mla", "gate-swa", "mamba2+gate-swa", "mla+mamba"])
 def test_the_check_allows_rounding_and_no_more(mixer, dtype, tmp_path, monkeypatch):
     student_of("qwen3", mixer, (0, 2)).save_pretrained(tmp_path)
     student = ConvertedForCausalLM.from_pretrained(tmp_path, dtype=dtype)

@@ -11,22 +11,47 @@ from convert.models.cache import StateLayer, StudentCache
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
-from tests.conftest import FAMILIES, SOFTMAX, VOCAB, assert_close, options_of, perturb, rms, tiny_teacher, token_ids
+from tests.conftest import (
+    FAMILIES,
+    LAYERS,
+    SOFTMAX,
+    VOCAB,
+    assert_close,
+    options_of,
+    perturb,
+    rms,
+    tiny_teacher,
+    token_ids,
+)
 
 CACHED = 5e-6  # of the logits' scale; measured: 1.1e-6 (a wrong position costs 1e-3 and more)
 EXACT = 1e-5  # of the exact start; measured: 8e-7
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_mixer = pytest.mark.parametrize("mixer", MIXERS)
+HYBRIDS = ("mamba2+gate-swa", "mla+mamba")  # mixers in turn
+MIDDLE = (1,)
 every_choice = pytest.mark.parametrize("layers", [None, (1,), (0, 2)], ids=["all", "middle", "outer"])
+
+
+def every_student(*choices):
+    """Every mixer in each choice of layers, and every hybrid in those of several layers."""
+    cases = [(name, layers) for name in (*MIXERS, *HYBRIDS) for layers in choices if name in MIXERS or layers != MIDDLE]
+    names = {None: "all", MIDDLE: "middle", (0, 2): "outer"}
+    return pytest.mark.parametrize("mixer, layers", cases, ids=[f"{name}-{names[layers]}" for name, layers in cases])
+
+
 PIECES = (20, 1, 29, 20)
 
 
 @functools.cache
 def student_of(family: str, mixer: str, layers: tuple[int, ...] | None, **changes) -> ConvertedForCausalLM:
-    """Away from its exact start. Shared: a test that changes it builds its own."""
+    """Away from its exact start. Shared: a test that changes it builds its own. A hybrid, named "one+other", has its
+    mixers in turn in these layers, by a swap for each."""
     torch.manual_seed(0)
-    student = swap(tiny_teacher(family, **changes), mixer, options_of(mixer), layers)
+    student, names = tiny_teacher(family, **changes), mixer.split("+")
+    chosen = tuple(range(LAYERS)) if layers is None else layers
+    for i, name in enumerate(names):
+        student = swap(student, name, options_of(name), chosen[i :: len(names)])
     for slot in student.slots().values():
         perturb(slot.mixer)
     return student
@@ -61,8 +86,7 @@ def left_padded(pad: int, length: int = 70) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @every_family
-@every_mixer
-@every_choice
+@every_student(None, MIDDLE, (0, 2))
 def test_cached_decoding_is_the_full_pass(family, mixer, layers):
     student, ids = student_of(family, mixer, layers), token_ids()
     logits, cache = decode(student, ids)
@@ -71,8 +95,7 @@ def test_cached_decoding_is_the_full_pass(family, mixer, layers):
 
 
 @every_family
-@every_mixer
-@every_choice
+@every_student(None, MIDDLE, (0, 2))
 def test_left_padding_changes_nothing(family, mixer, layers):
     """In one pass and in pieces, beside a row without padding."""
     student, (ids, mask) = student_of(family, mixer, layers), left_padded(15)
@@ -93,8 +116,7 @@ def test_padding_longer_than_the_first_piece(family, layers):
 
 
 @every_family
-@every_mixer
-@every_choice
+@every_student(None, MIDDLE, (0, 2))
 def test_packed_documents_are_separate_runs(family, mixer, layers):
     student, ids = student_of(family, mixer, layers), token_ids()
     positions = torch.cat([torch.arange(30), torch.arange(40)])[None]
@@ -160,9 +182,9 @@ def test_kept_attention_with_a_sliding_window(family, changes, layers, kept):
 
 
 @every_family
-@every_mixer
-def test_greedy_generation_cached_is_uncached(family, mixer):
-    student, (ids, mask) = student_of(family, mixer, (0, 2)), left_padded(5, 12)
+@every_student((0, 2))
+def test_greedy_generation_cached_is_uncached(family, mixer, layers):
+    student, (ids, mask) = student_of(family, mixer, layers), left_padded(5, 12)
     with_cache, without = (
         student.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=use_cache)
         for use_cache in (True, False)
@@ -174,8 +196,7 @@ def test_greedy_generation_cached_is_uncached(family, mixer):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-@every_mixer
-@pytest.mark.parametrize("layers", [None, (1,)], ids=["all", "middle"])
+@every_student(None, MIDDLE)
 def test_beam_search_cached_is_uncached(family, mixer, layers):
     """Beams reorder, and rows of unequal length keep their own positions."""
     student, (ids, mask) = student_of(family, mixer, layers), left_padded(5, 12)
@@ -190,8 +211,7 @@ def test_beam_search_cached_is_uncached(family, mixer, layers):
         assert not torch.equal(with_cache.sequences, greedy), "the beams never reordered anything"
 
 
-@every_mixer
-@pytest.mark.parametrize("layers", [None, (1,)], ids=["all", "middle"])
+@every_student(None, MIDDLE)
 def test_cache_follows_its_rows(mixer, layers):
     """Rows swapped, repeated, selected: each goes on as it would have alone."""
     student, (ids, mask) = student_of("llama", mixer, layers), left_padded(15)
@@ -207,15 +227,16 @@ def test_cache_follows_its_rows(mixer, layers):
     for rows, change in changes.items():
         _, cache = decode(student, ids[:, :40], sizes=(40,), mask=mask[:, :40])
         change(cache)
+        assert all(type(c.state).__name__ == "State" for c in cache.layers if isinstance(c, StateLayer))
         rows = list(rows)
         with torch.no_grad():
             logits = student(ids[rows, 40:], attention_mask=mask[rows], past_key_values=cache).logits
         assert_close(logits, expected[rows], CACHED)
 
 
-@every_mixer
-def test_sampling_several_answers(mixer):
-    student, (ids, mask) = student_of("gpt_neox", mixer, (1,)), left_padded(5, 12)
+@every_student(MIDDLE, (0, 2))
+def test_sampling_several_answers(mixer, layers):
+    student, (ids, mask) = student_of("gpt_neox", mixer, layers), left_padded(5, 12)
     out = student.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=6)
     assert out.shape == (6, 18)
     assert torch.equal(out[:, :12], ids.repeat_interleave(3, 0))
@@ -232,8 +253,7 @@ def test_a_cache_can_be_used_again_after_reset():
 
 
 @every_family
-@every_mixer
-@every_choice
+@every_student(None, MIDDLE, (0, 2))
 def test_saved_and_loaded_it_gives_the_same_logits(family, mixer, layers, tmp_path):
     """Bit for bit, by our class and by the auto class."""
     student, ids = student_of(family, mixer, layers), token_ids()
@@ -271,8 +291,7 @@ def test_embeddings_stay_tied(family, tied, tmp_path):
     assert 0 <= stored - 4 * count < 4 * VOCAB * 32, "the tied weight is stored once, the untied ones both"
 
 
-@every_mixer
-@every_choice
+@every_student(None, MIDDLE, (0, 2))
 def test_cache_bytes(mixer, layers):
     """Of a live cache: what the mixers' formulas say, and keys and values of what is kept, to the byte."""
     student = student_of("llama", mixer, layers)
@@ -331,18 +350,20 @@ def test_embeddings_and_kept_logits():
     assert_close(student(ids, use_cache=False, logits_to_keep=3).logits, expected[:, -3:], CACHED)
 
 
-@every_mixer
+@pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
 def test_bfloat16_model_keeps_float32_states(mixer):
     ids, student = token_ids(), swap(tiny_teacher("qwen3").bfloat16(), mixer, layers=(0, 2))
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     logits, cache = decode(student, ids)
     assert logits.dtype == torch.bfloat16
-    narrow = [layer.state[: layer.narrow] for layer in cache.layers if isinstance(layer, StateLayer)]
-    assert (mixer in SOFTMAX) == bool(narrow[0])  # keys, values and latents are in the dtype of the model, sums are not
-    assert all(t.dtype == torch.bfloat16 for parts in narrow for t in parts)
-    wide = [t for layer in cache.layers if isinstance(layer, StateLayer) for t in layer.state[layer.narrow :]]
-    assert all(t.dtype in (torch.float32, torch.bool) for t in wide) and wide
+    states = [layer.state for layer in cache.layers if isinstance(layer, StateLayer)]
+    kind = MIXERS[mixer]
+    assert all(type(state) is kind.State for state in states) and len(states) == 2
+    assert (mixer in SOFTMAX) == bool(kind.model_dtype_fields)  # keys, values, latents have the model's dtype, sums not
+    for field, t in (item for state in states for item in state._asdict().items()):
+        dtypes = (torch.bfloat16,) if field in kind.model_dtype_fields else (torch.float32, torch.bool)
+        assert t.dtype in dtypes, field
     assert_close(logits, logits_of(student, ids), 0.05)  # measured: 0.0025
 
 
