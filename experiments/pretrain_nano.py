@@ -183,9 +183,7 @@ def pretrain(out: Path, tokens: int, data: TokenData) -> GPTNeoXForCausalLM:
         return GPTNeoXForCausalLM.from_pretrained(finished)
     model = new_model()
     folder = Folder(out, settings.num_steps, lambda: held_out_losses(model, data))
-    supervised(
-        model, None, batches_of(data, settings), settings, track=folder, keep=folder, optimizers=optimizers
-    )
+    supervised(model, None, batches_of(data, settings), settings, track=folder, keep=folder, optimizers=optimizers)
     aside = out / "model.writing"
     model.save_pretrained(aside)
     aside.rename(finished)
@@ -232,9 +230,7 @@ it knows nothing else.
 """
 
 
-def install(
-    model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, data: TokenData, out: Path
-) -> None:
+def install(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, data: TokenData, out: Path) -> None:
     """Weights in bfloat16, the tokenizer, the configuration and the card, into convert/nano."""
     folder = Path(__file__).parent.parent / "convert" / "nano"
     dropout, model.config.hidden_dropout = model.config.hidden_dropout, 0.0

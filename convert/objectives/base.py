@@ -1,4 +1,4 @@
-"""An objective is a weighted sum of terms, as data: `Objective.of("0.9*forward_kl(temperature=2) + 0.1*cross_entropy")`.
+"""An objective is a weighted sum of terms, as data, like Objective.of("0.9*forward_kl + 0.1*cross_entropy").
 
 N tokens · V vocabulary · B batch · T tokens of a sequence · D width
 """
@@ -141,7 +141,7 @@ class Objective:
 
     def with_weight(self, name: str, weight: float) -> "Objective":
         """The objective with this weight of a term; 0 removes it, and one that is not there is added with the defaults
-        of its fields, in the order of TERMS: the last bit of the sum does not depend on which weight was given first."""
+        of its fields, in the order of TERMS: the sum is bit for bit the same whichever weight was given first."""
         require(Weight, weight, name)
         terms = tuple((weight if t.name == name else w, t) for w, t in self.terms)
         if name not in [t.name for _, t in terms]:

@@ -44,9 +44,7 @@ def adamw(student: PreTrainedModel, settings: Settings) -> AdamW:
         {"params": [p for p in trained if id(p) in matrices], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
     ]
-    return AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True
-    )
+    return AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def update(optimizers: Sequence[Optimizer], rate: float) -> None:

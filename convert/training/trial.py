@@ -44,9 +44,7 @@ def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedMo
     shape = (TOKENS,) if isinstance(term, LogitTerm) else ()
     if not (isinstance(loss, Tensor) and loss.shape == shape and loss.requires_grad):
         what = "one number for each token" if shape else "one number"
-        return (
-            f"an objective must give {what} to minimise, by its first argument; {shown(term)} gives {shown(loss)}."
-        )
+        return f"an objective must give {what} to minimise, by its first argument; {shown(term)} gives {shown(loss)}."
     return None
 
 

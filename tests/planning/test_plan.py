@@ -12,6 +12,8 @@ from convert import recipes
 from convert.core.console import size
 from convert.models.loading import TEACHERS, read_config, resolve
 from convert.planning import plan as planning
+from convert.objectives import AttentionTerm, Objective
+from convert.objectives.divergences import cross_entropy
 from convert.planning.plan import make_plan
 
 
@@ -73,7 +75,7 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
     plan = make_plan(
         "x",
         config,
-        recipes.to_linear(recipes.Budget(1000, 64, 128, 1e-3, 1e-3, recipes.Distill(), 128)),
+        recipes.to_linear(recipes.Budget(1000, 64, 128, 1e-3, 1e-3, recipes.Objective.of("forward_kl"), 128)),
         "stdlib",
         "cpu",
     )
@@ -166,6 +168,16 @@ def test_steps_that_do_not_follow_from_each_other_are_refused(keep, words):
     assert any(words in reason for reason in reasons)
 
 
+def term_of(loss):
+    """An objective of one term of the user's own."""
+
+    class Own(AttentionTerm):
+        def loss(self, student, teacher, owned):
+            return loss(student, teacher)
+
+    return Objective(((1.0, Own()),))
+
+
 def minus(a, b):
     return a - b
 
@@ -174,9 +186,13 @@ def without_gradient(a, b):
     return (a - b).square().mean().detach()
 
 
+def mean_distance(a, b):
+    return (a - b).abs().mean()
+
+
 @pytest.mark.parametrize("field, function", [
     *(("trains", f) for f in (print, len, list, lambda student: [], lambda student: [student], lambda student: student.state_dict())),
-    *(("objective", f) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, recipes.objectives.cross_entropy)),
+    *(("objective", term_of(f)) for f in (print, len, minus, without_gradient, lambda a, b: 1.0, cross_entropy)),
 ])  # fmt: skip
 def test_functions_that_do_not_do_their_part_are_refused(field, function, capsys):
     config = read_config(resolve("neox-nano"))
@@ -193,7 +209,7 @@ def test_functions_of_the_users_own_are_planned():
     swap, align, distill = recipe.steps
     own = {
         "trains": lambda student: student.parameters(),
-        "objective": lambda student, teacher: (student - teacher).abs().mean(),
+        "objective": term_of(mean_distance),
     }
     align = dataclasses.replace(align, settings=dataclasses.replace(align.settings, **own))
     assert not make_plan(
