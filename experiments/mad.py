@@ -12,9 +12,11 @@ SwiGLU, width 128. Training targets are the shifted inputs, the test counts only
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,7 +26,6 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,16 +33,22 @@ from convert.cli import fail_in_words, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
+from convert.data.batches import Batch
 from convert.mixers import MIXERS
 from convert.mixers.mamba_block import project_gradients
 from convert.models.devices import pick_device
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
+from convert.objectives import Objective
+from convert.training.settings import Settings
+from convert.training.supervised import supervised
 from experiments.mad_tasks import IGNORED, TASKS, Difficulty, Task, compression
 
 
 @dataclass(frozen=True)
-class Settings:
+class Effort:
+    """How long each task is learnt, in batches of so many examples, and which rates and weight decays are tried."""
+
     batch: int
     lrs: tuple[float, ...]
     decays: tuple[float, ...]
@@ -51,8 +58,8 @@ class Settings:
         return self.epochs * math.ceil(d.examples / self.batch)
 
 
-REDUCED = Settings(32, (2e-3,), (0.0,), epochs=1)  # ours
-PAPER = Settings(128, (1e-4, 5e-4, 1e-3), (0.0, 0.1), epochs=200)
+REDUCED = Effort(32, (2e-3,), (0.0,), epochs=1)  # ours
+PAPER = Effort(128, (1e-4, 5e-4, 1e-3), (0.0, 0.1), epochs=200)
 
 
 # --- the model
@@ -84,59 +91,98 @@ class Model(nn.Module):
         self.places = nn.Embedding(decodes, 128) if decodes else None
         self.decoder = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, vocab)) if decodes else None
 
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """[B, T, D], from which the head tells T tokens. A sequence is one document: positions need not be given."""
+        if isinstance(self.model, ConvertedForCausalLM):
+            x = self.model.hidden_states(input_ids)
+        else:
+            x = self.model.model(input_ids, use_cache=False).last_hidden_state
+        return x if self.places is None else x[:, -1:] + self.places.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head: logits of hidden states."""
+        return self.model.get_output_embeddings() if self.decoder is None else self.decoder
+
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T, V]."""
-        if self.places is None:
-            return self.model(ids, use_cache=False).logits
-        student = isinstance(self.model, ConvertedForCausalLM)
-        hidden = self.model.hidden_states(ids) if student else self.model.model(ids, use_cache=False).last_hidden_state
-        return self.decoder(hidden[:, -1:] + self.places.weight)
+        return self.get_output_embeddings()(self.hidden_states(ids))
 
 
-def score(mixer: str, task: Task, d: Difficulty, s: Settings, lr: float, decay: float, seed: int, device: str) -> float:
+@dataclass(frozen=True)
+class Schedule(Settings):
+    """The settings of a stage, with mad-lab's schedule: a cosine from the first step, down to 1e-6."""
+
+    def rate(self, step: int) -> float:
+        return 1e-6 + (self.lr - 1e-6) * (1 + math.cos(math.pi * step / self.num_steps)) / 2
+
+
+def learn(model: Model, inputs: np.ndarray, targets: np.ndarray, effort: Effort, lr: float, decay: float) -> None:
+    """Train on the examples [N, T], in a new order in each epoch. Every parameter has the weight decay."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(a)).long() for a in (inputs, targets))
+    per_epoch = math.ceil(len(x) / effort.batch)
+    orders = [torch.randperm(len(x)) for _ in range(effort.epochs)]
+    positions = torch.arange(x.shape[1])
+    tokens = effort.batch * x.shape[1]
+
+    def batch(step: int) -> Batch:
+        rows = orders[step // per_epoch][step % per_epoch * effort.batch :][: effort.batch]
+        return Batch(x[rows], y[rows], positions.expand(len(rows), -1))
+
+    def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, betas=(0.9, 0.98))]
+
+    settings = Schedule(
+        effort.epochs * per_epoch * tokens, lr, Objective.of("cross_entropy"), "everything", x.shape[1], tokens, tokens,
+        precision="float32", loss_chunk=tokens,
+    )  # fmt: skip
+    supervised(model, None, batch, settings, optimizers=optimizers)
+
+
+@torch.no_grad()
+def accuracy(model: Model, inputs: np.ndarray, targets: np.ndarray, batch: int) -> float:
+    """The share of known targets [N, T] that the model tells."""
+    device = next(model.parameters()).device
+    correct = total = 0
+    for i in range(0, len(inputs), batch):
+        found = model(torch.from_numpy(inputs[i : i + batch]).long().to(device)).argmax(-1).cpu().numpy()
+        known = targets[i : i + batch] != IGNORED
+        correct, total = correct + (found == targets[i : i + batch])[known].sum(), total + known.sum()
+    return float(correct / total)
+
+
+def score(
+    mixer: str, task: Task, d: Difficulty, effort: Effort, lr: float, decay: float, seed: int, device: str
+) -> float:
     """Accuracy on 1,280 unseen sequences after training."""
-    steps = s.steps_of(d)
     inputs, targets = task.make(np.random.default_rng(seed), d.examples, d, False)
-    tested, counts = task.make(np.random.default_rng(seed + 1), 1280, d, True)
+    unseen, known = task.make(np.random.default_rng(seed + 1), 1280, d, True)
     torch.manual_seed(seed)
     length = inputs.shape[1]
     model = Model(mixer, d.vocab, length if task.make is compression else None, length).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6)
-    x, y = (torch.from_numpy(np.ascontiguousarray(a)).long().to(device) for a in (inputs, targets))
-    per_epoch = math.ceil(len(x) / s.batch)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(x))
-        rows = order[step % per_epoch * s.batch :][: s.batch]
-        loss = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].flatten(), ignore_index=IGNORED)
-        loss.backward()
-        project_gradients(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
-    right = total = 0
-    with torch.no_grad():
-        for i in range(0, len(tested), s.batch):
-            found = model(torch.from_numpy(tested[i : i + s.batch]).long().to(device)).argmax(-1).cpu().numpy()
-            known = counts[i : i + s.batch] != IGNORED
-            right, total = right + (found == counts[i : i + s.batch])[known].sum(), total + known.sum()
-    return float(right / total)
+    learn(model, inputs, targets, effort, lr, decay)
+    return accuracy(model, unseen, known, effort.batch)
 
 
 def mean_score(
-    mixer: str, task: str, difficulties: list[Difficulty], s: Settings, trials, seed: int, device: str
+    mixer: str,
+    task: str,
+    difficulties: Sequence[Difficulty],
+    effort: Effort,
+    trials: Sequence[tuple[float, float]],
+    seed: int,
+    device: str,
 ) -> float:
-    """Over the difficulties, at the best of the trials of each."""
-    best = [max(score(mixer, TASKS[task], d, s, *trial, seed, device) for trial in trials) for d in difficulties]
+    """The mean over the difficulties, at the best of the trials (a rate, a weight decay) of each."""
+    best = [max(score(mixer, TASKS[task], d, effort, *trial, seed, device) for trial in trials) for d in difficulties]
     return sum(best) / len(best)
 
 
-def _one_thread() -> None:
-    """Models this small are learnt side by side, a core each."""
-    torch.set_num_threads(1)
+def _start_worker(threads: int | None) -> None:
+    """Models this small are learnt side by side, a core each; the bars of their trainings would write over the one that
+    counts tasks."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def main() -> None:
@@ -152,21 +198,28 @@ def main() -> None:
     for kind, names, known in (("mixer", mixers, ("attention", *MIXERS)), ("task", tasks, TASKS)):
         if wrong := [name for name in names if name not in known]:
             raise UserError(f"There is no {kind} {wrong[0]!r}; there are {', '.join(known)}.")
-    s, device, found = PAPER if args.paper else REDUCED, pick_device(args.device), {}
-    trials = [(lr, decay) for lr in s.lrs for decay in s.decays]
+    effort, device = PAPER if args.paper else REDUCED, pick_device(args.device)
+    found: dict[str, dict[str, float]] = {}
+    trials = [(lr, decay) for lr in effort.lrs for decay in effort.decays]
     settings = {task: TASKS[task].settings() if args.paper else [TASKS[task].reduced] for task in tasks}
     difficulties = {task: [dataclasses.asdict(d) for d in some] for task, some in settings.items()}
     jobs = list(itertools.product(mixers, tasks))
     alone = device != "cpu"
     with ProcessPoolExecutor(
-        1 if alone else os.cpu_count(), mp_context=get_context("spawn"), initializer=None if alone else _one_thread
+        1 if alone else os.cpu_count(),
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(None if alone else 1,),
     ) as pool:
-        waits = {pool.submit(mean_score, *job, settings[job[1]], s, trials, args.seed, device): job for job in jobs}
+        waits = {
+            pool.submit(mean_score, *job, settings[job[1]], effort, trials, args.seed, device): job for job in jobs
+        }
         for done in tqdm(as_completed(waits), total=len(jobs), unit="task", dynamic_ncols=True):
             mixer, task = waits[done]
             found.setdefault(mixer, {})[task] = done.result()
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(args.out, {"settings": dataclasses.asdict(s), "difficulties": difficulties, "scores": found})
+            settings_used = dataclasses.asdict(effort)
+            write_json(args.out, {"settings": settings_used, "difficulties": difficulties, "scores": found})
     table = Table("mixer", *tasks, "mean", title="accuracy on unseen sequences", title_justify="left")
     for mixer, row in sorted(found.items(), key=lambda item: -sum(item[1].values())):
         table.add_row(mixer, *(f"{row[task]:.1%}" for task in tasks), f"{sum(row.values()) / len(row):.1%}")

@@ -1,4 +1,4 @@
-"""What a stage of training minimises. TERMS are those that `Objective.of` knows by name; other classes need no entry."""
+"""What a stage of training minimises. `Objective.of` knows the classes in TERMS by name; others need no entry."""
 
 from convert.objectives.base import AttentionTerm, LayerTerm, LiveObjective, LogitTerm, Objective, Term
 from convert.objectives.divergences import CrossEntropy, ForwardKL, ReverseKL

@@ -1,4 +1,4 @@
-"""An objective is a weighted sum of terms, as data: `Objective.of("0.9*forward_kl(temperature=2) + 0.1*cross_entropy")`.
+"""An objective is a weighted sum of terms, as data, like Objective.of("0.9*forward_kl + 0.1*cross_entropy").
 
 N tokens · V vocabulary · B batch · T tokens of a sequence · D width
 """
@@ -141,11 +141,17 @@ class Objective:
 
     def with_weight(self, name: str, weight: float) -> "Objective":
         """The objective with this weight of a term; 0 removes it, and one that is not there is added with the defaults
-        of its fields."""
+        of its fields, in the order of TERMS: the sum is bit for bit the same whichever weight was given first."""
         require(Weight, weight, name)
         terms = tuple((weight if t.name == name else w, t) for w, t in self.terms)
         if name not in [t.name for _, t in terms]:
-            terms += ((weight, _class_of(name)()),)
+            order = list(_built_in())
+            terms = tuple(
+                sorted(
+                    (*terms, (weight, _class_of(name)())),
+                    key=lambda pair: order.index(pair[1].name) if pair[1].name in order else len(order),
+                )
+            )
         return Objective(tuple(pair for pair in terms if pair[0]))
 
     def with_field(self, name: str, value: object) -> "Objective":
@@ -240,11 +246,15 @@ def name_of(term: type[Term]) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", term.__name__).lower()
 
 
-def _class_of(name: str) -> type[Term]:
-    """A built-in term by its name."""
+def _built_in() -> dict[str, type[Term]]:
     from convert.objectives import TERMS  # which imports this module
 
-    known = {name_of(term): term for term in TERMS}
+    return {name_of(term): term for term in TERMS}
+
+
+def _class_of(name: str) -> type[Term]:
+    """A built-in term by its name."""
+    known = _built_in()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.3) or list(known)
         raise UserError(f"There is no term {shown(name)}. Nearest: {', '.join(near)}. All: {', '.join(known)}.")

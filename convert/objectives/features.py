@@ -37,7 +37,8 @@ class CosineDistance(AttentionTerm):
 
 @dataclass(frozen=True)
 class EnergyMSE(AttentionTerm):
-    """The squared error of a mixer's output over the energy of the attention's (Attention Editing, arXiv 2604.05688)."""
+    """The squared error of a mixer's output over the energy of the attention's (Attention Editing, arXiv
+    2604.05688)."""
 
     def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
         return energy_mse(student, teacher)

@@ -23,9 +23,9 @@ class HiddenProjection(LayerTerm):
     """The cosine distance between a linear projection of each student layer's output and the matched teacher layer's
     output, the mean over student layers.
 
-    A projection without bias from the student's width to the teacher's: TinyBERT's (arXiv 1909.10351), here one for each
-    pair of layers. The distance between normalised states, which a few large channels cannot dominate: Patient
-    KD's (arXiv 1908.09355), whose squared error of unit vectors is twice the cosine distance."""
+    The projection has no bias and goes from the student's width to the teacher's: TinyBERT's (arXiv 1909.10351), here
+    one for each pair of layers. The states are normalised, so that a few large channels cannot dominate: Patient KD's
+    (arXiv 1908.09355), whose squared error of unit vectors is twice the cosine distance."""
 
     def build(self, student: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
         if teacher is None:

@@ -185,7 +185,7 @@ def budget(**changes):
             batch_tokens=256,
             align_lr=1e-2,
             distill_lr=1e-3,
-            objective=recipes.Distill(),
+            objective=recipes.Objective.of("forward_kl"),
             micro_tokens=256,
         )
         | changes
@@ -216,7 +216,7 @@ WRONG_CALLS = {
     "a seed too large": lambda: dataclasses.replace(ALIGN.settings, seed=2**70),
     "a stage by name": lambda: recipes.Train("align", "align", ALIGN.settings),
     "a rate of nan": lambda: recipes.Forget("forget", math.nan),
-    "a weight as text": lambda: recipes.Distill(forward_kl="1"),
+    "a weight as text": lambda: recipes.Objective((("1", recipes.Objective.of("forward_kl").terms[0][1]),)),
     "one in none": lambda: recipes.OneIn(0),
     "no assignment": lambda: recipes.with_setting(RECIPE, None),
     "a hand-over to linear": lambda: recipes.to_mamba(budget(), "linear"),

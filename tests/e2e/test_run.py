@@ -451,7 +451,7 @@ def test_a_hand_over_that_is_not_exact_stops_the_run(teacher, text, tmp_path, mo
         (["--set", "distill.forward_kl=0"], "a loss needs a term"),
         (
             ["--set", "distill.objective=energy_mse"],
-            "distill compares distributions; its objective cannot be energy_mse",
+            "distill compares logits and layer outputs; its objective cannot be energy_mse",
         ),
         (["--set", "handover.conv=0"], "conv must be within 1 .. 64; got 0"),
         (["--set", "forget.rate=-1"], "rate must be within 0 .. 10; got -1"),

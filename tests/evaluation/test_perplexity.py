@@ -77,3 +77,13 @@ def test_keys_and_values_count_as_they_are_shipped():
     assert cache_bytes(student, torch.bfloat16, (64,)) == cache_bytes(
         student, torch.float32, (64,)
     )  # states are float32 always
+
+
+def test_perplexity_by_hand():
+    teacher, batch = tiny_teacher("llama"), batches()(0)
+    with torch.no_grad():
+        logits = teacher(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.log_softmax(-1)
+    real = batch.labels != -100
+    assert not real.all()
+    nats = -logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][real].mean()
+    assert perplexity(teacher, [batch]) == pytest.approx(nats.exp().item(), rel=1e-5)

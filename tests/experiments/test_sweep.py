@@ -10,7 +10,7 @@ from convert import recipes
 from convert.recipes.overrides import with_setting
 from experiments import sweep
 
-BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
+BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, questions=2)
 
 
 @pytest.mark.parametrize("target", recipes.TARGETS)

@@ -66,6 +66,9 @@ FIELDS = [
     "forward_kl",
     "temperature",
     "feature_matching",
+    "taid",
+    "hidden_projection",
+    "t_start",
     "conv",
     "dt_rank",
     "rate",
@@ -93,6 +96,9 @@ VALUES = st.one_of(
             "svd",
             "random",
             "everything",
+            "0.9*forward_kl(temperature=2) + 0.1*cross_entropy",
+            "taid(t_start=0.2) + 0.1*hidden_projection",
+            "supervised",
         ]
     ),
 )

@@ -85,12 +85,15 @@ def test_set_parses_by_the_type_of_the_field():
     assert str(recipe.steps[1].settings.objective) == "energy_mse"
     recipe = with_setting(recipe, "distill.temperature=2")
     assert str(recipe.steps[-1].settings.objective) == "forward_kl(temperature=2)"
-    recipe = with_setting(with_setting(recipe, "distill.cross_entropy=0.1"), "distill.forward_kl=0.9")
-    assert str(recipe.steps[-1].settings.objective) == "0.9*forward_kl(temperature=2) + 0.1*cross_entropy"
-    recipe = with_setting(recipe, "distill.objective=reverse_kl + 0.05*feature_matching")
-    assert str(recipe.steps[-1].settings.objective) == "reverse_kl + 0.05*feature_matching"
-    recipe = with_setting(recipe, "distill.forward_kl=0.5")
-    assert str(recipe.steps[-1].settings.objective) == "reverse_kl + 0.05*feature_matching + 0.5*forward_kl"
+    for setting in ("distill.forward_kl=0.7", "distill.cross_entropy=0.3", "distill.feature_matching=5e-2"):
+        recipe = with_setting(recipe, setting)
+    assert str(recipe.steps[-1].settings.objective) == (
+        "0.3*cross_entropy + 0.7*forward_kl(temperature=2) + 0.05*feature_matching"
+    )
+    without = with_setting(recipe, "distill.cross_entropy=0").steps[-1].settings.objective
+    assert str(without).startswith("0.7*forward_kl")
+    line = "distill.objective=taid(t_start=0.2) + 0.1*hidden_projection"
+    assert str(with_setting(recipe, line).steps[-1].settings.objective) == line.partition("=")[2]
     assert with_setting(recipe, "handover.keep=0,2").steps[2].keep == (0, 2)
     with pytest.raises(UserError, match="whole number; got '2.5'"):
         with_setting(recipe, "handover.conv=2.5")
@@ -107,10 +110,8 @@ def test_defaults_fit_every_teacher(name):
 
 
 def test_selectors_and_stages_are_found_by_their_names():
-    assert selectors.SELECTORS["all_but_embeddings"] is selectors.all_but_embeddings and list(STAGES)[:2] == [
-        "align",
-        "distill",
-    ]
+    assert selectors.SELECTORS["all_but_embeddings"] is selectors.all_but_embeddings
+    assert list(STAGES) == ["align", "distill", "supervised"]
 
 
 @pytest.mark.parametrize("setting", [

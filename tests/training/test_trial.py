@@ -1,0 +1,68 @@
+"""Selectors and terms are tried before anything is trained, on models without memory."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convert.objectives import TERMS, AttentionTerm, LogitTerm, Objective
+from convert.training.trial import problem_of_functions
+from tests.conftest import tiny_teacher
+from tests.training.stages import SETTINGS, student_of
+
+
+def problem(objective: Objective, **teacher: int) -> str | None:
+    settings = replace(SETTINGS, objective=objective)
+    return problem_of_functions(settings, student_of("llama").to("meta"), tiny_teacher("llama", **teacher).to("meta"))
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_built_in_terms_can_be_tried(term):
+    assert problem(Objective(((1.0, term()),))) is None
+
+
+def test_a_term_says_which_models_it_cannot_compare():
+    assert "Take hidden_projection" in problem(Objective.of("feature_matching"), hidden_size=48)
+    assert problem(Objective.of("hidden_projection"), hidden_size=48, num_hidden_layers=5) is None
+
+
+def own(loss: object, kind: type = AttentionTerm, build: object = None, advance: object = None) -> Objective:
+    given = {"loss": loss, "build": build, "advance": advance}
+    term = type("Own", (kind,), {name: given[name] for name in given if given[name] is not None})
+    return Objective(((1.0, term()),))
+
+
+def mean(self: AttentionTerm, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
+    return (student - teacher).square().mean()
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("of the user's own")
+
+
+@pytest.mark.parametrize("objective, words", [
+    (own(lambda self, a, b, owned: None), "an objective must give one number to minimise, by .* gives None"),
+    (own(lambda self, a, b, owned: a - b), "an objective must give one number"),
+    (own(lambda self, a, b, owned: mean(self, a, b, owned).detach()), "an objective must give one number"),
+    (own(lambda self, a, b: 1.0), "an objective compares attention outputs; .* fails with TypeError"),
+    (own(lambda self, a, b, c, owned: a.mean(), LogitTerm), "must give one number for each token"),
+    (own(mean, build=broken), "fails with RuntimeError"),
+    (own(mean, build=lambda self, s, t: nn.Linear(3, 3)), None),
+    (own(mean, build=lambda self, s, t: nn.Linear(3, 3), advance=broken), "fails with RuntimeError"),
+    (own(mean), None),
+])  # fmt: skip
+def test_terms_of_the_users_own(objective, words):
+    found = problem(objective)
+    assert found is None if words is None else re.search(words, found) and found.endswith(".")
+
+
+def test_selectors_of_the_users_own():
+    for trains, words in [
+        (lambda student: [], "trains must choose parameters of the student, one or more"),
+        (lambda student: [torch.zeros(1)], "trains must choose parameters of the student"),
+        (broken, "trains must choose parameters of a student; .* fails with"),
+    ]:
+        found = problem_of_functions(replace(SETTINGS, trains=trains), student_of("llama"), tiny_teacher("llama"))
+        assert found and re.search(words, found)
