@@ -12,6 +12,7 @@ from convert import recipes
 from convert.core.console import size
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
+from convert.objectives import divergences as objectives
 from convert.planning import plan as planning
 from convert.planning.plan import make_plan
 
