@@ -28,7 +28,8 @@ from convert.exporting.portability import make_rotary_portable, make_tokenizer_p
 from convert.models.student import ConvertedForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("convert", "kernels")  # packages; their own __init__ stays at home
+IS_WHEEL = (Path(__file__).resolve().parents[1] / "kernels").is_dir()  # which has the kernels inside `convert`
+OURS = ("convert",) if IS_WHEEL else ("convert", "kernels")  # packages; their own __init__ stays at home
 MAIN = "convert.models.student"
 OLDEST = (5, 23)  # version of transformers that the code runs in; setup.py asks for the same
 NATIVE_MARK = ".converted"  # an empty file that says who wrote the folder
@@ -231,7 +232,7 @@ class Hiding:
         hidden = [os.path.join(ROOT, package) + os.sep for package in OURS]
         return None if any(os.path.join(os.path.realpath(p), "").startswith(tuple(hidden)) for p in places) else spec
 
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != ROOT]
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != REPOSITORY]
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 """
 
@@ -266,7 +267,8 @@ def run_without_us(script: str, *args: str) -> str:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_MODULES_CACHE": str(Path(place, "modules")),
         }
-        head = f"ROOT, OURS = {str(ROOT)!r}, {OURS!r}\n{HIDE}"
+        repository = None if IS_WHEEL else str(ROOT)  # beside a wheel are all other packages
+        head = f"ROOT, OURS, REPOSITORY = {str(ROOT)!r}, {OURS!r}, {repository!r}\n{HIDE}"
         done = subprocess.run(
             [sys.executable, "-c", head + script, *args],
             cwd=place,
