@@ -20,7 +20,7 @@ from convert.core import json_lines as lines
 from convert.core import manifest
 from convert.core.console import console
 from convert.core.errors import UserError, files_in_words
-from convert.core.fields import Place, Text, checked
+from convert.core.fields import Place, Range, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
 from convert.data.corpus import corpus
@@ -88,7 +88,7 @@ class Answers:
 @checked
 def evaluate_tasks(
     models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
-    limit: Annotated[int, (1, 100_000)] = LIMIT, seed: Annotated[int, (0, 2**63 - 1)] = 0, file: Path | None = None,
+    limit: Annotated[int, Range(1, 100_000)] = LIMIT, seed: Annotated[int, Range(0, 2**63 - 1)] = 0, file: Path | None = None,
 ) -> dict:  # fmt: skip
     """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts
     in the same batches."""
@@ -232,7 +232,7 @@ def evaluate_run(
     folder: Place,
     *,
     tasks: Text | None = None,
-    limit: Annotated[int, (1, 100_000)] | None = None,
+    limit: Annotated[int, Range(1, 100_000)] | None = None,
     lm_eval: Text | None = None,
     device: Text = "auto",
     out: Place | None = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from convert.core.fields import check
+from convert.core.fields import Range, check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock
 from convert.mixers.projections import Projections, Shape
@@ -21,8 +21,8 @@ class Mamba(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        conv: Annotated[int, (1, 64)] = 4  # tokens (Mamba, arXiv 2312.00752)
-        dt_rank: Annotated[int, (1, 65_536)] | None = None  # None: a sixteenth of the width (Mamba)
+        conv: Annotated[int, Range(1, 64)] = 4  # tokens (Mamba, arXiv 2312.00752)
+        dt_rank: Annotated[int, Range(1, 65_536)] | None = None  # None: a sixteenth of the width (Mamba)
 
         __post_init__ = check
 

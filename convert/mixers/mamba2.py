@@ -9,7 +9,7 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.core.fields import check
+from convert.core.fields import Range, check
 from convert.mixers.base import Context, Mixer, State, StateSize
 from convert.mixers.parts import NO_MAPS, DecayRate, MambaBlock, wide
 from convert.mixers.projections import Projections, Shape
@@ -21,8 +21,8 @@ class Mamba2(Mixer):
 
     @dataclass(frozen=True)
     class Options:
-        conv: Annotated[int, (1, 64)] = 4  # tokens (Mamba-2)
-        dt_rank: Annotated[int, (1, 65_536)] | None = (
+        conv: Annotated[int, Range(1, 64)] = 4  # tokens (Mamba-2)
+        dt_rank: Annotated[int, Range(1, 65_536)] | None = (
             None  # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
         )
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from convert.core.errors import UserError
-from convert.core.fields import checked, require, shown
+from convert.core.fields import Range, checked, require, shown
 from convert.mixers import MIXERS
 from convert.mixers.base import Context, Mixer
 from convert.mixers.projections import Inputs, Projections, Shape, attention_name, refusal
@@ -383,7 +383,7 @@ def swap(
     model: PreTrainedModel,
     name: Literal[tuple(MIXERS)],
     options=None,
-    layers: Sequence[Annotated[int, (0, 1000)]] | None = None,
+    layers: Sequence[Annotated[int, Range(0, 1000)]] | None = None,
     inputs: Sequence[Inputs] | None = None,
 ) -> ConvertedForCausalLM:
     """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is

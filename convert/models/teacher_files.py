@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
 
 from convert.core.errors import UserError
-from convert.core.fields import Written, require, shown
+from convert.core.fields import Range, Written, require, shown
 from convert.core.files import parse_json
 from convert.mixers import MIXERS
 from convert.mixers.projections import FAMILIES, Shape, family_refusal
@@ -43,9 +43,9 @@ SIZES = (
     "eos_token_id",
     "pad_token_id",
 )
-Positive = Annotated[float, (1e-9, 1e12)]
-Share = Annotated[float, (0, 1)]
-Token = Annotated[int, (-1, 2**24)]  # published configurations say -1 for none
+Positive = Annotated[float, Range(1e-9, 1e12)]
+Share = Annotated[float, Range(0, 1)]
+Token = Annotated[int, Range(-1, 2**24)]  # published configurations say -1 for none
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Rotation:
 
     rope_type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
     type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
-    rope_theta: Annotated[float, (1.0001, 1e15)] | None
-    factor: Annotated[float, (1, 1e6)] | None
-    partial_rotary_factor: Annotated[float, (1e-6, 1)] | None
-    original_max_position_embeddings: Annotated[int, (1, 2**24)] | None
+    rope_theta: Annotated[float, Range(1.0001, 1e15)] | None
+    factor: Annotated[float, Range(1, 1e6)] | None
+    partial_rotary_factor: Annotated[float, Range(1e-6, 1)] | None
+    original_max_position_embeddings: Annotated[int, Range(1, 2**24)] | None
     low_freq_factor: Positive | None
     high_freq_factor: Positive | None
     beta_fast: Positive | None
     beta_slow: Positive | None
-    attention_factor: Annotated[float, (1e-6, 1e6)] | None
-    mscale: Annotated[float, (0, 1e6)] | None
-    mscale_all_dim: Annotated[float, (0, 1e6)] | None
+    attention_factor: Annotated[float, Range(1e-6, 1e6)] | None
+    mscale: Annotated[float, Range(0, 1e6)] | None
+    mscale_all_dim: Annotated[float, Range(0, 1e6)] | None
     truncate: bool | None
 
 
@@ -72,20 +72,20 @@ class Rotation:
 class Facts:
     """Of config.json, whatever the family; each may be missing."""
 
-    vocab_size: Annotated[int, (1, 2**24)]
-    hidden_size: Annotated[int, (1, 2**17)]
-    intermediate_size: Annotated[int, (1, 2**20)]
-    num_hidden_layers: Annotated[int, (1, 1000)]
-    num_attention_heads: Annotated[int, (1, 2**12)]
-    num_key_value_heads: Annotated[int, (1, 2**12)] | None
-    head_dim: Annotated[int, (1, 2**13)] | None
-    max_position_embeddings: Annotated[int, (2, 2**24)]
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    hidden_size: Annotated[int, Range(1, 2**17)]
+    intermediate_size: Annotated[int, Range(1, 2**20)]
+    num_hidden_layers: Annotated[int, Range(1, 1000)]
+    num_attention_heads: Annotated[int, Range(1, 2**12)]
+    num_key_value_heads: Annotated[int, Range(1, 2**12)] | None
+    head_dim: Annotated[int, Range(1, 2**13)] | None
+    max_position_embeddings: Annotated[int, Range(2, 2**24)]
     hidden_act: Literal[tuple(ACT2FN)]
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
     torch_dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
-    rms_norm_eps: Annotated[float, (0, 1)]
-    layer_norm_eps: Annotated[float, (0, 1)]
-    initializer_range: Annotated[float, (0, 1)]
+    rms_norm_eps: Annotated[float, Range(0, 1)]
+    layer_norm_eps: Annotated[float, Range(0, 1)]
+    initializer_range: Annotated[float, Range(0, 1)]
     attention_dropout: Share | None
     hidden_dropout: Share
     classifier_dropout: Share | None
@@ -94,29 +94,29 @@ class Facts:
     mlp_bias: bool
     use_parallel_residual: bool
     use_sliding_window: bool
-    sliding_window: Annotated[int, (1, 2**24)] | None
-    max_window_layers: Annotated[int, (0, 2**24)]
+    sliding_window: Annotated[int, Range(1, 2**24)] | None
+    max_window_layers: Annotated[int, Range(0, 2**24)]
     layer_types: list[Literal["full_attention", "sliding_attention", "attention"]] | None
     bos_token_id: Token | None
     eos_token_id: Token | list[Token] | None
     pad_token_id: Token | None
     rope_parameters: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
-    original_max_position_embeddings: Annotated[int, (1, 2**24)] | None
-    rope_theta: Annotated[float, (1.0001, 1e15)] | None
-    rotary_emb_base: Annotated[float, (1.0001, 1e15)]
-    rotary_pct: Annotated[float, (1e-6, 1)]
-    partial_rotary_factor: Annotated[float, (1e-6, 1)] | None
+    original_max_position_embeddings: Annotated[int, Range(1, 2**24)] | None
+    rope_theta: Annotated[float, Range(1.0001, 1e15)] | None
+    rotary_emb_base: Annotated[float, Range(1.0001, 1e15)]
+    rotary_pct: Annotated[float, Range(1e-6, 1)]
+    partial_rotary_factor: Annotated[float, Range(1e-6, 1)] | None
     per_layer_config: None  # layers that differ from each other
     quantization_config: dict[str, Any] | None
     attn_logit_softcapping: float | None
     alibi: bool | None
     add_cross_attention: bool | None
-    attention_chunk_size: Annotated[int, (1, 2**24)] | None
+    attention_chunk_size: Annotated[int, Range(1, 2**24)] | None
     is_decoder: bool | None
     use_cache: bool | None
     architectures: list[str] | None
-    pretraining_tp: Annotated[int, (0, 2**12)] | None
+    pretraining_tp: Annotated[int, Range(0, 2**12)] | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Tokenization:
     pad_token: Special
     unk_token: Special
     chat_template: str | list[dict[str, Any]] | dict[str, str] | None
-    model_max_length: Annotated[float, (1, 1e31)] | None  # 1e30: transformers' own for none
+    model_max_length: Annotated[float, Range(1, 1e31)] | None  # 1e30: transformers' own for none
     added_tokens_decoder: dict[str, dict[str, Any]] | None
     add_bos_token: bool | None
     add_eos_token: bool | None

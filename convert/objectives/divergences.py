@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.core.fields import check
+from convert.core.fields import Range, check
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
 class Distill:
     """Weights of the terms of the whole-model loss; the temperature is that of the two KL terms."""
 
-    cross_entropy: Annotated[float, (0, 1e6)] = 0.0
-    forward_kl: Annotated[float, (0, 1e6)] = 1.0
-    reverse_kl: Annotated[float, (0, 1e6)] = 0.0
-    temperature: Annotated[float, (0.01, 100)] = 1.0
-    feature_matching: Annotated[float, (0, 1e3)] = (
+    cross_entropy: Annotated[float, Range(0, 1e6)] = 0.0
+    forward_kl: Annotated[float, Range(0, 1e6)] = 1.0
+    reverse_kl: Annotated[float, Range(0, 1e6)] = 0.0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
+    feature_matching: Annotated[float, Range(0, 1e3)] = (
         0.0  # of the cosine distance of the layers' outputs, on average (Attention Editing; weak: 0.01 to 0.1)
     )
 

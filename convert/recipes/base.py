@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from convert.core.errors import UserError
-from convert.core.fields import Name, check, checked, require, shown
+from convert.core.fields import Name, Range, check, checked, require, shown
 from convert.mixers import MIXERS
 from convert.objectives.divergences import Distill
 from convert.training import loop as stages
@@ -18,7 +18,7 @@ class OneIn:
     """One layer in `every`: the last of each so many, or as many of those whose replacement alone costs most, by
     measurement."""
 
-    every: Annotated[int, (2, 1000)]
+    every: Annotated[int, Range(2, 1000)]
     measured: bool = False
 
     __post_init__ = check
@@ -41,9 +41,9 @@ class Swap:
     name: Name
     mixer: Literal[tuple(MIXERS)]
     options: object
-    keep: tuple[Annotated[int, (0, 1000)], ...] | OneIn = ()
+    keep: tuple[Annotated[int, Range(0, 1000)], ...] | OneIn = ()
     exact: bool = False
-    calibration: Annotated[int, (0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
+    calibration: Annotated[int, Range(0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
 
     def __post_init__(self):
         check(self)
@@ -64,7 +64,7 @@ class Forget:
     """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
     name: Name
-    rate: Annotated[float, (0, 10)]
+    rate: Annotated[float, Range(0, 10)]
 
     __post_init__ = check
 
@@ -90,7 +90,7 @@ class Recipe:
 
     target: Name
     steps: tuple[Step, ...]
-    questions: Annotated[int, (1, 100_000)]
+    questions: Annotated[int, Range(1, 100_000)]
 
     def __post_init__(self):
         check(self)
@@ -109,27 +109,27 @@ class Recipe:
 class Budget:
     """What the defaults depend on. Tokens are the total over all training steps."""
 
-    tokens: Annotated[int, (1, 1e14)]
-    seq_len: Annotated[int, (2, 2**24)]
-    batch_tokens: Annotated[int, (2, 2**27)]
-    align_lr: Annotated[float, (0, 10)]
-    distill_lr: Annotated[float, (0, 10)]
+    tokens: Annotated[int, Range(1, 1e14)]
+    seq_len: Annotated[int, Range(2, 2**24)]
+    batch_tokens: Annotated[int, Range(2, 2**27)]
+    align_lr: Annotated[float, Range(0, 10)]
+    distill_lr: Annotated[float, Range(0, 10)]
     objective: Distill
-    micro_tokens: Annotated[int, (1, 2**27)]
-    align_batch_tokens: Annotated[int, (2, 2**27)] | None = None  # of the first stage; None: as in the last
+    micro_tokens: Annotated[int, Range(1, 2**27)]
+    align_batch_tokens: Annotated[int, Range(2, 2**27)] | None = None  # of the first stage; None: as in the last
     checkpointing: bool = False
     trains: Callable = stages.all_but_embeddings  # in the last stage (the paper's)
     schedule: Literal["wsd", "cosine"] = "wsd"  # of the last stage
-    noise: Annotated[float, (0, 1)] = 0.0  # in the last stage
-    window: Annotated[int, (1, 1e7)] = 512  # of sliding-window attention (ours)
+    noise: Annotated[float, Range(0, 1)] = 0.0  # in the last stage
+    window: Annotated[int, Range(1, 1e7)] = 512  # of sliding-window attention (ours)
     latent_shape: Literal["exact", "native"] = (
         "exact"  # of latent attention; native where the teacher's attention has neither biases nor q/k norm
     )
-    edit_lr: Annotated[float, (0, 10)] = (
+    edit_lr: Annotated[float, Range(0, 10)] = (
         1e-4  # of both stages of attention editing, whose students start close to their teachers (ours)
     )
-    seed: Annotated[int, (0, 2**63 - 1)] = 0
-    questions: Annotated[int, (1, 100_000)] = 16  # of each task at the end (ours)
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    questions: Annotated[int, Range(1, 100_000)] = 16  # of each task at the end (ours)
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
     __post_init__ = check

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import Interrupted, UserError
-from convert.core.fields import check
+from convert.core.fields import Range, check
 from convert.data.batches import Batch
 from convert.mixers.base import Context
 from convert.mixers.parts import FeatureMap, project_gradients
@@ -62,36 +62,38 @@ SELECTORS = {f.__name__: f for f in (feature_maps, mixers, all_but_embeddings, e
 class Settings:
     """Of one stage. Sizes are in tokens; shares are of the stage's steps."""
 
-    tokens: Annotated[int, (0, 1e14)]  # more than any text holds (ours)
-    lr: Annotated[float, (0, 10)]
+    tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
+    lr: Annotated[float, Range(0, 10)]
     objective: Distill | Callable
     trains: Callable
-    seq_len: Annotated[int, (2, 2**24)]
-    batch_tokens: Annotated[int, (2, 2**27)]
-    micro_tokens: Annotated[int, (1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
-    seed: Annotated[int, (0, 2**63 - 1)] = 0
+    seq_len: Annotated[int, Range(2, 2**24)]
+    batch_tokens: Annotated[int, Range(2, 2**27)]
+    micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     schedule: Literal["wsd", "cosine"] = "wsd"
-    warmup: Annotated[float, (0, 1)] = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
-    decay: Annotated[float, (0, 1)] = 0.1
-    floor: Annotated[float, (0, 1)] = 0.02  # of the peak rate, at the end (GenDistill)
-    beta1: Annotated[float, (0, 0.9999)] = 0.9
-    beta2: Annotated[float, (0, 0.999999)] = 0.95
-    weight_decay: Annotated[float, (0, 1)] = (
+    warmup: Annotated[float, Range(0, 1)] = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
+    decay: Annotated[float, Range(0, 1)] = 0.1
+    floor: Annotated[float, Range(0, 1)] = 0.02  # of the peak rate, at the end (GenDistill)
+    beta1: Annotated[float, Range(0, 0.9999)] = 0.9
+    beta2: Annotated[float, Range(0, 0.999999)] = 0.95
+    weight_decay: Annotated[float, Range(0, 1)] = (
         0.1  # of the matrices of linear layers (MOHAWK, GenDistill); everything else has none
     )
-    clip: Annotated[float, (0, 1e9)] = 1.0
+    clip: Annotated[float, Range(0, 1e9)] = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = (
         "auto"  # of matrix products; auto: bfloat16 where the device is fast at it
     )
-    noise: Annotated[float, (0, 1)] = (
+    noise: Annotated[float, Range(0, 1)] = (
         0.0  # share of the input tokens replaced by others of the batch, for teacher and student alike
     )
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
-    loss_chunk: Annotated[int, (1, 2**27)] = (
+    loss_chunk: Annotated[int, Range(1, 2**27)] = (
         512  # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
     )
-    evaluate_every: Annotated[int, (0, 1e18)] = 0  # tokens between two measurements of held-out perplexity; 0: none
-    save_every: Annotated[float, (0, 1e12)] = 60.0  # seconds between two checkpoints
+    evaluate_every: Annotated[int, Range(0, 1e18)] = (
+        0  # tokens between two measurements of held-out perplexity; 0: none
+    )
+    save_every: Annotated[float, Range(0, 1e12)] = 60.0  # seconds between two checkpoints
 
     __post_init__ = check
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert import evaluate_run, load_teacher, recipes, run_recipe
 from convert.core.errors import UserError
-from convert.core.fields import Name, Place, Text, broken, check, checked, shown
+from convert.core.fields import Name, Place, Range, Text, broken, check, checked, shown
 from convert.data.batches import Batches
 from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
@@ -26,7 +26,7 @@ from convert.models.catalog import NANO, resolve
 from convert.models.student import swap
 from tests.conftest import tiny_teacher
 
-SHARE, SIZE = Annotated[float, (0, 1)], Annotated[int, (1, 64)]
+SHARE, SIZE = Annotated[float, Range(0, 1)], Annotated[int, Range(1, 64)]
 FITS = [
     (SIZE, 1),
     (SIZE, 64),
