@@ -1,6 +1,7 @@
 """A recipe: what is done to a teacher, as frozen data."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -22,6 +23,14 @@ class OneIn:
     measured: bool = False
 
     __post_init__ = check
+
+    @staticmethod
+    def of(text: str) -> "OneIn":
+        """Read `every:6` (by pattern), `auto:6` (by measurement) or `auto`, which is auto:5. Raises ValueError."""
+        found = re.fullmatch(r"(every|auto):([0-9]{1,9})|auto", text)
+        if not found:
+            raise ValueError("every:6, auto or auto:6")
+        return OneIn(int(found[2] or 5), measured=found[1] != "every")
 
     def count(self, num_layers: int) -> int:
         return num_layers // self.every

@@ -1,37 +1,43 @@
 """`--set STEP.FIELD=VALUE`: one field of one step of a recipe, changed."""
 
 import dataclasses
-import re
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
 
 from convert.core.errors import UserError
-from convert.core.fields import checked, require
+from convert.core.fields import checked, shown
 from convert.objectives import divergences as objectives
-from convert.recipes.assignment import parse_assignment
-from convert.recipes.base import OneIn, Recipe, Step, Swap, Train
-from convert.recipes.language import FULL
+from convert.recipes.assignment import Assignment, parse_assignment
+from convert.recipes.base import Recipe, Step, Swap, Train
+from convert.recipes.values import rules_of, value_of
 from convert.training import loop as stages
+
+FIXED = ("name", "mixer", "options", "stage", "settings")  # what makes a step the step it is
+FUNCTIONS: dict[str, dict[str, Callable]] = {  # fields that hold a function, which is given by its name
+    "trains": stages.SELECTORS,
+    "objective": {f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)},
+}
 
 
 @checked
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
-    """`STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of its mixer's
-    options."""
-    name, field, value = parse_assignment(assignment)
+    """The recipe with `STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of
+    its mixer's options. The text is read by the type of the field. Raises UserError where the step or the field does not
+    exist, or the value does not fit."""
+    found = parse_assignment(assignment)
     names = [step.name for step in recipe.steps]
-    if name not in names:
-        raise UserError(f"--set {assignment}: this recipe's steps are {', '.join(names)}; there is no {name!r}.")
-    step = recipe.steps[names.index(name)]
-    changed = _replace(step, field, value, assignment)
+    if found.step not in names:
+        raise UserError(f"--set {found}: this recipe's steps are {', '.join(names)}; there is no {found.step!r}.")
+    step = recipe.steps[names.index(found.step)]
+    changed = _replace(step, found)
     return dataclasses.replace(recipe, steps=tuple(changed if s is step else s for s in recipe.steps))
 
 
-FIXED = ("name", "mixer", "options", "stage", "settings")  # what makes a step the step it is
-
-
-def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
-    homes = {"": step}  # where a field may live, nearest first
+def _replace(step: Step, assignment: Assignment) -> Step:
+    """The step with the assignment applied where it belongs: fields of several homes may share a name."""
+    homes: dict[str, Any] = {"": step}  # where a field may live, nearest first
     if isinstance(step, Train):
         homes["settings"] = step.settings
         if dataclasses.is_dataclass(step.settings.objective):
@@ -40,80 +46,28 @@ def _replace(step: Step, field: str, value: str, assignment: str) -> Step:
         homes["options"] = step.options
     for home, holder in homes.items():
         kinds = {f.name: f.type for f in dataclasses.fields(holder) if f.name not in FIXED}
-        if field in kinds:
-            parsed = (
-                _keep(step.keep, value, assignment)
-                if field == "keep"
-                else _parse(kinds[field], field, value, assignment)
-            )
-            new = dataclasses.replace(holder, **{field: parsed})
+        if assignment.field in kinds:
+            new = dataclasses.replace(holder, **{assignment.field: _read(kinds[assignment.field], assignment)})
             if home == "":
                 return new
             if home == "objective":
                 return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
             return dataclasses.replace(step, **{home: new})
     fields = [f.name for h in homes.values() for f in dataclasses.fields(h) if f.name not in FIXED]
-    raise UserError(f"--set {assignment}: step {step.name!r} has no field {field!r}; it has {', '.join(fields)}.")
+    raise UserError(
+        f"--set {assignment}: step {step.name!r} has no field {assignment.field!r}; it has {', '.join(fields)}."
+    )
 
 
-def _parse(kind, field: str, value: str, assignment: str):
-    """By the annotation of the field; what it then holds must fit that, too."""
-    if field == "trains":
-        return _named(stages.SELECTORS, value, assignment)
-    if field == "objective":
-        return _named({f.__name__: f for f in (objectives.cosine_distance, objectives.energy_mse)}, value, assignment)
-    parsed = _literal(kind, value, assignment)
-    require(kind, parsed, f"--set {assignment}: {field}")
-    return parsed
-
-
-def _literal(kind, value: str, assignment: str):
-    kinds = set(_plain(kind))
-    if type(None) in kinds and value.lower() == "none":
-        return None
-    if bool in kinds:
-        return _named({"true": True, "false": False}, value.lower(), assignment)
-    if kinds & {int, float}:
-        return _number(float if float in kinds else int, value, assignment)
-    return value
-
-
-def _plain(kind) -> Iterator[type]:
-    """The types in an annotation."""
-    if isinstance(kind, type) and not get_args(kind):
-        yield kind
-    for part in get_args(kind):
-        yield from _plain(part)
-
-
-def _keep(now: tuple[int, ...] | OneIn, value: str, assignment: str) -> tuple[int, ...] | OneIn:
-    """none, layers, or one in so many: every:6 by pattern, auto:6 by measurement, auto as many as by default."""
-    kind, _, number = value.partition(":")
-    if value == "none":
-        return ()
-    if kind in ("auto", "every"):
-        every = _number(int, number, assignment) if number else now.every if isinstance(now, OneIn) else FULL.every
-        return OneIn(every, measured=kind == "auto")
-    if not re.fullmatch(r"\s*[0-9]{1,4}\s*(,\s*[0-9]{1,4}\s*)*", value):
-        raise UserError(f"--set {assignment}: keep takes none, layers as 4,9, every:6, auto or auto:6; got {value!r}.")
-    return tuple(int(part) for part in value.split(","))
-
-
-def _named(table: dict, value: str, assignment: str):
-    if value not in table:
-        raise UserError(f"--set {assignment}: the value must be one of {', '.join(table)}; got {value!r}.")
-    return table[value]
-
-
-def _number(kind: type, value: str, assignment: str):
-    """A whole number may be written as 2e5."""
-    try:
-        if kind is int and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
-            return int(value)  # a float would round a seed
-        number = float(value if value.isascii() else "digits of another script")
-        if kind is int and number != int(number):
-            raise ValueError
-        return kind(number)
-    except (ValueError, OverflowError):
-        rule = "a whole number" if kind is int else "a number"
-        raise UserError(f"--set {assignment}: the value must be {rule}; got {value!r}.") from None
+def _read(kind: Any, assignment: Assignment) -> Any:
+    """The value of the assignment, as the type of its field."""
+    if functions := FUNCTIONS.get(assignment.field):
+        if assignment.value in functions:
+            return functions[assignment.value]
+        rules = f"one of {', '.join(functions)}"
+    else:
+        try:
+            return value_of(kind, assignment.value)
+        except ValidationError as error:
+            rules = rules_of(error, f"--set {assignment}")
+    raise UserError(f"--set {assignment}: {assignment.field} must be {rules}; got {shown(assignment.value)}.")
