@@ -29,8 +29,8 @@ def _sources(package: str) -> list[Path]:
 
 
 class RelocatingBuild(build_py):
-    """Puts our `kernels` and `experiments` inside `convert`: a top-level `kernels` in a wheel would overwrite the one of
-    Hugging Face, whichever was installed first."""
+    """Puts our `kernels` and `experiments` inside `convert`: a top-level `kernels` in a wheel would overwrite the one
+    of Hugging Face, whichever was installed first."""
 
     def run(self) -> None:
         if self.editable_mode:

@@ -1,4 +1,4 @@
-"""Types, bounds and choices, which stand beside a field or an argument and are checked where a record is made or a
+"""Types, bounds and choices. They stand beside a field or an argument, and are checked where a record is made or a
 function is called.
 
     lr: Annotated[float, Range(0, 10)]      schedule: Literal["wsd", "cosine"]      name: Name
@@ -70,7 +70,7 @@ WORDS = {
 }
 
 
-def broken(hint: Any, value: object) -> str | None:
+def broken(hint: Any, value: Any) -> str | None:
     """The rule of the annotation `hint` that the value breaks, as what it must be; None where it fits."""
     origin, args = get_origin(hint), get_args(hint)
     if hint in (Any, inspect.Parameter.empty):
@@ -79,7 +79,8 @@ def broken(hint: Any, value: object) -> str | None:
         return broken(args[0], value) or next((limit.words for limit in args[1:] if not limit.holds(value)), None)
     if origin in (Union, types.UnionType):
         rules = [broken(each, value) for each in args if each is not type(None)]
-        return None if None in rules or (value is None and type(None) in args) else " or ".join(dict.fromkeys(rules))
+        fits = None in rules or (value is None and type(None) in args)
+        return None if fits else " or ".join(dict.fromkeys(filter(None, rules)))
     if origin is Literal:
         return (
             None
@@ -109,11 +110,11 @@ def words(hint: Any) -> str:
     return WORDS.get(hint or type(None)) or f"a {getattr(hint, '__name__', hint)}"
 
 
-def _is_a(kind: type, value: object) -> bool:
+def _is_a(kind: type, value: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+        return isinstance(value, Real) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
     return isinstance(value, kind)
 
 
@@ -156,7 +157,7 @@ def check(record: Any) -> None:
 
 
 def checked(function: Function) -> Function:
-    """A public function that refuses arguments which do not fit its annotations, with UserError."""
+    """Decorates a public function, which then refuses arguments that do not fit its annotations, with UserError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

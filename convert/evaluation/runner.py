@@ -88,7 +88,8 @@ class Answers:
 @checked
 def evaluate_tasks(
     models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
-    limit: Annotated[int, Range(1, 100_000)] = LIMIT, seed: Annotated[int, Range(0, 2**63 - 1)] = 0, file: Path | None = None,
+    limit: Annotated[int, Range(1, 100_000)] = LIMIT, seed: Annotated[int, Range(0, 2**63 - 1)] = 0,
+    file: Path | None = None,
 ) -> dict:  # fmt: skip
     """Rows of scores, and gaps between "teacher" and "student" where both are there. Every model reads the same prompts
     in the same batches."""

@@ -1,4 +1,4 @@
-"""What a stranger's model folder says of itself, read as plain JSON and checked before transformers sees it.
+"""The JSON files of a stranger's model folder, checked before transformers reads them.
 
 The folder may be damaged, senseless or hostile: nothing in it is believed further than the records here say. Bounds are
 ours, several times beyond the largest published model, so that what passes fits a computer's memory and arithmetic."""
@@ -50,7 +50,7 @@ Token = Annotated[int, Range(-1, 2**24)]  # published configurations say -1 for 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Of `rope_parameters`, in every form that transformers has had."""
+    """The entries of `rope_parameters`, in every form that transformers has had."""
 
     rope_type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
     type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
@@ -70,7 +70,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of config.json, whatever the family; each may be missing."""
+    """The entries of config.json that are used, whatever the family; each may be missing."""
 
     vocab_size: Annotated[int, Range(1, 2**24)]
     hidden_size: Annotated[int, Range(1, 2**17)]
@@ -121,7 +121,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Generation:
-    """Of generation_config.json, what every generation needs."""
+    """The entries of generation_config.json that every generation needs."""
 
     bos_token_id: Token | None
     eos_token_id: Token | list[Token] | None
@@ -133,7 +133,7 @@ Special = str | dict[str, Any] | None  # a token, or how it is matched beside it
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Of tokenizer_config.json."""
+    """The entries of tokenizer_config.json that are used."""
 
     tokenizer_class: str | None
     bos_token: Special
@@ -149,7 +149,7 @@ class Tokenization:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a stranger's; raises UserError where it is anything else, too large or too deep."""
+    """The JSON object in a stranger's file; raises UserError where it is anything else, too large or too deep."""
     largest = LARGEST[file.name]
     if file.stat().st_size > largest:
         raise UserError(
@@ -165,8 +165,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """All of its files are plain ones (a pipe would never end), and those of its tokenizer and its generation settings
-    are what they should be."""
+    """Raises UserError where the folder holds anything but plain files (a pipe would never end), or where the files of
+    its tokenizer or its generation settings are not what they should be."""
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"A teacher's folder holds plain files; {file} is a pipe, a socket or a device. Remove it.")
@@ -182,7 +182,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str, Any]:
-    """Those of its entries that the record knows."""
+    """The entries of `content` that the record knows; raises UserError where one does not fit its type."""
     known = {field.name: field.type for field in fields(record)}
     for name in known.keys() & content.keys():
         require(known[name], content[name], f"{where}: {name}")
@@ -201,7 +201,8 @@ def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
 
 
 def check_config(config: PreTrainedConfig, where: str) -> None:
-    """What only shows when all defaults are in place. Makes a model without memory, and its rotary frequencies."""
+    """Raises UserError at what only shows when all defaults are in place. Makes a model without memory, and its rotary
+    frequencies."""
     host = config.host_config() if config.model_type == ConvertedConfig.model_type else config
     _check_fields({name: getattr(host, name) for name in SIZES if hasattr(host, name)}, Facts, where)
     heads, kv_heads = host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
@@ -232,7 +233,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
 
 
 def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) -> None:
-    """A student's mixers fit its host."""
+    """Raises UserError where a student's mixers do not fit its host."""
     if len(config.mixers) != host.num_hidden_layers:
         raise UserError(
             f"{where}: mixers must be one for each of {host.num_hidden_layers} layers; got {len(config.mixers)}."
@@ -254,8 +255,8 @@ def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) 
 
 
 def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """What we use of a configuration of one of FAMILIES or of a student; raises UserError at what no model can be made
-    of."""
+    """The part that is used of a configuration of one of FAMILIES, or of a student; raises UserError at what no model
+    can be made of."""
     if raw.get("model_type") == ConvertedConfig.model_type:
         return _converted(raw, where)
     facts = _check_fields(raw, Facts, where)
@@ -266,7 +267,8 @@ def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _converted(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A student's: `host`, its teacher's configuration, and a mixer or None for each layer."""
+    """The part that is used of a student's configuration: `host`, its teacher's configuration, and a mixer or None for
+    each layer."""
     own = _check_fields(raw, Facts, where)
     host, mixers = raw.get("host"), raw.get("mixers")
     require(dict[str, Any], host, f"{where}: host")

@@ -24,8 +24,8 @@ FUNCTIONS: dict[str, dict[str, Callable]] = {  # fields that hold a function, wh
 @checked
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     """The recipe with `STEP.FIELD=VALUE` applied: the field of the step itself, of its settings, of its objective or of
-    its mixer's options. The text is read by the type of the field. Raises UserError where the step or the field does not
-    exist, or the value does not fit."""
+    its mixer's options. The text is read by the type of the field. Raises UserError where the step or the field does
+    not exist, or the value does not fit."""
     found = parse_assignment(assignment)
     names = [step.name for step in recipe.steps]
     if found.step not in names:

@@ -24,7 +24,6 @@ from transformers.utils import logging
 
 from convert.core.errors import UserError
 from convert.core.files import sealed
-from convert.core.network import is_hub_reachable
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
 from convert.exporting.hub import export
@@ -403,27 +402,6 @@ def test_stopping_is_no_fault_of_the_files(folder, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
     with pytest.raises(KeyboardInterrupt):
         load_teacher(str(folder))
-
-
-def test_is_hub_reachable(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
-        url, closed = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in (there, gone))
-        gone.close()
-        for endpoint, proxy, expected in (
-            (url, "", True),
-            (closed, "", False),
-            (closed, url, True),
-            (url, closed, False),
-        ):
-            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-            monkeypatch.setenv("http_proxy", proxy)
-            assert is_hub_reachable() is expected
-        monkeypatch.setenv("http_proxy", "")
-        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-        assert not is_hub_reachable()
 
 
 def test_gguf_files(tmp_path, monkeypatch):
