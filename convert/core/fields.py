@@ -114,7 +114,7 @@ def _is_a(kind: type, value: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
+        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
     return isinstance(value, kind)
 
 

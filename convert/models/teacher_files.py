@@ -80,7 +80,7 @@ class Facts:
     num_key_value_heads: Annotated[int, Range(1, 2**12)] | None
     head_dim: Annotated[int, Range(1, 2**13)] | None
     max_position_embeddings: Annotated[int, Range(2, 2**24)]
-    hidden_act: Literal[tuple(ACT2FN)]
+    hidden_act: Literal[tuple(ACT2FN)]  # type: ignore[valid-type]
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
     torch_dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
     rms_norm_eps: Annotated[float, Range(0, 1)]
@@ -192,7 +192,7 @@ def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str
 def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     """The configuration of a teacher's config.json; raises UserError at what no model can be made of, or the exception
     of whatever fails."""
-    kind = raw.get("model_type")
+    kind: Any = raw.get("model_type")
     if kind != ConvertedConfig.model_type and (reason := family_refusal(kind)):
         raise UserError(f"{where} cannot be a teacher's. {reason}")
     config = CONFIG_MAPPING[kind].from_dict(_plain(raw, where))
@@ -270,7 +270,8 @@ def _converted(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The part that is used of a student's configuration: `host`, its teacher's configuration, and a mixer or None for
     each layer."""
     own = _check_fields(raw, Facts, where)
-    host, mixers = raw.get("host"), raw.get("mixers")
+    host: Any = raw.get("host")
+    mixers: Any = raw.get("mixers")
     require(dict[str, Any], host, f"{where}: host")
     require(Literal[FAMILIES], host.get("model_type"), f"{where}: host.model_type")
     require(list[dict[str, Any] | None], mixers, f"{where}: mixers")

@@ -48,11 +48,9 @@ def _replace(step: Step, assignment: Assignment) -> Step:
         kinds = {f.name: f.type for f in dataclasses.fields(holder) if f.name not in FIXED}
         if assignment.field in kinds:
             new = dataclasses.replace(holder, **{assignment.field: _read(kinds[assignment.field], assignment)})
-            if home == "":
-                return new
             if home == "objective":
-                return dataclasses.replace(step, settings=dataclasses.replace(step.settings, objective=new))
-            return dataclasses.replace(step, **{home: new})
+                home, new = "settings", dataclasses.replace(homes["settings"], objective=new)
+            return dataclasses.replace(step, **{home: new}) if home else new
     fields = [f.name for h in homes.values() for f in dataclasses.fields(h) if f.name not in FIXED]
     raise UserError(
         f"--set {assignment}: step {step.name!r} has no field {assignment.field!r}; it has {', '.join(fields)}."

@@ -7,6 +7,7 @@ by commas. A class with a method `of` reads its own text, as `OneIn.of("every:6"
 
 import functools
 import math
+import operator
 import re
 import types
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def readable(kind: Any) -> Any:
         return functools.reduce(lambda made, limit: Annotated[made, limit], limits, readable(args[0]))
     if origin in (Union, types.UnionType):
         kinds = sorted(args, key=lambda each: each is type(None))  # the rule of None comes last in a sentence
-        return Annotated[Union[tuple(map(readable, kinds))], Field(union_mode="left_to_right")]  # noqa: UP007
+        union: Any = functools.reduce(operator.or_, map(readable, kinds))
+        return Annotated[union, Field(union_mode="left_to_right")]
     if origin is tuple:
         return Annotated[tuple[readable(args[0]), ...], BeforeValidator(_parts)]
     if origin is Literal:
@@ -50,7 +52,7 @@ def readable(kind: Any) -> Any:
     if kind in (None, type(None)):
         return Annotated[None, BeforeValidator(_none)]
     if read := READERS.get(kind) or getattr(kind, "of", None):
-        return Annotated[InstanceOf[kind], BeforeValidator(read)]
+        return Annotated[InstanceOf[kind], BeforeValidator(read)]  # type: ignore[misc]
     return kind
 
 
