@@ -46,7 +46,7 @@ def readable(kind: Any) -> Any:
         union: Any = functools.reduce(operator.or_, map(readable, kinds))
         return Annotated[union, Field(union_mode="left_to_right")]
     if origin is tuple:
-        return Annotated[tuple[readable(args[0]), ...], BeforeValidator(_parts)]
+        return Annotated[tuple[readable(args[0]), ...], BeforeValidator(_parts)]  # type: ignore[misc]
     if origin is Literal:
         return Annotated[kind, BeforeValidator(functools.partial(_choice, {str(each): each for each in args}))]
     if kind in (None, type(None)):
