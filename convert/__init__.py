@@ -11,13 +11,16 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import kernels
 from convert.core.places import keep_libraries_inside
 
 keep_libraries_inside()  # read by some of them when they are imported
-_ours = str(Path(__file__).parent.parent / "kernels")
-if _ours not in kernels.__path__:  # Hugging Face's package of that name came first on the path
-    kernels.__path__.append(_ours)
+_kernels = Path(__file__).parent.parent / "kernels"
+# in the repository our operators are a top-level package, whose name Hugging Face's may have taken; in a wheel they are
+# convert.kernels
+if not (Path(__file__).parent / "kernels").exists():
+    _theirs_or_ours = importlib.import_module("kernels")
+    if str(_kernels) not in _theirs_or_ours.__path__:
+        _theirs_or_ours.__path__.append(str(_kernels))
 
 __all__ = ["evaluate_run", "load_teacher", "recipes", "run_recipe"]
 

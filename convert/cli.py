@@ -23,7 +23,8 @@ SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of options whose errors are a UserError, so that a wrong option is one sentence like every other mistake."""
+    """A parser of options whose errors are a UserError, so that a wrong option is one sentence like every other
+    mistake."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (.*?): ", r"\1 ", message)
@@ -31,7 +32,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main_of(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse `argv` (None: the command line's) and do the work; returns the exit code. `parser` gets the option --debug."""
+    """Parse `argv` (None: the command line's) and do the work; returns the exit code. `parser` gets the option
+    --debug."""
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -35,7 +35,6 @@ from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.data.batches import Batch
 from convert.mixers import MIXERS
-from convert.mixers.mamba_block import project_gradients
 from convert.models.devices import pick_device
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap

@@ -20,21 +20,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from convert.cli import fail_in_words
-from convert.cli import number_of_tokens
-from convert.core import json_lines as lines
-from convert.core import manifest
-from convert.core.files import write_text
-from convert.data.batches import Batches
-from convert.data.batches import held_out_batches
-from convert.data.corpus import HELD_OUT_SHARE
-from convert.data.corpus import corpus
-from convert.data.corpus import is_held_out
-from convert.data.text import tokenize
-from convert.core import json_lines
+from convert.cli import fail_in_words, number_of_tokens
+from convert.core import json_lines, manifest
 from convert.core.errors import UserError
-from convert.data.batches import Batch
-from convert.data.text import TokenData
+from convert.core.files import write_text
+from convert.data.batches import Batch, Batches, held_out_batches
+from convert.data.corpus import HELD_OUT_SHARE, corpus, is_held_out
+from convert.data.text import TokenData, tokenize
 from convert.evaluation.perplexity import perplexity
 from convert.objectives import Objective
 from convert.training.settings import Settings

@@ -1,24 +1,26 @@
-"""The ways a run can end badly, what a disk does said in a sentence, and a command that is stopped before it begins."""
+"""The exceptions with which a run ends, and what a disk refuses, in a sentence."""
 
 import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a process of ours may have died of
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)  # what another process of ours may end with
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one sentence: the rule, the facts, the way out. Exit code 2."""
+    """A mistake that the user can mend. The message is one sentence: the rule, the facts, the way out. A command ends
+    with exit code 2."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived and the work in hand is safe on disk. The message says how to go on."""
+    """Ctrl-C or SIGTERM arrived, and the work so far is safe on disk. The message says how to go on."""
 
 
 @contextmanager
 def files_in_words() -> Iterator[None]:
-    """Around all work: what a disk refuses (full, read-only, gone) is a UserError, whichever library wrote."""
+    """Goes around all work: what a disk refuses (full, read-only, gone) becomes a UserError, whichever library
+    wrote."""
     try:
         yield
     except (UserError, BrokenPipeError):  # the second: whoever read our output has gone
@@ -32,14 +34,13 @@ def files_in_words() -> Iterator[None]:
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """What the operating system said, if it refused a file. safetensors, torch and another process tell it in words of
-    their own."""
+    """What the operating system said, if the error is that it refused a file, else None. safetensors, torch and other
+    processes report that by exceptions of their own, which are known by their messages."""
     if isinstance(error, OSError):
         return str(error) if error.errno is not None else None
     text = (str(error).strip().splitlines() or [""])[-1]
-    if re.search(r"\(os error \d+\)", text) or "inline_container.cc" in str(
-        error
-    ):  # torch.save: "unexpected pos", where a disk is full
+    # torch.save names this file of its own where a disk is full
+    if re.search(r"\(os error \d+\)", text) or "inline_container.cc" in str(error):
         return text
     if isinstance(error, RuntimeError) and any(f"[Errno {number}]" in text for number in FULL):
         return text

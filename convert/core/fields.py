@@ -1,10 +1,9 @@
-"""Types, bounds and choices, which stand beside a field or an argument and are checked where a record is made or a
+"""Types, bounds and choices. They stand beside a field or an argument, and are checked where a record is made or a
 function is called.
 
-    lr: Annotated[float, (0, 10)]      schedule: Literal["wsd", "cosine"]      name: Name
+    lr: Annotated[float, Range(0, 10)]      schedule: Literal["wsd", "cosine"]      name: Name
 
-A pair is the lowest and the highest number allowed. Travels with exported models, so it needs the standard library
-alone."""
+This module travels with exported models, so it needs the standard library alone."""
 
 import dataclasses
 import functools
@@ -25,13 +24,28 @@ Function = TypeVar("Function", bound=Callable)
 
 @dataclass(frozen=True)
 class Written:
-    """What a text, or the text of a path, must be: a pattern for the whole of it, and the same in words."""
+    """A limit of a text, or of the text of a path: a pattern for the whole of it, and the same in words."""
 
     pattern: str
     words: str
 
-    def holds(self, value) -> bool:
+    def holds(self, value: object) -> bool:
         return re.fullmatch(self.pattern, str(value), re.DOTALL) is not None
+
+
+@dataclass(frozen=True)
+class Range:
+    """A limit of a number: the lowest and the highest value allowed."""
+
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        return f"within {_number(self.low)} .. {_number(self.high)}"
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
 
 # Tokenizers and weights are read by names in UTF-8 alone; bytes that are none would be \udc80 to \udcff
@@ -56,18 +70,17 @@ WORDS = {
 }
 
 
-def broken(hint, value) -> str | None:
-    """The rule of the annotation that the value breaks, as what it must be; None where it fits."""
+def broken(hint: Any, value: Any) -> str | None:
+    """The rule of the annotation `hint` that the value breaks, as what it must be; None where it fits."""
     origin, args = get_origin(hint), get_args(hint)
     if hint in (Any, inspect.Parameter.empty):
         return None
     if origin is Annotated:
-        return broken(args[0], value) or next(
-            (rule for limit in args[1:] if (rule := _broken_limit(limit, value))), None
-        )
+        return broken(args[0], value) or next((limit.words for limit in args[1:] if not limit.holds(value)), None)
     if origin in (Union, types.UnionType):
         rules = [broken(each, value) for each in args if each is not type(None)]
-        return None if None in rules or (value is None and type(None) in args) else " or ".join(dict.fromkeys(rules))
+        fits = None in rules or (value is None and type(None) in args)
+        return None if fits else " or ".join(dict.fromkeys(filter(None, rules)))
     if origin is Literal:
         return (
             None
@@ -88,25 +101,26 @@ def broken(hint, value) -> str | None:
     return None if _is_a(hint or type(None), value) else words(hint)
 
 
-def words(hint) -> str:
+def words(hint: Any) -> str:
     """What a value of this type is called."""
     if get_origin(hint) is Annotated:
-        return next((f"{words(get_args(hint)[0])} {_words_of(limit)}" for limit in get_args(hint)[1:]), "")
+        return " ".join([words(get_args(hint)[0]), *(limit.words for limit in get_args(hint)[1:])])
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(words(each) for each in get_args(hint)))
     return WORDS.get(hint or type(None)) or f"a {getattr(hint, '__name__', hint)}"
 
 
-def _is_a(kind: type, value) -> bool:
+def _is_a(kind: type, value: Any) -> bool:
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+        return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
     return isinstance(value, kind)
 
 
-def plain(value):
-    """Numbers of other libraries (numpy's) as Python's own, which JSON can hold; also those in lists and tuples."""
+def plain(value: Any) -> Any:
+    """The value with numbers of other libraries (numpy's) as Python's own, which JSON can hold; also those in lists and
+    tuples."""
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     if isinstance(value, bool | int | float):
@@ -114,21 +128,12 @@ def plain(value):
     return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
-def _broken_limit(limit, value) -> str | None:
-    holds = limit.holds(value) if isinstance(limit, Written) else limit[0] <= value <= limit[1]
-    return None if holds else _words_of(limit)
-
-
-def _words_of(limit) -> str:
-    return limit.words if isinstance(limit, Written) else f"within {_number(limit[0])} .. {_number(limit[1])}"
-
-
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) and value < 1e15 else f"{value:g}"
 
 
-def shown(value) -> str:
-    """For a sentence: short, and whatever the value is."""
+def shown(value: object) -> str:
+    """The value for a sentence: short, and never an exception, whatever the value is."""
     try:
         text = ascii(value) if isinstance(value, str) and not TEXT.holds(value) else " ".join(repr(value).split())
     except Exception:  # of an object, or a number of 5,000 digits: its own code
@@ -136,14 +141,14 @@ def shown(value) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def require(hint, value, label: str) -> None:
+def require(hint: Any, value: object, label: str) -> None:
     """Raises UserError where the value does not fit the annotation; `label` is what it is called."""
     if rule := broken(hint, value):
         raise UserError(f"{label} must be {rule}; got {shown(value)}.")
 
 
-def check(record) -> None:
-    """The `__post_init__` of a dataclass: every field fits its annotation, and holds Python's own numbers."""
+def check(record: Any) -> None:
+    """The `__post_init__` of a dataclass: every field must fit its annotation, and then holds Python's own numbers."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         require(field.type, value, f"{type(record).__qualname__}: {field.name}")
@@ -152,11 +157,11 @@ def check(record) -> None:
 
 
 def checked(function: Function) -> Function:
-    """A public function that refuses arguments which do not fit its annotations, with UserError."""
+    """Decorates a public function, which then refuses arguments that do not fit its annotations, with UserError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -166,4 +171,4 @@ def checked(function: Function) -> Function:
             bound.arguments[name] = plain(value)
         return function(*bound.args, **bound.kwargs)
 
-    return call
+    return call  # type: ignore[return-value]

@@ -1,16 +1,17 @@
-"""Files that are written whole or not at all, in UTF-8 whatever the locale is, and JSON that a stranger wrote."""
+"""Writing files whole or not at all, in UTF-8 whatever the locale is, and reading JSON that a stranger wrote."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from convert.core.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all. Half surrogates (of a name that is not UTF-8) become escapes."""
+    """Write the text to `path`, whole or not at all. Half surrogates (of a name that is not UTF-8) become escapes."""
     aside = path.with_name(path.name + ".writing")
     try:
         with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
@@ -23,15 +24,16 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def parse_json(text: str | bytes, where: str, **how: Callable):
-    """The value, or a UserError that begins with `where`: of a stranger's text, too deep or with numbers too long for
-    Python."""
+def parse_json(text: str | bytes, where: str, parse_int: Callable[[str], Any] = int) -> Any:
+    """The value of a stranger's JSON. Raises UserError, with a message that begins with `where`, also where the text is
+    nested too deeply or has numbers too long for Python. `parse_int` reads whole numbers."""
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **how)
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, parse_int=parse_int)
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:  # also of a number with thousands of digits, and of bytes that are not UTF-8
@@ -40,7 +42,7 @@ def parse_json(text: str | bytes, where: str, **how: Callable):
 
 
 def sha256(file: Path, size: int | None = None) -> str:
-    """Of the whole file, or of its first `size` bytes."""
+    """The SHA-256 hash of a file, or of its first `size` bytes, in hexadecimal digits."""
     with file.open("rb") as opened:
         if size is None:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -52,20 +54,20 @@ def sha256(file: Path, size: int | None = None) -> str:
 
 
 def sync(file: Path) -> None:
-    """On the disk, whatever happens to the machine afterwards."""
+    """Wait until the file is on the disk, whatever happens to the machine afterwards."""
     if file.exists():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 
 
 def sealed(content: dict) -> dict:
-    """With a hash of itself in "check": a flipped bit in a small file that is all numbers and names shows."""
+    """The content with a hash of itself in "check", so that a flipped bit shows in a file of numbers and names."""
     content = json.loads(json.dumps(content))
     return content | {"check": _seal(content)}
 
 
-def unsealed(content) -> dict:
-    """What was sealed; ValueError where it is not that. What never was sealed (by an earlier version) passes."""
+def unsealed(content: Any) -> dict:
+    """The content that was sealed; raises ValueError where it changed since. Content that never was sealed passes."""
     if not isinstance(content, dict):
         raise ValueError("it is not an object")
     content = dict(content)

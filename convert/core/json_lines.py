@@ -1,7 +1,7 @@
 """Files of JSON objects, one a line, that grow: metrics.jsonl, generations.jsonl, answers.jsonl.
 
-A power cut can leave the last line half written, or bytes of nothing: that line is dropped, and said by whoever goes on
-writing. Damage anywhere else is refused by file and line."""
+A power cut can leave the last line half written, or bytes of nothing: that line is dropped, and a message says so when
+the file is written again. Damage anywhere else is refused with the file and the line."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from convert.core.files import parse_json
 
 
 def read(file: Path) -> list[dict]:
-    """All rows; none where there is no file. A last line that was cut short is none."""
+    """All rows of the file, but for a last line that was cut short; no rows where there is no file."""
     return [row for _, row in _scan(file)[0]]
 
 
 def mend(file: Path) -> None:
-    """Before more is appended: a last line that was cut short goes, and a line says so."""
+    """Make the file ready for more rows: a last line that was cut short is removed, and a message says so."""
     if not file.exists():
         return
     rows, sound = _scan(file)
@@ -35,7 +35,7 @@ def mend(file: Path) -> None:
 
 
 def append(file: Path, rows: Iterable[dict]) -> None:
-    """All of these rows or, where the disk is full, none."""
+    """Append all of these rows or, where the disk is full, none."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with file.open("ab", buffering=0) as out:
         before = out.tell()
@@ -48,7 +48,7 @@ def append(file: Path, rows: Iterable[dict]) -> None:
 
 
 def keep(file: Path, wanted: Callable[[dict], bool]) -> None:
-    """The rows that are wanted, as they were written; the file changes at once or not at all."""
+    """Keep the rows that are wanted, as they were written; the file changes at once or not at all."""
     if not file.exists():
         return
     aside = file.with_name(file.name + ".writing")

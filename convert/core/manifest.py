@@ -1,9 +1,10 @@
-"""What was written, as hashes beside it: a bit that flips on a disk, or in a copy, is named where the file is read.
+"""Hashes of what was written, in a file beside it: a bit that flips on a disk, or in a copy, is reported where the file
+is read.
 
-RUN/sha256.json has the exports and what a page is made of; convert/sha256.json has the embedded teacher. A folder that
-is copied away without it loads as before, and a whole folder may be gone; one file may not, unless removing it is the
-way to have it made again. Of a file that grows (.jsonl) the part that was complete is known. A model's card is for
-people to edit, and is not known.
+RUN/sha256.json has the hashes of the exports and of what a page is made from; convert/sha256.json has those of the
+embedded teacher. A folder that is copied away without its hashes loads as before, and a whole folder may be gone; a
+single file may not, unless removing it is the way to have it made again. A file that grows (.jsonl) is known by the
+part that was complete. A model's card is for people to edit, and has no hash.
 
     python -m convert.core.manifest convert nano        # after the embedded teacher changed
 """
@@ -31,7 +32,8 @@ WAYS_OUT = {  # how a file can be had again
 
 
 def record(folder: Path, *names: str) -> None:
-    """Know these files as they are now; a folder stands for all files in it, and what is not there is known no more."""
+    """Keep the hashes of these files as they are now. A folder stands for all files in it; what is gone loses its
+    hash."""
     entries = _without(_read(folder), names)
     for name in names:
         place = folder / name
@@ -48,7 +50,8 @@ def record(folder: Path, *names: str) -> None:
 
 @contextmanager
 def renewing(folder: Path, *names: str) -> Iterator[None]:
-    """While these files are written they are unknown: killed in between, none is called damaged."""
+    """Goes around the writing of these files, which have no hashes meanwhile: if the process is killed in between, none
+    is called damaged."""
     before = _read(folder)
     if before != (left := _without(before, names)):
         write_json(folder / NAME, sealed({"files": left}))
@@ -57,7 +60,8 @@ def renewing(folder: Path, *names: str) -> Iterator[None]:
 
 
 def check(folder: Path, *names: str) -> None:
-    """Refuses the first of these files, or of those in these folders, that is not what was written, or is missing."""
+    """Raises UserError at the first of these files, or of those in these folders, that is not what was written, or is
+    missing."""
     for name, known in _read(folder).items():
         top = name.split("/")[0]
         if not any(name == wanted or name.startswith(f"{wanted}/") for wanted in names):
@@ -83,7 +87,7 @@ def _is_right(file: Path, known: dict) -> bool:
 
 
 def check_model(folder: Path) -> None:
-    """A model's folder, by the hashes beside it, if there are any."""
+    """Check a model's folder by the hashes beside it, if there are any; raises UserError as `check` does."""
     folder = folder.absolute()
     check(folder.parent, folder.name)
 
@@ -99,9 +103,7 @@ def _read(folder: Path) -> dict[str, dict]:
         known = {
             name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()
         }
-        return {
-            name: entry for name, entry in known.items() if Path(name).name != CARD
-        }  # earlier versions knew the card
+        return {name: entry for name, entry in known.items() if Path(name).name != CARD}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"The hashes in {file} are damaged, so nothing beside them can be checked. Remove that file if you trust"

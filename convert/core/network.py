@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 
 def answers(address: str, timeout: float = 5.0) -> bool:
-    """Whether the host of this URL, or the proxy before it, takes a connection."""
+    """Whether the host of this URL, or the proxy before it, takes a connection within `timeout` seconds."""
     url, proxies = urlsplit(address), urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
         url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     place = url.hostname, url.port or (80 if url.scheme == "http" else 443)
     reached = []

@@ -1,5 +1,5 @@
-"""Where files are: what the user names, the cache, and what other libraries would otherwise leave in the home
-folder."""
+"""The folders that are used: what the user names, the cache, and places for what other libraries would otherwise leave
+in the home folder."""
 
 import os
 import tempfile
@@ -24,8 +24,8 @@ def path_of(text: str | Path, what: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """CONVERT_CACHE, or in the user's caches; without a home, in the folder for temporary files, where nobody else can
-    write into it."""
+    """The cache: CONVERT_CACHE, or a folder in the user's caches, or, for a user without a home, one among the
+    temporary files that nobody else can write into."""
     if given := os.environ.get("CONVERT_CACHE"):
         return path_of(given, "CONVERT_CACHE")
     if given := os.environ.get("XDG_CACHE_HOME"):
@@ -47,8 +47,9 @@ def _private(folder: Path) -> Path:
 
 
 def keep_libraries_inside() -> None:
-    """What matplotlib, W&B and torch's compilers keep goes into our cache, unless the user has said where. Runs when we
-    are imported, which is no place to complain of a cache that cannot be: commands do that, and whatever uses it."""
+    """Send what matplotlib, W&B and torch's compilers keep into our cache, unless the user has said where. This runs
+    when the package is imported, which is no place to complain of a wrong cache: commands do that, and whatever uses
+    it."""
     try:
         cache = cache_folder()
     except (UserError, OSError):
@@ -63,9 +64,9 @@ def keep_libraries_inside() -> None:
 
 
 def refuse_overlap(out: Path, kept: Iterable[tuple[str, Path]]) -> None:
-    """A run's folder may be moved aside (--fresh) and is written into: it must not be, hold, or lie inside what is only
-    read. `kept`: what each is called, and where it is. Links and other ways to write a path are followed: files are
-    told apart by their inodes."""
+    """Raises UserError where the run's folder `out` is, holds, or lies inside what is only read, because that folder is
+    written into and may be moved aside (--fresh). `kept`: what each thing is called, and where it is. Files are told
+    apart by their inodes, so links and other ways to write a path are followed."""
     above_out, itself = _chain(out), _identity(out)
     for what, path in kept:
         if (identity := _identity(path)) is None:
@@ -86,12 +87,13 @@ def refuse_overlap(out: Path, kept: Iterable[tuple[str, Path]]) -> None:
 
 
 def _chain(path: Path) -> set[tuple[int, int]]:
-    """This place and all above it, as far as they exist."""
+    """The identities of this place and of all folders above it, as far as they exist."""
     path = path.resolve()
     return {found for place in (path, *path.parents) if (found := _identity(place))}
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
+    """The device and inode of a file, None where there is none."""
     try:
         found = path.stat()
     except (OSError, ValueError):  # gone, or no path at all

@@ -1,4 +1,4 @@
-"""What a report says of the software that made it."""
+"""The versions of the software that made a report."""
 
 import platform
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str | None]:
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the libraries that change results; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "wandb"):
         try:
             found[name] = metadata.version(name)
@@ -17,6 +18,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
+    """The commit of this repository, with "-dirty" where files changed since; None outside a repository."""
     try:
         here = Path(__file__).parent
         asked = subprocess.run(  # the optional lock would be a file of ours in somebody's repository

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convert.core.errors import UserError
-from convert.core.fields import check, checked
+from convert.core.fields import Range, check, checked
 from convert.data.text import Tokens
 
 
@@ -51,9 +51,9 @@ class Batches:
     """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch."""
 
     tokens: Tokens
-    seq_len: Annotated[int, (1, 2**24)]
-    num_sequences: Annotated[int, (1, 2**27)]
-    seed: Annotated[int, (0, 2**63 - 1)] = 0
+    seq_len: Annotated[int, Range(1, 2**24)]
+    num_sequences: Annotated[int, Range(1, 2**27)]
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
     def __post_init__(self):
         check(self)
@@ -64,7 +64,7 @@ class Batches:
             )
 
     @checked
-    def __call__(self, step: Annotated[int, (0, 2**53)]) -> Batch:
+    def __call__(self, step: Annotated[int, Range(0, 2**53)]) -> Batch:
         per_epoch = len(self.tokens) // self.seq_len - 1
         rows = []
         for i in range(step * self.num_sequences, (step + 1) * self.num_sequences):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.core.errors import UserError
 from convert.core.fields import checked
@@ -41,7 +42,7 @@ class Corpus:
     """A source of text. `files` are read in order; `hub` is (name, configuration) of a data set for `datasets`."""
 
     spec: str
-    root: Path | None = None
+    root: Path = Path()
     files: tuple[Path, ...] = ()
     hub: tuple[str, str | None] | None = None
 
@@ -183,7 +184,7 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def hub_offline(settings, when: bool) -> Iterator[None]:
+def hub_offline(settings: Any, when: bool) -> Iterator[None]:
     """`datasets` looks into its cache at once. By itself it would first try the hub for half a minute, and say so each
     time."""
     before = settings.HF_HUB_OFFLINE

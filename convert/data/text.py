@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from convert.core.errors import UserError
-from convert.core.fields import checked
+from convert.core.fields import Range, checked
 from convert.core.files import parse_json, sealed, sha256, unsealed, write_text
 from convert.core.places import cache_folder
 from convert.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out
@@ -51,7 +51,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 @checked
 def tokenize(
-    source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, (1, 1e14)] | None = None
+    source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, Range(1, 1e14)] | None = None
 ) -> TokenData:
     """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from convert.core.console import console
 from convert.core.errors import UserError
-from convert.core.fields import Text, check, checked, shown
+from convert.core.fields import Range, Text, check, checked, shown
 from convert.data.batches import Batch
 from convert.data.prompts import has_chat_template
 from convert.evaluation.perplexity import perplexity
@@ -35,7 +35,7 @@ class Rule:
     text: Text
     name: Literal["perplexity", "generation", "generation_gap"]
     sign: Literal["<", ">"]
-    bound: Annotated[float, (-1e9, 1e9)]
+    bound: Annotated[float, Range(-1e9, 1e9)]
 
     __post_init__ = check
 

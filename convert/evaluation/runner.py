@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convert.core import json_lines, manifest
 from convert.core.console import console
 from convert.core.errors import UserError, files_in_words
-from convert.core.fields import Place, Text, checked
+from convert.core.fields import Place, Range, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
 from convert.data.corpus import corpus
@@ -94,7 +94,7 @@ class Answers:
 @checked
 def evaluate_tasks(
     models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
-    limit: Annotated[int, (1, 100_000)] = LIMIT, seed: Annotated[int, (0, 2**63 - 1)] = 0, file: Path | None = None,
+    limit: Annotated[int, Range(1, 100_000)] = LIMIT, seed: Annotated[int, Range(0, 2**63 - 1)] = 0, file: Path | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score models on tasks by both scoring methods, and the gaps where "teacher" and "student" are among them. Every
     model sees the same prompts in the same batches. `limit`: examples of each task; `file`: where answers are kept."""
@@ -183,7 +183,7 @@ def _scores(task: Task, items: list[Item], found: dict[tuple[str, str], list[Ans
 @checked
 def evaluate_run(
     folder: Place, *,
-    tasks: Text | None = None, limit: Annotated[int, (1, 100_000)] | None = None, lm_eval: Text | None = None,
+    tasks: Text | None = None, limit: Annotated[int, Range(1, 100_000)] | None = None, lm_eval: Text | None = None,
     device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
 ) -> LanguageReport:  # fmt: skip
     """Evaluate a finished run: its final metrics again, and the tasks by both scoring methods. Writes evaluation.json
@@ -210,7 +210,7 @@ def evaluate_run(
 @checked
 def evaluate_model(
     name: Place, *,
-    tasks: Text | None = None, limit: Annotated[int, (1, 100_000)] | None = None, lm_eval: Text | None = None,
+    tasks: Text | None = None, limit: Annotated[int, Range(1, 100_000)] | None = None, lm_eval: Text | None = None,
     device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluate any model that `load_teacher` takes on the tasks by both scoring methods. Writes evaluation.json into

@@ -11,7 +11,8 @@ from pathlib import Path
 from convert.mixers import MIXERS
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("convert", "kernels")  # packages; their own __init__ stays at home
+IS_WHEEL = (ROOT / "convert" / "kernels").is_dir()  # a wheel has the kernels inside `convert`
+OURS = ("convert",) if IS_WHEEL else ("convert", "kernels")  # packages; their own __init__ stays at home
 CONFIG, MODEL, TABLE = "convert.models.config", "convert.models.student", "convert.mixers"
 OLDEST = (5, 23)  # version of transformers that the code runs in; setup.py asks for the same
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convert.core.console import console
 from convert.core.errors import UserError, disk_reason
 from convert.exporting import native
-from convert.exporting.code import OURS, ROOT
+from convert.exporting.code import IS_WHEEL, OURS, ROOT
 from convert.exporting.hub import export
 from convert.models.student import ConvertedForCausalLM
 
@@ -101,7 +101,7 @@ class Hiding:
         hidden = [os.path.join(ROOT, package) + os.sep for package in OURS]
         return None if any(os.path.join(os.path.realpath(p), "").startswith(tuple(hidden)) for p in places) else spec
 
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != ROOT]
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != REPOSITORY]
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 """
 
@@ -136,7 +136,8 @@ def run_without_us(script: str, *args: str) -> str:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_MODULES_CACHE": str(Path(place, "modules")),
         }
-        head = f"ROOT, OURS = {str(ROOT)!r}, {OURS!r}\n{HIDE}"
+        repository = None if IS_WHEEL else str(ROOT)  # beside a wheel are all other packages
+        head = f"ROOT, OURS, REPOSITORY = {str(ROOT)!r}, {OURS!r}, {repository!r}\n{HIDE}"
         done = subprocess.run(
             [sys.executable, "-c", head + script, *args],
             cwd=place,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from convert.core.fields import check
+from convert.core.fields import Range, check
 
 State = tuple[Tensor, ...]  # each mixer has a NamedTuple of its own; every tensor has the batch first
 
@@ -19,14 +19,18 @@ State = tuple[Tensor, ...]  # each mixer has a NamedTuple of its own; every tens
 class AttentionShape:
     """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
 
-    width: Annotated[int, (1, 2**18)]
-    num_heads: Annotated[int, (1, 2**12)]
-    num_kv_heads: Annotated[int, (1, 2**12)]
-    head_dim: Annotated[int, (1, 2**13)]
-    rotary_dim: Annotated[int, (0, 2**13)]  # the first of a head's dimensions are rotated, in the two-halves layout
+    width: Annotated[int, Range(1, 2**18)]
+    num_heads: Annotated[int, Range(1, 2**12)]
+    num_kv_heads: Annotated[int, Range(1, 2**12)]
+    head_dim: Annotated[int, Range(1, 2**13)]
+    rotary_dim: Annotated[
+        int, Range(0, 2**13)
+    ]  # the first of a head's dimensions are rotated, in the two-halves layout
     qkv_bias: bool
     out_bias: bool
-    norm_eps: Annotated[float, (0, 1)] | None = None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+    norm_eps: Annotated[float, Range(0, 1)] | None = (
+        None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+    )
 
     __post_init__ = check
 

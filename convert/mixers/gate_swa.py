@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.fields import check
+from convert.core.fields import Range, check
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import QKV, wide
 
@@ -31,10 +31,10 @@ class GateSWA(Mixer):
         function does not change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper
         does not say)."""
 
-        window: Annotated[int, (1, 1e7)] = 512  # tokens, the one that looks included (ours)
-        sinks: Annotated[int, (0, 65_536)] = 4  # StreamingLLM's
+        window: Annotated[int, Range(1, 1e7)] = 512  # tokens, the one that looks included (ours)
+        sinks: Annotated[int, Range(0, 65_536)] = 4  # StreamingLLM's
         gate: Literal["element", "head", "none"] = "element"  # head: one number per head
-        gate_bias: Annotated[float, (-10, 10)] = 0.0
+        gate_bias: Annotated[float, Range(-10, 10)] = 0.0
 
         __post_init__ = check
 

@@ -141,7 +141,7 @@ def resolve(name: Place) -> Source:
     if name in TEACHERS:
         known = TEACHERS[name]
         packaged = {EMBEDDED: str(NANO), "smollm2-135m": _packaged_smollm2()}.get(name)
-        return Source(name, "package" if packaged else "alias", packaged or known.hub, known.data)
+        return Source(name, "package" if packaged else "alias", packaged or str(known.hub), known.data)
     path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is
     slug = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "teacher"
     if path.is_dir():
@@ -177,7 +177,7 @@ def _data_of_run(path: Path) -> str:
         data = unsealed(parse_json(ledger.read_bytes(), str(ledger))).get("data")
     except (OSError, ValueError):
         return FINEWEB
-    return data if broken(Text, data) is None else FINEWEB
+    return str(data) if broken(Text, data) is None else FINEWEB
 
 
 def _packaged_smollm2() -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from convert.core.errors import UserError
-from convert.core.fields import check
+from convert.core.fields import Range, check
 
 HEAD_DIM = 64  # numbers of a head where neither heads nor the width say otherwise (Llama's)
 SHARE = 2 / 3  # of the teacher's layers and width, where none are given (ours)
@@ -16,11 +16,13 @@ SHARE = 2 / 3  # of the teacher's layers and width, where none are given (ours)
 class Sizes:
     """Sizes of a student; None: two thirds of the teacher's layers and width, and what the family makes of those."""
 
-    layers: Annotated[int, (1, 1000)] | None = None
-    width: Annotated[int, (8, 2**18)] | None = None
-    heads: Annotated[int, (1, 2**12)] | None = None
-    kv_heads: Annotated[int, (1, 2**12)] | None = None
-    inner: Annotated[int, (8, 2**20)] | None = None  # width of the MLP; None: 8/3 of the width (Llama), in steps of 32
+    layers: Annotated[int, Range(1, 1000)] | None = None
+    width: Annotated[int, Range(8, 2**18)] | None = None
+    heads: Annotated[int, Range(1, 2**12)] | None = None
+    kv_heads: Annotated[int, Range(1, 2**12)] | None = None
+    inner: Annotated[int, Range(8, 2**20)] | None = (
+        None  # width of the MLP; None: 8/3 of the width (Llama), in steps of 32
+    )
 
     __post_init__ = check
 

@@ -1,9 +1,10 @@
-"""What a .gguf file holds beyond the tensors and settings that transformers reads of it: brought into the
-configuration, or refused."""
+"""Settings of a .gguf file that transformers does not read. Those that a configuration can say are brought into it; the
+others are refused."""
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ NEUTRAL = {  # settings that change the function and that transformers does not 
 
 
 def complete(config: PreTrainedConfig, file: Path) -> PreTrainedConfig:
-    """The configuration that transformers read, with the rotary scaling of the file."""
+    """The configuration that transformers read, with the rotary scaling of the file. Raises UserError where the file
+    has a setting that changes the function and that no configuration can say."""
     reader = _reader(file)
     arch = _setting(reader, "general.architecture")
     settings = {name: _setting(reader, f"{arch}.{name}") for name in (*NEUTRAL, "rope.scaling.factor")}
@@ -96,16 +98,16 @@ def _bounds(factors: Tensor, rates: Tensor) -> Iterator[tuple[float, float]]:
     x, y = rates[between], share[between]
     first = (x / (1 + 3 * y)).mean().item()
     yield first, 4 * first  # as in every Llama 3
-    slope = max(
-        (y / (x - slowed)).max().item(), ((1 - y) / (kept - x)).max().item()
-    )  # the line may not bend before its ends
+    # the line may not bend before its ends
+    slope = max((y / (x - slowed)).max().item(), ((1 - y) / (kept - x)).max().item())
     if len(x) > 1:
         slope = ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
     yield ((x - y / slope).mean().item(), (x + (1 - y) / slope).mean().item())
 
 
 def check_whole(model: PreTrainedModel, file: Path) -> None:
-    """Every tensor of the file is in the model: those that transformers' name map leaves out are named."""
+    """Raises UserError where a tensor of the file is not in the model, because transformers' map of names leaves it
+    out."""
     import gguf
 
     reader = _reader(file)
@@ -123,12 +125,14 @@ def check_whole(model: PreTrainedModel, file: Path) -> None:
     refuse_left_over(sorted(left_over), str(file))
 
 
-def _reader(file: Path):
+def _reader(file: Path) -> Any:
+    """A gguf.GGUFReader; the package is optional."""
     import gguf
 
     return gguf.GGUFReader(file)
 
 
-def _setting(reader, name: str):
+def _setting(reader: Any, name: str) -> Any:
+    """The value of a setting of the file, None where it has none of that name."""
     field = reader.get_field(name)
     return None if field is None else field.contents()

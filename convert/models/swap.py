@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
-from convert.core.fields import checked, require, shown
+from convert.core.fields import Range, checked, require, shown
 from convert.mixers import MIXERS
 from convert.mixers.families import attention_name
 from convert.mixers.init import STARTS
@@ -35,7 +35,7 @@ def swap(
     model: PreTrainedModel,
     name: Literal[tuple(MIXERS)],
     options: Any = None,
-    layers: Sequence[Annotated[int, (0, 1000)]] | None = None,
+    layers: Sequence[Annotated[int, Range(0, 1000)]] | None = None,
     stats: Sequence[CalibrationStats] | None = None,
 ) -> ConvertedForCausalLM:
     """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is

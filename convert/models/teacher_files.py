@@ -1,4 +1,4 @@
-"""What a stranger's model folder says of itself, read as plain JSON and checked before transformers sees it.
+"""The JSON files of a stranger's model folder, checked before transformers reads them.
 
 The folder may be damaged, senseless or hostile: nothing in it is believed further than the records here say. Bounds are
 ours, several times beyond the largest published model, so that what passes fits a computer's memory and arithmetic."""
@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
 
 from convert.core.errors import UserError
-from convert.core.fields import Written, require, shown
+from convert.core.fields import Range, Written, require, shown
 from convert.core.files import parse_json
 from convert.mixers import MIXERS
 from convert.mixers.base import AttentionShape
@@ -45,49 +45,49 @@ SIZES = (
     "eos_token_id",
     "pad_token_id",
 )
-Positive = Annotated[float, (1e-9, 1e12)]
-Share = Annotated[float, (0, 1)]
-Token = Annotated[int, (-1, 2**24)]  # published configurations say -1 for none
+Positive = Annotated[float, Range(1e-9, 1e12)]
+Share = Annotated[float, Range(0, 1)]
+Token = Annotated[int, Range(-1, 2**24)]  # published configurations say -1 for none
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Of `rope_parameters`, in every form that transformers has had."""
+    """The entries of `rope_parameters`, in every form that transformers has had."""
 
     rope_type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
     type: Annotated[str, Written(r"[a-z0-9_]{1,32}", "a short name")]
-    rope_theta: Annotated[float, (1.0001, 1e15)] | None
-    factor: Annotated[float, (1, 1e6)] | None
-    partial_rotary_factor: Annotated[float, (1e-6, 1)] | None
-    original_max_position_embeddings: Annotated[int, (1, 2**24)] | None
+    rope_theta: Annotated[float, Range(1.0001, 1e15)] | None
+    factor: Annotated[float, Range(1, 1e6)] | None
+    partial_rotary_factor: Annotated[float, Range(1e-6, 1)] | None
+    original_max_position_embeddings: Annotated[int, Range(1, 2**24)] | None
     low_freq_factor: Positive | None
     high_freq_factor: Positive | None
     beta_fast: Positive | None
     beta_slow: Positive | None
-    attention_factor: Annotated[float, (1e-6, 1e6)] | None
-    mscale: Annotated[float, (0, 1e6)] | None
-    mscale_all_dim: Annotated[float, (0, 1e6)] | None
+    attention_factor: Annotated[float, Range(1e-6, 1e6)] | None
+    mscale: Annotated[float, Range(0, 1e6)] | None
+    mscale_all_dim: Annotated[float, Range(0, 1e6)] | None
     truncate: bool | None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of config.json, whatever the family; each may be missing."""
+    """The entries of config.json that are used, whatever the family; each may be missing."""
 
-    vocab_size: Annotated[int, (1, 2**24)]
-    hidden_size: Annotated[int, (1, 2**17)]
-    intermediate_size: Annotated[int, (1, 2**20)]
-    num_hidden_layers: Annotated[int, (1, 1000)]
-    num_attention_heads: Annotated[int, (1, 2**12)]
-    num_key_value_heads: Annotated[int, (1, 2**12)] | None
-    head_dim: Annotated[int, (1, 2**13)] | None
-    max_position_embeddings: Annotated[int, (2, 2**24)]
-    hidden_act: Literal[tuple(ACT2FN)]
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    hidden_size: Annotated[int, Range(1, 2**17)]
+    intermediate_size: Annotated[int, Range(1, 2**20)]
+    num_hidden_layers: Annotated[int, Range(1, 1000)]
+    num_attention_heads: Annotated[int, Range(1, 2**12)]
+    num_key_value_heads: Annotated[int, Range(1, 2**12)] | None
+    head_dim: Annotated[int, Range(1, 2**13)] | None
+    max_position_embeddings: Annotated[int, Range(2, 2**24)]
+    hidden_act: Literal[tuple(ACT2FN)]  # type: ignore[valid-type]
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
     torch_dtype: Literal["float64", "float32", "float16", "bfloat16"] | None
-    rms_norm_eps: Annotated[float, (0, 1)]
-    layer_norm_eps: Annotated[float, (0, 1)]
-    initializer_range: Annotated[float, (0, 1)]
+    rms_norm_eps: Annotated[float, Range(0, 1)]
+    layer_norm_eps: Annotated[float, Range(0, 1)]
+    initializer_range: Annotated[float, Range(0, 1)]
     attention_dropout: Share | None
     hidden_dropout: Share
     classifier_dropout: Share | None
@@ -96,34 +96,34 @@ class Facts:
     mlp_bias: bool
     use_parallel_residual: bool
     use_sliding_window: bool
-    sliding_window: Annotated[int, (1, 2**24)] | None
-    max_window_layers: Annotated[int, (0, 2**24)]
+    sliding_window: Annotated[int, Range(1, 2**24)] | None
+    max_window_layers: Annotated[int, Range(0, 2**24)]
     layer_types: list[Literal["full_attention", "sliding_attention", "attention"]] | None
     bos_token_id: Token | None
     eos_token_id: Token | list[Token] | None
     pad_token_id: Token | None
     rope_parameters: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
-    original_max_position_embeddings: Annotated[int, (1, 2**24)] | None
-    rope_theta: Annotated[float, (1.0001, 1e15)] | None
-    rotary_emb_base: Annotated[float, (1.0001, 1e15)]
-    rotary_pct: Annotated[float, (1e-6, 1)]
-    partial_rotary_factor: Annotated[float, (1e-6, 1)] | None
+    original_max_position_embeddings: Annotated[int, Range(1, 2**24)] | None
+    rope_theta: Annotated[float, Range(1.0001, 1e15)] | None
+    rotary_emb_base: Annotated[float, Range(1.0001, 1e15)]
+    rotary_pct: Annotated[float, Range(1e-6, 1)]
+    partial_rotary_factor: Annotated[float, Range(1e-6, 1)] | None
     per_layer_config: None  # layers that differ from each other
     quantization_config: dict[str, Any] | None
     attn_logit_softcapping: float | None
     alibi: bool | None
     add_cross_attention: bool | None
-    attention_chunk_size: Annotated[int, (1, 2**24)] | None
+    attention_chunk_size: Annotated[int, Range(1, 2**24)] | None
     is_decoder: bool | None
     use_cache: bool | None
     architectures: list[str] | None
-    pretraining_tp: Annotated[int, (0, 2**12)] | None
+    pretraining_tp: Annotated[int, Range(0, 2**12)] | None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Of generation_config.json, what every generation needs."""
+    """The entries of generation_config.json that every generation needs."""
 
     bos_token_id: Token | None
     eos_token_id: Token | list[Token] | None
@@ -135,7 +135,7 @@ Special = str | dict[str, Any] | None  # a token, or how it is matched beside it
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Of tokenizer_config.json."""
+    """The entries of tokenizer_config.json that are used."""
 
     tokenizer_class: str | None
     bos_token: Special
@@ -143,7 +143,7 @@ class Tokenization:
     pad_token: Special
     unk_token: Special
     chat_template: str | list[dict[str, Any]] | dict[str, str] | None
-    model_max_length: Annotated[float, (1, 1e31)] | None  # 1e30: transformers' own for none
+    model_max_length: Annotated[float, Range(1, 1e31)] | None  # 1e30: transformers' own for none
     added_tokens_decoder: dict[str, dict[str, Any]] | None
     add_bos_token: bool | None
     add_eos_token: bool | None
@@ -151,7 +151,7 @@ class Tokenization:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a stranger's; raises UserError where it is anything else, too large or too deep."""
+    """The JSON object in a stranger's file; raises UserError where it is anything else, too large or too deep."""
     largest = LARGEST[file.name]
     if file.stat().st_size > largest:
         raise UserError(
@@ -167,8 +167,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """All of its files are plain ones (a pipe would never end), and those of its tokenizer and its generation settings
-    are what they should be."""
+    """Raises UserError where the folder holds anything but plain files (a pipe would never end), or where the files of
+    its tokenizer or its generation settings are not what they should be."""
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"A teacher's folder holds plain files; {file} is a pipe, a socket or a device. Remove it.")
@@ -184,7 +184,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str, Any]:
-    """Those of its entries that the record knows."""
+    """The entries of `content` that the record knows; raises UserError where one does not fit its type."""
     known = {field.name: field.type for field in fields(record)}
     for name in known.keys() & content.keys():
         require(known[name], content[name], f"{where}: {name}")
@@ -194,7 +194,7 @@ def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str
 def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     """The configuration of a teacher's config.json; raises UserError at what no model can be made of, or the exception
     of whatever fails."""
-    kind = raw.get("model_type")
+    kind: Any = raw.get("model_type")
     if kind != ConvertedConfig.model_type and (reason := family_refusal(kind)):
         raise UserError(f"{where} cannot be a teacher's. {reason}")
     config = CONFIG_MAPPING[kind].from_dict(_plain(raw, where))
@@ -203,7 +203,8 @@ def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
 
 
 def check_config(config: PreTrainedConfig, where: str) -> None:
-    """What only shows when all defaults are in place. Makes a model without memory, and its rotary frequencies."""
+    """Raises UserError at what only shows when all defaults are in place. Makes a model without memory, and its rotary
+    frequencies."""
     host = config.host_config() if config.model_type == ConvertedConfig.model_type else config
     _check_fields({name: getattr(host, name) for name in SIZES if hasattr(host, name)}, Facts, where)
     heads, kv_heads = host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
@@ -234,7 +235,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
 
 
 def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) -> None:
-    """A student's mixers fit its host."""
+    """Raises UserError where a student's mixers do not fit its host."""
     if len(config.mixers) != host.num_hidden_layers:
         raise UserError(
             f"{where}: mixers must be one for each of {host.num_hidden_layers} layers; got {len(config.mixers)}."
@@ -256,8 +257,8 @@ def _check_layers(config: PreTrainedConfig, host: PreTrainedConfig, where: str) 
 
 
 def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """What we use of a configuration of one of FAMILIES or of a student; raises UserError at what no model can be made
-    of."""
+    """The part that is used of a configuration of one of FAMILIES, or of a student; raises UserError at what no model
+    can be made of."""
     if raw.get("model_type") == ConvertedConfig.model_type:
         return _converted(raw, where)
     facts = _check_fields(raw, Facts, where)
@@ -268,9 +269,11 @@ def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _converted(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A student's: `host`, its teacher's configuration, and a mixer or None for each layer."""
+    """The part that is used of a student's configuration: `host`, its teacher's configuration, and a mixer or None for
+    each layer."""
     own = _check_fields(raw, Facts, where)
-    host, mixers = raw.get("host"), raw.get("mixers")
+    host: Any = raw.get("host")
+    mixers: Any = raw.get("mixers")
     require(dict[str, Any], host, f"{where}: host")
     require(Literal[FAMILIES], host.get("model_type"), f"{where}: host.model_type")
     require(list[dict[str, Any] | None], mixers, f"{where}: mixers")

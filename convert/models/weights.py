@@ -1,5 +1,5 @@
-"""What the files of a teacher hold is read whole, or the teacher is refused: transformers only logs what it has no
-place for."""
+"""Checks that the weights of a teacher were read whole. transformers only logs tensors that it has no place for; here
+they are a reason to refuse the teacher."""
 
 import math
 import re
@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from convert.core.errors import UserError
 
-MASKS = re.compile(
-    r"\.(attention|self_attn)\.(bias|masked_bias)$"
-)  # causal masks that old checkpoints hold, Pythia's among them
+# causal masks that old checkpoints hold, Pythia's among them
+MASKS = re.compile(r"\.(attention|self_attn)\.(bias|masked_bias)$")
 
 
 def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable[Path]) -> None:
-    """`found`: the loading info of from_pretrained. `files`: the safetensors that were read."""
+    """Raises UserError where a tensor is missing, misshapen or left over. `found` is the loading info of
+    from_pretrained, `files` are the safetensors files that were read, and `where` names the teacher."""
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     if wrong:
         raise UserError(
@@ -46,8 +46,8 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
 
 
 def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> None:
-    """Before any memory is taken: a model is about as large as its files. (What is missing in detail shows once it is
-    loaded.)"""
+    """Raises UserError where the configuration describes a model more than twice as large as its files, before memory
+    for it is taken."""
     with torch.device("meta"):
         wanted = AutoModelForCausalLM.from_config(config).num_parameters()
     held = 0
@@ -62,7 +62,7 @@ def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> N
 
 
 def refuse_left_over(names: list[str], where: str) -> None:
-    """Of tensors that no parameter took."""
+    """Raises UserError where these names of tensors that no parameter took are not none."""
     if names:
         raise UserError(
             f"A teacher's weights are read whole; {where} holds {len(names)} tensors that its configuration has no"
@@ -76,7 +76,8 @@ def rotary_of(model: nn.Module) -> nn.Module:
 
 
 def _check_frequencies(model: PreTrainedModel, stored: torch.Tensor, name: str, where: str) -> None:
-    """Old checkpoints hold the rotary frequencies, which transformers makes anew from the configuration."""
+    """Raises UserError where stored rotary frequencies (in old checkpoints) are not those of the configuration, from
+    which transformers makes them."""
     made, precision = rotary_of(model).inv_freq.cpu().double(), torch.finfo(stored.dtype)
     if stored.shape != made.shape or not torch.allclose(
         stored.double(), made, rtol=4 * precision.eps, atol=precision.tiny

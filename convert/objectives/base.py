@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from convert.core.errors import UserError
-from convert.core.fields import Text, check, require, shown
+from convert.core.fields import Range, Text, check, require, shown
 
-Weight = Annotated[float, (0, 1e6)]
+Weight = Annotated[float, Range(0, 1e6)]
 
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 TERM = re.compile(rf"\s*(?:({NUMBER})\s*\*\s*)?([A-Za-z_][A-Za-z0-9_]*)\s*(?:\(([^()]*)\)\s*)?", re.ASCII)

@@ -46,7 +46,7 @@ class CrossEntropy(LogitTerm):
 class ForwardKL(LogitTerm):
     """KL(teacher || student), both softened by a temperature (Hinton et al., arXiv 1503.02531)."""
 
-    temperature: Annotated[float, (0.01, 100)] = 1.0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
 
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
         return forward_kl(student, teacher, self.temperature)
@@ -56,7 +56,7 @@ class ForwardKL(LogitTerm):
 class ReverseKL(LogitTerm):
     """KL(student || teacher), both softened by a temperature (MiniLLM, arXiv 2306.08543)."""
 
-    temperature: Annotated[float, (0.01, 100)] = 1.0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
 
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
         return reverse_kl(student, teacher, self.temperature)

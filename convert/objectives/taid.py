@@ -39,10 +39,10 @@ class TAID(LogitTerm):
     """Temporally adaptive interpolated distillation. Defaults are those of the official code (SakanaAI/TAID), whose
     runs start at 0.4 (Phi-3 to TinyLlama) and at 0.2 (Llama-2)."""
 
-    t_start: Annotated[float, (0, 1)] = 0.4
-    t_end: Annotated[float, (0, 1)] = 1.0
-    alpha: Annotated[float, (0, 1)] = 5e-4  # step size of t
-    beta: Annotated[float, (0, 0.999999)] = 0.99  # momentum
+    t_start: Annotated[float, Range(0, 1)] = 0.4
+    t_end: Annotated[float, Range(0, 1)] = 1.0
+    alpha: Annotated[float, Range(0, 1)] = 5e-4  # step size of t
+    beta: Annotated[float, Range(0, 0.999999)] = 0.99  # momentum
 
     def build(self, student: nn.Module, teacher: nn.Module | None) -> Interpolation:
         return Interpolation(self.t_start)

@@ -130,7 +130,8 @@ def _rate(call: Callable[[], object], work: float, device: torch.device) -> floa
 def _best(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the quickest call within half a second."""
     call()  # compiles, and wakes the device
-    times, ends = [], time.perf_counter() + SECONDS
+    times: list[float] = []
+    ends = time.perf_counter() + SECONDS
     while not times or time.perf_counter() < ends:
         _finish(device)
         start = time.perf_counter()

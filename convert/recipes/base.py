@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from convert.core.errors import UserError
-from convert.core.fields import Name, check, checked
+from convert.core.fields import Name, Range, check, checked
 from convert.steps.base import Step
 from convert.training.settings import Settings
 
@@ -18,7 +18,7 @@ class Recipe:
 
     target: Name
     steps: tuple[Step, ...]
-    examples: Annotated[int, (1, 100_000)]
+    examples: Annotated[int, Range(1, 100_000)]
 
     def __post_init__(self) -> None:
         check(self)

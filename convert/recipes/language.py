@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from transformers import PreTrainedConfig
 
-from convert.core.fields import Text, check, checked, require
+from convert.core.fields import Range, Text, check, checked, require
 from convert.mixers import MIXERS
 from convert.mixers.projections import LLAMA_SHAPED
 from convert.models.from_scratch import Sizes
@@ -31,25 +31,25 @@ SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 class Budget:
     """What the defaults depend on. Tokens are the total over all training steps."""
 
-    tokens: Annotated[int, (1, 1e14)]
-    seq_len: Annotated[int, (2, 2**24)]
-    batch_tokens: Annotated[int, (2, 2**27)]
-    align_lr: Annotated[float, (0, 10)]
-    distill_lr: Annotated[float, (0, 10)]
+    tokens: Annotated[int, Range(1, 1e14)]
+    seq_len: Annotated[int, Range(2, 2**24)]
+    batch_tokens: Annotated[int, Range(2, 2**27)]
+    align_lr: Annotated[float, Range(0, 10)]
+    distill_lr: Annotated[float, Range(0, 10)]
     objective: Objective
-    micro_tokens: Annotated[int, (1, 2**27)]
-    align_batch_tokens: Annotated[int, (2, 2**27)] | None = None  # of the first stage; None: as in the last
+    micro_tokens: Annotated[int, Range(1, 2**27)]
+    align_batch_tokens: Annotated[int, Range(2, 2**27)] | None = None  # of the first stage; None: as in the last
     checkpointing: bool = False
     trains: Callable | str = "all_but_embeddings"  # in the last stage (the paper's)
     schedule: Literal["wsd", "cosine"] = "wsd"  # of the last stage
-    noise: Annotated[float, (0, 1)] = 0.0  # in the last stage
-    window: Annotated[int, (1, 1e7)] = 512  # of sliding-window attention (ours)
+    noise: Annotated[float, Range(0, 1)] = 0.0  # in the last stage
+    window: Annotated[int, Range(1, 1e7)] = 512  # of sliding-window attention (ours)
     # of latent attention; native where the teacher's attention has neither biases nor q/k norm
     latent_shape: Literal["exact", "native"] = "exact"
     # of both stages of attention editing, whose students start close to their teachers (ours)
-    edit_lr: Annotated[float, (0, 10)] = 1e-4
-    seed: Annotated[int, (0, 2**63 - 1)] = 0
-    examples: Annotated[int, (1, 100_000)] = 16  # of each task at the end (ours)
+    edit_lr: Annotated[float, Range(0, 10)] = 1e-4
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    examples: Annotated[int, Range(1, 100_000)] = 16  # of each task at the end (ours)
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
     __post_init__ = check

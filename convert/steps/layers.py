@@ -4,8 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from convert.core.errors import UserError
-from convert.core.fields import check
+from convert.core.fields import Range, check
 
 DEFAULT_N = 5  # one layer in five keeps full attention (Attention Editing, arXiv 2604.05688)
 
@@ -14,11 +13,19 @@ DEFAULT_N = 5  # one layer in five keeps full attention (Attention Editing, arXi
 class EveryNth:
     """Every n-th layer, the last of each n."""
 
-    n: Annotated[int, (2, 1000)]
+    n: Annotated[int, Range(2, 1000)]
 
     __post_init__ = check
 
-    def of(self, num_layers: int) -> tuple[int, ...]:
+    @staticmethod
+    def of(text: str) -> "EveryNth":
+        """Read `every:6`. Raises ValueError."""
+        found = re.fullmatch("every:([0-9]{1,6})", text)
+        if not found:
+            raise ValueError("every:6")
+        return EveryNth(int(found[1]))
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of the pattern."""
         return tuple(range(self.n - 1, num_layers, self.n))
 
@@ -30,11 +37,19 @@ class EveryNth:
 class MostSensitive:
     """One layer in n: those whose replacement alone changes the model most, by measurement."""
 
-    n: Annotated[int, (2, 1000)]
+    n: Annotated[int, Range(2, 1000)]
 
     __post_init__ = check
 
-    def of(self, num_layers: int) -> tuple[int, ...]:
+    @staticmethod
+    def of(text: str) -> "MostSensitive":
+        """Read `auto:6`, or `auto`, which is auto:5. Raises ValueError."""
+        found = re.fullmatch("auto(?::([0-9]{1,6}))?", text)
+        if not found:
+            raise ValueError("auto or auto:6")
+        return MostSensitive(int(found[1] or DEFAULT_N))
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
         """Return as many layers as will be chosen; which ones, only a measurement tells."""
         return tuple(range(self.n - 1, num_layers, self.n))
 
@@ -42,17 +57,4 @@ class MostSensitive:
         return f"auto:{self.n}"
 
 
-Keep = tuple[Annotated[int, (0, 1000)], ...] | EveryNth | MostSensitive
-
-
-def parse_keep(text: str, now: Keep) -> Keep:
-    """Read `none`, layers as `4,9`, `every:6`, or `auto:6` (`auto` alone: as many as now). Raises UserError."""
-    kind, _, number = text.partition(":")
-    if text == "none":
-        return ()
-    if kind in ("auto", "every") and re.fullmatch("[0-9]{0,6}", number):
-        n = int(number) if number else now.n if isinstance(now, EveryNth | MostSensitive) else DEFAULT_N
-        return MostSensitive(n) if kind == "auto" else EveryNth(n)
-    if not re.fullmatch(r"\s*[0-9]{1,4}\s*(,\s*[0-9]{1,4}\s*)*", text):
-        raise UserError(f"keep takes none, layers as 4,9, every:6, auto or auto:6; got {text!r}.")
-    return tuple(int(part) for part in text.split(","))
+Keep = tuple[Annotated[int, Range(0, 1000)], ...] | EveryNth | MostSensitive

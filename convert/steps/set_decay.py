@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from convert.core.fields import Name, check
+from convert.core.fields import Name, Range, check
 from convert.mixers import MIXERS
 from convert.models.access import slots_of
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
@@ -17,7 +17,7 @@ class SetDecay(Step):
     """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
     name: Name
-    rate: Annotated[float, (0, 10)]
+    rate: Annotated[float, Range(0, 10)]
 
     __post_init__ = check
 

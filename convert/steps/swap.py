@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from convert.core.console import console
 from convert.core.errors import UserError
-from convert.core.fields import Name, check, require
+from convert.core.fields import Name, Range, check, require
 from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
 from convert.mixers.projections import CalibrationStats
@@ -42,8 +42,8 @@ class Swap(Step):
     options: Any
     keep: Keep = ()
     exact: bool = False
-    calibration: Annotated[int, (0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
-    layers: tuple[Annotated[int, (0, 1000)], ...] | None = None
+    calibration: Annotated[int, Range(0, 2**20)] = 0  # the windows looked at are held at once (the bound is ours)
+    layers: tuple[Annotated[int, Range(0, 1000)], ...] | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -61,7 +61,7 @@ class Swap(Step):
 
     def converted(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers that are replaced, as far as no measurement decides."""
-        kept = self.keep if isinstance(self.keep, tuple) else self.keep.of(num_layers)
+        kept = self.keep if isinstance(self.keep, tuple) else self.keep.layers(num_layers)
         return tuple(i for i in self.layers or range(num_layers) if i not in kept)
 
     # --- before a run
@@ -199,7 +199,7 @@ class Swap(Step):
         batches = session.sequences(min(RANKING_TOKENS, session.tokens))
         sensitivity = selection.sensitivity(student, before, batches)
         ranked = sorted(before, key=lambda layer: -sensitivity[layer])
-        kept = sorted(ranked[: len(self.keep.of(len(before)))])
+        kept = sorted(ranked[: len(self.keep.layers(len(before)))])
         selection.restore_layers(student, before)
         layers = tuple(layer for layer in before if layer not in kept)
         student = swap(student, self.mixer, self.options, layers, stats).eval()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from convert.core.errors import UserError
-from convert.core.fields import check
+from convert.core.fields import Range, check
 from convert.objectives.base import AttentionTerm, LayerTerm, LogitTerm, Objective
 from convert.training.selectors import SELECTORS
 
@@ -17,32 +17,34 @@ COMPARED = {"align": (AttentionTerm,), "distill": (LogitTerm, LayerTerm), "super
 class Settings:
     """The settings of one stage. Sizes are in tokens; shares are of the stage's steps."""
 
-    tokens: Annotated[int, (0, 1e14)]  # more than any text holds (ours)
-    lr: Annotated[float, (0, 10)]
+    tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
+    lr: Annotated[float, Range(0, 10)]
     objective: Objective
     trains: Literal[tuple(SELECTORS)] | Callable  # chooses parameters of the student; by name or the user's own
-    seq_len: Annotated[int, (2, 2**24)]
-    batch_tokens: Annotated[int, (2, 2**27)]
-    micro_tokens: Annotated[int, (1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
-    seed: Annotated[int, (0, 2**63 - 1)] = 0
+    seq_len: Annotated[int, Range(2, 2**24)]
+    batch_tokens: Annotated[int, Range(2, 2**27)]
+    micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     schedule: Literal["wsd", "cosine"] = "wsd"
-    warmup: Annotated[float, (0, 1)] = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
-    decay: Annotated[float, (0, 1)] = 0.1
-    floor: Annotated[float, (0, 1)] = 0.02  # of the peak rate, at the end (GenDistill)
-    beta1: Annotated[float, (0, 0.9999)] = 0.9
-    beta2: Annotated[float, (0, 0.999999)] = 0.95
+    warmup: Annotated[float, Range(0, 1)] = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
+    decay: Annotated[float, Range(0, 1)] = 0.1
+    floor: Annotated[float, Range(0, 1)] = 0.02  # of the peak rate, at the end (GenDistill)
+    beta1: Annotated[float, Range(0, 0.9999)] = 0.9
+    beta2: Annotated[float, Range(0, 0.999999)] = 0.95
     # of the matrices of linear layers (MOHAWK, GenDistill); everything else has none
-    weight_decay: Annotated[float, (0, 1)] = 0.1
-    clip: Annotated[float, (0, 1e9)] = 1.0
+    weight_decay: Annotated[float, Range(0, 1)] = 0.1
+    clip: Annotated[float, Range(0, 1e9)] = 1.0
     # of matrix products; auto: bfloat16 where the device is fast at it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # share of the input tokens replaced by others of the batch, for teacher and student alike
-    noise: Annotated[float, (0, 1)] = 0.0
+    noise: Annotated[float, Range(0, 1)] = 0.0
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
     # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
-    loss_chunk: Annotated[int, (1, 2**27)] = 512
-    evaluate_every: Annotated[int, (0, 1e18)] = 0  # tokens between two measurements of held-out perplexity; 0: none
-    save_every: Annotated[float, (0, 1e12)] = 60.0  # seconds between two checkpoints
+    loss_chunk: Annotated[int, Range(1, 2**27)] = 512
+    evaluate_every: Annotated[int, Range(0, 1e18)] = (
+        0  # tokens between two measurements of held-out perplexity; 0: none
+    )
+    save_every: Annotated[float, Range(0, 1e12)] = 60.0  # seconds between two checkpoints
 
     __post_init__ = check
 

@@ -1,4 +1,4 @@
-"""What is printed is text, on any stream; and what is no mistake of ours ends as a sentence."""
+"""What is printed is text, on any stream."""
 
 import io
 import subprocess
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import fail_in_words
 from convert.core import console
 from convert.core.console import Console, short, visible
-from convert.core.errors import UserError, disk_reason, files_in_words
 
 ROOT = Path(console.__file__).parents[2]
 
@@ -30,25 +28,6 @@ def test_nothing_is_printed_as_markup():
     """Styles are arguments: a name in such a text would be read as markup, too."""
     files = [file for folder in ("convert", "experiments") for file in (ROOT / folder).rglob("*.py")]
     assert not [file for file in files if "[/" + "]" in file.read_text() or "[/" + "dim]" in file.read_text()]
-
-
-@pytest.mark.parametrize("error, code, words", [
-    (UserError("a\nb \x1b[31m \ud800"), 2, r"error: a\nb \x1b[31m \ud800"), (OSError(28, "No space left on device"), 2, "A file cannot be read or written"),
-    (FileNotFoundError(2, "gone", "x"), 2, "A file cannot be read or written"), (ValueError("ours"), 1, "defect of ours: ValueError: ours"),
-    (RuntimeError("A clean process failed:\nOSError: [Errno 28] No space left on device"), 2, "[Errno 28]"),
-    (RuntimeError("see [Errno 28] above\nKeyError: 'x'"), 1, "defect"), (OSError("no more processes"), 1, "defect"),
-])  # fmt: skip
-def test_every_end_is_a_line_and_an_exit_code(error, code, words, capsys):
-    def work():
-        raise error
-
-    assert fail_in_words(work, debug=False) == code
-    said = capsys.readouterr().err
-    assert words in said and (code == 1 or said.count("\n") == 1)
-    if code == 2:
-        with pytest.raises(UserError), files_in_words():
-            work()
-    assert (disk_reason(error) is not None) == (code == 2 and not isinstance(error, UserError))
 
 
 SHELL = {"closed": "1>&- 2>&-", "closed input too": "0<&- 1>&- 2>&-", "output alone": "1>&-"}

@@ -1,6 +1,5 @@
 """Types and bounds beside fields and arguments: what fits passes, everything else is a sentence that says the rule."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -16,9 +15,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert import evaluate_run, load_teacher, recipes, run_recipe
-from convert.cli import number_of_tokens, real_number, whole_number
 from convert.core.errors import UserError
-from convert.core.fields import Name, Place, Text, broken, check, checked, shown
+from convert.core.fields import Name, Place, Range, Text, broken, check, checked, shown
 from convert.data.batches import Batches
 from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
@@ -28,7 +26,7 @@ from convert.models.catalog import NANO, resolve
 from convert.models.swap import swap
 from tests.conftest import tiny_teacher
 
-SHARE, SIZE = Annotated[float, (0, 1)], Annotated[int, (1, 64)]
+SHARE, SIZE = Annotated[float, Range(0, 1)], Annotated[int, Range(1, 64)]
 FITS = [
     (SIZE, 1),
     (SIZE, 64),
@@ -255,24 +253,3 @@ def test_wrong_calls_are_a_sentence(call, tmp_path, monkeypatch):
 
 def test_paths_are_places():
     assert resolve(NANO) == resolve(str(NANO)) and corpus(NANO / "README.md").files == (NANO / "README.md",)
-
-
-@pytest.mark.parametrize("text", ["0", "65", "-1", "1.5", "x", "", "nan", "٣", "9" * 5000, "1e3"])
-def test_whole_numbers_of_commands(text):
-    assert whole_number(1, 64)(" 7") == 7
-    with pytest.raises(argparse.ArgumentTypeError, match="whole number within 1 .. 64"):
-        whole_number(1, 64)(text)
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e400", "x", ""])
-def test_numbers_of_commands(text):
-    assert real_number(0, 2)("1e-1") == 0.1
-    with pytest.raises(argparse.ArgumentTypeError, match="number within 0 .. 2"):
-        real_number(0, 2)(text)
-
-
-@pytest.mark.parametrize("text", ["", "0", "1e3", "-1", "9" * 400, "1K", "nan", "٣", "1 k", "0.0001k"])
-def test_numbers_of_tokens(text):
-    assert [number_of_tokens(each) for each in ("20000", "500k", "1.5M", "1B")] == [20_000, 500_000, 1_500_000, 10**9]
-    with pytest.raises(UserError, match="written 20000, 500k, 12M or 1B"):
-        number_of_tokens(text)

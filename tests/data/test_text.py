@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from convert.core.errors import UserError
+from convert.data import corpus as corpora
 from convert.data import text as data
 from convert.data.corpus import corpus, is_held_out
 from convert.data.text import Tokens, tokenize
@@ -376,7 +377,7 @@ def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(rea
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=load_dataset)
     )
-    monkeypatch.setattr(data, "is_hub_reachable", lambda: reachable)
+    monkeypatch.setattr(corpora, "is_hub_reachable", lambda: reachable)
     assert list(corpus("hub:some/set").documents()) == [("0", "one")]
     reason = "OfflineModeIsEnabled" if reachable else "the local cache lacks it and the hub gives no answer"
     with pytest.raises(

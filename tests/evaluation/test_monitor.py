@@ -9,8 +9,7 @@ from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
-from convert.evaluation.monitor import SHOWN, Rule
-from convert.evaluation.monitor import Watch
+from convert.evaluation.monitor import SHOWN, Rule, Watch
 from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 from convert.runs.tracking import Track
@@ -81,7 +80,9 @@ def test_generations_after_a_crash_are_dropped(tmp_path):
 
 
 def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
-    recipe = recipes.tiny(recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256)))
+    recipe = recipes.tiny(
+        recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256))
+    )
     with pytest.raises(UserError, match="--stop-when is looked at when a stage measures, and none of this recipe does"):
         run_recipe("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from convert.evaluation import statistics as scores
-from convert.evaluation.scoring import batches, by_generation, by_likelihood, cut, prompt_ids
-from convert.evaluation.scoring import READINGS
-from convert.evaluation.scoring import fits
+from convert.evaluation.scoring import READINGS, batches, by_generation, by_likelihood, cut, fits, prompt_ids
 from convert.evaluation.tasks import TASKS
 from convert.mixers import MIXERS
 from convert.models.swap import swap

@@ -19,7 +19,7 @@ TEXT = "def add(a, b):\n    return a + b  # é <|endoftext|>"
 def write(place: Path) -> None:
     from convert.exporting.hub import export
     from convert.exporting.native import to_native
-    from convert.models.loading import NANO
+    from convert.models.catalog import NANO
     from tests.conftest import token_ids
     from tests.exporting.test_native import CASES, student_of
 

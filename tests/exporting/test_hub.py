@@ -19,9 +19,7 @@ from convert.core.errors import UserError
 from convert.exporting import hub as export_module
 from convert.exporting.code import flatten, model_code
 from convert.exporting.hub import export
-from convert.exporting.verify import check_in_clean_process
-from convert.exporting.verify import run_without_us
-from convert.exporting.verify import export_and_verify
+from convert.exporting.verify import check_in_clean_process, export_and_verify, run_without_us
 from convert.mixers import MIXERS
 from convert.models.student import ConvertedForCausalLM
 from tests.conftest import VOCAB, tiny_teacher, token_ids

@@ -15,10 +15,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from convert.exporting import hub as export_module
-from convert.exporting.code import OLDEST
-from convert.exporting.code import model_code
-from convert.exporting.code import ROOT
+from convert.exporting.code import OLDEST, ROOT, model_code
 from convert.exporting.hub import export
 from convert.exporting.native import to_native
 from convert.exporting.portability import make_tokenizer_portable

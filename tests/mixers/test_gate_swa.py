@@ -11,12 +11,7 @@ from convert.mixers.init.gate_swa import GateSWAStart
 from convert.models.cache import StudentCache
 from convert.models.swap import swap
 from tests.conftest import FAMILIES, assert_close, options_of, tiny_teacher, token_ids
-from tests.mixers.small_layers import SHAPES
-from tests.mixers.small_layers import attention
-from tests.mixers.small_layers import context
-from tests.mixers.small_layers import in_pieces
-from tests.mixers.small_layers import inputs
-from tests.mixers.small_layers import mixer_of
+from tests.mixers.small_layers import SHAPES, attention, context, in_pieces, inputs, mixer_of
 
 EXACT = 1e-5
 

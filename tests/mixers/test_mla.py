@@ -16,11 +16,7 @@ from convert.mixers.projections import CalibrationStats, Projections
 from convert.models.swap import swap
 from convert.steps.calibration import inputs_of
 from tests.conftest import FAMILIES, assert_close, perturb, rms, tiny_teacher, token_ids
-from tests.mixers.small_layers import SHAPES
-from tests.mixers.small_layers import attention
-from tests.mixers.small_layers import context
-from tests.mixers.small_layers import in_pieces
-from tests.mixers.small_layers import inputs
+from tests.mixers.small_layers import SHAPES, attention, context, in_pieces, inputs
 
 EXACT = 1e-5
 PLAIN = ("mha",)  # no norms and no biases: what the native shape can hold

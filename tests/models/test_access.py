@@ -5,7 +5,7 @@ import torch
 
 from convert.data.batches import Batch
 from convert.models.access import hidden_states, layer_outputs, layers_of, slots_of
-from convert.models.student import swap
+from convert.models.swap import swap
 from tests.conftest import FAMILIES, tiny_teacher, token_ids
 
 IDS = token_ids(2, 12)

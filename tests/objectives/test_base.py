@@ -110,7 +110,7 @@ def test_terms_are_pairs_of_weight_and_term(terms):
 class Huber(AttentionTerm):
     """A term of a user's own."""
 
-    delta: Annotated[float, (0, 10)] = 1.0
+    delta: Annotated[float, Range(0, 10)] = 1.0
 
     def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
         return nn.functional.huber_loss(student, teacher, delta=self.delta)

@@ -4,13 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from convert.objectives.divergences import cross_entropy
-from convert.objectives.divergences import forward_kl
-from convert.objectives.divergences import reverse_kl
-from convert.objectives.features import cosine_distance
-from convert.objectives.features import energy_mse
-from convert.training.backward import backward_through_head
 from convert.objectives import Objective
+from convert.objectives.divergences import forward_kl, reverse_kl
+from convert.objectives.features import cosine_distance, energy_mse
 
 
 def logits(*shape, seed=0):

@@ -95,7 +95,7 @@ def test_set_parses_by_the_type_of_the_field():
     line = "distill.objective=taid(t_start=0.2) + 0.1*hidden_projection"
     assert str(with_setting(recipe, line).steps[-1].settings.objective) == line.partition("=")[2]
     assert with_setting(recipe, "handover.keep=0,2").steps[2].keep == (0, 2)
-    with pytest.raises(UserError, match="whole number; got '2.5'"):
+    with pytest.raises(UserError, match="whole number; got .2.5."):
         with_setting(recipe, "handover.conv=2.5")
 
 

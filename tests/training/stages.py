@@ -6,7 +6,8 @@ import torch
 
 from convert.data.batches import Batches
 from convert.data.text import Tokens
-from convert.models.student import ConvertedForCausalLM, swap
+from convert.models.student import ConvertedForCausalLM
+from convert.models.swap import swap
 from convert.objectives import Objective
 from convert.training.loop import Silent
 from convert.training.settings import Settings

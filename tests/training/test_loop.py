@@ -11,18 +11,13 @@ from convert.core.errors import Interrupted, UserError
 from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.mixers import MIXERS
-from convert.mixers.mamba_block import DecayRate
-from convert.mixers.mamba_block import project_gradients
+from convert.mixers.mamba_block import DecayRate, project_gradients
 from convert.models.swap import swap
+from convert.objectives import AttentionTerm, Objective
 from convert.objectives.features import cosine_distance
-from convert.objectives.features import energy_mse
-from convert.training import loop as stages
+from convert.training import loop
 from convert.training.align import align
 from convert.training.distill import distill
-from convert.training.loop import Silent
-from convert.objectives import AttentionTerm
-from convert.objectives import Objective
-from convert.training import loop
 from convert.training.selectors import mixers
 from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
 from tests.training.stages import SETTINGS, Kept, batches, student_of, tokens
