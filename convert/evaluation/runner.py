@@ -252,9 +252,7 @@ def _evaluate(
     return found
 
 
-def _models_of(
-    run: Path, device: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
+def _models_of(run: Path, device: str, trust_remote_code: bool) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
     """Student, teacher and report of a run. A student stands beside the teacher that it was made from."""
     report = records.report(run)
     teacher = load_teacher(report.settings.teacher, device=device, trust_remote_code=trust_remote_code)

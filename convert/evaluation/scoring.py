@@ -51,9 +51,7 @@ def _continued(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item) -> tu
     return prompt, [rest or other for rest, other in zip(rests, alone, strict=True)]  # a tokenizer may join the two
 
 
-def fitting(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item]
-) -> list[int]:
+def fitting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item]) -> list[int]:
     """Places of the items whose prompt and answer fit into the model's positions."""
     room, found = model.config.max_position_embeddings, []
     for i, item in enumerate(items):

@@ -31,7 +31,9 @@ def ship(student, taught: Teacher, folder: Path, report: LanguageReport, text: T
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
-        export_native(student, taught.tokenizer, beside, card=reports.card(report, LANGUAGE, native=True), dtype=taught.dtype)
+        export_native(
+            student, taught.tokenizer, beside, card=reports.card(report, LANGUAGE, native=True), dtype=taught.dtype
+        )
         checked = _checked(student, beside, text, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
         if disk_reason(error):

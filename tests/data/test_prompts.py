@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from convert import generate
 from convert.core.errors import UserError
 from convert.data.prompts import chat_text, encode, has_chat_template, leading, left_padded
-from convert.evaluation.perplexity import continuations
-from convert.evaluation.scoring import READINGS
+from convert.evaluation.generation import continuations
+from convert.evaluation.scoring import SCORING_METHODS
 from convert.evaluation.tasks import TASKS
 from convert.models.loading import NANO, load_teacher
 
@@ -56,7 +56,7 @@ def test_a_tokenizer_that_ends_texts_changes_no_answer(name):
     items, found = task.items(4, 0), []
     for what in ("nothing", "behind"):
         tokenizer = tokenizer_that_adds(what)
-        answers = [a for way in READINGS.values() for batch in way(nano.model, tokenizer, task, items) for a in batch]
+        answers = [a for method in SCORING_METHODS.values() for batch in method(nano.model, tokenizer, task, items) for a in batch]
         found.append((answers, continuations(nano.model, tokenizer, ["def add(a, b):\n", "import"], 6)))
     assert found[0] == found[1]
 

@@ -1,4 +1,4 @@
-"""What is measured while a stage trains, and the rules that end a run."""
+"""Monitoring while a stage trains, and the rules that end a run."""
 
 import json
 
@@ -8,38 +8,40 @@ from convert import recipes, run_recipe
 from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
 from convert.data.text import corpus, tokenize
-from convert.evaluation.monitor import SHOWN, Rule, Watch
+from convert.evaluation.monitor import SHOWN, Monitor, Rule
 from convert.models.loading import NANO, load_teacher
 from convert.runs.tracking import Track
 
 
 @pytest.fixture(scope="module")
-def taught():
+def teacher():
     return load_teacher(str(NANO))
 
 
 @pytest.fixture
-def batches(taught, tmp_path, monkeypatch):
+def batches(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path))
-    return held_out_batches(tokenize(corpus("stdlib"), taught.tokenizer).held_out, 128, 4, 1024)
+    return held_out_batches(tokenize(corpus("stdlib"), teacher.tokenizer).held_out, 128, 4, 1024)
 
 
-def test_a_student_that_is_its_teacher_has_no_gap(taught, batches):
-    watch = Watch(taught, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
-    numbers = watch(taught.model)
+def test_a_student_that_is_its_teacher_has_no_gap(teacher, batches):
+    monitor = Monitor(teacher, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
+    numbers = monitor(teacher.model)
     assert (
         numbers["held_out/generation_gap"] == 0
         and numbers["held_out/generation"] > 0.2
         and 5 < numbers["held_out/perplexity"] < 40
     )
-    assert watch.stopped_by is None and watch(taught.model) == numbers
-    assert len(watch.generations) == 3 * SHOWN and all(row["student"] == row["teacher"] for row in watch.generations)
+    assert monitor.stopped_by is None and monitor(teacher.model) == numbers
+    assert len(monitor.generations) == 3 * SHOWN and all(
+        row["student"] == row["teacher"] for row in monitor.generations
+    )
 
 
-def test_a_rule_that_holds_is_named(taught, batches):
-    watch = Watch(taught, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
-    watch(taught.model)
-    assert watch.stopped_by.text == "generation > .01"
+def test_a_rule_that_holds_is_named(teacher, batches):
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
+    monitor(teacher.model)
+    assert monitor.stopped_by.text == "generation > .01"
 
 
 @pytest.mark.parametrize("text", ["loss<1", "generation=1", "generation<", "generation<a", ""])
@@ -63,7 +65,7 @@ def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
         "student",
         "reference",
     } <= set(texts[0])
-    assert run_recipe("neox-nano", **arguments)["tokens"]["total"] >= 4096
+    assert run_recipe("neox-nano", **arguments).tokens.total >= 4096
 
 
 def test_generations_after_a_crash_are_dropped(tmp_path):
@@ -83,8 +85,8 @@ def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
         run_recipe("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
 
 
-def test_a_rule_about_perplexity_needs_no_questions(taught, batches, monkeypatch):
-    monkeypatch.setattr(Watch, "_questions", lambda self: [])
-    watch = Watch(taught, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
-    watch(taught.model)
-    assert watch.stopped_by.text == "perplexity>1"
+def test_a_rule_about_perplexity_needs_no_examples(teacher, batches, monkeypatch):
+    monkeypatch.setattr(Monitor, "_examples", lambda self: [])
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
+    monitor(teacher.model)
+    assert monitor.stopped_by.text == "perplexity>1"
