@@ -77,8 +77,8 @@ def _role(name: str) -> ModelName:
 
 def _absorbed_against_expanded(model: PreTrainedModel, logits: torch.Tensor, cache: Cache) -> AbsorbedDecoding:
     """Compare both ways to decode from this cache: the largest difference of the last logits, and the speeds. Where
-    float32 differs by more than 1e-4, the same in float64 if there is memory for it, which leaves a real difference as it
-    is."""
+    float32 differs by more than 1e-4, the same in float64 if there is memory for it, which leaves a real difference as
+    it is."""
     worst, speeds = _both_ways(model, logits, cache)
     in_float64 = None
     held = sum(layer_bytes(layer, torch.float64) for layer in cache.layers)

@@ -2,8 +2,8 @@
 
     python -m experiments.lm_eval_parity smollm2-135m --tasks sums,facts,forms,names
 
-Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each scoring method; answers are parsed by
-our function), which `python -m convert.evaluate MODEL --lm-eval FOLDER` takes too."""
+Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each scoring method; answers are parsed
+by our function), which `python -m convert.evaluate MODEL --lm-eval FOLDER` takes too."""
 
 import argparse
 import json

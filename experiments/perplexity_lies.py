@@ -144,13 +144,13 @@ def show(console: Console, rows: Rows) -> None:
     pairs = len(rows) * (len(rows) - 1) // 2
     turned = reversals(rows)
     console.print(
-        f"Of {pairs} pairs of students {len(turned)} change places between the scoring methods, {sum(s for *_, s in turned)}"
-        " by every seed:"
+        f"Of {pairs} pairs of students {len(turned)} change places between the scoring methods,"
+        f" {sum(s for *_, s in turned)} by every seed:"
     )
     for better, worse, sure in turned:
+        seeds = ", by every seed" if sure else ""
         console.print(
-            f"  {better} is better than {worse} by likelihood and worse by generation{', by every seed' if sure else ''}",
-            highlight=False,
+            f"  {better} is better than {worse} by likelihood and worse by generation{seeds}", highlight=False
         )
 
 

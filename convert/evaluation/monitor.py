@@ -62,8 +62,8 @@ class Rule:
 
 
 class Monitor:
-    """Measures the student that it is called with, and returns numbers to log. The examples and the teacher's answers are
-    the same each time. `generations` holds the texts of the last call, `stopped_by` the rule that held."""
+    """Measures the student that it is called with, and returns numbers to log. The examples and the teacher's answers
+    are the same each time. `generations` holds the texts of the last call, `stopped_by` the rule that held."""
 
     def __init__(self, teacher: Teacher, batches: list[Batch], rules: Sequence[Rule] = ()) -> None:
         self.teacher, self.batches, self.rules = teacher, batches, rules

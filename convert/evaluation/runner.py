@@ -281,7 +281,7 @@ def write(found: Evaluation, file: Path) -> None:
 
 
 def _most(earlier: list[Row], later: list[Row]) -> list[Row]:
-    """The rows of the tasks of both; of a task in both those with more examples, the later ones where they are equal."""
+    """Rows of the tasks of both; of a task in both those with more examples, the later ones where they are equal."""
     before, now = ({row.task: row.n for row in rows} for rows in (earlier, later))
     kept = {task for task, n in before.items() if n > now.get(task, 0)}
     return [row for row in earlier if row.task in kept] + [row for row in later if row.task not in kept]

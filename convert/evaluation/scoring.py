@@ -26,8 +26,8 @@ STEP_TOKENS = 32  # prompt tokens that cost a CPU as much as one decoding step o
 class Answer:
     """Answer of a model to items[`item`].
 
-    `prediction` is what was parsed, or the choice ranked first; None where nothing could be parsed. `tokens` are what was
-    generated, up to the stop. `nats` are the log probabilities of the choices."""
+    `prediction` is what was parsed, or the choice ranked first; None where nothing could be parsed. `tokens` are what
+    was generated, up to the stop. `nats` are the log probabilities of the choices."""
 
     item: int
     correct: bool
@@ -105,7 +105,8 @@ def by_generation(
 ) -> Iterator[list[Answer]]:
     """Let the model write greedily, in left-padded batches of at most `rows` prompts, and parse its texts.
 
-    A CPU pays for padding as for text: there a batch ends where its padding would cost more than the steps of another."""
+    A CPU pays for padding as for text: there a batch ends where its padding would cost more than the steps of
+    another."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
     padding = STEP_TOKENS * task.max_new_tokens if model.device.type == "cpu" else math.inf
     for batch in batches([len(ids) for ids in prompts], rows or BATCH_ROWS, padding=padding):
@@ -122,8 +123,8 @@ def by_likelihood(
     *,
     known: IsKnown = lambda _: False,
 ) -> Iterator[list[Answer]]:
-    """Take the choice with the largest log probability, summed over its tokens, as the prediction. An item at a time: its
-    prompt is run once."""
+    """Take the choice with the largest log probability, summed over its tokens, as the prediction. An item at a time:
+    its prompt is run once."""
     for i, item in enumerate(items):
         if not known([i]):
             nats = _log_p(model, *_continued(tokenizer, task, item))

@@ -54,8 +54,8 @@ def gap(items: Sequence[Item], teacher: Sequence[Answer], student: Sequence[Answ
 
 
 def letters(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Which letters are predicted, and whether they follow the label or the content, by four orders of the same options:
-    `stickiness` is 0 where each letter is predicted once, 1 where it is always the same one (the probe of arXiv
+    """Which letters are predicted, and whether they follow the label or the content, by four orders of the same
+    options: `stickiness` is 0 where each letter is predicted once, 1 where it is always the same one (the probe of arXiv
     2608.02689)."""
     counts = Counter(a.prediction for a in answers)
     predicted: dict[int, list[str | None]] = {}

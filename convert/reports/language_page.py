@@ -66,8 +66,8 @@ def results(runs: Sequence[LanguageRun]) -> list[PageSection]:
             tables=[
                 Table(
                     _score_rows(runs),
-                    note="Scores and gaps with their 95 % intervals over the examples, the gap's paired; two numbers are"
-                    " the teacher's / the student's.",
+                    note="Scores and gaps with their 95 % intervals over the examples, the gap's paired; two numbers"
+                    " are the teacher's / the student's.",
                 ),
                 Table(
                     _letter_rows(runs),
@@ -167,7 +167,8 @@ def _context_charts(runs: Sequence[LanguageRun]) -> list[Chart]:
 
 
 def _cost_lines(runs: Sequence[LanguageRun], number: Callable[[ContextCost], float]) -> list[charts.Line]:
-    """A number of each model by context length, as far as experiments.context measured it, else as far as the run did."""
+    """A number of each model by context length, as far as experiments.context measured it, else as far as the run
+    did."""
     lines = []
     for label, run, model in _models(runs):
         found: list[ContextCost] = [cost for cost in run.context.costs if cost.model == model]

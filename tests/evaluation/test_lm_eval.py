@@ -98,7 +98,8 @@ def test_without_network_a_public_task_is_a_sentence(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("change, words", [
-    (("output_type: multiple_choice", "output_type: nonsense"), "could not do"), (("doc_to_choice: choices", "doc_to_choice: missing"), "could not do"),
+    (("output_type: multiple_choice", "output_type: nonsense"), "could not do"),
+    (("doc_to_choice: choices", "doc_to_choice: missing"), "could not do"),
 ])  # fmt: skip
 def test_a_task_that_does_not_work_is_a_sentence(tmp_path, capsys, change, words):
     from convert.evaluation.tasks import TASKS

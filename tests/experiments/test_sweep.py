@@ -45,7 +45,7 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
         (place / "report.json").write_text(json.dumps(report))
         return records.report(place)
 
-    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "run_recipe", run)
     monkeypatch.setattr(
         "sys.argv", ["sweep", "--to", "linear", "--tokens", "2048", "--trials", "3", "--out", str(tmp_path / "out")]
     )

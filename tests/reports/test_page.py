@@ -174,7 +174,10 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
-NASTY = """"><script>document.title="OWNED"</script><img src=x onerror='document.title="OWNED"'>`|*_[red]$\\foo$ {{7*7}} :boom: \x1b[31m\ud800\n# """
+NASTY = (
+    """"><script>document.title="OWNED"</script><img src=x onerror='document.title="OWNED"'>`|*_[red]$\\foo$"""
+    " {{7*7}} :boom: \x1b[31m\ud800\n# "
+)
 STRUCTURE = ("scoring", "model", "kind", "perplexity_by_position", "domain")  # words that are checked, not shown
 
 
@@ -256,7 +259,9 @@ def test_every_run_is_in_the_legend(name):
 
 PROBE = """<script>
 window.onerror = (message) => { document.title = "ERROR " + message; };
-window.onload = () => { document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth; };
+window.onload = () => {
+  document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth;
+};
 </script>"""
 
 

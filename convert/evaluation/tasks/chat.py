@@ -108,7 +108,8 @@ def _facts(count: int, seed: int) -> list[Item]:
 
 
 def letter(text: str) -> str | None:
-    """Find the letter that the text calls the answer, begins with, or says later; "a" is one where there is nothing else."""
+    """Find the letter that the text calls the answer, begins with, or says later; "a" is one where there is nothing
+    else."""
     alone = text.strip(" \n\t.()*\"'")
     if len(alone) == 1 and alone in "abcd":
         return alone.upper()

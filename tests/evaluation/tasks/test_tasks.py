@@ -42,10 +42,27 @@ def test_options_stand_once_at_each_letter():
 
 @pytest.mark.parametrize(
     "text, prediction",
-    [("B", "B"), (" b.", "B"), ("**C**", "C"), ("The correct answer is: D. Because", "D"), ("(A) Europe", "A"), ("Africa", None), ("", None), ("E", None),
-     ("'B'", "B"), ("The answer is 'B'.", "B"), ("B because Cairo is there", "B"), ("The correct answer is B because", "B"), ("I would choose B", "B"),
-     ("A is wrong, the answer is C", "C"), ("A river", None), ("A because of it", "A"), ("C'est la vie", None), ("Answer with A", None)],
-)  # fmt: skip
+    [
+        ("B", "B"),
+        (" b.", "B"),
+        ("**C**", "C"),
+        ("The correct answer is: D. Because", "D"),
+        ("(A) Europe", "A"),
+        ("Africa", None),
+        ("", None),
+        ("E", None),
+        ("'B'", "B"),
+        ("The answer is 'B'.", "B"),
+        ("B because Cairo is there", "B"),
+        ("The correct answer is B because", "B"),
+        ("I would choose B", "B"),
+        ("A is wrong, the answer is C", "C"),
+        ("A river", None),
+        ("A because of it", "A"),
+        ("C'est la vie", None),
+        ("Answer with A", None),
+    ],
+)
 def test_letters_are_found(text, prediction):
     assert letter(text) == prediction
 
@@ -53,15 +70,39 @@ def test_letters_are_found(text, prediction):
 @pytest.mark.parametrize(
     "task, text, prediction",
     [
-        ("sums", "17 + 25 = 42", "42"), ("sums", "The answer is 42.", "42"), ("sums", "17 and 25", None), ("sums", "The sum of 17 and 25 is 42.", "42"),
-            ("sums", "\u22125", "-5"), ("sums", "42.0", "42"), ("sums", "4.5", None), ("facts", "Answer: B", "B"), ("facts", "a list", None),
-            ("facts", "The right option is B.", "B"), ("facts", "(c)", "C"), ("facts", "A good choice is B", "B"), ("facts", "D Asia", "D"),
-            ("forms", '{"name":"x"}', '{"name": "x"}'), ("forms", "a;b ; c", "a; b; c"), ("sums", "-3", "-3"), ("sums", "5-8 = - 3", "-3"), ("sums", "\u20132", "-2"), ("sums", "17 \u2013 25 = \u22128", "-8"),
-        ("keys", " 47", "47"), ("keys", "x", None), ("brackets", "))", "))"), ("brackets", "x)", None),
-        ("indentation", "\n        return", "8"), ("indentation", "\n\nclass", "0"), ("indentation", " + 1", None),
-        ("copying", " a, b)", "a, b"), ("copying", " a, b", None), ("names", " self.x", "self"), ("names", ")", None), ("forms", " \n", None),
+        ("sums", "17 + 25 = 42", "42"),
+        ("sums", "The answer is 42.", "42"),
+        ("sums", "17 and 25", None),
+        ("sums", "The sum of 17 and 25 is 42.", "42"),
+        ("sums", "\u22125", "-5"),
+        ("sums", "42.0", "42"),
+        ("sums", "4.5", None),
+        ("facts", "Answer: B", "B"),
+        ("facts", "a list", None),
+        ("facts", "The right option is B.", "B"),
+        ("facts", "(c)", "C"),
+        ("facts", "A good choice is B", "B"),
+        ("facts", "D Asia", "D"),
+        ("forms", '{"name":"x"}', '{"name": "x"}'),
+        ("forms", "a;b ; c", "a; b; c"),
+        ("sums", "-3", "-3"),
+        ("sums", "5-8 = - 3", "-3"),
+        ("sums", "\u20132", "-2"),
+        ("sums", "17 \u2013 25 = \u22128", "-8"),
+        ("keys", " 47", "47"),
+        ("keys", "x", None),
+        ("brackets", "))", "))"),
+        ("brackets", "x)", None),
+        ("indentation", "\n        return", "8"),
+        ("indentation", "\n\nclass", "0"),
+        ("indentation", " + 1", None),
+        ("copying", " a, b)", "a, b"),
+        ("copying", " a, b", None),
+        ("names", " self.x", "self"),
+        ("names", ")", None),
+        ("forms", " \n", None),
     ],
-)  # fmt: skip
+)
 def test_answers_are_found(task, text, prediction):
     assert TASKS[task].parse(text) == prediction
 
