@@ -81,7 +81,7 @@ def compare(model: str, tasks: str | None, limit: int, folder: Path) -> list[tup
     """Rows of task, scoring method, our score, and the harness's."""
     loaded = load_teacher(model)
     selected = chosen(tasks, loaded.tokenizer)
-    found = []
+    found: list[tuple[str, str, float, float]] = []
     for chat in {task.chat for task in selected}:  # the harness uses the template for all tasks of a call, or for none
         some = [task for task in selected if task.chat is chat]
         write_local_tasks(some, folder / ("chat" if chat else "plain"), limit)

@@ -69,10 +69,11 @@ def measure(stage: str, config: PreTrainedConfig, mixer: str, one: Settings) -> 
 
         def __init__(self) -> None:
             self.peaks: list[int] = []
+            self.peak: Peak | None = None
 
         def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
             """Called after each step."""
-            if step > 1:
+            if self.peak is not None:
                 self.peak.__exit__()
                 self.peaks.append(self.peak.bytes)
             self.peak = Peak(DEVICE).__enter__()

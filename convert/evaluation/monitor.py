@@ -7,7 +7,7 @@ A loss can fall while what the student writes gets worse.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from transformers import PreTrainedModel
 
@@ -51,7 +51,8 @@ class Rule:
                 "--stop-when takes perplexity, generation or generation_gap, < or >, and a number, as generation<0.2;"
                 f" got {shown(text)}."
             )
-        return Rule(text, found[1], found[2], float(found[3]))
+        name, sign, bound = cast(tuple[Any, Any, str], found.groups())
+        return Rule(text, name, sign, float(bound))
 
     def holds(self, numbers: dict[str, float]) -> bool:
         """Whether the rule holds for these measurements; it does not where its number was not measured."""

@@ -33,7 +33,7 @@ from convert.reports.language import LANGUAGE
 from convert.reports.scores import show, show_lm_eval
 from convert.runs import records
 from convert.runs.evaluation_schemas import AnswerRow, Evaluation, Gap, LmEvalScore, Score
-from convert.runs.keys import MODELS
+from convert.runs.keys import MODELS, Scoring
 from convert.runs.language_schemas import LanguageReport
 from convert.runs.ledger import locked
 
@@ -101,7 +101,7 @@ def evaluate_tasks(
     total = len(models) * len(SCORING_METHODS) * sum(map(len, prompted.values()))
     with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1) as bar:
         for task, items in prompted.items():
-            found = {}
+            found: dict[tuple[str, Scoring], list[Answer]] = {}
             for name, model in models.items():
                 for scoring in SCORING_METHODS:
                     bar.set_description(f"{task.name}, {name}, {scoring}", refresh=False)  # shown with the next answers
@@ -137,7 +137,7 @@ def _digest(tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item]) -
 
 def _answers_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item],
-    scoring: str, answers: Answers, key: str, bar: tqdm,
+    scoring: Scoring, answers: Answers, key: str, bar: tqdm,
 ) -> list[Answer]:  # fmt: skip
     """Answers to all items by one scoring method, in their order; those that are known are not made again."""
     known = answers.of(key)
@@ -163,7 +163,7 @@ def _parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
     return dataclasses.replace(answer, prediction=prediction, correct=prediction == items[answer.item].answer)
 
 
-def _scores(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[Score]:
+def _scores(task: Task, items: list[Item], found: dict[tuple[str, Scoring], list[Answer]]) -> list[Score]:
     """A row for each model and scoring method that has answers."""
     rows = []
     for (model, scoring), answers in found.items():

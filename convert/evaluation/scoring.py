@@ -16,6 +16,7 @@ from convert.data.prompts import encode
 from convert.evaluation.generation import generate, prefill
 from convert.evaluation.tasks import Item, Task
 from convert.models.cache import CACHE_NAME
+from convert.runs.keys import Scoring
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 16_384  # of prompts, padding included (ours)
@@ -89,7 +90,7 @@ class ScoringMethod(Protocol):
         task: Task,
         items: Sequence[Item],
         *,
-        known: IsKnown,
+        known: IsKnown = ...,
     ) -> Iterator[list[Answer]]:
         """Answers, a batch at a time; a batch all of whose answers are known is left out."""
 
@@ -132,7 +133,7 @@ def by_likelihood(
             yield [Answer(i, best == item.gold, item.choices[best], nats=nats)]
 
 
-SCORING_METHODS: dict[str, ScoringMethod] = {"generation": by_generation, "likelihood": by_likelihood}
+SCORING_METHODS: dict[Scoring, ScoringMethod] = {"generation": by_generation, "likelihood": by_likelihood}
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:

@@ -31,7 +31,7 @@ COLOURS = """\
   :root { --paper: #15171a; --card: #1d2024; --ink: #e6e4df; --muted: #8d9098; --line: #33373d; --mark: #6a5410;
     --c0: #6db3f2; --c1: #f2975f; --c2: #6fcf97; --c3: #c79be8;
     --c4: #f08aa8; --c5: #d8c56a; --c6: #7fd0d8; --c7: #a9adb6; } }"""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

@@ -169,7 +169,7 @@ def _context_charts(runs: Sequence[LanguageRun]) -> list[Chart]:
 def _cost_lines(runs: Sequence[LanguageRun], number: Callable[[ContextCost], float]) -> list[charts.Line]:
     """A number of each model by context length, as far as experiments.context measured it, else as far as the run
     did."""
-    lines = []
+    lines: list[charts.Line] = []
     for label, run, model in _models(runs):
         found: list[ContextCost] = [cost for cost in run.context.costs if cost.model == model]
         found = found or _of(run.report.contexts, model)

@@ -24,7 +24,12 @@ def test_lengths_end_where_memory_or_patience_does(monkeypatch, reason, words):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         seconds = 0.1 if reason != "time" or length == 1024 else 100.0
         return MeasuredContext(
-            model="teacher", length=length, bytes=length, time_to_first_token_s=seconds, tokens_per_s=1.0
+            model="teacher",
+            length=length,
+            bytes=length,
+            formula=length,
+            time_to_first_token_s=seconds,
+            tokens_per_s=1.0,
         )
 
     printed = []

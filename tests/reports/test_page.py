@@ -112,7 +112,7 @@ def test_what_was_found_of_long_contexts_is_shown(told):
     assert "Perplexity by the tokens" not in shown(told) and "One assignment" not in shown(told)
     models = ("teacher", "student")
     costs = [
-        MeasuredContext(model=model, length=n, tokens_per_s=10.0, time_to_first_token_s=0.5)
+        MeasuredContext(model=model, length=n, bytes=9, formula=9, tokens_per_s=10.0, time_to_first_token_s=0.5)
         for model in models
         for n in (1024, 77_777)
     ]

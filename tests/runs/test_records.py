@@ -30,7 +30,7 @@ def folder(finished_run, tmp_path_factory):
     for name in FILES[:3]:
         shutil.copy(finished_run / name, mine)
     costs = [
-        {"model": model, "length": 1024, "tokens_per_s": 10.0, "time_to_first_token_s": 0.5}
+        {"model": model, "length": 1024, "bytes": 9, "formula": 9, "tokens_per_s": 10.0, "time_to_first_token_s": 0.5}
         for model in ("teacher", "student")
     ]
     positions = {"teacher": {"0": 2.0}, "student": {"0": 3.0}}
