@@ -11,7 +11,7 @@ at 8 k, windows counted."""
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,21 @@ from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
+from convert.runs.language_schemas import LENGTH, LanguageReport
 from convert.steps.train import Train
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A recipe that differs from its target's default by settings, or by a function."""
+
     target: str
     settings: tuple[str, ...] = ()
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
 
 def only(name: str) -> Callable[[Recipe], Recipe]:
-    """All tokens for one of the stages."""
+    """Give all tokens to one of the stages."""
 
     def change(recipe: Recipe) -> Recipe:
         kept = [step for step in recipe.steps if not isinstance(step, Train) or step.name == name]
@@ -69,11 +72,10 @@ VARIANTS = {
 
 
 def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, seed: int) -> Recipe:
+    """Recipe of a variant for this teacher."""
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.TARGETS[variant.target].recipe(
-        dataclasses.replace(budget, questions=1)
-    )  # the table is of perplexity
+    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, questions=1))  # the table is of perplexity
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)
@@ -82,7 +84,8 @@ def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, 
     return variant.change(recipe)
 
 
-def show(console: Console, reports: dict[str, list[dict]]) -> None:
+def show(console: Console, reports: dict[str, list[LanguageReport]]) -> None:
+    """Print a row for each variant, of its reports with different seeds."""
     table = Table(
         "variant",
         title="perplexity on held-out text: the teacher's, after the swap, after each stage",
@@ -91,24 +94,25 @@ def show(console: Console, reports: dict[str, list[dict]]) -> None:
     for column in ("teacher", "swap", "align", "distill", "ratio", "spread", "KL", "cache at 8,192"):
         table.add_column(column, justify="right")
     for name, rows in reports.items():
-        after = [{step["name"]: step["perplexity_after"] for step in row["steps"]} for row in rows]
+        after = [{step.name: step.headline_after for step in row.steps} for row in rows]
         cells = [_mean(a.get(step) for a in after) for step in ("edit", "align", "distill")]
-        ratios = [row["perplexity"]["ratio"] for row in rows]
-        cache = rows[0]["cache_bytes"]["formula"]
+        ratios = [row.perplexity.ratio for row in rows]
+        cache = rows[0].cache_bytes.formula
         table.add_row(
-            name, f"{rows[0]['perplexity']['teacher']:.3f}", *cells, f"{statistics.mean(ratios):.4f}",
-            f"{max(ratios) - min(ratios):.4f}", _mean(row["kl"]["mean_nats"] for row in rows),
-            f"{cache['student']['8192'] / cache['teacher']['8192']:.1%}",
+            name, f"{rows[0].perplexity.teacher:.3f}", *cells, f"{statistics.mean(ratios):.4f}",
+            f"{max(ratios) - min(ratios):.4f}", _mean(row.kl.mean_nats for row in rows),
+            f"{cache.student[LENGTH] / cache.teacher[LENGTH]:.1%}",
         )  # fmt: skip
     console.print(table)
 
 
-def _mean(values) -> str:
+def _mean(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.mean(known):.3f}" if known else ""
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?", default="neox-nano")
     parser.add_argument("--tokens", default="400k")
@@ -118,7 +122,8 @@ def main() -> None:
     parser.add_argument("--only", help="this variant, or those whose names begin so", default="")
     parser.add_argument("--out", default="runs/attention-editing", type=Path)
     args = parser.parse_args()
-    console, reports = Console(), {}
+    console = Console()
+    reports: dict[str, list[LanguageReport]] = {}
     chosen = [args.only] if args.only in VARIANTS else [name for name in VARIANTS if name.startswith(args.only)]
     for name in chosen:
         for seed in range(args.seeds):

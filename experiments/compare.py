@@ -1,4 +1,4 @@
-"""Which of several conversions is the better one, and at what cost? The page of a run, for several.
+"""Which of several conversions is the better one, and at what cost? One page shows several runs side by side.
 
 python -m experiments.compare runs/neox-nano-mamba runs/neox-nano-mla --out runs/compare.html
 """
@@ -8,15 +8,17 @@ from pathlib import Path
 
 from convert.cli import fail_in_words
 from convert.core.console import console
+from convert.reports.language import LANGUAGE
 from convert.reports.page import write_page
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.html"))
     args = parser.parse_args()
-    write_page(args.runs, args.out)
+    write_page(args.runs, args.out, LANGUAGE)
     console.print(f"{args.out} is one file; open it in a browser.")
 
 

@@ -1,5 +1,5 @@
-"""A W&B workspace for conversions: quality by generation first, then training, the insides of the new mixers, speed,
-and what was written.
+"""Make a W&B workspace for conversions: quality by generation first, then training, the norms inside the new mixers,
+speed, and what was written.
 
     pip install -e '.[dashboards]' && python -m experiments.dashboards --entity ME          # makes it, and prints its
     address
@@ -20,26 +20,27 @@ from wandb.errors import CommError, UsageError
 
 from convert.cli import fail_in_words
 from convert.core.errors import UserError
-from convert.evaluation.runner import READINGS
 from convert.evaluation.tasks import TASKS
+from convert.runs.keys import SCORINGS
 from convert.runs.wandb_sink import PROJECT, is_reachable
 
 
 def line(title: str, *names: str, log: bool = False) -> panels.LinePlot:
+    """Plot some numbers over tokens."""
     return panels.LinePlot(title=title, x="tokens", y=list(names), log_y=log, title_x="tokens", max_runs_to_show=30)
 
 
 def layers(title: str, prefix: str) -> panels.LinePlot:
-    """All layers of the new mixers in one plot."""
+    """Plot a number of all layers of the new mixers."""
     return panels.LinePlot(title=title, x="tokens", metric_regex=f"^{prefix}/layer_.*", log_y=True, title_x="tokens")
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """As the names of `convert.runs.tracking` and `convert.training.loop` are."""
+    """The workspace; its names are those that `convert.runs.tracking` and `convert.training` log."""
     gaps = [
         panels.BarPlot(
             title=f"Behind the teacher in {task}",
-            metrics=[panels.SummaryMetric(f"gap/{task}/{reading}") for reading in READINGS],
+            metrics=[panels.SummaryMetric(f"gap/{task}/{scoring}") for scoring in SCORINGS],
         )
         for task in TASKS
     ]
@@ -48,9 +49,13 @@ def workspace(entity: str, project: str) -> ws.Workspace:
             "Quality",
             is_open=True,
             panels=[
-                panels.ScalarChart(title="Perplexity, of the teacher's", metric=panels.SummaryMetric("perplexity")),
+                panels.ScalarChart(
+                    title="Perplexity over the teacher's", metric=panels.SummaryMetric("perplexity_ratio")
+                ),
                 panels.ScatterPlot(
-                    title="KL and perplexity", x=panels.SummaryMetric("kl"), y=panels.SummaryMetric("perplexity")
+                    title="KL and perplexity",
+                    x=panels.SummaryMetric("kl_nats"),
+                    y=panels.SummaryMetric("perplexity_ratio"),
                 ),
                 *gaps,
             ],
@@ -61,8 +66,8 @@ def workspace(entity: str, project: str) -> ws.Workspace:
             panels=[
                 line("Loss", "train/loss", log=True),
                 line("Held-out perplexity", "held_out/perplexity", log=True),
-                line("Questions answered in writing", "held_out/generation"),
-                line("Gap in writing", "held_out/generation_gap"),
+                line("Correct answers by generation", "held_out/generation"),
+                line("Gap by generation", "held_out/generation_gap"),
             ],
         ),
         ws.Section(
@@ -96,6 +101,7 @@ def workspace(entity: str, project: str) -> ws.Workspace:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entity", required=True, help="whose project it is")
     parser.add_argument("--project", default=PROJECT)

@@ -13,25 +13,28 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from convert import load_teacher, recipes
 from convert.cli import fail_in_words, whole_number
-from convert.core import json_lines as lines
+from convert.core import json_lines
 from convert.core.console import Console
 from convert.data.batches import Batches, held_out_batches
 from convert.data.corpus import corpus
-from convert.data.text import tokenize
+from convert.data.text import TokenData, tokenize
 from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
 from convert.models.catalog import resolve
-from convert.models.loading import read_config
+from convert.models.loading import Teacher, read_config
 from convert.models.swap import swap
 from convert.objectives import Objective
 from convert.training.align import align
 from convert.training.distill import distill
+from convert.training.settings import Settings
 
 LENGTHS = (256, 512, 1024, 2048)
 PAPER = Objective.of("cross_entropy")  # HedgeMamba's stage 2
@@ -39,13 +42,16 @@ PAPER = Objective.of("cross_entropy")  # HedgeMamba's stage 2
 
 @dataclass(frozen=True)
 class Variant:
-    mixer: str  # in the end
+    """How one student of the ablation is trained."""
+
+    mixer: str  # of the finished student
     share: float = 0.1  # of the tokens, for stage 1
     naive: bool = False  # q, k, v and the mixer start at random
     objective: Objective = Objective.of("forward_kl")
 
 
 def variants(mixer: str) -> dict[str, Variant]:
+    """Name -> variant, for a full mixer of this name."""
     return {
         "full, 10/90": Variant(mixer),
         "no stage 1, 0/100": Variant(mixer, share=0.0),
@@ -57,18 +63,18 @@ def variants(mixer: str) -> dict[str, Variant]:
     }
 
 
-def train(teacher, text, budget, variant: Variant):
-    """One student, by the stages themselves."""
+def train(teacher: Teacher, text: TokenData, budget: recipes.Budget, variant: Variant) -> PreTrainedModel:
+    """Train one student, by the stages themselves."""
     torch.manual_seed(budget.seed)
     student = swap(copy.deepcopy(teacher.model), "linear")
-    plan = [step.settings for step in recipes.to_linear(budget).steps if isinstance(step, Train)]  # as of every target
+    plan = recipes.to_linear(budget).trainings  # of every target
     first, last = (
         dataclasses.replace(s, tokens=int(budget.tokens * part), evaluate_every=0, save_every=1e9)
         for s, part in zip(plan, (variant.share, 1 - variant.share), strict=True)
     )
     last = dataclasses.replace(last, objective=variant.objective)
 
-    def batches(s):
+    def batches(s: Settings) -> Batches:
         return Batches(text.train, s.seq_len, s.num_sequences, s.seed)
 
     if first.tokens:
@@ -85,8 +91,8 @@ def train(teacher, text, budget, variant: Variant):
     return student.eval()
 
 
-def reset(student, part: str):
-    """The trained student with one part of every mixer as it was before training."""
+def reset(student: PreTrainedModel, part: str) -> PreTrainedModel:
+    """A copy of the trained student with one part of every mixer as it was before training."""
     student = copy.deepcopy(student)
     with torch.no_grad():
         for slot in student.slots().values():
@@ -104,8 +110,8 @@ def reset(student, part: str):
     return student
 
 
-def beyond(model, text) -> dict[int, tuple[float, float]]:
-    """length -> (perplexity, tokens/s of a full pass), on the same tokens cut into different windows."""
+def beyond(model: PreTrainedModel, text: TokenData) -> dict[int, tuple[float, float]]:
+    """Length -> (perplexity, tokens/s of a full pass), on the same tokens cut into windows of that length."""
     found = {}
     for length in LENGTHS:
         batches = held_out_batches(text.held_out, length, max(1, 4096 // length), 1 << 16)
@@ -116,6 +122,7 @@ def beyond(model, text) -> dict[int, tuple[float, float]]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
     parser.add_argument("--mixer", default="mamba2", choices=("mamba", "mamba2"))
@@ -128,8 +135,8 @@ def main() -> None:
     source = resolve(args.teacher)
     teacher, config = load_teacher(source), read_config(source)
     text = tokenize(corpus("stdlib"), teacher.tokenizer)
-    lines.mend(results)
-    done = lines.read(results)
+    json_lines.mend(results)
+    done = json_lines.read(results)
     base = recipes.budget(source.name, config, args.tokens)
     batches = held_out(text, recipes.to_mamba(base, args.mixer))
     baseline = perplexity(teacher.model, batches)
@@ -146,12 +153,13 @@ def main() -> None:
                     for part in ("decay", "conv", "gate", "Delta", "skip")
                 }
                 row["beyond"] = beyond(student, text)
-            lines.append(results, [row])
+            json_lines.append(results, [row])
             done.append(json.loads(json.dumps(row)))
     show(done, baseline, beyond(teacher.model, text))
 
 
-def show(rows: list[dict], baseline: float, teacher_beyond: dict) -> None:
+def show(rows: list[dict[str, Any]], baseline: float, teacher_beyond: dict[int, tuple[float, float]]) -> None:
+    """Print the perplexities by variant, by part set back to its start, and by length."""
     console = Console()
     table = Table(
         "variant", "perplexity, each seed", "mean", "spread", "ratio to the teacher", title=f"teacher {baseline:.3f}"

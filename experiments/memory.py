@@ -1,4 +1,4 @@
-"""Peak memory of the stages, each measured in a process of its own; a GPU's where there is one.
+"""How much memory do the stages need? Each is measured in a process of its own; on a GPU where there is one.
 
 python -m experiments.memory depth        # align at 6 and 24 layers: what the pass itself needs must not grow
 python -m experiments.memory head         # distill with and without the chunked loss, on a vocabulary of 50 k
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from convert.cli import fail_in_words, whole_number
 from convert.data.batches import Batches
@@ -43,6 +43,7 @@ sys.exit(code)
 def settings(
     stage: str, seq_len: int, batch_tokens: int, steps: int, loss_chunk: int = Settings.loss_chunk
 ) -> Settings:
+    """Settings of a short stage."""
     objective, trains = (
         ("cosine_distance", "feature_maps") if stage == "align" else ("forward_kl", "all_but_embeddings")
     )
@@ -59,32 +60,39 @@ def settings(
 
 
 def random_text(vocabulary: int, length: int) -> Tokens:
+    """One document of random tokens."""
     return Tokens(np.random.default_rng(0).integers(0, vocabulary, length), np.array([0]))
 
 
-def measure(stage: str, config, mixer: str, one: Settings) -> int:
-    """Peak above parameters, gradients and moments: a first step has allocated those."""
+def measure(stage: str, config: PreTrainedConfig, mixer: str, one: Settings) -> int:
+    """Peak memory in bytes above parameters, gradients and moments: a first step has allocated those."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         student = swap(AutoModelForCausalLM.from_config(config), mixer)
     batches = Batches(random_text(config.vocab_size, 4 * one.batch_tokens), one.seq_len, one.num_sequences)
 
-    class Watch(Silent):
-        peaks = []
+    class Recorder(Silent):
+        """Keeps the peak of each step but the first."""
 
-        def log(self, step, tokens, numbers):
-            if step > 1:
+        def __init__(self) -> None:
+            self.peaks: list[int] = []
+            self.peak: PeakMemory | None = None
+
+        def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
+            """Called after each step."""
+            if self.peak is not None:
                 self.peak.__exit__()
                 self.peaks.append(self.peak.bytes)
             self.peak = PeakMemory(DEVICE).__enter__()
 
-    watch = Watch()
-    STAGES[stage](student, teacher, batches, one, track=watch)
-    return max(watch.peaks)
+    recorder = Recorder()
+    STAGES[stage](student, teacher, batches, one, track=recorder)
+    return max(recorder.peaks)
 
 
-def small(layers: int, vocabulary: int = 512):
+def small(layers: int, vocabulary: int = 512) -> PreTrainedConfig:
+    """Configuration of a small model with so many layers."""
     return AutoConfig.for_model(
         "gpt_neox",
         vocab_size=vocabulary,
@@ -96,7 +104,8 @@ def small(layers: int, vocabulary: int = 512):
     )
 
 
-def in_a_process(*words) -> dict:
+def in_a_process(*words: object) -> dict[str, int]:
+    """Run this experiment with these arguments in a process of its own; what it prints as JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "experiments.memory", *map(str, words)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -104,6 +113,7 @@ def in_a_process(*words) -> dict:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("depth", "head", "pythia-1b", "align", "distill"))
     parser.add_argument("numbers", nargs="*", type=whole_number(1, 2**30))
@@ -144,7 +154,7 @@ def main() -> None:
 
 
 def pythia(mixer: str) -> None:
-    """Through the command itself, from a folder with random weights."""
+    """Run the command itself, from a folder with random weights."""
     config = read_config(resolve("pythia-1b"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pythia-1b-shape"

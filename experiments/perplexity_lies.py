@@ -3,10 +3,10 @@
 
     python -m experiments.perplexity_lies                      # ten students of neox-nano, three seeds each: resumable
 
-Students that differ in architecture, recipe and budget answer the same questions twice: by what they rank first, and by
-what they write. Each is a run folder of its own; all answers are in one file, so that the teacher is asked once. Left
-out are the tasks of which the teacher itself writes next to nothing right (`keys`, `needle`): there no gap can be seen.
-A choice by likelihood has one chance in four of being right by luck, a written answer none."""
+Students that differ in architecture, recipe and budget are scored twice on the same examples: by likelihood, and by
+generation. Each is a run folder of its own; all answers are in one file, so that the teacher answers once. Left out are
+the tasks of which the teacher itself has next to nothing correct by generation (`keys`, `needle`): there no gap can be
+seen. A choice by likelihood has one chance in four of being correct by luck, a written answer none."""
 
 import argparse
 import dataclasses
@@ -14,6 +14,7 @@ import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from convert.core.console import Console
 from convert.core.files import write_json
 from convert.evaluation.runner import chosen, evaluate_tasks
 from convert.models.catalog import resolve
-from convert.models.loading import read_config
+from convert.models.loading import Teacher, read_config
 from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
@@ -31,19 +32,23 @@ from convert.reports import charts
 from experiments.attention_editing import only
 
 TASKS = "names,brackets,indentation,copying"
+Rows = dict[str, list[dict[str, Any]]]  # student -> of each seed the ratio of perplexities, and its gaps
 
 
 @dataclass(frozen=True)
 class Student:
+    """A student: its target, its tokens, and how its recipe differs from the target's default."""
+
     target: str
     tokens: str = "200k"
     settings: tuple[str, ...] = ()
     alone: str = ""  # the one stage that is trained
 
     def recipe(self, teacher: str, seed: int) -> Recipe:
+        """Its recipe for this teacher."""
         source = resolve(teacher)
         budget = recipes.budget(source.name, read_config(source), number_of_tokens(self.tokens), seed=seed)
-        recipe = recipes.TARGETS[self.target].recipe(dataclasses.replace(budget, questions=1))  # they are asked here
+        recipe = recipes.RECIPES[self.target](dataclasses.replace(budget, questions=1))  # they are evaluated here
         for setting in self.settings:
             recipe = with_setting(recipe, setting)
         return only(self.alone)(recipe) if self.alone else recipe
@@ -63,26 +68,28 @@ STUDENTS = {
 }
 
 
-def gaps(teacher, student, limit: int, file: Path) -> dict[str, dict[str, float]]:
-    """Reading -> task -> points (0 to 1) behind the teacher, and "teacher READING" -> task -> what the teacher itself
-    has."""
+Gaps = dict[str, dict[str, float]]
+
+
+def gaps(teacher: Teacher, student: Teacher, limit: int, file: Path) -> Gaps:
+    """Scoring method -> task -> gap to the teacher (0 to 1), and "teacher METHOD" -> task -> the teacher's score."""
     models = {"teacher": teacher.model, "student": student.model}
     found = evaluate_tasks(models, teacher.tokenizer, chosen(TASKS, teacher.tokenizer), limit=limit, file=file)
-    by: dict[str, dict[str, float]] = {}
-    for row in found["gaps"]:
-        by.setdefault(row["reading"], {})[row["task"]] = row["gap"]
-    for row in found["rows"]:
-        if row["model"] == "teacher":
-            by.setdefault(f"teacher {row['reading']}", {})[row["task"]] = row["score"]
+    by: Gaps = {}
+    for gap in found.gaps:
+        by.setdefault(gap.scoring, {})[gap.task] = gap.gap
+    for row in found.rows:
+        if row.model == "teacher":
+            by.setdefault(f"teacher {row.scoring}", {})[row.task] = row.score
     return by
 
 
-def reversals(rows: dict[str, list[dict]], task: str | None = None) -> list[tuple[str, str, bool]]:
+def reversals(rows: Rows, task: str | None = None) -> list[tuple[str, str, bool]]:
     """Pairs whose order by mean likelihood gap is not that by mean generation gap: the better one by likelihood first,
-    and whether every seed says so by both readings."""
+    and whether every seed says so by both scoring methods."""
 
-    def of(name: str, reading: str) -> list[float]:
-        return [statistics.mean(row[reading].values()) if task is None else row[reading][task] for row in rows[name]]
+    def of(name: str, scoring: str) -> list[float]:
+        return [statistics.mean(row[scoring].values()) if task is None else row[scoring][task] for row in rows[name]]
 
     found = []
     for a, b in itertools.permutations(rows, 2):
@@ -93,13 +100,14 @@ def reversals(rows: dict[str, list[dict]], task: str | None = None) -> list[tupl
     return found
 
 
-def show(console: Console, rows: dict[str, list[dict]]) -> None:
+def show(console: Console, rows: Rows) -> None:
+    """Print the gaps by student and by task, and the pairs that change places."""
     table = Table("student", title="points behind the teacher, mean (spread) of the seeds", title_justify="left")
-    for column in ("perplexity ratio", "when it ranks", "when it writes", "writes - ranks"):
+    for column in ("perplexity ratio", "by likelihood", "by generation", "difference"):
         table.add_column(column, justify="right")
     for name, some in sorted(rows.items(), key=lambda item: _mean(item[1], "generation")):
         ranks, writes = (
-            [100 * statistics.mean(row[reading].values()) for row in some] for reading in ("likelihood", "generation")
+            [100 * statistics.mean(row[scoring].values()) for row in some] for scoring in ("likelihood", "generation")
         )
         more = [w - r for r, w in zip(ranks, writes, strict=True)]
         table.add_row(
@@ -112,21 +120,21 @@ def show(console: Console, rows: dict[str, list[dict]]) -> None:
         title_justify="left",
     )
     for column in (
-        "teacher ranks",
+        "teacher by likelihood",
         "behind",
         "lost",
-        "teacher writes",
+        "teacher by generation",
         "behind",
         "lost",
-        "further behind when they write",
+        "further behind by generation",
         "pairs that change places",
     ):
         table.add_column(column, justify="right")
     for task in TASKS.split(","):
         each = [row for some in rows.values() for row in some]
         cells = []
-        for reading in ("likelihood", "generation"):
-            behind, score = statistics.mean(row[reading][task] for row in each), each[0][f"teacher {reading}"][task]
+        for scoring in ("likelihood", "generation"):
+            behind, score = statistics.mean(row[scoring][task] for row in each), each[0][f"teacher {scoring}"][task]
             cells += [f"{100 * score:.1f}", f"{100 * behind:.1f}", f"{behind / score:.0%}" if score else ""]
         worse = sum(row["generation"][task] > row["likelihood"][task] for row in each)
         turned = reversals(rows, task)
@@ -137,17 +145,18 @@ def show(console: Console, rows: dict[str, list[dict]]) -> None:
     pairs = len(rows) * (len(rows) - 1) // 2
     turned = reversals(rows)
     console.print(
-        f"Of {pairs} pairs of students {len(turned)} change places between the readings, {sum(s for *_, s in turned)}"
-        " by every seed:"
+        f"Of {pairs} pairs of students {len(turned)} change places between the scoring methods,"
+        f" {sum(s for *_, s in turned)} by every seed:"
     )
     for better, worse, sure in turned:
+        seeds = ", by every seed" if sure else ""
         console.print(
-            f"  {better} ranks better than {worse} and writes worse{', by every seed' if sure else ''}", highlight=False
+            f"  {better} is better than {worse} by likelihood and worse by generation{seeds}", highlight=False
         )
 
 
-def _mean(some: list[dict], reading: str) -> float:
-    return statistics.mean(statistics.mean(row[reading].values()) for row in some)
+def _mean(some: list[dict[str, Any]], scoring: str) -> float:
+    return statistics.mean(statistics.mean(row[scoring].values()) for row in some)
 
 
 def _spread(values: list[float]) -> str:
@@ -155,13 +164,14 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
-    parser.add_argument("--limit", type=whole_number(1, 100_000), default=64, help="questions of each task")
+    parser.add_argument("--limit", type=whole_number(1, 100_000), default=64, help="examples of each task")
     parser.add_argument("--out", type=Path, default=Path("runs/perplexity-lies"))
     args = parser.parse_args()
-    rows: dict[str, list[dict]] = {}
+    rows: Rows = {}
     teacher = load_teacher(args.teacher)
     for seed in range(args.seeds):
         for name, student in STUDENTS.items():
@@ -171,11 +181,11 @@ def main() -> None:
                 args.teacher, recipe, place, wandb="disabled"
             )
             found = gaps(teacher, load_teacher(str(place)), args.limit, args.out / "answers.jsonl")
-            rows.setdefault(name, []).append({"ratio": report["perplexity"]["ratio"]} | found)
+            rows.setdefault(name, []).append({"ratio": report.perplexity.ratio} | found)
             write_json(args.out / "gaps.json", rows)
     show(Console(), rows)
     points = [(name, 100 * _mean(some, "likelihood"), 100 * _mean(some, "generation")) for name, some in rows.items()]
-    charts.write(charts.readings("perplexity-lies", points), args.out / "gaps.svg")
+    charts.write(charts.gaps_by_scoring("perplexity-lies", points), args.out / "gaps.svg")
     Console().print(f"The chart is {args.out / 'gaps.svg'}, the numbers {args.out / 'gaps.json'}.")
 
 

@@ -1,4 +1,4 @@
-"""How fast the stages train with the compiled kernels and without, and where the time goes.
+"""How fast do the stages train with the compiled kernels and without, and where does the time go?
 
     python -m experiments.speed                       # neox-nano, every target, both stages
     python -m experiments.speed --profile mamba       # one step of both stages of one target, by operator
@@ -14,6 +14,7 @@ import time
 import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from convert import load_teacher, recipes
 from convert.cli import fail_in_words, whole_number
@@ -26,6 +27,7 @@ from convert.models.loading import read_config
 from convert.models.swap import swap
 from convert.training import STAGES
 from convert.training.loop import Silent
+from convert.training.settings import Settings
 from kernels import chunk_scan, selective_scan
 from kernels.machine import DEVICE
 
@@ -51,30 +53,29 @@ KINDS = {  # words in an operator's name; the first that fit
 
 
 class Clock(Silent):
-    """When each step ended."""
+    """Keeps when each step ended."""
 
-    def __init__(self):
-        self.ends = []
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
-    def log(self, step, tokens, numbers):
+    def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
+        """Called after each step."""
         wait()
         self.ends.append(time.perf_counter())
 
 
 def wait() -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has done what it was told."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def prepare(name: str, target: str, stage: str):
+def prepare(name: str, target: str, stage: str) -> tuple[PreTrainedModel, PreTrainedModel, Batches, Settings]:
     """The teacher, the student that the recipe has in this stage (linear attention in align), batches and settings of
     the stage."""
     teacher = load_teacher(name, device=DEVICE)
     budget = recipes.budget(name, read_config(resolve(name)))
-    settings = next(
-        s.settings for s in recipes.to_linear(budget).steps if isinstance(s, Train) and s.stage.__name__ == stage
-    )
+    settings = next(s.training for s in recipes.to_linear(budget).steps if s.training is not None and s.stage == stage)
     student = swap(copy.deepcopy(teacher.model), "linear")
     if target != "linear" and stage == "distill":
         student = swap(student, target)
@@ -87,7 +88,14 @@ def prepare(name: str, target: str, stage: str):
     )
 
 
-def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> list[float]:
+def steps_of(
+    stage: str,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    batches: Batches,
+    settings: Settings,
+    steps: int,
+) -> list[float]:
     """Seconds of each step but the first."""
     clock = Clock()
     one = dataclasses.replace(settings, tokens=steps * settings.batch_tokens, evaluate_every=0, save_every=1e9)
@@ -96,6 +104,7 @@ def steps_of(stage: str, teacher, student, batches, settings, steps: int) -> lis
 
 
 def speeds(name: str, steps: int) -> Table:
+    """Table of training speeds with the kernels and with PyTorch operators."""
     table = Table(
         "target",
         "stage",
@@ -158,6 +167,7 @@ def where(name: str, target: str, steps: int = 5) -> list[Table]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="neox-nano")
     parser.add_argument("--steps", type=whole_number(1, 100_000), default=8)

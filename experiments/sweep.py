@@ -1,23 +1,24 @@
-"""Which dials of a recipe matter? Trials drawn at random, or by W&B's Bayesian search, told apart by what the students
-write.
+"""Which settings of a recipe matter? Trials are drawn at random, or by W&B's Bayesian search, and ranked by what the
+students write.
 
     python -m experiments.sweep neox-nano --to mamba2 --tokens 100k --trials 6       # here, without network
     python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep; more agents may
     join it
     python -m experiments.sweep neox-nano --to mamba2 --print > sweep.json           # the definition alone
 
-A dial is named as `--set` names it. Every trial is a run folder of its own; what is done is not done again.
+A setting is named as `--set` names it. Every trial is a run folder of its own; what is done is not done again.
 """
 
 import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from convert import recipes, run_recipe
+from convert import run_recipe
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
@@ -27,6 +28,9 @@ from convert.models.loading import read_config
 from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
+from convert.recipes.targets import default_recipe
+from convert.reports.language import LANGUAGE
+from convert.runs.keys import SCORINGS
 from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
 from convert.steps.swap import Swap
 from convert.steps.train import Train
@@ -34,10 +38,10 @@ from convert.steps.train import Train
 METRIC = "gap/generation"
 
 
-def definition(recipe: Recipe) -> dict:
-    """W&B's, of this recipe's main dials: rates within a factor of four, what the whole model learns, how long its
-    decays start, and where attention is edited how much of it stays."""
-    dials: dict[str, dict] = {}
+def definition(recipe: Recipe) -> dict[str, Any]:
+    """Definition of a W&B sweep over the main settings of this recipe: rates within a factor of four, what the whole
+    model learns, how long its decays start, and where attention is edited how much of it stays."""
+    dials: dict[str, dict[str, Any]] = {}
     for step in recipe.steps:
         if isinstance(step, Train):
             lr = step.settings.lr
@@ -66,8 +70,8 @@ def definition(recipe: Recipe) -> dict:
     }
 
 
-def draw(parameters: dict[str, dict], rng: np.random.Generator) -> dict[str, str | float]:
-    """One trial, at random."""
+def draw(parameters: dict[str, dict[str, Any]], rng: np.random.Generator) -> dict[str, str | float]:
+    """Draw the settings of one trial at random."""
     chosen = {}
     for name, dial in parameters.items():
         if "values" in dial:
@@ -77,26 +81,22 @@ def draw(parameters: dict[str, dict], rng: np.random.Generator) -> dict[str, str
     return chosen
 
 
-def trial(teacher: str, recipe: Recipe, dials: dict, place: Path, data: str | None) -> dict[str, float]:
-    """The numbers of one student."""
+def trial(teacher: str, recipe: Recipe, dials: dict[str, Any], place: Path, data: str | None) -> dict[str, float]:
+    """Train a student with these settings: its mean gaps and its final numbers."""
     for name, value in dials.items():
         recipe = with_setting(recipe, f"{name}={value}")
     report = finished(place, teacher, recipe, data) or run_recipe(teacher, recipe, place, data=data, wandb="disabled")
-    gaps = {
-        how: [g["gap"] for g in report["evaluation"]["gaps"] if g["reading"] == how]
-        for how in ("generation", "likelihood")
-    }
-    return {f"gap/{how}": sum(some) / len(some) for how, some in gaps.items()} | {
-        "perplexity/ratio": report["perplexity"]["ratio"], "kl": report["kl"]["mean_nats"],
-    }  # fmt: skip
+    gaps = {f"gap/{scoring}": report.evaluation.mean_gap(scoring) for scoring in SCORINGS}
+    return {name: gap for name, gap in gaps.items() if gap is not None} | LANGUAGE.numbers(report)
 
 
-def folder_of(out: Path, dials: dict) -> Path:
-    """Named after the dials, so that the same trial is found again."""
+def folder_of(out: Path, dials: dict[str, Any]) -> Path:
+    """Folder of a trial, named after its settings, so that the same trial is found again."""
     return out / "_".join(f"{name.split('.')[-1]}-{value}" for name, value in dials.items()).replace(":", "")
 
 
 def online(teacher: str, recipe: Recipe, trials: int, out: Path, data: str | None) -> None:
+    """Run trials as an agent of a W&B sweep."""
     import wandb
 
     if not has_key() or not is_reachable():
@@ -113,31 +113,30 @@ def online(teacher: str, recipe: Recipe, trials: int, out: Path, data: str | Non
     wandb.agent(wandb.sweep(definition(recipe), project=PROJECT), function=one, project=PROJECT, count=trials)
 
 
-def show(console: Console, rows: list[tuple[dict, dict]]) -> None:
-    table = Table(*rows[0][0], *rows[0][1], title="the best first, by what they write", title_justify="left")
+def show(console: Console, rows: list[tuple[dict[str, Any], dict[str, float]]]) -> None:
+    """Print the trials, those with the smallest gap by generation first."""
+    table = Table(*rows[0][0], *rows[0][1], title="the best first, by generation", title_justify="left")
     for dials, found in sorted(rows, key=lambda row: row[1][METRIC]):
         table.add_row(*map(str, dials.values()), *(f"{value:.4f}" for value in found.values()))
     console.print(table)
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", nargs="?", default="neox-nano")
     parser.add_argument("--to", default="mamba2")
     parser.add_argument("--tokens")
     parser.add_argument("--data")
     parser.add_argument("--trials", type=whole_number(1, 10_000), default=8)
-    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="of the draws")
+    parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="seed of the draws")
     parser.add_argument("--online", action="store_true", help="as a W&B sweep")
     parser.add_argument("--print", action="store_true", help="the definition as JSON, and nothing else")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     source = resolve(args.teacher)
-    recipe = recipes.default_recipe(
-        source.name,
-        read_config(source),
-        args.to,
-        tokens=number_of_tokens(args.tokens) if args.tokens is not None else None,
+    recipe = default_recipe(
+        source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None
     )
     out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
     if args.print:

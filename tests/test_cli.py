@@ -95,13 +95,6 @@ def test_imports_in_another_thread_are_left_alone():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize(
-    "text, expected", [("20000", 20_000), ("500k", 500_000), ("12M", 12_000_000), ("1.5B", 1_500_000_000)]
-)
-def test_numbers_of_tokens(text, expected):
-    assert number_of_tokens(text) == expected
-
-
 @pytest.mark.parametrize("text", ["0", "65", "-1", "1.5", "x", "", "nan", "٣", "9" * 5000, "1e3"])
 def test_whole_numbers_of_commands(text):
     assert whole_number(1, 64)(" 7") == 7

@@ -24,7 +24,7 @@ REMOVE = "Remove it"
 WAYS_OUT = {  # how a file can be had again
     "metrics.jsonl": "Put back a copy, or start again with --fresh",
     "generations.jsonl": "Put back a copy, or start again with --fresh",
-    "answers.jsonl": f"{REMOVE}: the questions are asked again",
+    "answers.jsonl": f"{REMOVE}: the examples are evaluated again",
     "evaluation.json": f"{REMOVE}, and evaluate again",
     "context.json": f"{REMOVE}, and measure again with experiments.context",
     "nano": "Install the project again",

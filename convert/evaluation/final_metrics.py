@@ -75,9 +75,9 @@ def _context_costs(student: PreTrainedModel, teacher: Teacher) -> tuple[CacheByt
         name: {str(length): formula_bytes(layers, length, teacher.dtype) for length in CONTEXT_LENGTHS}
         for name, layers in formulas.items()
     }
-    live = {name: {str(length): costs[name][length].bytes for length in lengths} for name in models}
     cache_bytes = CacheBytes(
-        **live,
+        teacher={str(length): costs["teacher"][length].bytes for length in lengths},
+        student={str(length): costs["student"][length].bytes for length in lengths},
         formula=CacheFormula(**by_formula),
         break_even_tokens=break_even(formulas["teacher"], formulas["student"], teacher.dtype),
     )

@@ -80,7 +80,8 @@ def steps(
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         told = _padding(model, mask, 1, 0 if mask is None else mask.shape[1])
-        logits = model(token, use_cache=True, **told, **{CACHE_NAME: cache}).logits
+        out = model(token, use_cache=True, **told, **{CACHE_NAME: cache})
+        logits, cache = out.logits, out[CACHE_NAME]
 
 
 @torch.no_grad()

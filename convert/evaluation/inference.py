@@ -55,12 +55,12 @@ def context_cost(model: PreTrainedModel, length: int, dtype: torch.dtype) -> tup
 def decoding_speed(model: PreTrainedModel, logits: Tensor, cache: Cache) -> tuple[Tensor, float]:
     """Decode 16 tokens greedily, after two that warm up: the last logits [1, 1, vocabulary], and tokens per second.
     `logits` [1, 1, vocabulary] and `cache` are those of a prefill; the cache goes on."""
-    started = 0.0
-    for decoded, (_, logits) in enumerate(steps(model, logits, cache)):
-        if decoded == WARM_UP:
-            started = _now(model)
-        if decoded == WARM_UP + DECODED:
-            break
+    decoded = steps(model, logits, cache)
+    for _ in range(WARM_UP + 1):  # the first token follows from the prefill
+        next(decoded)
+    started = _now(model)
+    for _ in range(DECODED):
+        _, logits = next(decoded)
     return logits, DECODED / (_now(model) - started)
 
 

@@ -7,7 +7,7 @@ A loss can fall while what the student writes gets worse.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from transformers import PreTrainedModel
 
@@ -51,7 +51,8 @@ class Rule:
                 "--stop-when takes perplexity, generation or generation_gap, < or >, and a number, as generation<0.2;"
                 f" got {shown(text)}."
             )
-        return Rule(text, found[1], found[2], float(found[3]))
+        name, sign, bound = cast(tuple[Any, Any, str], found.groups())
+        return Rule(text, name, sign, float(bound))
 
     def holds(self, numbers: dict[str, float]) -> bool:
         """Whether the rule holds for these measurements; it does not where its number was not measured."""
@@ -62,8 +63,8 @@ class Rule:
 
 
 class Monitor:
-    """Measures the student that it is called with, and returns numbers to log. The examples and the teacher's answers are
-    the same each time. `generations` holds the texts of the last call, `stopped_by` the rule that held."""
+    """Measures the student that it is called with, and returns numbers to log. The examples and the teacher's answers
+    are the same each time. `generations` holds the texts of the last call, `stopped_by` the rule that held."""
 
     def __init__(self, teacher: Teacher, batches: list[Batch], rules: Sequence[Rule] = ()) -> None:
         self.teacher, self.batches, self.rules = teacher, batches, rules

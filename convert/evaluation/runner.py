@@ -37,7 +37,7 @@ from convert.reports.language import LANGUAGE
 from convert.reports.scores import show, show_lm_eval
 from convert.runs import records
 from convert.runs.evaluation_schemas import AnswerRow, Evaluation, Gap, LmEvalScore, Score
-from convert.runs.keys import MODELS
+from convert.runs.keys import MODELS, Scoring
 from convert.runs.language_schemas import LanguageReport
 from convert.runs.ledger import locked
 
@@ -104,7 +104,7 @@ def evaluate_tasks(
     total = len(models) * len(SCORING_METHODS) * sum(map(len, prompted.values()))
     with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1) as bar:
         for task, items in prompted.items():
-            found = {}
+            found: dict[tuple[str, Scoring], list[Answer]] = {}
             for name, model in models.items():
                 for scoring in SCORING_METHODS:
                     bar.set_description(f"{task.name}, {name}, {scoring}", refresh=False)  # shown with the next answers
@@ -140,7 +140,7 @@ def _digest(tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item]) -
 
 def _answers_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item],
-    scoring: str, answers: Answers, key: str, bar: tqdm,
+    scoring: Scoring, answers: Answers, key: str, bar: tqdm,
 ) -> list[Answer]:  # fmt: skip
     """Answers to all items by one scoring method, in their order; those that are known are not made again."""
     known = answers.of(key)
@@ -166,7 +166,7 @@ def _parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
     return dataclasses.replace(answer, prediction=prediction, correct=prediction == items[answer.item].answer)
 
 
-def _scores(task: Task, items: list[Item], found: dict[tuple[str, str], list[Answer]]) -> list[Score]:
+def _scores(task: Task, items: list[Item], found: dict[tuple[str, Scoring], list[Answer]]) -> list[Score]:
     """A row for each model and scoring method that has answers."""
     rows = []
     for (model, scoring), answers in found.items():
@@ -284,7 +284,7 @@ def write(found: Evaluation, file: Path) -> None:
 
 
 def _most(earlier: list[Row], later: list[Row]) -> list[Row]:
-    """The rows of the tasks of both; of a task in both those with more examples, the later ones where they are equal."""
+    """Rows of the tasks of both; of a task in both those with more examples, the later ones where they are equal."""
     before, now = ({row.task: row.n for row in rows} for rows in (earlier, later))
     kept = {task for task, n in before.items() if n > now.get(task, 0)}
     return [row for row in earlier if row.task in kept] + [row for row in later if row.task not in kept]

@@ -16,6 +16,7 @@ from convert.data.prompts import encode
 from convert.evaluation.generation import generate, prefill
 from convert.evaluation.tasks import Item, Task
 from convert.models.cache import CACHE_NAME
+from convert.runs.keys import Scoring
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 16_384  # of prompts, padding included (ours)
@@ -26,8 +27,8 @@ STEP_TOKENS = 32  # prompt tokens that cost a CPU as much as one decoding step o
 class Answer:
     """Answer of a model to items[`item`].
 
-    `prediction` is what was parsed, or the choice ranked first; None where nothing could be parsed. `tokens` are what was
-    generated, up to the stop. `nats` are the log probabilities of the choices."""
+    `prediction` is what was parsed, or the choice ranked first; None where nothing could be parsed. `tokens` are what
+    was generated, up to the stop. `nats` are the log probabilities of the choices."""
 
     item: int
     correct: bool
@@ -89,7 +90,7 @@ class ScoringMethod(Protocol):
         task: Task,
         items: Sequence[Item],
         *,
-        known: IsKnown,
+        known: IsKnown = ...,
     ) -> Iterator[list[Answer]]:
         """Answers, a batch at a time; a batch all of whose answers are known is left out."""
 
@@ -105,7 +106,8 @@ def by_generation(
 ) -> Iterator[list[Answer]]:
     """Let the model write greedily, in left-padded batches of at most `rows` prompts, and parse its texts.
 
-    A CPU pays for padding as for text: there a batch ends where its padding would cost more than the steps of another."""
+    A CPU pays for padding as for text: there a batch ends where its padding would cost more than the steps of
+    another."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
     padding = STEP_TOKENS * task.max_new_tokens if model.device.type == "cpu" else math.inf
     for batch in batches([len(ids) for ids in prompts], rows or BATCH_ROWS, padding=padding):
@@ -122,8 +124,8 @@ def by_likelihood(
     *,
     known: IsKnown = lambda _: False,
 ) -> Iterator[list[Answer]]:
-    """Take the choice with the largest log probability, summed over its tokens, as the prediction. An item at a time: its
-    prompt is run once."""
+    """Take the choice with the largest log probability, summed over its tokens, as the prediction. An item at a time:
+    its prompt is run once."""
     for i, item in enumerate(items):
         if not known([i]):
             nats = _log_p(model, *_continued(tokenizer, task, item))
@@ -131,7 +133,7 @@ def by_likelihood(
             yield [Answer(i, best == item.gold, item.choices[best], nats=nats)]
 
 
-SCORING_METHODS: dict[str, ScoringMethod] = {"generation": by_generation, "likelihood": by_likelihood}
+SCORING_METHODS: dict[Scoring, ScoringMethod] = {"generation": by_generation, "likelihood": by_likelihood}
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ def per_example(items: Sequence[Item], answers: Sequence[Answer]) -> dict[int, f
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval (95 %) of the mean: percentiles over 2,000 resamples of the examples, always the same ones."""
+    """Bootstrap interval (95 %) of the mean: percentiles over 2,000 resamples of the examples, always the same."""
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     means = np.asarray(values, dtype=float)[draws].mean(1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -54,9 +54,9 @@ def gap(items: Sequence[Item], teacher: Sequence[Answer], student: Sequence[Answ
 
 
 def letters(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Which letters are predicted, and whether they follow the label or the content, by four orders of the same options:
-    `stickiness` is 0 where each letter is predicted once, 1 where it is always the same one (the probe of arXiv
-    2608.02689)."""
+    """Which letters are predicted, and whether they follow the label or the content, by four orders of the same
+    options: `stickiness` is 0 where each letter is predicted once, 1 where it is always the same one (the probe of
+    arXiv 2608.02689)."""
     counts = Counter(a.prediction for a in answers)
     predicted: dict[int, list[str | None]] = {}
     for answer in answers:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convert.core.fields import Range
 from convert.objectives.base import LogitTerm
 
 

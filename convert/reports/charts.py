@@ -23,12 +23,15 @@ from convert.runs.keys import SCORINGS
 INK, MUTED = "#000001", "#000002"  # placeholders for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))
 COLOURS = """\
-:root { color-scheme: light dark; --paper: #fbfaf7; --card: #fff; --ink: #22252a; --muted: #85888f; --line: #e3e0d8; --mark: #ffe08a;
-  --c0: #1f6fb2; --c1: #c8571b; --c2: #2a8c55; --c3: #8a4fb0; --c4: #b03a5b; --c5: #7a6a1f; --c6: #3c8c93; --c7: #5a5f69; }
+:root { color-scheme: light dark;
+  --paper: #fbfaf7; --card: #fff; --ink: #22252a; --muted: #85888f; --line: #e3e0d8; --mark: #ffe08a;
+  --c0: #1f6fb2; --c1: #c8571b; --c2: #2a8c55; --c3: #8a4fb0;
+  --c4: #b03a5b; --c5: #7a6a1f; --c6: #3c8c93; --c7: #5a5f69; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15171a; --card: #1d2024; --ink: #e6e4df; --muted: #8d9098; --line: #33373d; --mark: #6a5410;
-    --c0: #6db3f2; --c1: #f2975f; --c2: #6fcf97; --c3: #c79be8; --c4: #f08aa8; --c5: #d8c56a; --c6: #7fd0d8; --c7: #a9adb6; } }"""
-STYLE = {
+    --c0: #6db3f2; --c1: #f2975f; --c2: #6fcf97; --c3: #c79be8;
+    --c4: #f08aa8; --c5: #d8c56a; --c6: #7fd0d8; --c7: #a9adb6; } }"""
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

@@ -19,8 +19,8 @@ def summary(report: LanguageReport) -> str:
     ppl = report.perplexity
     return (
         f"Perplexity on held-out text {ppl.student:.3f}; the teacher's is {ppl.teacher:.3f} (ratio {ppl.ratio:.4f})."
-        f" Their top-1 agreement on the next token is {report.agreement.top1:.2%}; KL {report.kl.mean_nats:.4f} nats per"
-        f" token ({report.measured_tokens:,} tokens). {break_even(report)}"
+        f" Their top-1 agreement on the next token is {report.agreement.top1:.2%}; KL {report.kl.mean_nats:.4f} nats"
+        f" per token ({report.measured_tokens:,} tokens). {break_even(report)}"
     )
 
 

@@ -67,8 +67,8 @@ def results(runs: Sequence[LanguageRun]) -> list[PageSection]:
             tables=[
                 Table(
                     _score_rows(runs),
-                    note="Scores and gaps with their 95 % intervals over the examples, the gap's paired; two numbers are"
-                    " the teacher's / the student's.",
+                    note="Scores and gaps with their 95 % intervals over the examples, the gap's paired; two numbers"
+                    " are the teacher's / the student's.",
                 ),
                 Table(
                     _letter_rows(runs),
@@ -168,8 +168,9 @@ def _context_charts(runs: Sequence[LanguageRun]) -> list[Chart]:
 
 
 def _cost_lines(runs: Sequence[LanguageRun], number: Callable[[ContextCost], float]) -> list[charts.Line]:
-    """A number of each model by context length, as far as experiments.context measured it, else as far as the run did."""
-    lines = []
+    """A number of each model by context length, as far as experiments.context measured it, else as far as the run
+    did."""
+    lines: list[charts.Line] = []
     for label, run, model in _models(runs):
         found: list[ContextCost] = [cost for cost in run.context.costs if cost.model == model]
         found = found or _of(run.report.contexts, model)

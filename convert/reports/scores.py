@@ -54,10 +54,10 @@ def findings(found: Evaluation) -> list[str]:
         )
     for row in found.rows:
         if row.letters and (row.stickiness or 0) > STICKY and row.scoring == "generation":
-            most = max(row.letters, key=lambda letter: row.letters[letter])
+            most, share = max(row.letters.items(), key=lambda pair: pair[1])
             lines.append(
                 f"The {row.model} follows the label, not the content, in {row.task}: it predicts {most} in"
-                f" {row.letters[most]:.0%} of the items, and mostly the same letter whatever the order of the options"
+                f" {share:.0%} of the items, and mostly the same letter whatever the order of the options"
                 f" (stickiness {row.stickiness:.2f})."
             )
     return lines

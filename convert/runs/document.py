@@ -59,7 +59,7 @@ def _keys(kind: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
         inner, suffix = _inner(checked_as or hint)
         if inner is Evaluation and prefix == "" and kind is not Evaluation:
             continue  # it has a table of its own
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from _keys(inner, f"{name}{suffix}.")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from convert.runs.keys import (
     MODELS,
@@ -25,12 +25,7 @@ LETTERS = "ABCD"
 ROUNDING = 1e-9
 
 
-class _Interval(Protocol):
-    low: float
-    high: float
-
-
-def _widen(row: _Interval, key: str) -> None:
+def _widen(row: "Score | Gap", key: str) -> None:
     """The number must lie in its interval. Both are means, which round by themselves: a difference of rounding is no
     damage, and the interval is widened by it."""
     value = getattr(row, key)

@@ -1,6 +1,7 @@
 """Types of the keys in a run's files: numbers with their bounds, and what docs/REPORT.md says of a key.
 
-The bounds refuse damage (a share of 7, an infinite count), not unusual results. All leaves are strict: "1" is no number.
+The bounds refuse damage (a share of 7, an infinite count), not unusual results. All of them are strict: "1" is no
+number.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class CheckedAs:
 
 
 def require(holds: bool, words: str) -> None:
-    """Raises ValueError with a whole clause, such as "ratio is missing", which the reader of a file puts after the place
-    where it belongs."""
+    """Raises ValueError with a whole clause, such as "ratio is missing", which the reader of a file puts after the
+    place where it belongs."""
     if not holds:
         raise ValueError(words)

@@ -85,7 +85,7 @@ class ContextCost:
     """What a context of this length costs one sequence."""
 
     length: Annotated[Size, Key("Context length.", "tokens")]
-    bytes: Annotated[Size | None, Key("Size of the live cache after the prefill.", "bytes")] = None
+    bytes: Annotated[Size, Key("Size of the live cache after the prefill.", "bytes")]
     time_to_first_token_s: Annotated[Rate, Key("Time of the prefill, up to the first token.", "seconds")]
     tokens_per_s: Annotated[Rate, Key("Speed of greedy decoding after it.", "tokens per second")]
 
@@ -157,7 +157,7 @@ class MeasuredContext(ContextCost):
     """Cost of a context at a length that was asked for."""
 
     model: Annotated[ModelName, Key("Which model: teacher or student.")]
-    formula: Annotated[Size | None, Key("Size of the cache by formula.", "bytes")] = None
+    formula: Annotated[Size, Key("Size of the cache by formula.", "bytes")]
     absorbed: Annotated[AbsorbedDecoding | None, Key("Latent attention: both ways to decode.")] = None
 
 

@@ -78,7 +78,8 @@ def rows(file: Path, kind: type[Kind]) -> Iterator[Kind]:
 def checked(found: Any, kind: type[Kind], where: str, way_out: str) -> Kind:
     """`found` as this type, or a UserError that begins with `where` and names the first key that is wrong."""
     try:
-        return _adapter(kind).validate_python(found)
+        value: Kind = _adapter(kind).validate_python(found)  # type: ignore[arg-type]  # a type is hashable
+        return value
     except UnicodeEncodeError:  # of pydantic's own message
         raise UserError(f"{where} is damaged: a word in it holds half of a surrogate pair. {way_out}") from None
     except ValidationError as error:
@@ -120,5 +121,5 @@ def _refuse_other_layout(found: Any, where: str, way_out: str) -> None:
 
 
 @cache
-def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)

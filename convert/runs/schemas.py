@@ -7,7 +7,7 @@ while a run trains are here too.
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.keys import VERSION, CheckedAs, Count, Key, Measured, Number, Size, Text, Whole, require
@@ -36,6 +36,12 @@ class StepSettings:
         require(self.kind != "Train" or self.settings is not None, "settings is missing")
 
 
+def _some_training(steps: list[StepSettings]) -> list[StepSettings]:
+    """A run trains in at least one step."""
+    require(any(step.kind == "Train" for step in steps), "a training step is missing")
+    return steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the run was asked for, as the ledger has it."""
@@ -47,12 +53,9 @@ class Settings:
     data_fingerprint: Annotated[Text, Key("Hash of the tokenized data.")]
     steps: Annotated[
         list[dict[str, Any]],
-        CheckedAs(list[StepSettings]),
+        CheckedAs(Annotated[list[StepSettings], AfterValidator(_some_training)]),
         Key("Every setting of every step, in order; of a training step at least these."),
     ]
-
-    def __post_init__(self) -> None:
-        require(any(step["kind"] == "Train" for step in self.steps), "steps: a training step is missing")
 
     @property
     def training(self) -> list[TrainingSettings]:

@@ -16,8 +16,8 @@ from convert.runs.wandb_sink import Dashboard
 class Track:
     """Writes metrics.jsonl and generations.jsonl, which are the source of truth, and tells W&B.
 
-    `log` takes the step and tokens of the current stage. `model` is the fingerprint of the weights that the run has made
-    so far, its teacher's at first."""
+    `log` takes the step and tokens of the current stage. `model` is the fingerprint of the weights that the run has
+    made so far, its teacher's at first."""
 
     def __init__(self, folder: Path, *, mode: str | None, config: dict[str, Any], name: str) -> None:
         self.file = folder / "metrics.jsonl"

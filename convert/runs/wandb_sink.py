@@ -25,7 +25,7 @@ PROJECT = "conversion-workbench"
 COLUMNS = ("stage", "global_step", "tokens", "task", "prompt", "teacher", "student", "reference")
 SCORES = ("task", "model", "scoring", "score", "low", "high", "n", "unparsable")
 TAG = 64  # characters that W&B takes in a name
-PATIENCE = {  # a server that is gone costs seconds, not the library's default of hours
+PATIENCE: dict[str, Any] = {  # a server that is gone costs seconds, not the library's default of hours
     "init_timeout": 20,
     "finish_timeout": 30,
     "x_graphql_retry_max": 3,
@@ -80,7 +80,7 @@ class Dashboard:
         self.close()
         import wandb
 
-        def start(mode: str) -> Any:
+        def start(mode: Any) -> Any:
             return wandb.init(
                 project=PROJECT,
                 dir=self.folder,
@@ -125,7 +125,7 @@ class Dashboard:
             logged["generations"] = wandb.Table(columns=list(COLUMNS), data=rows, log_mode="IMMUTABLE")
         self.run.log(logged)
 
-    def made(self, source: str, model: str, facts: dict[str, Any], folder: Path | None) -> None:
+    def made(self, source: str | None, model: str, facts: dict[str, Any], folder: Path | None) -> None:
         """Log a student as an artifact that was made from another's or the teacher's. Its files stay where they
         are."""
         import wandb

@@ -1,4 +1,4 @@
-"""Models that say what a test wants: an oracle, one that always says A, one that ranks well and writes rubbish."""
+"""Models that answer as a test wants: an oracle, one that always answers A, one that ranks well and writes rubbish."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 
 
-class Said:
+class Rows:
     """A cache that is the rows themselves."""
 
     def __init__(self, rows: list[list[int]]):
@@ -36,7 +36,7 @@ class Scripted(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids, attention_mask=None, past_key_values=None, cache=None, use_cache=False, logits_to_keep=0, **_
     ):
-        """With a cache it is asked for log p, without one it writes."""
+        """With a mask it writes, without one it is scored by likelihood."""
         past_key_values = cache or past_key_values
         before = past_key_values.rows if past_key_values else [[]] * len(input_ids)
         rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
@@ -46,11 +46,8 @@ class Scripted(PreTrainedModel, GenerationMixin):
             mask = [1] * len(ids) if attention_mask is None else attention_mask[row].tolist()
             for column, at in enumerate(columns):
                 seen = [token for token, real in zip(ids[: len(old) + at + 1], mask, strict=False) if real]
-                logits[row, column, self.script(seen, not use_cache)] = 9.0
-        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: Said(rows) if use_cache else None})
-
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+                logits[row, column, self.script(seen, attention_mask is not None)] = 9.0
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: Rows(rows) if use_cache else None})
 
 
 def chatty_tokenizer():
@@ -60,10 +57,10 @@ def chatty_tokenizer():
     return tokenizer
 
 
-def knowing(tokenizer, questions: list[tuple[Task, list[Item]]]) -> Callable[[list[int]], int]:
+def knowing(tokenizer, examples: list[tuple[Task, list[Item]]]) -> Callable[[list[int]], int]:
     """The next token of the right answer to whichever prompt the ids begin with; the end where there is none."""
     known = {}
-    for task, items in questions:
+    for task, items in examples:
         for item in items:
             prompt = prompt_ids(tokenizer, task, item.prompt)
             known[tuple(prompt)] = prompt + tokenizer(item.choices[item.gold], add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What is measured while a stage trains, and the rules that end a run."""
+"""Monitoring while a stage trains, and the rules that end a run."""
 
 import json
 
@@ -9,39 +9,41 @@ from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
-from convert.evaluation.monitor import SHOWN, Rule, Watch
+from convert.evaluation.monitor import SHOWN, Monitor, Rule
 from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 from convert.runs.tracking import Track
 
 
 @pytest.fixture(scope="module")
-def taught():
+def teacher():
     return load_teacher(str(NANO))
 
 
 @pytest.fixture
-def batches(taught, tmp_path, monkeypatch):
+def batches(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path))
-    return held_out_batches(tokenize(corpus("stdlib"), taught.tokenizer).held_out, 128, 4, 1024)
+    return held_out_batches(tokenize(corpus("stdlib"), teacher.tokenizer).held_out, 128, 4, 1024)
 
 
-def test_a_student_that_is_its_teacher_has_no_gap(taught, batches):
-    watch = Watch(taught, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
-    numbers = watch(taught.model)
+def test_a_student_that_is_its_teacher_has_no_gap(teacher, batches):
+    monitor = Monitor(teacher, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
+    numbers = monitor(teacher.model)
     assert (
         numbers["held_out/generation_gap"] == 0
         and numbers["held_out/generation"] > 0.2
         and 5 < numbers["held_out/perplexity"] < 40
     )
-    assert watch.stopped_by is None and watch(taught.model) == numbers
-    assert len(watch.generations) == 3 * SHOWN and all(row["student"] == row["teacher"] for row in watch.generations)
+    assert monitor.stopped_by is None and monitor(teacher.model) == numbers
+    assert len(monitor.generations) == 3 * SHOWN and all(
+        row["student"] == row["teacher"] for row in monitor.generations
+    )
 
 
-def test_a_rule_that_holds_is_named(taught, batches):
-    watch = Watch(taught, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
-    watch(taught.model)
-    assert watch.stopped_by.text == "generation > .01"
+def test_a_rule_that_holds_is_named(teacher, batches):
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
+    monitor(teacher.model)
+    assert monitor.stopped_by.text == "generation > .01"
 
 
 @pytest.mark.parametrize("text", ["loss<1", "generation=1", "generation<", "generation<a", ""])
@@ -51,7 +53,7 @@ def test_other_rules_are_refused(text):
 
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
-    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, questions=1)
+    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=1)
     arguments = {"recipe": recipes.to_linear(budget), "out": tmp_path / "run", "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
         run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])
@@ -65,7 +67,7 @@ def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
         "student",
         "reference",
     } <= set(texts[0])
-    assert run_recipe("neox-nano", **arguments)["tokens"]["total"] >= 4096
+    assert run_recipe("neox-nano", **arguments).tokens.total >= 4096
 
 
 def test_generations_after_a_crash_are_dropped(tmp_path):
@@ -80,15 +82,13 @@ def test_generations_after_a_crash_are_dropped(tmp_path):
 
 
 def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
-    recipe = recipes.tiny(
-        recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256))
-    )
+    recipe = recipes.tiny(recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256)))
     with pytest.raises(UserError, match="--stop-when is looked at when a stage measures, and none of this recipe does"):
         run_recipe("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
 
 
-def test_a_rule_about_perplexity_needs_no_questions(taught, batches, monkeypatch):
-    monkeypatch.setattr(Watch, "_questions", lambda self: [])
-    watch = Watch(taught, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
-    watch(taught.model)
-    assert watch.stopped_by.text == "perplexity>1"
+def test_a_rule_about_perplexity_needs_no_examples(teacher, batches, monkeypatch):
+    monkeypatch.setattr(Monitor, "_examples", lambda self: [])
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
+    monitor(teacher.model)
+    assert monitor.stopped_by.text == "perplexity>1"

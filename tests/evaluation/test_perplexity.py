@@ -1,89 +1,33 @@
-"""Cache sizes: what lives is what the formula says, and where the student's pays."""
+"""Perplexity by position counts positions within documents, and adds up to the perplexity."""
+
+import math
 
 import pytest
 import torch
 
-from convert.evaluation import perplexity as measure
-from convert.mixers import MIXERS
-from convert.mixers.base import StateSize
-from convert.models.swap import swap
-from tests.conftest import FAMILIES, options_of, tiny_teacher
-
-KV_BYTES = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 in float32, per layer and token
-LENGTHS = (1, 20, 100)
+from convert.data.batches import Batch
+from convert.evaluation.perplexity import perplexity, perplexity_by_position
+from tests.conftest import VOCAB, tiny_teacher
 
 
-def cache_bytes(*args, seconds=1e9):
-    return {length: found.bytes for length, found in measure.contexts(*args, seconds=seconds).items()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers", [None, (0, 2)], ids=["all", "some"])
-@pytest.mark.parametrize("mixer", [None, *MIXERS])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_live_cache_is_what_the_formula_says(family, mixer, layers, dtype):
-    model = tiny_teacher(family)
-    if mixer is not None:
-        model = swap(model, mixer, options_of(mixer), layers)
-    formula = measure.cache_formula(model)
-    assert cache_bytes(model, dtype, LENGTHS) == {n: measure.formula_bytes(formula, n, dtype) for n in LENGTHS}
-
-
-def test_keys_and_values_grow_and_states_do_not():
-    teacher, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "mamba2")
-    assert cache_bytes(teacher, torch.float32, LENGTHS) == {n: 3 * KV_BYTES * n for n in LENGTHS}
-    assert len(set(cache_bytes(student, torch.float32, LENGTHS).values())) == 1
-
-
-def test_a_sliding_window_ends_the_growth():
-    model = tiny_teacher("mistral", sliding_window=64)
-    assert cache_bytes(model, torch.float32, (63, 300)) == {63: 3 * KV_BYTES * 63, 300: 3 * KV_BYTES * 63}
-    assert measure.formula_bytes(measure.cache_formula(model), 300, torch.float32) == 3 * KV_BYTES * 63
-
-
-def test_a_prefill_in_pieces_is_a_prefill(monkeypatch):
-    monkeypatch.setattr(measure, "PREFILL_CHUNK", 32)
-    for mixer in (None, *MIXERS):
-        model = tiny_teacher("llama") if mixer is None else swap(tiny_teacher("llama"), mixer, options_of(mixer))
-        ids = torch.arange(3, 90)[None]
-        logits, cache = measure.prefill(model, ids)
-        assert cache.get_seq_length() == ids.shape[1]
-        with torch.no_grad():
-            assert (logits - model(ids, use_cache=False).logits[:, -1:]).abs().max() < 1e-4
-
-
-def test_decoding_for_a_rate_leaves_the_cache_as_it_was():
-    model = swap(tiny_teacher("llama"), "gate-swa", options_of("gate-swa"), (0, 2))
-    found, first, cache = measure.context(model, 40, torch.float32)
-    assert cache.get_seq_length() == 40 and first.shape == (1, 1)
-    assert found.length == 40 and found.first_token_s > 0 and found.tokens_per_s > 0
-
-
-def test_lengths_that_would_take_too_long_are_left_out():
-    assert list(cache_bytes(tiny_teacher("llama"), torch.float32, (8, 1 << 20), seconds=1.0)) == [8]
-
-
-def test_break_even_is_the_first_length_where_the_student_is_smaller():
-    teacher, student = (StateSize(narrow=10),), (StateSize(fixed=1000),)
-    length = measure.break_even(teacher, student, torch.float32)
-    assert teacher[0].at(length, torch.float32) > 1000 >= teacher[0].at(length - 1, torch.float32)
-    assert measure.break_even(student, teacher, torch.float32) is None
-    assert measure.break_even((StateSize(narrow=10, window=20),), student, torch.float32) is None
-
-
-def test_keys_and_values_count_as_they_are_shipped():
-    teacher, student = tiny_teacher("llama"), swap(tiny_teacher("llama"), "mamba2")
-    assert 2 * cache_bytes(teacher, torch.bfloat16, (64,))[64] == cache_bytes(teacher, torch.float32, (64,))[64]
-    assert cache_bytes(student, torch.bfloat16, (64,)) == cache_bytes(
-        student, torch.float32, (64,)
-    )  # states are float32 always
-
-
-def test_perplexity_by_hand():
-    teacher, batch = tiny_teacher("llama"), batches()(0)
+def test_perplexity_by_position_is_that_of_the_tokens_there():
+    model = tiny_teacher("llama")
+    ids = torch.randint(0, VOCAB, (2, 201))
+    positions = torch.cat([torch.arange(130), torch.arange(70)])[None].expand(2, -1)  # two documents in a row
+    labels = ids[:, 1:].clone()
+    labels[:, 129] = -100
+    found = perplexity_by_position(model, [Batch(ids[:, :-1], labels, positions)])
+    assert list(found) == [0, 64, 128]
     with torch.no_grad():
-        logits = teacher(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.log_softmax(-1)
-    real = batch.labels != -100
-    assert not real.all()
-    nats = -logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][real].mean()
-    assert perplexity(teacher, [batch]) == pytest.approx(nats.exp().item(), rel=1e-5)
+        logs = model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False).logits.log_softmax(-1)
+    nats = -logs.gather(2, ids[:, 1:, None])[..., 0]
+    for start, end in ((0, 64), (64, 128), (128, 256)):
+        there = (positions >= start) & (positions < end) & (labels != -100)
+        assert found[start] == pytest.approx(math.exp(nats[there].mean()), rel=1e-5)
+    whole = sum(
+        math.log(found[start]) * int(((positions >= start) & (positions < end) & (labels != -100)).sum())
+        for start, end in ((0, 64), (64, 128), (128, 256))
+    )
+    assert perplexity(model, [Batch(ids[:, :-1], labels, positions)]) == pytest.approx(
+        math.exp(whole / int((labels != -100).sum())), rel=1e-5
+    )

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from convert.evaluate import main
 from convert.evaluation import runner as evaluation
-from convert.evaluation import scoring as readings
+from convert.evaluation import scoring
 from convert.evaluation.tasks import TASKS
+from convert.reports import scores
 from tests.evaluation.scripted import Scripted, chatty_tokenizer, knowing
 
 SOME = [TASKS["copying"], TASKS["facts"]]
@@ -37,11 +38,8 @@ def models(tokenizer):
 
 def test_the_table_says_what_likelihood_hides(models, tokenizer):
     found = evaluation.evaluate_tasks(models, tokenizer, SOME, limit=4)
-    rows = {(row["task"], row["model"], row["reading"]): row for row in found["rows"]}
-    assert len(rows) == 8 and {"score", "low", "high", "n", "unparsable"} <= set(
-        rows["copying", "student", "likelihood"]
-    )
-    gaps = {(row["task"], row["reading"]): row["gap"] for row in found["gaps"]}
+    assert len(found.rows) == 8
+    gaps = {(row.task, row.scoring): row.gap for row in found.gaps}
     assert gaps == {
         ("copying", "generation"): 1,
         ("copying", "likelihood"): 0,
@@ -49,29 +47,24 @@ def test_the_table_says_what_likelihood_hides(models, tokenizer):
         ("facts", "likelihood"): 0,
     }
     assert (
-        rows["facts", "student", "generation"]["stickiness"] == 1
-        and "first_divergence" in rows["copying", "student", "generation"]
+        found.row("facts", "student", "generation").stickiness == 1
+        and found.row("copying", "student", "generation").first_divergence is not None
     )
     console = Console(width=140, record=True)
-    evaluation.show(found, console)
+    scores.show(found, console)
     text = console.export_text()
-    assert "The student is 87.5% behind when it writes, and 0.0% behind when it ranks" in text
-    assert "The student follows the label, not the content, in facts: it says A in 100%" in text
+    assert "the student is 87.5 points behind by generation, and 0.0 points behind by likelihood" in text
+    assert "The student follows the label, not the content, in facts: it predicts A in 100%" in text
 
 
 def test_a_killed_evaluation_goes_on(models, tokenizer, tmp_path, monkeypatch):
     whole = evaluation.evaluate_tasks(models, tokenizer, SOME, limit=4, file=tmp_path / "whole.jsonl")
-    monkeypatch.setattr(readings, "BATCH_ROWS", 3)  # several batches of a task
+    monkeypatch.setattr(scoring, "BATCH_ROWS", 3)  # several batches of a task
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_text("".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:20])
-    asked = []
-    for name, reading in readings.READINGS.items():
-        monkeypatch.setitem(
-            readings.READINGS, name, lambda *a, reading=reading, **k: asked.append(a[2].name) or reading(*a, **k)
-        )
     generated = []  # rows of each batch
-    real = readings._generate
-    monkeypatch.setattr(readings, "_generate", lambda *a: generated.append(len(a[3])) or real(*a))
+    real = scoring._written
+    monkeypatch.setattr(scoring, "_written", lambda *a: generated.append(len(a[3])) or real(*a))
     again = evaluation.evaluate_tasks(models, tokenizer, SOME, limit=4, file=tmp_path / "cut.jsonl")
     assert again == whole
     assert sum(generated) < 2 * (4 + 16) and max(generated) <= 3  # not everything, and in parts
@@ -90,7 +83,7 @@ def test_answers_of_other_weights_are_not_taken(models, tokenizer, tmp_path):
     oracle.script = lambda ids, _: 0
     oracle.weight.data.fill_(2)
     found = evaluation.evaluate_tasks({"teacher": oracle}, tokenizer, SOME, limit=4, file=file)
-    assert {row["score"] for row in found["rows"] if row["task"] == "copying" and row["reading"] == "generation"} == {0}
+    assert found.row("copying", "teacher", "generation").score == 0
 
 
 def test_the_command_on_a_teacher_alone(tmp_path, capsys):
@@ -98,8 +91,8 @@ def test_the_command_on_a_teacher_alone(tmp_path, capsys):
     assert main([*arguments, "--tasks", "names,keys"]) == 0
     assert main([*arguments, "--tasks", "copying"]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert {(row["task"], row["model"], row["reading"]) for row in found["rows"]} == {
-        (task, "teacher", reading) for task in ("names", "keys", "copying") for reading in ("generation", "likelihood")
+    assert {(row["task"], row["model"], row["scoring"]) for row in found["rows"]} == {
+        (task, "teacher", scoring) for task in ("names", "keys", "copying") for scoring in ("generation", "likelihood")
     }
     assert "by likelihood" in capsys.readouterr().out
 
@@ -122,7 +115,7 @@ def test_a_run_is_evaluated_beside_its_own_teacher_and_under_any_name(finished_r
 REFUSALS = {
     "an unknown task": (["neox-nano", "--tasks", "nams"], "There is no task 'nams'. Nearest: names"),
     "a chat without a template": (["neox-nano", "--tasks", "facts"], "this model has no chat template"),
-    "no questions": (["neox-nano", "--limit", "0"], "limit must be within 1 .. 100,000; got 0"),
+    "no examples": (["neox-nano", "--limit", "0"], "limit must be within 1 .. 100,000; got 0"),
     "a folder that is no model": (["tests"], "A teacher's folder holds config.json"),
     "an unknown name": (["nope"], "Unknown teacher 'nope'"),
 }
@@ -136,7 +129,7 @@ def test_refusals_are_a_sentence(arguments, words, tmp_path, capsys):
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
-def test_the_file_keeps_what_was_asked_most(models, tokenizer, tmp_path):
+def test_the_file_keeps_the_evaluation_with_the_most_examples(models, tokenizer, tmp_path):
     for limit, n in ((2, 2), (4, 4), (3, 4)):
         evaluation.write(
             evaluation.evaluate_tasks(models, tokenizer, SOME[:1], limit=limit), tmp_path / "evaluation.json"
@@ -155,8 +148,4 @@ def test_texts_from_disk_are_read_as_texts_are_read_now(models, tokenizer, tmp_p
     before = evaluation.evaluate_tasks(models, tokenizer, [task], limit=4, file=file)
     deaf = dataclasses.replace(task, parse=lambda text: None)
     after = evaluation.evaluate_tasks(models, tokenizer, [deaf], limit=4, file=file)
-    written = [
-        [row["unparsable"] for row in found["rows"] if row["reading"] == "generation" and row["model"] == "teacher"]
-        for found in (before, after)
-    ]
-    assert written == [[0], [1]]
+    assert [found.row(task.name, "teacher", "generation").unparsable for found in (before, after)] == [0, 1]

@@ -1,10 +1,10 @@
-"""The two readings: three models whose scores are known, batches against one by one, and log p by hand."""
+"""The two scoring methods: three models whose scores are known, batches against one by one, and log p by hand."""
 
 import pytest
 import torch
 
-from convert.evaluation import statistics as scores
-from convert.evaluation.scoring import READINGS, batches, by_generation, by_likelihood, cut, fits, prompt_ids
+from convert.evaluation import statistics
+from convert.evaluation.scoring import SCORING_METHODS, batches, by_generation, by_likelihood, cut, fitting, prompt_ids
 from convert.evaluation.tasks import TASKS
 from convert.mixers import MIXERS
 from convert.models.swap import swap
@@ -19,20 +19,20 @@ def tokenizer():
     return chatty_tokenizer()
 
 
-def read(model, tokenizer, task, items):
+def answers_of(model, tokenizer, task, items):
     return {
-        name: [a for batch in reading(model, tokenizer, task, items) for a in batch]
-        for name, reading in READINGS.items()
+        name: [a for batch in method(model, tokenizer, task, items) for a in batch]
+        for name, method in SCORING_METHODS.items()
     }
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_an_oracle_answers_everything_rightly(name, tokenizer):
+def test_an_oracle_answers_everything_correctly(name, tokenizer):
     task = TASKS[name]
     items = task.items(COUNT, 0)
     oracle = knowing(tokenizer, [(task, items)])
-    for answers in read(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items).values():
-        row = scores.score(items, answers, lettered=task.lettered)
+    for answers in answers_of(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items).values():
+        row = statistics.score(items, answers, lettered=task.lettered)
         assert (row["score"], row["low"], row["high"], row["unparsable"], row["n"]) == (1, 1, 1, 0, COUNT)
         assert row.get("stickiness", 0) == 0
 
@@ -41,10 +41,10 @@ def test_who_always_says_a_is_caught(tokenizer):
     task = TASKS["facts"]
     items = task.items(COUNT, 0)
     (a,) = tokenizer("A", add_special_tokens=False)["input_ids"]
-    for answers in read(
+    for answers in answers_of(
         Scripted(lambda ids, _: 0 if ids[-1] == a else a, len(tokenizer)), tokenizer, task, items
     ).values():
-        row = scores.score(items, answers, lettered=True)
+        row = statistics.score(items, answers, lettered=True)
         assert row["score"] == 0.25 and row["stickiness"] == 1 and row["letters"]["A"] == 1
 
 
@@ -54,16 +54,16 @@ def test_who_ranks_well_and_writes_rubbish_shows_the_gap(name, tokenizer):
     items = task.items(COUNT, 0)
     oracle = knowing(tokenizer, [(task, items)])
     (rubbish,) = tokenizer("!", add_special_tokens=False)["input_ids"]
-    good = read(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items)
-    bad = read(
+    good = answers_of(Scripted(lambda ids, _: oracle(ids), len(tokenizer)), tokenizer, task, items)
+    bad = answers_of(
         Scripted(lambda ids, is_writing: rubbish if is_writing else oracle(ids), len(tokenizer)), tokenizer, task, items
     )
-    assert scores.gap(items, good["likelihood"], bad["likelihood"])["gap"] == 0
-    found = scores.gap(items, good["generation"], bad["generation"])
+    assert statistics.gap(items, good["likelihood"], bad["likelihood"])["gap"] == 0
+    found = statistics.gap(items, good["generation"], bad["generation"])
     assert found["gap"] == found["low"] == 1
-    row = scores.score(items, bad["generation"])
+    row = statistics.score(items, bad["generation"])
     assert row["unparsable"] == 1 and row["repetition"] > 0.6 and row["distinct_2"] < 0.1
-    assert scores.divergence(good["generation"], bad["generation"]) == {"same_text": 0.0, "first_divergence": 0.0}
+    assert statistics.divergence(good["generation"], bad["generation"]) == {"same_text": 0.0, "first_divergence": 0.0}
 
 
 @pytest.mark.parametrize("name", ["names", "indentation", "needle"])
@@ -75,7 +75,7 @@ def test_batches_change_nothing(name):
     items = task.items(COUNT, 0)
     together = [a for batch in by_generation(nano.model, nano.tokenizer, task, items) for a in batch]
     alone = [a for batch in by_generation(nano.model, nano.tokenizer, task, items, rows=1) for a in batch]
-    assert {(a.item, a.said, a.text) for a in together} == {(a.item, a.said, a.text) for a in alone}
+    assert {(a.item, a.prediction, a.text) for a in together} == {(a.item, a.prediction, a.text) for a in alone}
 
 
 @pytest.mark.parametrize("mixer", [None, *MIXERS])
@@ -95,10 +95,10 @@ def test_log_p_is_that_of_the_choices_tokens(tokenizer, mixer, name):
             assert nats == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_what_has_no_room_is_not_asked(tokenizer):
+def test_items_that_do_not_fit_are_left_out(tokenizer):
     task, model = TASKS["needle"], tiny_teacher("gpt_neox", vocab_size=len(tokenizer))
     items = task.items(8, 0)
-    assert 0 < len(fits(model, tokenizer, task, items)) < 8  # of 512 positions
+    assert 0 < len(fitting(model, tokenizer, task, items)) < 8  # of 512 positions
 
 
 def test_batches_are_of_similar_lengths_and_bounded():
@@ -140,7 +140,7 @@ def test_who_can_think_is_asked_not_to(tokenizer):
 
 @pytest.mark.parametrize("its_own", [None, 7, [7, 8]])
 def test_a_text_ends_where_the_model_or_the_tokenizer_says(tokenizer, its_own):
-    """Rows that ended say nothing while others go on."""
+    """Rows that ended write nothing while others go on."""
     task = TASKS["forms"]
     items = task.items(4, 0)
     longest = max(items, key=lambda item: len(tokenizer(item.answer)["input_ids"]))
@@ -148,4 +148,4 @@ def test_a_text_ends_where_the_model_or_the_tokenizer_says(tokenizer, its_own):
     model = Scripted(lambda ids, _: oracle(ids), len(tokenizer))  # its end is 0, the tokenizer's
     model.generation_config.eos_token_id = its_own
     answers = [a for batch in by_generation(model, tokenizer, task, items) for a in batch]
-    assert all(a.right and 0 not in a.tokens for a in answers) and longest.answer in {a.text for a in answers}
+    assert all(a.correct and 0 not in a.tokens for a in answers) and longest.answer in {a.text for a in answers}

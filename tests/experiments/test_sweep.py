@@ -8,14 +8,15 @@ import pytest
 
 from convert import recipes
 from convert.recipes.overrides import with_setting
+from convert.runs import records
 from experiments import sweep
 
-BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, questions=2)
+BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
 
 
-@pytest.mark.parametrize("target", recipes.TARGETS)
+@pytest.mark.parametrize("target", recipes.RECIPES)
 def test_every_dial_is_a_setting_of_the_recipe(target):
-    recipe = recipes.TARGETS[target].recipe(BUDGET)
+    recipe = recipes.RECIPES[target](BUDGET)
     found = sweep.definition(recipe)
     assert found["method"] == "bayes" and found["metric"]["name"] == sweep.METRIC and len(found["parameters"]) >= 4
     for name, dial in found["parameters"].items():
@@ -42,16 +43,18 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
         report["settings"] |= {"steps": [recipes.describe(step) for step in recipe.steps], "data": "stdlib"}
         place.mkdir(parents=True)
         (place / "report.json").write_text(json.dumps(report))
-        return report
+        return records.report(place)
 
     monkeypatch.setattr(sweep, "run_recipe", run)
     monkeypatch.setattr(
         "sys.argv", ["sweep", "--to", "linear", "--tokens", "2048", "--trials", "3", "--out", str(tmp_path / "out")]
     )
     sweep.main()
-    assert "the best first, by what they write" in capsys.readouterr().out
+    assert "the best first, by generation" in capsys.readouterr().out
     trials = json.loads((tmp_path / "out" / "trials.json").read_text())
-    assert len(trials) == 3 and {sweep.METRIC, "gap/likelihood", "perplexity/ratio", "kl", "dials"} <= set(trials[0])
+    assert len(trials) == 3 and {sweep.METRIC, "gap/likelihood", "perplexity_ratio", "kl_nats", "dials"} <= set(
+        trials[0]
+    )
     assert [recipe.steps[-1].settings.lr for recipe in done] == [trial["dials"]["distill.lr"] for trial in trials]
     assert len({recipe.steps[-1].settings.lr for recipe in done}) == 3
     sweep.main()

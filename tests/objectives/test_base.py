@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.core.errors import UserError
+from convert.core.fields import Range
 from convert.objectives import TERMS, AttentionTerm, CrossEntropy, ForwardKL, Objective, Term
 from convert.objectives.base import name_of
 

@@ -8,18 +8,18 @@ from pydantic import ValidationError
 
 from convert.core.errors import UserError
 from convert.core.fields import Name, Range
-from convert.recipes.base import OneIn
 from convert.recipes.values import rules_of, value_of
+from convert.steps.layers import EveryNth, MostSensitive
 
 SIZE, SHARE = Annotated[int, Range(1, 64)], Annotated[float, Range(0, 1)]
-LAYERS = tuple[Annotated[int, Range(0, 1000)], ...] | OneIn
+LAYERS = tuple[Annotated[int, Range(0, 1000)], ...] | EveryNth | MostSensitive
 
 READ = [
     (int, "12", 12), (int, " -3", -3), (int, "2e5", 200_000), (int, str(2**63 - 1), 2**63 - 1), (SIZE, "64", 64),
     (float, "1e-3", 1e-3), (float, "2", 2.0), (SHARE, "0.5", 0.5), (bool, "true", True), (bool, "False", False),
     (SIZE | None, "none", None), (SIZE | None, "3", 3), (Literal["a", "b"], "b", "b"), (Literal[1, 2], "2", 2),
     (Literal["a", "none"] | None, "none", "none"), (LAYERS, "4,9", (4, 9)), (LAYERS, "4", (4,)), (LAYERS, "none", ()),
-    (LAYERS, "every:6", OneIn(6)), (LAYERS, "auto:6", OneIn(6, measured=True)), (LAYERS, "auto", OneIn(5, True)),
+    (LAYERS, "every:6", EveryNth(6)), (LAYERS, "auto:6", MostSensitive(6)), (LAYERS, "auto", MostSensitive(5)),
     (tuple[Literal["a", "b"], ...], "a,b", ("a", "b")), (Name, "x-1", "x-1"), (str, "4,9", "4,9"),
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ WRONG = [
     (float, "nan", "a finite number"), (float, "inf", "a finite number"), (SHARE, "1.5", "within 0 .. 1"),
     (SHARE | None, "-1", "within 0 .. 1 or none"), (SIZE | None, "", "a whole number or none"),
     (bool, "1", "one of true, false"), (Literal["a", "b"], "c", "one of a, b"), (Name, "../x", "1 to 64 letters"),
-    (LAYERS, "some", "none, or values as 4,9 or every:6, auto or auto:6"), (LAYERS, "0,,1", "a whole number or every:6"),
+    (LAYERS, "some", "none, or values as 4,9 or every:6 or auto or auto:6"), (LAYERS, "0,,1", "a whole number or every:6"),
     (LAYERS, "-1", "within 0 .. 1,000 or every:6"),
 ]  # fmt: skip
 

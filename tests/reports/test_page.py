@@ -15,10 +15,12 @@ from markdown_it import MarkdownIt
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.evaluate import main
-from convert.evaluation import runner as evaluation
-from convert.reports import charts, page, report
+from convert.reports import charts, page, report, scores
+from convert.reports.language import LANGUAGE
 from convert.reports.page import write_page
 from convert.reports.sections import Run
+from convert.runs.evaluation_schemas import Evaluation, Gap, LmEvalScore, Score
+from convert.runs.language_schemas import Context, Continuation, MeasuredContext, Needle
 from experiments import compare
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -28,10 +30,12 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 def told(finished_run):
     """The run, whose student writes what would break a page."""
     found = Run.read(finished_run)
-    nasty = found.report | {
-        "continuations": [{"prompt": "<b>", "teacher": "same one </pre>", "student": "same <script>alert(1)</script>"}]
-    }
-    return dataclasses.replace(found, report=nasty)
+    nasty = Continuation(prompt="<b>", teacher="same one </pre>", student="same <script>alert(1)</script>")
+    return dataclasses.replace(found, report=dataclasses.replace(found.report, continuations=[nasty]))
+
+
+def shown(*runs):
+    return page.page(runs, LANGUAGE)
 
 
 def test_every_run_has_its_page(finished_run):
@@ -50,29 +54,29 @@ def test_every_run_has_its_page(finished_run):
     assert "nan" not in re.sub(r"<[^>]*>", "", text).lower().split() and "undefined" not in text
 
 
-def test_the_table_has_both_readings_and_the_gap(told):
+def test_the_table_has_both_scoring_methods_and_the_gap(told):
     rows = [
-        {
-            "task": "facts",
-            "model": who,
-            "reading": how,
-            "score": 0.5,
-            "low": 0.25,
-            "high": 0.75,
-            "n": 8,
-            "unparsable": 0.125,
-            "stickiness": 0.4,
-            "letters": {"A": 0.5, "B": 0.25, "C": 0.125, "D": 0.0},
-        }
-        for who in ("teacher", "student")
-        for how in ("generation", "likelihood")
+        Score(
+            task="facts",
+            model=model,
+            scoring=scoring,
+            score=0.5,
+            low=0.25,
+            high=0.75,
+            n=8,
+            unparsable=0.125,
+            stickiness=0.4,
+            letters={"A": 0.5, "B": 0.25, "C": 0.125, "D": 0.0},
+        )
+        for model in ("teacher", "student")
+        for scoring in ("generation", "likelihood")
     ]
-    rows[2] |= {"same_text": 0.25, "first_divergence": 3.0}
+    rows[2] = dataclasses.replace(rows[2], same_text=0.25, first_divergence=3.0)
     gaps = [
-        {"task": "facts", "reading": how, "gap": 0.1, "low": -0.004, "high": 0.2, "n": 8}
-        for how in ("generation", "likelihood")
+        Gap(task="facts", scoring=scoring, gap=0.1, low=-0.004, high=0.2, n=8)
+        for scoring in ("generation", "likelihood")
     ]
-    text = page.page([dataclasses.replace(told, evaluation={"rows": rows, "gaps": gaps})])
+    text = shown(dataclasses.replace(told, evaluation=Evaluation(rows=rows, gaps=gaps, models={})))
     cells = [
         "facts",
         "generation",
@@ -97,40 +101,30 @@ def test_a_later_evaluation_is_on_the_page(finished_run, tmp_path, told):
     shutil.copytree(finished_run, mine)
     assert main([str(mine), "--tasks", "names", "--limit", "3"]) == 0
     assert "<td>names</td><td>likelihood</td>" in (text := (mine / "report.html").read_text()) and "<td>3</td>" in text
-    row = {
-        "task": "arc_easy",
-        "model": "student",
-        "reading": "likelihood",
-        "metric": "acc",
-        "score": 0.25,
-        "error": 0.01,
-        "n": 99,
-    }
-    text = page.page([dataclasses.replace(told, evaluation=told.evaluation | {"lm_eval": [row]})])
+    row = LmEvalScore(
+        task="arc_easy", model="student", scoring="likelihood", metric="acc", score=0.25, error=0.01, n=99
+    )
+    text = shown(dataclasses.replace(told, evaluation=dataclasses.replace(told.evaluation, lm_eval=[row])))
     assert "<td>arc_easy</td><td>likelihood</td><td>acc</td><td>99</td><td>student</td><td>0.2500 ± 0.0100</td>" in text
 
 
 def test_what_was_found_of_long_contexts_is_shown(told):
-    assert "Perplexity by the tokens" not in page.page([told]) and "One assignment" not in page.page([told])
+    assert "Perplexity by the tokens" not in shown(told) and "One assignment" not in shown(told)
+    models = ("teacher", "student")
     costs = [
-        {"model": who, "length": n, "tokens_per_s": 10.0, "first_token_s": 0.5}
-        for who in ("teacher", "student")
+        MeasuredContext(model=model, length=n, bytes=9, formula=9, tokens_per_s=10.0, time_to_first_token_s=0.5)
+        for model in models
         for n in (1024, 77_777)
     ]
-    needles = [
-        {"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75}
-        for who in ("teacher", "student")
-    ]
-    seen = {who: {"0": 20.0, "64": 10.0} for who in ("teacher", "student")}
-    text = page.page(
-        [dataclasses.replace(told, context={"costs": costs, "needles": needles, "perplexity_by_position": seen})]
-    )
+    needles = [Needle(model=model, length=512, depth=0.5, generation=0.25, likelihood=0.75) for model in models]
+    seen = {model: {"0": 20.0, "64": 10.0} for model in models}
+    text = shown(dataclasses.replace(told, context=Context(costs=costs, needles=needles, perplexity_by_position=seen)))
     assert "Perplexity by the tokens before" in text and "77,777" in text
     assert "<td>512</td><td>50%</td><td>25% / 75%</td><td>25% / 75%</td>" in text
 
 
 def test_it_needs_nothing_from_outside(told):
-    text = page.page([told])
+    text = shown(told)
     links = set(re.findall(r"""(?:src|href)\s*=\s*["']([^"'#][^"']*)""", text)) | set(
         re.findall(r"url\((?!#)([^)]*)\)", text)
     )
@@ -143,13 +137,13 @@ def test_it_needs_nothing_from_outside(told):
 
 
 def test_what_a_model_writes_is_text(told):
-    text = page.page([told])
+    text = shown(told)
     assert "<script>" not in text and "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in text
     assert "<pre>same one &lt;/pre&gt;<mark></mark></pre>" in text
 
 
 def test_colours_are_the_pages(told):
-    text = page.page([told])
+    text = shown(told)
     assert not re.search(r"#0000(0[12]|1[0-7])\b", text) and "var(--c0)" in text and "var(--ink)" in text
     ids = re.findall(r'\sid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
@@ -171,17 +165,20 @@ def test_a_damaged_file_is_a_sentence(finished_run, tmp_path):
     shutil.copytree(finished_run, mine)
     (mine / "context.json").write_text('{"costs": [')
     with pytest.raises(UserError, match=r"context\.json is damaged: it is not JSON: .* Remove it, and measure again"):
-        write_page([mine], tmp_path / "page.html")
+        write_page([mine], tmp_path / "page.html", LANGUAGE)
 
 
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"A finished run has a report\.json; .* has none"):
-        write_page([tmp_path], tmp_path / "page.html")
+        write_page([tmp_path], tmp_path / "page.html", LANGUAGE)
     assert not (tmp_path / "page.html").exists()
 
 
-NASTY = """"><script>document.title="OWNED"</script><img src=x onerror='document.title="OWNED"'>`|*_[red]$\\foo$ {{7*7}} :boom: \x1b[31m\ud800\n# """
-STRUCTURE = ("reading", "model", "kind", "perplexity_by_position")  # words that are checked, not shown
+NASTY = (
+    """"><script>document.title="OWNED"</script><img src=x onerror='document.title="OWNED"'>`|*_[red]$\\foo$"""
+    " {{7*7}} :boom: \x1b[31m\ud800\n# "
+)
+STRUCTURE = ("scoring", "model", "kind", "perplexity_by_position", "domain")  # words that are checked, not shown
 
 
 def spoilt(found, key=""):
@@ -200,17 +197,17 @@ def hostile(finished_run, tmp_path_factory):
     folder.mkdir()
     found = json.loads((finished_run / "report.json").read_text())
     told = json.loads((finished_run / "evaluation.json").read_text())
-    row = {"task": "a", "model": NASTY, "reading": "likelihood", "metric": "m", "score": 0.25, "error": 0.01, "n": 9}
+    row = {"task": "a", "model": NASTY, "scoring": "likelihood", "metric": "m", "score": 0.25, "error": 0.01, "n": 9}
     letters = {"letters": dict.fromkeys("ABCD", 0.25), "stickiness": 0.7}
     told |= {"lm_eval": [row], "rows": [row | letters for row in told["rows"]]}
-    found["export"] = {"native": {"obstacle": "none"}}
+    found["export"]["native"] = {"obstacle": "none"}
     found["versions"] = {NASTY: "1"}
     found["layers"] = {"kept": [1], "kl_when_edited_alone": [0.5, 0.25]}
     needles = [
         {"model": who, "length": 512, "depth": 0.5, "generation": 0.25, "likelihood": 0.75}
         for who in ("teacher", "student")
     ]
-    for name, content in (("report", found), ("evaluation", told), ("context", {"needles": needles})):
+    for name, content in (("report", found), ("evaluation", told), ("context", {"needles": needles, "version": 2})):
         (folder / f"{name}.json").write_text(json.dumps(spoilt(content)))
     rows = [spoilt(json.loads(line)) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -218,7 +215,7 @@ def hostile(finished_run, tmp_path_factory):
 
 
 def test_no_text_of_a_stranger_becomes_markup_of_the_page(hostile):
-    text = page.page([hostile]) + page.page([hostile, dataclasses.replace(hostile, name="other" + NASTY)])
+    text = shown(hostile) + shown(hostile, dataclasses.replace(hostile, name="other" + NASTY))
     assert text.count("OWNED") > 100
     found = []
     parser = HTMLParser()
@@ -236,21 +233,21 @@ def test_no_text_of_a_stranger_becomes_markup_of_the_page(hostile):
 
 def test_no_text_of_a_stranger_becomes_markup_of_the_report(hostile):
     """As a reader of Markdown that lets HTML through shows it."""
-    written = report.markdown(hostile.report | {"evaluation": hostile.evaluation})
-    shown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(written)
-    assert shown.count("OWNED") > 20 and not re.search(r"<(script|img|a |em>|s>)", shown)
-    assert len(re.findall("<h1>", shown)) == 1 and shown.count("<table>") == 3
-    for row in re.findall(r"<tr>(.*?)</tr>", shown, re.DOTALL):
+    written = report.markdown(dataclasses.replace(hostile.report, evaluation=hostile.evaluation), LANGUAGE)
+    rendered = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(written)
+    assert rendered.count("OWNED") > 20 and not re.search(r"<(script|img|a |em>|s>)", rendered)
+    assert len(re.findall("<h1>", rendered)) == 1 and rendered.count("<table>") == 3
+    for row in re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL):
         assert len(re.findall("<t[hd]", row)) in (6, 9)
     assert "\x1b" not in written
 
 
 def test_no_text_of_a_stranger_moves_the_cursor(hostile):
     console = Console(file=io.StringIO(), width=5000, force_terminal=True, color_system=None)
-    report.show(hostile.report, console)
-    evaluation.show(hostile.evaluation, console)
-    shown = console.file.getvalue()
-    assert "[red]" in shown and ":boom:" in shown and "\x1b[31m" not in shown and "\\x1b[31m" in shown
+    report.show(hostile.report, console, LANGUAGE)
+    scores.show(hostile.evaluation, console)
+    printed = console.file.getvalue()
+    assert "[red]" in printed and ":boom:" in printed and "\x1b[31m" not in printed and "\\x1b[31m" in printed
 
 
 @pytest.mark.parametrize("name", ["a$\\foo$", "_hidden", "$x", "__", "文字", "x" * 3000, "a\nb", "\ud800", ""])
@@ -262,7 +259,9 @@ def test_every_run_is_in_the_legend(name):
 
 PROBE = """<script>
 window.onerror = (message) => { document.title = "ERROR " + message; };
-window.onload = () => { document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth; };
+window.onload = () => {
+  document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth;
+};
 </script>"""
 
 
@@ -272,10 +271,10 @@ window.onload = () => { document.title += " WIDTH " + document.documentElement.s
     [("told", 1100, "light"), ("told", 500, "dark"), ("hostile", 1100, "light"), ("hostile", 500, "dark")],
 )
 def test_a_browser_shows_it(request, run, tmp_path, width, scheme):
-    shown = page.page([request.getfixturevalue(run)]).replace("</head>", PROBE + "</head>")
-    (tmp_path / "page.html").write_text(shown, errors="backslashreplace")
+    text = shown(request.getfixturevalue(run)).replace("</head>", PROBE + "</head>")
+    (tmp_path / "page.html").write_text(text, errors="backslashreplace")
     more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    shown = subprocess.run(
+    opened = subprocess.run(
         [
             BROWSER,
             "--headless",
@@ -292,8 +291,8 @@ def test_a_browser_shows_it(request, run, tmp_path, width, scheme):
         text=True,
         timeout=120,
     )
-    assert "CONSOLE" not in shown.stderr
-    title = re.search(r"<title>(.*?)</title>", shown.stdout, re.DOTALL)[1]
-    assert not title.startswith(("ERROR", "OWNED")) and "<img" not in shown.stdout
+    assert "CONSOLE" not in opened.stderr
+    title = re.search(r"<title>(.*?)</title>", opened.stdout, re.DOTALL)[1]
+    assert not title.startswith(("ERROR", "OWNED")) and "<img" not in opened.stdout
     wide, window = map(int, re.search(r"WIDTH (\d+) OF (\d+)", title).groups())
     assert wide <= window, "nothing sticks out"

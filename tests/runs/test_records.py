@@ -4,14 +4,20 @@ before the page is made."""
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
 from convert.core.errors import UserError
 from convert.evaluate import main
+from convert.evaluation import tasks
 from convert.reports import page
+from convert.reports.language import LANGUAGE
 from convert.reports.sections import Run
-from convert.runs import records, schemas
+from convert.runs import document, evaluation_schemas, records
+from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.keys import VERSION
+from convert.runs.language_schemas import LanguageReport
 
 FILES = ("report.json", "evaluation.json", "metrics.jsonl", "context.json")
 OTHERS = (None, "x", -1, 0, 10**400, 1e308, float("nan"), [], {}, True, "\ud800", [1], {"a": 1}, "")
@@ -24,11 +30,12 @@ def folder(finished_run, tmp_path_factory):
     for name in FILES[:3]:
         shutil.copy(finished_run / name, mine)
     costs = [
-        {"model": who, "length": 1024, "tokens_per_s": 10.0, "first_token_s": 0.5} for who in ("teacher", "student")
+        {"model": model, "length": 1024, "bytes": 9, "formula": 9, "tokens_per_s": 10.0, "time_to_first_token_s": 0.5}
+        for model in ("teacher", "student")
     ]
-    (mine / "context.json").write_text(
-        json.dumps({"costs": costs, "perplexity_by_position": {"teacher": {"0": 2.0}, "student": {"0": 3.0}}})
-    )
+    positions = {"teacher": {"0": 2.0}, "student": {"0": 3.0}}
+    found = {"version": VERSION, "costs": costs, "perplexity_by_position": positions}
+    (mine / "context.json").write_text(json.dumps(found))
     return mine
 
 
@@ -67,11 +74,12 @@ def test_every_part_that_is_missing_or_of_another_type_is_named_or_does_not_matt
                     run = Run.read(folder)
                 except UserError as error:
                     refused += 1
-                    assert str(error).startswith(str(file)) and "is damaged" in str(error) and "\n" not in str(error)
+                    is_said = "is damaged" in str(error) or path == ("version",)
+                    assert str(error).startswith(str(file)) and is_said and "\n" not in str(error)
                     continue
                 if rendered < 2 and draw.random() < 0.1:
                     rendered += 1
-                    assert "</html>" in page.page([run])
+                    assert "</html>" in page.page([run], LANGUAGE)
     finally:
         file.write_text(whole)
     assert refused > len(paths) / 2 - 15
@@ -84,14 +92,15 @@ def test_a_number_outside_its_interval_is_damage_and_rounding_is_none(folder, ro
     for low, high in ((row[key] + 1e-3, row[key] + 1), (row[key] - 1, row[key] - 1e-3)):
         damaged = changed(changed(found, (rows, 0, "low"), low), (rows, 0, "high"), high)
         with pytest.raises(UserError, match=rf"^x is damaged: {rows}\.0: {key} is not within low and high\. y$"):
-            records.checked(damaged, schemas.Evaluation, "x", "y")
+            records.checked(damaged, Evaluation, "x", "y")
     rounded = records.checked(
         changed(changed(found, (rows, 0, "low"), row[key] + 1e-15), (rows, 0, "high"), row[key]),
-        schemas.Evaluation,
+        Evaluation,
         "x",
         "y",
     )
-    assert rounded[rows][0]["low"] <= rounded[rows][0][key] <= rounded[rows][0]["high"]
+    row = getattr(rounded, rows)[0]
+    assert row.low <= getattr(row, key) <= row.high
 
 
 def test_the_way_out_names_the_key_and_what_writes_the_file_again(folder):
@@ -108,7 +117,7 @@ def test_the_way_out_names_the_key_and_what_writes_the_file_again(folder):
     ):
         with pytest.raises(UserError, match=words):
             records.checked(
-                changed(found, path, how), schemas.Report, "report.json", "Repeat the run's convert.run command."
+                changed(found, path, how), LanguageReport, "report.json", "Repeat the run's convert.run command."
             )
 
 
@@ -152,3 +161,49 @@ def test_a_flipped_bit_in_a_finished_run_is_named_and_its_evaluation_stays(finis
         assert command() == 2
         assert f"{mine / name} is not what was written" in capsys.readouterr().err
     assert (mine / "evaluation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, way_out",
+    [
+        ("report.json", "Start the run again with --fresh"),
+        ("evaluation.json", "Remove it, and evaluate again"),
+        ("answers.jsonl", "Remove it: the examples are evaluated again"),
+        ("context.json", "Remove it, and measure again"),
+    ],
+)
+def test_a_file_of_an_older_layout_is_told_in_a_sentence(finished_run, folder, tmp_path, name, way_out):
+    read = {"report.json": records.report, "evaluation.json": records.evaluation, "context.json": records.context}
+    source = folder if name == "context.json" else finished_run
+    rows = [json.loads(line) for line in (source / name).read_text().splitlines()] if name == "answers.jsonl" else None
+    found = rows[0] if rows else json.loads((source / name).read_text())
+    del found["version"]
+    (tmp_path / name).write_text(json.dumps(found) + "\n")
+    with pytest.raises(UserError) as error:
+        if name == "answers.jsonl":
+            list(records.rows(tmp_path / name, evaluation_schemas.AnswerRow))
+        else:
+            read[name](tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / name} was written by another version of this project (its layout is 1, and")
+    assert way_out in said and "\n" not in said
+
+
+def test_the_document_of_the_keys_is_up_to_date():
+    """Every key that a run writes is in it."""
+    file = Path(document.__file__).parents[2] / "docs" / "REPORT.md"
+    assert file.read_text(encoding="utf-8") == document.document(), "python -m convert.runs.document > docs/REPORT.md"
+
+
+def test_what_a_run_writes_is_documented(finished_run):
+    said = (Path(document.__file__).parents[2] / "docs" / "REPORT.md").read_text(encoding="utf-8")
+    for name in ("report.json", "evaluation.json", "metrics.jsonl", "generations.jsonl", "answers.jsonl"):
+        part = said.split(f"## {name}\n")[1].split("\n## ")[0]
+        first = (finished_run / name).read_text().splitlines()[0] if name.endswith("l") else None
+        found = json.loads(first or (finished_run / name).read_text())
+        layers = {key for key in found if key.startswith(("weights/layer_", "gradients/layer_"))}
+        assert not [key for key in found.keys() - layers if f"| `{key}` |" not in part], name
+
+
+def test_letters_are_those_of_the_tasks():
+    assert evaluation_schemas.LETTERS == tasks.LETTERS

@@ -11,7 +11,8 @@ import pytest
 import wandb
 
 from convert.core.errors import UserError
-from convert.runs import wandb_sink as dashboard
+from convert.runs import wandb_sink
+from convert.runs.evaluation_schemas import Evaluation, Gap, Score
 from convert.runs.tracking import Track
 
 
@@ -87,8 +88,8 @@ def test_runs_are_tracked_under_any_name(tmp_path, capsys):
         assert track.dashboard is not None and track.dashboard.run is not None, name
         track.close()
     assert "W&B failed" not in capsys.readouterr().out
-    assert len({dashboard._plain(name) for name in NAMES}) == len(NAMES) and all(
-        0 < len(dashboard._plain(name)) <= 64 for name in NAMES
+    assert len({wandb_sink._plain(name) for name in NAMES}) == len(NAMES) and all(
+        0 < len(wandb_sink._plain(name)) <= 64 for name in NAMES
     )
 
 
@@ -112,7 +113,7 @@ def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, ca
         return start(mode=mode, **rest)
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(dashboard, "answers", lambda address: answers)
+    monkeypatch.setattr(wandb_sink, "answers", lambda address: answers)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     track = Track(tmp_path, mode=None, config={}, name="x")
     track.enter("align")
@@ -129,7 +130,7 @@ def test_without_an_answer_from_wandb_a_run_is_offline(tmp_path, monkeypatch, ca
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_that_takes_connections_and_says_nothing_costs_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setitem(dashboard.PATIENCE, "init_timeout", 2)
+    monkeypatch.setitem(wandb_sink.PATIENCE, "init_timeout", 2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
         track = Track(tmp_path, mode=None, config={}, name="x")
@@ -177,18 +178,16 @@ def test_stages_are_runs_with_tables_artifacts_and_the_page(tmp_path):
         track.made(f"after {stage}"[-5:], {"architecture": "linear"})
     track.enter("evaluate")
     track.made("def", {"architecture": "mamba"}, tmp_path / "model")
-    row = {
-        "task": "names",
-        "model": "student",
-        "reading": "generation",
-        "score": 0.5,
-        "low": 0.2,
-        "high": 0.7,
-        "n": 4,
-        "unparsable": 0.0,
-    }
-    found = {"rows": [row], "gaps": [{"task": "names", "reading": "generation", "gap": 0.1}]}
-    track.finish(found, tmp_path / "report.html", {"perplexity": 1.1})
+    rows = [
+        Score(task="names", model=model, scoring=scoring, score=0.5, low=0.2, high=0.7, n=4, unparsable=0.0)
+        for model in ("teacher", "student")
+        for scoring in ("generation", "likelihood")
+    ]
+    gaps = [
+        Gap(task="names", scoring=scoring, gap=0.1, low=0.0, high=0.2, n=4) for scoring in ("generation", "likelihood")
+    ]
+    found = Evaluation(rows=rows, gaps=gaps, models={})
+    track.finish(found, tmp_path / "report.html", {"perplexity_ratio": 1.1})
     track.close()
     files = {file.stem.split("-")[-1]: file for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
     assert set(files) == {"align", "distill", "evaluate"}
@@ -197,9 +196,9 @@ def test_stages_are_runs_with_tables_artifacts_and_the_page(tmp_path):
     assert (
         evaluated["gap/names/generation"] == 0.1
         and evaluated["score/names/generation/student"] == 0.5
-        and evaluated["perplexity"] == 1.1
+        and evaluated["perplexity_ratio"] == 1.1
     )
-    assert evaluated["evaluation"]["nrows"] == 1 and evaluated["report"]["_type"] == "html-file"
+    assert evaluated["evaluation"]["nrows"] == 4 and evaluated["report"]["_type"] == "html-file"
     table = json.loads((files["distill"].parent / "files" / distilled["generations"]["path"]).read_text())
     column = table["columns"].index("student")
     # the history stays

@@ -32,8 +32,8 @@ class Task:
     there are. `parse` finds the answer in a generated text, None if there is none.
 
     `stop` says where generation ends, if not at `max_new_tokens` or the model's own end. In a `chat` the prompt is a
-    user's message, for models that have a chat template. In a `lettered` task the answer is the letter of an option, and
-    every example comes in four orders of its options."""
+    user's message, for models that have a chat template. In a `lettered` task the answer is the letter of an option,
+    and every example comes in four orders of its options."""
 
     name: str
     about: str

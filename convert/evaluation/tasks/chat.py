@@ -86,7 +86,8 @@ def _entity(rng: random.Random) -> tuple[str, str, list[str]]:
 
 def _facts(count: int, seed: int) -> list[Item]:
     """Make every example in four orders: each option stands once at each letter."""
-    rng, items, asked = random.Random(f"facts {seed}"), [], set()
+    rng, items = random.Random(f"facts {seed}"), []
+    asked: set[str] = set()
     kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
     for attempt in range(20 * count):
         number = len(asked)
@@ -108,7 +109,8 @@ def _facts(count: int, seed: int) -> list[Item]:
 
 
 def letter(text: str) -> str | None:
-    """Find the letter that the text calls the answer, begins with, or says later; "a" is one where there is nothing else."""
+    """Find the letter that the text calls the answer, begins with, or says later; "a" is one where there is nothing
+    else."""
     alone = text.strip(" \n\t.()*\"'")
     if len(alone) == 1 and alone in "abcd":
         return alone.upper()
@@ -117,7 +119,9 @@ def letter(text: str) -> str | None:
 
 
 def _sums(count: int, seed: int) -> list[Item]:
-    rng, items, asked = random.Random(f"sums {seed}"), [], set()
+    rng = random.Random(f"sums {seed}")
+    items: list[Item] = []
+    asked: set[tuple[int, str, int]] = set()
     for _ in range(20 * count):
         number = len(items)
         if number == count:
@@ -161,7 +165,9 @@ def _result(text: str) -> str | None:
 
 def _forms(count: int, seed: int) -> list[Item]:
     """Ask for an exact form of common words: capitals, repetition, order, a list, JSON."""
-    rng, items, asked = random.Random(f"forms {seed}"), [], set()
+    rng = random.Random(f"forms {seed}")
+    items: list[Item] = []
+    asked: set[str] = set()
     for attempt in range(20 * count):
         number = len(items)
         if number == count:

@@ -74,7 +74,7 @@ def _names(count: int, seed: int) -> list[Item]:
 
 def _apart(names: list[str]) -> list[str]:
     """The names but for those that begin with, or begin, one before them."""
-    kept = []
+    kept: list[str] = []
     for name in names:
         if not any(name.startswith(other) or other.startswith(name) for other in kept):
             kept.append(name)

@@ -9,7 +9,9 @@ from convert.evaluation.tasks.code import unseen
 
 NUMBER = re.compile(r"\s*(-?\d+)")
 LISTED = re.compile(r"([^\])]*)[\])]")
-KNOWN = "name value path text data list key item file line type result message string object index size count time args".split()
+KNOWN = (
+    "name value path text data list key item file line type result message string object index size count time args"
+).split()
 NEEDLE_LENGTHS = (500, 1000, 2000, 4000)  # characters
 DEPTHS = (0.1, 0.5, 0.9)
 

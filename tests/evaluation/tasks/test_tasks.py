@@ -7,9 +7,9 @@ from convert.evaluation.tasks.chat import letter
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_every_task_asks_fair_questions(task):
+def test_every_task_has_fair_examples(task):
     items = task.items(40, 0)
-    assert len({item.question for item in items}) == 40 and len({item.prompt for item in items}) == len(items)
+    assert len({item.example for item in items}) == 40 and len({item.prompt for item in items}) == len(items)
     for item in items:
         assert len(set(item.choices)) == 4
         assert not any(a != b and b.startswith(a) for a in item.choices for b in item.choices)
@@ -21,7 +21,7 @@ def test_every_task_asks_fair_questions(task):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_seed_decides_the_questions(task):
+def test_a_seed_decides_the_examples(task):
     assert task.items(12, 3) == task.items(12, 3) != task.items(12, 4)
 
 
@@ -36,42 +36,83 @@ def test_names_and_brackets_come_from_files_that_no_training_sees():
 def test_options_stand_once_at_each_letter():
     items = TASKS["facts"].items(8, 0)
     for question in range(8):
-        rotations = [item for item in items if item.question == question]
+        rotations = [item for item in items if item.example == question]
         assert sorted(item.answer for item in rotations) == list(LETTERS)
 
 
 @pytest.mark.parametrize(
-    "text, said",
-    [("B", "B"), (" b.", "B"), ("**C**", "C"), ("The correct answer is: D. Because", "D"), ("(A) Europe", "A"), ("Africa", None), ("", None), ("E", None),
-     ("'B'", "B"), ("The answer is 'B'.", "B"), ("B because Cairo is there", "B"), ("The correct answer is B because", "B"), ("I would choose B", "B"),
-     ("A is wrong, the answer is C", "C"), ("A river", None), ("A because of it", "A"), ("C'est la vie", None), ("Answer with A", None)],
-)  # fmt: skip
-def test_letters_are_found(text, said):
-    assert letter(text) == said
+    "text, prediction",
+    [
+        ("B", "B"),
+        (" b.", "B"),
+        ("**C**", "C"),
+        ("The correct answer is: D. Because", "D"),
+        ("(A) Europe", "A"),
+        ("Africa", None),
+        ("", None),
+        ("E", None),
+        ("'B'", "B"),
+        ("The answer is 'B'.", "B"),
+        ("B because Cairo is there", "B"),
+        ("The correct answer is B because", "B"),
+        ("I would choose B", "B"),
+        ("A is wrong, the answer is C", "C"),
+        ("A river", None),
+        ("A because of it", "A"),
+        ("C'est la vie", None),
+        ("Answer with A", None),
+    ],
+)
+def test_letters_are_found(text, prediction):
+    assert letter(text) == prediction
 
 
 @pytest.mark.parametrize(
-    "task, text, said",
+    "task, text, prediction",
     [
-        ("sums", "17 + 25 = 42", "42"), ("sums", "The answer is 42.", "42"), ("sums", "17 and 25", None), ("sums", "The sum of 17 and 25 is 42.", "42"),
-            ("sums", "\u22125", "-5"), ("sums", "42.0", "42"), ("sums", "4.5", None), ("facts", "Answer: B", "B"), ("facts", "a list", None),
-            ("facts", "The right option is B.", "B"), ("facts", "(c)", "C"), ("facts", "A good choice is B", "B"), ("facts", "D Asia", "D"),
-            ("forms", '{"name":"x"}', '{"name": "x"}'), ("forms", "a;b ; c", "a; b; c"), ("sums", "-3", "-3"), ("sums", "5-8 = - 3", "-3"), ("sums", "\u20132", "-2"), ("sums", "17 \u2013 25 = \u22128", "-8"),
-        ("keys", " 47", "47"), ("keys", "x", None), ("brackets", "))", "))"), ("brackets", "x)", None),
-        ("indentation", "\n        return", "8"), ("indentation", "\n\nclass", "0"), ("indentation", " + 1", None),
-        ("copying", " a, b)", "a, b"), ("copying", " a, b", None), ("names", " self.x", "self"), ("names", ")", None), ("forms", " \n", None),
+        ("sums", "17 + 25 = 42", "42"),
+        ("sums", "The answer is 42.", "42"),
+        ("sums", "17 and 25", None),
+        ("sums", "The sum of 17 and 25 is 42.", "42"),
+        ("sums", "\u22125", "-5"),
+        ("sums", "42.0", "42"),
+        ("sums", "4.5", None),
+        ("facts", "Answer: B", "B"),
+        ("facts", "a list", None),
+        ("facts", "The right option is B.", "B"),
+        ("facts", "(c)", "C"),
+        ("facts", "A good choice is B", "B"),
+        ("facts", "D Asia", "D"),
+        ("forms", '{"name":"x"}', '{"name": "x"}'),
+        ("forms", "a;b ; c", "a; b; c"),
+        ("sums", "-3", "-3"),
+        ("sums", "5-8 = - 3", "-3"),
+        ("sums", "\u20132", "-2"),
+        ("sums", "17 \u2013 25 = \u22128", "-8"),
+        ("keys", " 47", "47"),
+        ("keys", "x", None),
+        ("brackets", "))", "))"),
+        ("brackets", "x)", None),
+        ("indentation", "\n        return", "8"),
+        ("indentation", "\n\nclass", "0"),
+        ("indentation", " + 1", None),
+        ("copying", " a, b)", "a, b"),
+        ("copying", " a, b", None),
+        ("names", " self.x", "self"),
+        ("names", ")", None),
+        ("forms", " \n", None),
     ],
-)  # fmt: skip
-def test_answers_are_found(task, text, said):
-    assert TASKS[task].parse(text) == said
+)
+def test_answers_are_found(task, text, prediction):
+    assert TASKS[task].parse(text) == prediction
 
 
 @pytest.mark.parametrize("name, there", [("facts", 400), ("sums", 1000), ("forms", 81)])
-def test_no_question_is_asked_twice_and_all_are_found(name, there):
+def test_no_example_comes_twice_and_all_are_found(name, there):
     items = TASKS[name].items(1000, 0)
-    asked = {item.question: item.prompt.split("\n")[0] for item in items}
+    asked = {item.example: item.prompt.split("\n")[0] for item in items}
     assert len(set(asked.values())) == len(asked) >= there
-    assert len({item.question for item in TASKS[name].items(48, 0)}) == 48
+    assert len({item.example for item in TASKS[name].items(48, 0)}) == 48
 
 
 def test_every_city_is_in_one_part_of_the_world():

@@ -1,9 +1,9 @@
-"""Does lm-evaluation-harness give the scores that our readers give, on the same questions?
+"""Does lm-evaluation-harness give the scores that our scoring methods give, on the same examples?
 
-    python -m experiments.same_scores smollm2-135m --tasks sums,facts,forms,names
+    python -m experiments.lm_eval_parity smollm2-135m --tasks sums,facts,forms,names
 
-Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each reading; answers are parsed by our
-function), which `python -m convert.evaluate MODEL --lm-eval FOLDER` takes too."""
+Our tasks are written as a folder of local tasks (YAML and JSONL, one task for each scoring method; answers are parsed
+by our function), which `python -m convert.evaluate MODEL --lm-eval FOLDER` takes too."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ from convert.evaluation.scoring import cut
 from convert.evaluation.tasks import TASKS
 
 
-def right(name):
+def scored(name):
     task = TASKS[name]
     return lambda doc, results: {"exact_match": float(task.parse(cut(results[0], task.stop)) == doc["answer"])}
 
@@ -61,7 +61,7 @@ def write_local_tasks(tasks: list[Task], folder: Path, limit: int, seed: int = 0
     """Two tasks of lm-evaluation-harness for each of ours: NAME_generation and NAME_likelihood."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "answers.py").write_text(
-        ANSWERS + "".join(f'{task.name} = right("{task.name}")\n' for task in tasks), encoding="utf-8"
+        ANSWERS + "".join(f'{task.name} = scored("{task.name}")\n' for task in tasks), encoding="utf-8"
     )
     for task in tasks:
         data = (folder / f"{task.name}.jsonl").resolve()
@@ -70,43 +70,41 @@ def write_local_tasks(tasks: list[Task], folder: Path, limit: int, seed: int = 0
             for i in task.items(limit, seed)
         ]
         write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
-        for reading, text in (("likelihood", LIKELIHOOD), ("generation", GENERATION)):
-            (folder / f"{task.name}_{reading}.yaml").write_text(
+        for scoring, text in (("likelihood", LIKELIHOOD), ("generation", GENERATION)):
+            (folder / f"{task.name}_{scoring}.yaml").write_text(
                 text.format(name=task.name, data=data, tokens=task.max_new_tokens), encoding="utf-8"
             )
 
 
 def compare(model: str, tasks: str | None, limit: int, folder: Path) -> list[tuple[str, str, float, float]]:
-    """(task, reading, our score, theirs)."""
+    """Rows of task, scoring method, our score, and the harness's."""
     loaded = load_teacher(model)
-    asked = chosen(tasks, loaded.tokenizer)
-    kinds = {task.chat for task in asked}
-    found = []
-    for chat in kinds:  # the harness asks all tasks of a call in the template, or none
-        some = [task for task in asked if task.chat is chat]
+    selected = chosen(tasks, loaded.tokenizer)
+    found: list[tuple[str, str, float, float]] = []
+    for chat in {task.chat for task in selected}:  # the harness uses the template for all tasks of a call, or for none
+        some = [task for task in selected if task.chat is chat]
         write_local_tasks(some, folder / ("chat" if chat else "plain"), limit)
-        ours = evaluate_tasks({"teacher": loaded.model}, loaded.tokenizer, some, limit=limit)["rows"]
-        theirs = run_harness(
+        ours = evaluate_tasks({"teacher": loaded.model}, loaded.tokenizer, some, limit=limit).rows
+        rows = run_harness(
             {"teacher": loaded.model}, loaded.tokenizer, str(folder / ("chat" if chat else "plain")), chat=chat
         )
-        theirs = {row["task"]: row["score"] for row in theirs}
-        found += [
-            (row["task"], row["reading"], row["score"], theirs[f"{row['task']}_{row['reading']}"]) for row in ours
-        ]
+        theirs = {row.task: row.score for row in rows}
+        found += [(row.task, row.scoring, row.score, theirs[f"{row.task}_{row.scoring}"]) for row in ours]
     return found
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tasks")
     parser.add_argument("--limit", type=whole_number(1, 100_000), default=48)
-    parser.add_argument("--out", type=Path, default=Path("runs/same-scores"))
+    parser.add_argument("--out", type=Path, default=Path("runs/lm-eval-parity"))
     args = parser.parse_args()
-    table = Table("task", "reading", "ours", "lm-evaluation-harness", "", title=args.model, title_justify="left")
-    for task, reading, ours, theirs in compare(args.model, args.tasks, args.limit, args.out):
+    table = Table("task", "scoring", "ours", "lm-evaluation-harness", "", title=args.model, title_justify="left")
+    for task, scoring, ours, theirs in compare(args.model, args.tasks, args.limit, args.out):
         table.add_row(
-            task, reading, f"{ours:.6f}", f"{theirs:.6f}", "same" if abs(ours - theirs) < 1e-12 else "DIFFERENT"
+            task, scoring, f"{ours:.6f}", f"{theirs:.6f}", "same" if abs(ours - theirs) < 1e-12 else "DIFFERENT"
         )
     Console().print(table)
 
