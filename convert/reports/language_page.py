@@ -5,11 +5,10 @@ from os.path import commonprefix
 from typing import Any
 
 from convert.core.console import duration, size
-from convert.evaluation.tasks.base import LETTERS
 from convert.reports import charts
 from convert.reports.scores import findings
 from convert.reports.sections import Card, Chart, PageSection, Run, Table, Texts
-from convert.runs.evaluation_schemas import Gap, Score
+from convert.runs.evaluation_schemas import LETTERS, Gap, Score
 from convert.runs.keys import MODELS, SCORINGS, ModelName
 from convert.runs.language_schemas import LENGTH, ContextCost, LanguageReport
 

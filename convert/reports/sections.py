@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 from markupsafe import Markup
 
 from convert.core.console import visible
-from convert.mixers.base import Context
 from convert.runs import records
 from convert.runs.evaluation_schemas import Evaluation
+from convert.runs.language_schemas import Context
 from convert.runs.schemas import MetricRow, Report
 
 R = TypeVar("R", bound=Report)

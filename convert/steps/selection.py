@@ -12,13 +12,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
-from convert.evaluation.perplexity import HEAD_CHUNK
+
 from convert.mixers.families import attention_name
 from convert.models.access import hidden_states, layer_outputs, layers_of
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import forward_kl
 
+HEAD_CHUNK = 512  # tokens whose logits are held at once
 Parts = Mapping[
     int, tuple[nn.Module, dict | None]
 ]  # layer -> what is in the place of attention, and its entry in the configuration

@@ -66,7 +66,7 @@ def test_a_class_reads_its_own_text_and_says_its_own_sentence():
         rules_of(caught.value, "--set x")
     with pytest.raises(ValidationError) as caught:
         value_of(LAYERS, "every:1")
-    with pytest.raises(UserError, match="OneIn: every must be within 2"):
+    with pytest.raises(UserError, match="EveryNth: n must be within 2"):
         rules_of(caught.value, "--set")
 
 
