@@ -1,0 +1,174 @@
+"""A run that was killed, stopped or damaged goes on, or says in one sentence why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.exporting import verify
+from convert.run import main
+from convert.runs import checkpoint, tracking
+from convert.runs.ledger import locked
+from tests.e2e.conftest import command, weights
+
+
+def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
+    """Run the command in a forked process that kills itself, as by SIGKILL, at an instant; the signal it died of."""
+    child = os.fork()
+    if child == 0:
+        die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        if instant == "before a checkpoint's rename":
+            monkeypatch.setattr(
+                checkpoint.torch, "save", lambda state, file: (file.write(b"half"), file.flush(), die())
+            )
+        elif instant == "after a checkpoint":
+            save = checkpoint.StepFolder.save
+            monkeypatch.setattr(
+                checkpoint.StepFolder, "save", lambda self, step, state: (save(self, step, state), step == 2 and die())
+            )
+        elif instant == "after the weights, before DONE":
+            write = checkpoint.write_json
+            monkeypatch.setattr(
+                checkpoint,
+                "write_json",
+                lambda path, content: die() if path.parent.name == "4-distill" else write(path, content),
+            )
+        elif instant == "between two steps":
+            drop = checkpoint.StepFolder.drop_weights
+            monkeypatch.setattr(
+                checkpoint.StepFolder,
+                "drop_weights",
+                lambda self: die() if self.folder.name == "1-align" else drop(self),
+            )
+        elif instant == "in the export":
+            monkeypatch.setattr(verify, "export", die)
+        main(arguments)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def keys(found, path=""):
+    """Of everything in it, with where it is."""
+    inside = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    return {path}.union(*(keys(value, f"{path}.{key}") for key, value in inside))
+
+
+INSTANTS = [
+    "before a checkpoint's rename",
+    "after a checkpoint",
+    "after the weights, before DONE",
+    "between two steps",
+    "in the export",
+]
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_killed_and_repeated_is_bit_identical(instant, teacher, text, tmp_path, monkeypatch):
+    every_step = ["--set", "align.save_every=0", "--set", "distill.save_every=0"]
+    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
+    arguments = command(teacher, text, tmp_path / "killed", *every_step)
+    assert killed_at(instant, arguments, monkeypatch) == signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    assert main(arguments) == 0
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert straight.keys() == resumed.keys()
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("straight", "killed")]
+    assert keys(reports[0]) == keys(reports[1])  # a resumed run tells the same, no more and no less
+    left = [
+        {str(file.relative_to(tmp_path / run)) for file in (tmp_path / run / "steps").rglob("*")}
+        for run in ("straight", "killed")
+    ]
+    assert left[0] == left[1] and len([name for name in left[0] if name.endswith("student")]) == 1
+    losses = [
+        [json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("straight", "killed")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatch, capsys):
+    log = tracking.Track.log
+    monkeypatch.setattr(
+        tracking.Track, "log", lambda self, *a: (log(self, *a), a[0] == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    )
+    assert main(command(teacher, text, tmp_path / "run")) == 130
+    assert "Stopped at step 2 of 3; it is saved. The same command goes on from there." in capsys.readouterr().err
+    assert (tmp_path / "run" / "steps" / "1-align" / "checkpoint-2.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the caller's again
+
+
+def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(teacher, text, out)) == 0
+    before = (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns
+    assert main(command(teacher, text, out)) == 0
+    assert (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(command(teacher, text, out, "--set", "distill.lr=0.5")) == 2
+    error = capsys.readouterr().err
+    assert "steps.distill.settings.lr: 0.002 -> 0.5" in error and "--fresh" in error
+    assert main(command(teacher, text, out, "--set", "distill.lr=0.5", "--fresh")) == 0
+    assert (tmp_path / "run.old-1" / "report.json").exists()
+
+
+def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch, capsys):
+    every_step = ["--set", "distill.save_every=0"]
+    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
+    arguments = command(teacher, text, tmp_path / "run", *every_step)
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    newest = tmp_path / "run" / "steps" / "4-distill" / "checkpoint-2.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert main(arguments) == 0
+    assert "damaged" in capsys.readouterr().out
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def test_another_teacher_under_the_same_name_is_refused(teacher, text, tmp_path, capsys):
+    mine = tmp_path / "teacher"
+    shutil.copytree(teacher, mine)
+    assert main(command(mine, text, tmp_path / "run", to="linear")) == 0
+    weights = load_file(mine / "model.safetensors")
+    next(iter(weights.values())).add_(0.01)
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    assert main(command(mine, text, tmp_path / "run", to="linear")) == 2
+    assert "teacher_fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("DONE", "is damaged. Start again with --fresh"),
+        ("student/model.safetensors", "are damaged"),
+        ("student/config.json", "are damaged"),
+    ],
+)
+def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys):
+    arguments = command(teacher, text, tmp_path / "run", to="linear")
+    assert main(arguments) == 0
+    file = tmp_path / "run" / "steps" / "2-distill" / name
+    whole = bytearray(file.read_bytes())
+    if file.suffix == ".safetensors":
+        whole[-20] ^= 1  # one bit of a weight
+    else:
+        del whole[len(whole) // 2 :]
+    file.write_bytes(whole)
+    assert main(arguments) == 2
+    assert words in (error := capsys.readouterr().err) and "defect" not in error
+
+
+def test_one_process_at_a_time(teacher, text, tmp_path, capsys):
+    arguments = command(teacher, text, tmp_path / "run", to="linear")
+    assert main(arguments) == 0
+    with locked(tmp_path / "run"):
+        for more in ([], ["--fresh"]):
+            assert main([*arguments, *more]) == 2
+            assert "another one holds" in capsys.readouterr().err
+    assert main(arguments) == 0
