@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from convert.evaluation import perplexity as measure
+from convert.evaluation.perplexity import perplexity
 from convert.mixers import MIXERS
 from convert.mixers.base import StateSize
 from convert.models.student import swap
 from tests.conftest import FAMILIES, options_of, tiny_teacher
+from tests.training.stages import batches
 
 KV_BYTES = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 in float32, per layer and token
 LENGTHS = (1, 20, 100)

@@ -11,9 +11,9 @@ from rich.console import Console
 from convert import recipes
 from convert.core.console import size
 from convert.models.loading import TEACHERS, read_config, resolve
-from convert.planning import plan as planning
 from convert.objectives import AttentionTerm, Objective
 from convert.objectives.divergences import cross_entropy
+from convert.planning import plan as planning
 from convert.planning.plan import make_plan
 
 
