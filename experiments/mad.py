@@ -67,7 +67,7 @@ PAPER = Effort(128, (1e-4, 5e-4, 1e-3), (0.0, 0.1), epochs=200)
 class Model(nn.Module):
     """Two blocks; for compression a decoder that sees the last state and a position."""
 
-    def __init__(self, mixer: str, vocab: int, decodes: int | None, length: int):
+    def __init__(self, mixer: str, vocab: int, decodes: int | None, length: int) -> None:
         super().__init__()
         config = AutoConfig.for_model(
             "llama",

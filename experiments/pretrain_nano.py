@@ -176,6 +176,7 @@ class Folder:
 def pretrain(out: Path, tokens: int, data: TokenData) -> GPTNeoXForCausalLM:
     """The trained model, which is then in OUT/model; goes on from where an earlier call stopped."""
     settings, finished = settings_of(tokens), out / "model"
+    out.mkdir(parents=True, exist_ok=True)
     if finished.exists():
         seen = json_lines.read(out / "metrics.jsonl")[-1]["tokens"]
         if seen != settings.num_steps * BATCH_TOKENS:
@@ -198,7 +199,6 @@ def main() -> None:
     parser.add_argument("--install", action="store_true")
     args = parser.parse_args()
     tokens = number_of_tokens(args.tokens)
-    args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(args.out)
     data = tokenize(corpus("stdlib"), tokenizer)
     print(

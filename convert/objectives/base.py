@@ -180,7 +180,7 @@ class Objective:
 class LiveObjective(nn.Module):
     """An objective at work in one stage: its parameters and buffers are those that the terms own."""
 
-    def __init__(self, objective: Objective, student: nn.Module, teacher: nn.Module | None):
+    def __init__(self, objective: Objective, student: nn.Module, teacher: nn.Module | None) -> None:
         super().__init__()
         self.terms = objective.terms
         owned = {term.name: term.build(student, teacher) for _, term in self.terms}

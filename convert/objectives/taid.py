@@ -29,7 +29,7 @@ class Interpolation(nn.Module):
     previous_loss: Tensor
     momentum: Tensor
 
-    def __init__(self, t_start: float):
+    def __init__(self, t_start: float) -> None:
         super().__init__()
         for name, value in (("t", t_start), ("previous_loss", math.inf), ("momentum", 0.0)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64, device="cpu"))

@@ -48,7 +48,8 @@ def align(
                 with torch.enable_grad(), autocast(x.device, settings.precision):
                     y, _ = slots[layer].mixer(x, Context(*kwargs["position_embeddings"], None, documents))
                     loss = objective.on_attention(y.float(), output[0].float(), scale)
-                backward(loss)
+                if loss.requires_grad:  # in a hybrid, nothing of a layer may be trained
+                    backward(loss)
                 losses.append(loss.detach())
 
             return hook

@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
-from experiments.mad import PAPER, REDUCED
+from convert.objectives import Objective
+from experiments.mad import PAPER, REDUCED, Effort, Model, Schedule, learn
 from experiments.mad_tasks import (
     IGNORED,
     NOISY,
@@ -95,3 +97,32 @@ def test_the_dictionary_is_the_same_in_training_and_test():
 def test_compression_asks_for_everything():
     inputs, targets = compression(rng(), 5, SHORT, True)
     assert (inputs == targets).all() and (inputs[:, -1] == 15).all()
+
+
+@pytest.mark.parametrize("name", ["compression", "selective copying", "memorisation"])
+def test_learning_is_repeatable_and_lowers_the_loss(name):
+    """With a decoder of its own, and with targets that are masked."""
+    task, effort = TASKS[name], Effort(16, (2e-3,), (0.0,), epochs=3)
+    d = dataclasses.replace(task.reduced, examples=40, seq_len=16, copied=4)  # the last batch of an epoch is shorter
+    inputs, targets = task.make(rng(), d.examples, d, False)
+    losses = []
+    for epochs in (0, 3, 3):
+        torch.manual_seed(0)
+        model = Model("mamba2", d.vocab, 16 if name == "compression" else None, 16)
+        if epochs:
+            learn(model, inputs, targets, effort, 2e-3, 0.1)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(inputs).long())
+        expected = torch.from_numpy(np.ascontiguousarray(targets)).long()
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), expected.flatten()).item())
+    assert losses[1] == losses[2] < losses[0]
+
+
+def test_the_rate_falls_by_a_cosine_as_in_torch():
+    settings = Schedule(100, 1e-3, Objective.of("cross_entropy"), "everything", 2, 2, 2)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, 1e-6)
+    for step in range(50):
+        assert settings.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        schedule.step()
