@@ -1,5 +1,6 @@
-"""A hybrid of two mixers, with one layer that keeps its attention: starting from one, its cache by formula, its plan. What
-every student promises is tested with hybrids, too, beside the students of one mixer."""
+"""A hybrid of two mixers, with one layer that keeps its attention: its start, its cache by formula, its plan.
+
+What every student promises is tested with hybrids, too, beside the students of one mixer."""
 
 import pytest
 import torch
@@ -76,7 +77,6 @@ def test_each_layer_is_read_by_its_own_start(mixer):
             assert torch.equal(STARTS[name].projections(again).q, found.q)
 
 
-@torch.no_grad()
 def test_a_hybrid_is_a_teacher():
     """Every layer starts from what it has; the plan refuses only what cannot be replaced."""
     student, ids = student_of("llama", "mamba2+gate-swa", (0, 2)), token_ids()
