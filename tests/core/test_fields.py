@@ -232,7 +232,7 @@ WRONG_CALLS = {
     "a step before the first": lambda: Batches(SOME, 16, 1)(-1),
     "layer 99": lambda: swap(tiny_teacher("llama"), "mamba", layers=(99,)),
     "layer -1": lambda: swap(tiny_teacher("llama"), "mamba", layers=(-1,)),
-    "inputs of no layer": lambda: swap(tiny_teacher("llama"), "mamba", inputs=[]),
+    "statistics of no layer": lambda: swap(tiny_teacher("llama"), "mamba", stats=[]),
     "options as a dictionary": lambda: swap(tiny_teacher("llama"), "mamba", {"conv": 4}),
     "a teacher as student": lambda: export(tiny_teacher("llama"), None, "x", card=""),
     "a rule of nan": lambda: Rule.of("generation<nan"),
