@@ -65,7 +65,7 @@ def decoding_speed(model: PreTrainedModel, logits: Tensor, cache: Cache) -> tupl
 
 
 def _now(model: PreTrainedModel) -> float:
-    """Seconds on a clock, when all that was asked of the device is done."""
+    """Seconds on a clock, after waiting for all work of the device."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

@@ -44,15 +44,15 @@ def find(names: str) -> tuple[list[str], Any]:
 
     chosen = [name for name in names.split(",") if name]
     folders = [Path(name) for name in chosen if Path(name).is_dir()]
-    asked = [task for folder in folders for task in local_tasks(folder, yaml)]
+    tasks = [task for folder in folders for task in local_tasks(folder, yaml)]
     manager = TaskManager(include_path=[str(folder.resolve()) for folder in folders] or None)
     for name in (name for name in chosen if Path(name) not in folders):
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
             offer = f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
             raise UserError(f"lm-evaluation-harness has no task {name!r}, and there is no folder of that name. {offer}")
-        asked.append(name)
-    return asked, manager
+        tasks.append(name)
+    return tasks, manager
 
 
 def run_harness(
@@ -69,7 +69,7 @@ def run_harness(
     lm_eval, _ = _lm_eval()
     from lm_eval.models.huggingface import HFLM
 
-    asked, manager = find(names)
+    tasks, manager = find(names)
     rows: list[LmEvalScore] = []
     templated = chat and has_chat_template(tokenizer)
     for model_name, model in models.items():
@@ -77,7 +77,7 @@ def run_harness(
         answers = cache_folder() / "lm-eval" / fingerprint(model)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
         with plain_settings(model):
-            done = _evaluate(lm_eval, wrapped, asked, manager, limit, templated, str(answers))
+            done = _evaluate(lm_eval, wrapped, tasks, manager, limit, templated, str(answers))
         rows += _rows(model_name, done)
     return sorted(rows, key=lambda row: (row.task, row.metric))
 

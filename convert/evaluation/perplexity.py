@@ -22,7 +22,7 @@ SHORTEST_BUCKET = 64  # tokens before, where perplexity is told by position
 def _predicted(
     models: Sequence[PreTrainedModel], batches: list[Batch]
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """In chunks of N target tokens: the logits [N, vocabulary] of each model, the targets [N] and their positions
+    """Yield in chunks of N target tokens: the logits [N, vocabulary] of each model, the targets [N] and their positions
     [N]."""
     device = models[-1].device
     for batch in (batch.to(device) for batch in batches):

@@ -50,7 +50,7 @@ def _caches(report: LanguageReport) -> Iterator[tuple[int, int, int, bool]]:
 
 
 def break_even(report: LanguageReport) -> str:
-    """From which context length the student's cache is the smaller one, in a sentence."""
+    """The context length from which the student's cache is the smaller one, in a sentence."""
     length = report.cache_bytes.break_even_tokens
     if length is None:
         return "The student's cache is never the smaller one."

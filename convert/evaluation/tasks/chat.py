@@ -87,18 +87,18 @@ def _entity(rng: random.Random) -> tuple[str, str, list[str]]:
 def _facts(count: int, seed: int) -> list[Item]:
     """Make every example in four orders: each option stands once at each letter."""
     rng, items = random.Random(f"facts {seed}"), []
-    asked: set[str] = set()
+    seen: set[str] = set()
     kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
     for attempt in range(20 * count):
-        number = len(asked)
+        number = len(seen)
         if number == count:
             break
         group = list(kinds)[attempt % len(kinds)]
         question, right, wrong = kinds[group](rng)
         options = rng.sample([right, *rng.sample(wrong, 3)], 4)
-        if question in asked:
+        if question in seen:
             continue
-        asked.add(question)
+        seen.add(question)
         for shift in range(4):
             order = options[shift:] + options[:shift]
             listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, order, strict=True))
@@ -121,16 +121,16 @@ def letter(text: str) -> str | None:
 def _sums(count: int, seed: int) -> list[Item]:
     rng = random.Random(f"sums {seed}")
     items: list[Item] = []
-    asked: set[tuple[int, str, int]] = set()
+    seen: set[tuple[int, str, int]] = set()
     for _ in range(20 * count):
         number = len(items)
         if number == count:
             break
         a, b = rng.randint(2, 60), rng.randint(2, 39)
         sign = rng.choice("+-*") if a < 13 and b < 13 else rng.choice("+-")
-        if (a, sign, b) in asked:
+        if (a, sign, b) in seen:
             continue
-        asked.add((a, sign, b))
+        seen.add((a, sign, b))
         result = {"+": a + b, "-": a - b, "*": a * b}[sign]
         near = [str(result + d) for d in (-10, -2, -1, 1, 2, 10)]
         wrong = [w for w in rng.sample(near, 6) if not w.startswith(str(result)) and not str(result).startswith(w)]
@@ -167,7 +167,7 @@ def _forms(count: int, seed: int) -> list[Item]:
     """Ask for an exact form of common words: capitals, repetition, order, a list, JSON."""
     rng = random.Random(f"forms {seed}")
     items: list[Item] = []
-    asked: set[str] = set()
+    seen: set[str] = set()
     for attempt in range(20 * count):
         number = len(items)
         if number == count:
@@ -198,8 +198,8 @@ def _forms(count: int, seed: int) -> list[Item]:
         }
         group = list(kinds)[attempt % len(kinds)]
         question, right, wrong = kinds[group]
-        if question not in asked:
-            asked.add(question)
+        if question not in seen:
+            seen.add(question)
             choices, gold = ranked(rng, right, wrong)
             items.append(Item(number, f"{question} Write nothing else.", right, choices, gold, group))
     return items

@@ -60,12 +60,12 @@ def _keys(count: int, seed: int) -> list[Item]:
     for number in range(count):
         pairs = 4 << number % 3
         keys, values = words(rng, pairs), _numbers(rng, pairs)
-        asked = rng.randrange(pairs)
+        wanted = rng.randrange(pairs)
         table = ", ".join(f"'{key}': {value}" for key, value in zip(keys, values, strict=True))
-        prompt = f"ages = {{{table}}}\nassert ages['{keys[asked]}'] =="
-        wrong = rng.sample([v for v in values if v != values[asked]], 3)
-        choices, gold = ranked(rng, f" {values[asked]}\n", [f" {v}\n" for v in wrong])
-        items.append(Item(number, prompt, values[asked], choices, gold, f"{pairs} keys"))
+        prompt = f"ages = {{{table}}}\nassert ages['{keys[wanted]}'] =="
+        wrong = rng.sample([v for v in values if v != values[wanted]], 3)
+        choices, gold = ranked(rng, f" {values[wanted]}\n", [f" {v}\n" for v in wrong])
+        items.append(Item(number, prompt, values[wanted], choices, gold, f"{pairs} keys"))
     return items
 
 
