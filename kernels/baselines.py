@@ -148,7 +148,7 @@ MAMBA_SCAN = "mamba_ssm.ops.selective_scan_interface"
 
 
 def _mambapy(a: Tensors) -> Tensor:
-    """mambapy's `selective_scan`: the coefficients of every step, then its parallel scan."""
+    """Run mambapy's `selective_scan`: the coefficients of every step, then its parallel scan."""
     delta = a["delta"].mT
     decay = torch.exp(delta[..., None] * a["A"])
     drive = delta[..., None] * a["B"].mT[:, :, None] * a["u"].mT[..., None]

@@ -18,7 +18,7 @@ from kernels.gpu_specs import GpuSpec
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of a GPU."""
+    """Resources of a GPU that a compiled kernel takes."""
 
     registers: int
     spills: int  # NVIDIA: bytes stored; AMD: registers

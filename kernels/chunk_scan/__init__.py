@@ -55,14 +55,12 @@ def chunk_scan(
         initial_states: [batch, H, N, P], or P + 1 columns with `normalize`.
         document_ids: integers [batch, L]; the state starts anew where the id changes.
         return_final_states: whether the states after the last step are returned too.
-        normalize: whether y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones. It is the
-            last of then P + 1 columns of the states.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto" for the first that runs
-            here.
+        normalize: whether y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones.
+            States then have P + 1 columns, of which the last is that of den.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
 
     Raises:
-        ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, or if `impl` cannot run
-            here.
+        ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
     """
     check_flags(return_final_states=return_final_states, normalize=normalize)
     check_dense(dict(x=x, dt=dt, A=A, B=B, C=C), dict(D=D, initial_states=initial_states, document_ids=document_ids))

@@ -1,7 +1,6 @@
 """Selective scan: a linear recurrence whose decay differs by channel and state (Mamba, arXiv 2312.00752, section 3).
 
-batch · D channels · L time · N state · G groups that share B and C · P = D / G channels of a group · R queries per
-state
+batch · D channels · L time · N state · G groups that share B and C · P = D / G · R queries per state
 """
 
 from collections.abc import Callable
@@ -47,8 +46,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, State]:  # fmt: skip
     """Return y [batch, R D, L], and the last state if asked.
 
-    The first ten arguments mean what they mean in mamba_ssm's `selective_scan_fn`. Results are computed in float32, or
-    in float64 if u is.
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t. The first ten arguments mean what they mean in
+    mamba_ssm's `selective_scan_fn`. Results are computed in float32, or in float64 if u is.
 
     Args:
         u, delta: [batch, D, L].
@@ -63,12 +62,10 @@ def selective_scan(
         initial_state: [batch, D, N]; with `normalize`, a pair (num, den) of such states.
         document_ids: integers [batch, L]; the state starts anew where the id changes.
         normalize: whether y = num / (|den| + 1e-6) before D and z, where den is the same recurrence driven by ones.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto" for the first that runs
-            here.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
 
     Raises:
-        ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, or if `impl` cannot run
-            here.
+        ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
     """
     check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state, normalize=normalize)
     states = _initial_states(initial_state, normalize)

@@ -23,8 +23,7 @@ def selective_state_update(
 ) -> Tensor:  # fmt: skip
     """Advance `state` by one step in place, and return the output, shaped as x.
 
-    All arguments mean what they mean in mamba_ssm's `selective_state_update`. There are no gradients: it is a decoding
-    step.
+    All arguments mean what they mean in mamba_ssm's `selective_state_update`. It has no gradients.
 
     Args:
         state: [batch, D, N] or [batch, heads, P, N], contiguous.
@@ -33,7 +32,7 @@ def selective_state_update(
         B, C: [batch, N] or [batch, G, N].
         D, dt_bias: as x, without the batch.
         dt_softplus: whether dt is softplus(dt + dt_bias).
-        impl: "triton", "cpu" (compiled), "reference", or "auto" for the first that runs here.
+        impl: "triton", "cpu" (compiled), "reference", or "auto": the first that runs.
 
     Raises:
         ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, for tensors that need
