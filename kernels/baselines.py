@@ -260,9 +260,16 @@ def state_update_case(size: Size) -> BenchmarkCase:
     def make_arguments() -> Tensors:
         normal = _normal_generator()
         return dict(
-            state=normal(batch, D, N), x=normal(batch, D), dt=normal(batch, D), A=-normal(D, N).abs(),
-            B=normal(batch, N), C=normal(batch, N), D=normal(D), z=normal(batch, D), dt_bias=normal(D),
-        )  # fmt: skip
+            state=normal(batch, D, N),
+            x=normal(batch, D),
+            dt=normal(batch, D),
+            A=-normal(D, N).abs(),
+            B=normal(batch, N),
+            C=normal(batch, N),
+            D=normal(D),
+            z=normal(batch, D),
+            dt_bias=normal(D),
+        )
 
     implementations: dict[str, Run] = {
         "ours": lambda a: _step(selective_state_update, a),

@@ -23,27 +23,61 @@ EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]  # [batch, D, N], or a pair (num, den) of them with normalize=True
 
 
-# fmt: off
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: Literal[False] = ..., *,
-    initial_state: State | None = ..., document_ids: Tensor | None = ..., normalize: bool = ..., impl: str = ...,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    *,
+    initial_state: State | None = ...,
+    document_ids: Tensor | None = ...,
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> Tensor: ...
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *, return_last_state: Literal[True],
-    initial_state: State | None = ..., document_ids: Tensor | None = ..., normalize: bool = ..., impl: str = ...,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    *,
+    return_last_state: Literal[True],
+    initial_state: State | None = ...,
+    document_ids: Tensor | None = ...,
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> tuple[Tensor, State]: ...
-# fmt: on
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
-    initial_state: State | None = None, document_ids: Tensor | None = None, normalize: bool = False, impl: str = "auto",
-) -> Tensor | tuple[Tensor, State]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: State | None = None,
+    document_ids: Tensor | None = None,
+    normalize: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, State]:
     """Return y [batch, R D, L], and the last state if asked.
 
     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t. The first ten arguments mean what they mean in
@@ -166,9 +200,17 @@ def _check_required(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -
 
 
 def _check_optional(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, states: dict[str, Any], document_ids: Tensor | None,
-) -> None:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    states: dict[str, Any],
+    document_ids: Tensor | None,
+) -> None:
     batch, channels, L = u.shape
     groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
     outputs = channels * groups_C // groups_B
