@@ -1,8 +1,7 @@
 """Caching allocator for large results on a CPU: it reuses the memory of freed tensors.
 
 glibc maps a block of more than 32 MB anew each time, and the first write to each new page costs more than the
-arithmetic of a scan. Cached blocks are marked as free (MADV_FREE), so the system may take their pages back whenever it
-needs some.
+arithmetic of a scan. Cached blocks are marked as free (MADV_FREE), so the system may take their pages back.
 """
 
 import contextlib

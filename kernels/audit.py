@@ -1,4 +1,4 @@
-"""What the Triton kernels become on each GPU, compiled ahead of time by Triton's own compiler: no GPU is needed.
+"""Audit of the Triton kernels: Triton's own compiler compiles them ahead of time for each GPU, and no GPU is needed.
 
     python -m kernels.audit                                              # everything: four minutes the first time
     python -m kernels.audit "chunk_scan bf16" "selective_scan N=16" --targets sm_90,gfx942

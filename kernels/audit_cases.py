@@ -21,9 +21,16 @@ class AuditCase:
 
 
 def selective_scan(
-    N: int, batch: int = 2, D: int = 2048, L: int = 2048, G: int = 1, R: int = 1, ones: bool = False,
-    documents: bool = False, training: bool = True,
-) -> None:  # fmt: skip
+    N: int,
+    batch: int = 2,
+    D: int = 2048,
+    L: int = 2048,
+    G: int = 1,
+    R: int = 1,
+    ones: bool = False,
+    documents: bool = False,
+    training: bool = True,
+) -> None:
     from kernels.selective_scan.fused import selective_scan_triton
 
     u, delta, A, B, C = _floats(training, (batch, D, L), (batch, D, L), (D, N), (batch, G, N, L), (batch, G * R, N, L))
@@ -34,9 +41,17 @@ def selective_scan(
 
 
 def chunk_scan(
-    N: int, batch: int = 2, H: int = 32, P: int = 64, L: int = 2048, R: int = 1, ones: bool = False,
-    documents: bool = False, bf16: bool = False, training: bool = True,
-) -> None:  # fmt: skip
+    N: int,
+    batch: int = 2,
+    H: int = 32,
+    P: int = 64,
+    L: int = 2048,
+    R: int = 1,
+    ones: bool = False,
+    documents: bool = False,
+    bf16: bool = False,
+    training: bool = True,
+) -> None:
     from kernels.chunk_scan.fused import chunk_scan_triton
 
     dtype = torch.bfloat16 if bf16 else torch.float32

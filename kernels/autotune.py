@@ -1,7 +1,6 @@
 """Launch configurations of the Triton kernels, autotuned once per device and size; Triton keeps the choices on disk.
 
-The candidates beside the kernels are those that `python -m kernels.audit` found to compile without a spill on every
-target.
+The candidates beside the kernels are those that compile without a spill on every target (`python -m kernels.audit`).
 """
 
 import os

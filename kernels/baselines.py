@@ -148,7 +148,7 @@ MAMBA_SCAN = "mamba_ssm.ops.selective_scan_interface"
 
 
 def _mambapy(a: Tensors) -> Tensor:
-    """mambapy's `selective_scan`: the coefficients of every step, then its parallel scan."""
+    """Run mambapy's `selective_scan`: the coefficients of every step, then its parallel scan."""
     delta = a["delta"].mT
     decay = torch.exp(delta[..., None] * a["A"])
     drive = delta[..., None] * a["B"].mT[:, :, None] * a["u"].mT[..., None]
@@ -260,9 +260,16 @@ def state_update_case(size: Size) -> BenchmarkCase:
     def make_arguments() -> Tensors:
         normal = _normal_generator()
         return dict(
-            state=normal(batch, D, N), x=normal(batch, D), dt=normal(batch, D), A=-normal(D, N).abs(),
-            B=normal(batch, N), C=normal(batch, N), D=normal(D), z=normal(batch, D), dt_bias=normal(D),
-        )  # fmt: skip
+            state=normal(batch, D, N),
+            x=normal(batch, D),
+            dt=normal(batch, D),
+            A=-normal(D, N).abs(),
+            B=normal(batch, N),
+            C=normal(batch, N),
+            D=normal(D),
+            z=normal(batch, D),
+            dt_bias=normal(D),
+        )
 
     implementations: dict[str, Run] = {
         "ours": lambda a: _step(selective_state_update, a),

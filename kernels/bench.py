@@ -5,8 +5,8 @@
     python -m kernels.bench --json bench.json --plot bench.png       # everything that is printed, and more digits
 
 Every implementation runs in a process of its own, one after another. Its output and gradients are compared with float64
-first, and a wrong one gets no time. Ceilings (copy, float32 matrix product, exponentials) are measured in the same
-call.
+first, and a wrong one gets no time. The same call measures the ceilings: copy, float32 matrix product,
+exponentials.
 """
 
 import argparse

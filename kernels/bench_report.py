@@ -10,8 +10,20 @@ bound: the time over the least that the definition's bytes (at the rate of a cop
 GB/s, GFLOP/s: what forward and backward need by the definition, counted once; behind them the share of a copy,
 of a product · memory: the most that forward and backward take above their inputs
 error: the largest relative RMS error of results and gradients"""
-COLUMNS = (("forward", 15), ("backward", 15), ("both", 15), ("ratio", 7), ("bound", 7), ("GB/s", 7), ("copy", 6),
-           ("GFLOP/s", 8), ("prod.", 7), ("memory", 9), ("ratio", 7), ("error", 9))  # fmt: skip
+COLUMNS = (
+    ("forward", 15),
+    ("backward", 15),
+    ("both", 15),
+    ("ratio", 7),
+    ("bound", 7),
+    ("GB/s", 7),
+    ("copy", 6),
+    ("GFLOP/s", 8),
+    ("prod.", 7),
+    ("memory", 9),
+    ("ratio", 7),
+    ("error", 9),
+)
 
 
 def format_opening(machine: dict, rates: dict[str, float]) -> str:
@@ -59,10 +71,17 @@ def format_row(row: dict, scale: float) -> str:
     times = [_time_cell(row, phase, scale) for phase in PHASES]
     time_ratio, peak_ratio = (_number(row[k]) if row.get(k) is not None else "-" for k in ("time_ratio", "peak_ratio"))
     cells = [
-        *times, time_ratio, _number(row["bound_ratio"]), _number(row["GB_s"]), f"{row['of_copy']:.0%}",
-        f"{row['GFLOP_s']:.1f}", f"{row['of_product']:.1%}", f"{row['peak_bytes'] / 1e6:.1f}", peak_ratio,
+        *times,
+        time_ratio,
+        _number(row["bound_ratio"]),
+        _number(row["GB_s"]),
+        f"{row['of_copy']:.0%}",
+        f"{row['GFLOP_s']:.1f}",
+        f"{row['of_product']:.1%}",
+        f"{row['peak_bytes'] / 1e6:.1f}",
+        peak_ratio,
         f"{row['error']:.1e}",
-    ]  # fmt: skip
+    ]
     return name + "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
 
 

@@ -53,8 +53,7 @@ def check_tensors(tensors: dict[str, Tensor | None], states: int) -> None:
     """Check dtypes, devices and sizes; None values are skipped.
 
     Raises:
-        ValueError: unless all tensors are floating-point, not empty and on one device, and `states` is at most
-            MAX_STATES.
+        ValueError: unless all are floating-point, not empty and on one device, and `states` is at most MAX_STATES.
     """
     present = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(present))

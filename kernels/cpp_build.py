@@ -99,14 +99,12 @@ def register_operators(
 ) -> None:
     """Make two CPU operators of torch, workbench::NAME and workbench::NAME_backward, tied together for autograd.
 
-    This happens at import, so that a saved torch.export program finds the operators; nothing is compiled before one
-    runs.
+    This happens at import, so that a saved torch.export program finds the operators. The first call of one compiles.
 
     Args:
         forward, backward: the implementations, whose annotations give the schemas.
         fakes: functions that return outputs of the right shapes without computing them, for both.
-        gradients, setup_context: the formula of the gradients, and what it saves, as torch.library.register_autograd
-            takes.
+        gradients, setup_context: the gradients and what they save, as in torch.library.register_autograd.
     """
     operators = []
     for suffix, function, fake in zip(("", "_backward"), (forward, backward), fakes, strict=True):

@@ -114,8 +114,7 @@ def _matrix_product_rate(side: int, min_seconds: float) -> float:
 def _exponential_rate(min_seconds: float) -> float:
     """Measure torch's exp2 on data that fits in a cache, which is no slower than the kernels' own exponential.
 
-    One thread is measured and multiplied by their number: several would wait for each other longer than such a call
-        takes.
+    One thread is measured and multiplied by their number: several would wait for each other longer than a call.
     """
     x = torch.rand(1 << (22 if DEVICE == "cuda" else 17), device=DEVICE)
     out, threads = torch.empty_like(x), torch.get_num_threads()

@@ -40,8 +40,7 @@ static inline int64_t rows_at_once(int64_t left) {
 
 enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // all; the lower triangle of C only; A is a lower or an upper triangle
 
-// C [count, columns] (+)= A [count, depth] B [depth, columns]. A has any strides; rows of B and C are padded to whole
-// vectors.
+// C [count, columns] (+)= A [count, depth] B [depth, columns]. A has any strides; rows of B and C are whole vectors.
 template <typename T>
 static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A,
                      const T* B, int64_t row_B, T* C, int64_t row_C, bool add, Part part = ALL) {

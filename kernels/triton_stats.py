@@ -18,7 +18,7 @@ from kernels.gpu_specs import GpuSpec
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of a GPU."""
+    """Resources of a GPU that a compiled kernel takes."""
 
     registers: int
     spills: int  # NVIDIA: bytes stored; AMD: registers
@@ -91,9 +91,16 @@ def _group(pattern: str, text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- operations
 
 INTEGER_OPERATIONS: dict[str, Callable[..., int]] = {
-    "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "divsi": operator.floordiv, "remsi": operator.mod,
-    "minsi": min, "maxsi": max, "extsi": int, "trunci": int,
-}  # fmt: skip
+    "addi": operator.add,
+    "subi": operator.sub,
+    "muli": operator.mul,
+    "divsi": operator.floordiv,
+    "remsi": operator.mod,
+    "minsi": min,
+    "maxsi": max,
+    "extsi": int,
+    "trunci": int,
+}
 FLOAT_OPERATION = re.compile(r" arith\.(?:addf|subf|mulf|divf|maximumf|minimumf|maxnumf|minnumf) | math\.(\w+) ")
 FOR_LOOP = re.compile(r"scf\.for (%[\w-]+) = (%[\w-]+) to (%[\w-]+) step (%[\w-]+)")
 REDUCTION = re.compile(r'"tt\.(?:reduce|scan)"\([^)]*\)[^\n]*\(\{(.*?)\}\)[^\n]*? : \(tensor<([\dx]+)x\w+>', re.DOTALL)

@@ -39,9 +39,9 @@ template <typename T> static inline Vec<T> load(const T* p) {
 template <typename T> static inline void store(T* p, Vec<T> v) { memcpy(p, &v, sizeof v); }
 
 // 2^x with a relative error of 1.3e-7 (float) or 4e-16 (double): exactly 1 at 0, 0 for x = -infinity, and infinity for
-// +infinity. Results below 2^-126 (2^-1022) are off by as little, or 0. x = k + r with r in [-1/2, 1/2]; 2^r is a
-// minimax polynomial with its constant fixed at 1 (float) or Taylor's (double). The clamps are where 2^k is exactly 0
-// or infinity.
+// +infinity. Results below 2^-126 (2^-1022) are off by as little, or 0. x = k + r with r in [-1/2, 1/2]; 2^r is
+// Taylor's polynomial (double) or a minimax one with its constant fixed at 1 (float). At the clamps 2^k is exactly 0 or
+// infinity, whatever r is.
 static inline Vec<float> exp2_of(Vec<float> x) {
 #if defined(__AVX512F__)
     // the order of operands keeps a NaN

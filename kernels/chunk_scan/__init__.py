@@ -19,27 +19,52 @@ from kernels.dispatch import Implementations, always_available, choose, why_no_t
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
 
-# fmt: off
 @overload
 def chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *,
-    initial_states: Tensor | None = ..., document_ids: Tensor | None = ...,
-    return_final_states: Literal[False] = ..., normalize: bool = ..., impl: str = ...,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    *,
+    initial_states: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    return_final_states: Literal[False] = ...,
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> Tensor: ...
 @overload
 def chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *,
-    initial_states: Tensor | None = ..., document_ids: Tensor | None = ...,
-    return_final_states: Literal[True], normalize: bool = ..., impl: str = ...,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    *,
+    initial_states: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    return_final_states: Literal[True],
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
-# fmt: on
 
 
 def chunk_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
-    initial_states: Tensor | None = None, document_ids: Tensor | None = None,
-    return_final_states: bool = False, normalize: bool = False, impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_states: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_final_states: bool = False,
+    normalize: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return y [batch, L, R H, P], and the final states [batch, H, N, P] if asked.
 
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, y_t = C_t^T S_t, as mamba_ssm's `mamba_chunk_scan_combined` computes it.
@@ -55,14 +80,12 @@ def chunk_scan(
         initial_states: [batch, H, N, P], or P + 1 columns with `normalize`.
         document_ids: integers [batch, L]; the state starts anew where the id changes.
         return_final_states: whether the states after the last step are returned too.
-        normalize: whether y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones. It is the
-            last of then P + 1 columns of the states.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto" for the first that runs
-            here.
+        normalize: whether y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones.
+            States then have P + 1 columns, of which the last is that of den.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
 
     Raises:
-        ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, or if `impl` cannot run
-            here.
+        ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
     """
     check_flags(return_final_states=return_final_states, normalize=normalize)
     check_dense(dict(x=x, dt=dt, A=A, B=B, C=C), dict(D=D, initial_states=initial_states, document_ids=document_ids))
@@ -142,9 +165,16 @@ def _check_required(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> N
 
 
 def _check_optional(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_states: Tensor | None,
-    document_ids: Tensor | None, normalize: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    document_ids: Tensor | None,
+    normalize: bool,
+) -> None:
     batch, L, H, P = x.shape
     outputs = max(H, C.shape[2])
     if D is not None and D.shape not in ((outputs,), (outputs, P)):

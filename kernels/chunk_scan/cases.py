@@ -19,9 +19,18 @@ HEADS, CHANNELS = 4, 3
 
 
 def make(
-    L: int, N: int = 5, G: int = 1, R: int = 1, D: str | None = None, normalize: bool = False, documents: bool = False,
-    state: bool = False, decay: float = 0.0, *, dtype: torch.dtype = torch.float64,
-) -> dict:  # fmt: skip
+    L: int,
+    N: int = 5,
+    G: int = 1,
+    R: int = 1,
+    D: str | None = None,
+    normalize: bool = False,
+    documents: bool = False,
+    state: bool = False,
+    decay: float = 0.0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
     """Make arguments of chunk_scan for batch 2; B and C are positive where they make a denominator.
 
     Args:

@@ -1,7 +1,6 @@
 """The chunk scan as matrix products (SSD, arXiv 2405.21060, section 6).
 
-A chunk of Q steps is Q x Q attention inside; a state of N x P passes from chunk to chunk. Nothing of size L x L is
-stored.
+A chunk of Q steps is Q x Q attention inside, and a state of N x P passes from chunk to chunk: nothing is of size L x L.
 
 b batch · c chunk · t, s time in the chunk · H heads · R queries per state · N state · P channels
 """

@@ -14,8 +14,19 @@ from kernels.cpp_build import lanes, load_library, needs_gradients, register_ope
 SOURCE = Path(__file__).with_name("cpu.cpp")
 SIZES = ("batch", "length", "heads", "queries", "states", "channels", "threads")
 POINTERS = (
-    "x", "B", "C", "log_decay", "document_ids", "state", "chunk_states", "y", "dx", "dB", "dC", "dlog_decay",
-)  # fmt: skip
+    "x",
+    "B",
+    "C",
+    "log_decay",
+    "document_ids",
+    "state",
+    "chunk_states",
+    "y",
+    "dx",
+    "dB",
+    "dC",
+    "dlog_decay",
+)
 
 
 class _Scan(ctypes.Structure):
@@ -81,9 +92,15 @@ def _fake_forward(
 
 
 def scan_backward(
-    dy: Tensor, dS: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, chunk_states: Tensor,
+    dy: Tensor,
+    dS: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_states: Tensor,
     document_ids: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, log_decay, B, C and S."""
     x, B, C, dy = x.contiguous(), B.contiguous(), C.contiguous(), dy.contiguous()
     decay = log_decay.double().contiguous()
@@ -96,9 +113,15 @@ def scan_backward(
 
 
 def _fake_backward(
-    dy: Tensor, dS: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, chunk_states: Tensor,
+    dy: Tensor,
+    dS: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_states: Tensor,
     document_ids: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, log_decay, B, C, dS))
 
 

@@ -39,8 +39,7 @@ class _Decays(NamedTuple):
 def _decays(log_decay: Tensor, document_ids: Tensor | None, Q: int) -> _Decays:
     padding = -log_decay.shape[1] % Q
     log_decay = F.pad(log_decay.mT, (0, padding)).unflatten(2, (-1, Q))  # [batch, H, chunks, Q]
-    # a log decay that is not finite becomes NaN at its own step only: in the sum it would reach other documents of the
-    # chunk
+    # one that is not finite becomes NaN at its own step only: in the sum it would reach the chunk's other documents
     finite = log_decay.isfinite()
     summed = cumulative_sum(log_decay.masked_fill(~finite, 0).double()) + (log_decay - log_decay)
     decay_in, decay_out = summed.exp(), (summed[..., -1:] - summed).exp()

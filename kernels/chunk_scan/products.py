@@ -4,8 +4,7 @@ autocast belongs to the thread and not to the graph: in a backward() inside it, 
 bfloat16. And 0 x NaN is NaN: in a plain product with a triangle of zeros, a NaN would reach the steps before it. Each
 gradient here is one of these products again, so they can be differentiated any number of times.
 
-a [..., rows, K] · b [..., columns, K] or values [..., columns, P] · mask [..., rows, columns], bool: which column a row
-sees
+a [..., rows, K] · b [..., columns, K] or values [..., columns, P] · mask [..., rows, columns], bool: what a row sees
 """
 
 import torch

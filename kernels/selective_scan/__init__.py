@@ -1,7 +1,6 @@
 """Selective scan: a linear recurrence whose decay differs by channel and state (Mamba, arXiv 2312.00752, section 3).
 
-batch · D channels · L time · N state · G groups that share B and C · P = D / G channels of a group · R queries per
-state
+batch · D channels · L time · N state · G groups that share B and C · P = D / G · R queries per state
 """
 
 from collections.abc import Callable
@@ -24,31 +23,65 @@ EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]  # [batch, D, N], or a pair (num, den) of them with normalize=True
 
 
-# fmt: off
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., return_last_state: Literal[False] = ..., *,
-    initial_state: State | None = ..., document_ids: Tensor | None = ..., normalize: bool = ..., impl: str = ...,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    *,
+    initial_state: State | None = ...,
+    document_ids: Tensor | None = ...,
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> Tensor: ...
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., *, return_last_state: Literal[True],
-    initial_state: State | None = ..., document_ids: Tensor | None = ..., normalize: bool = ..., impl: str = ...,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    *,
+    return_last_state: Literal[True],
+    initial_state: State | None = ...,
+    document_ids: Tensor | None = ...,
+    normalize: bool = ...,
+    impl: str = ...,
 ) -> tuple[Tensor, State]: ...
-# fmt: on
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
-    initial_state: State | None = None, document_ids: Tensor | None = None, normalize: bool = False, impl: str = "auto",
-) -> Tensor | tuple[Tensor, State]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: State | None = None,
+    document_ids: Tensor | None = None,
+    normalize: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, State]:
     """Return y [batch, R D, L], and the last state if asked.
 
-    The first ten arguments mean what they mean in mamba_ssm's `selective_scan_fn`. Results are computed in float32, or
-    in float64 if u is.
+    h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = C_t . h_t. The first ten arguments mean what they mean in
+    mamba_ssm's `selective_scan_fn`. Results are computed in float32, or in float64 if u is.
 
     Args:
         u, delta: [batch, D, L].
@@ -63,12 +96,10 @@ def selective_scan(
         initial_state: [batch, D, N]; with `normalize`, a pair (num, den) of such states.
         document_ids: integers [batch, L]; the state starts anew where the id changes.
         normalize: whether y = num / (|den| + 1e-6) before D and z, where den is the same recurrence driven by ones.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto" for the first that runs
-            here.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
 
     Raises:
-        ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, or if `impl` cannot run
-            here.
+        ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
     """
     check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state, normalize=normalize)
     states = _initial_states(initial_state, normalize)
@@ -169,9 +200,17 @@ def _check_required(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -
 
 
 def _check_optional(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, states: dict[str, Any], document_ids: Tensor | None,
-) -> None:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    states: dict[str, Any],
+    document_ids: Tensor | None,
+) -> None:
     batch, channels, L = u.shape
     groups_B, groups_C = (t.shape[1] if t.ndim == 4 else 1 for t in (B, C))
     outputs = channels * groups_C // groups_B

@@ -25,10 +25,21 @@ UPDATE_CASES: dict[str, dict] = {
 
 
 def make(
-    L: int, N: int = 5, G: int = 1, R: int = 1, D: bool = False, z: bool = False, bias: bool = False,
-    normalize: bool = False, documents: bool = False, state: bool = False, decay: float = 0.0, *,
-    channels: int = 6, dtype: torch.dtype = torch.float64,
-) -> dict:  # fmt: skip
+    L: int,
+    N: int = 5,
+    G: int = 1,
+    R: int = 1,
+    D: bool = False,
+    z: bool = False,
+    bias: bool = False,
+    normalize: bool = False,
+    documents: bool = False,
+    state: bool = False,
+    decay: float = 0.0,
+    *,
+    channels: int = 6,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
     """Make arguments of selective_scan for batch 2; B and C are positive where they make a denominator."""
     g = torch.Generator().manual_seed(L)
 

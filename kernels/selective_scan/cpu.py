@@ -126,9 +126,17 @@ def _fake_forward(
 
 
 def scan_backward(
-    dy: Tensor, dy_ones: Tensor, dh: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    chunk_states: Tensor, starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    dy_ones: Tensor,
+    dh: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_states: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, delta, A, B, C and h."""
     inputs, groups, queries = len(dh), B.shape[1], C.shape[1] // B.shape[1]
     dy, dy_ones = _with_unit_stride(dy), _with_unit_stride(dy_ones) if inputs == 2 else dy_ones
@@ -155,9 +163,17 @@ def scan_backward(
 
 
 def _fake_backward(
-    dy: Tensor, dy_ones: Tensor, dh: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    chunk_states: Tensor, starts: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dy: Tensor,
+    dy_ones: Tensor,
+    dh: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_states: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, ...]:
     rows = [t.new_empty(t.shape[0], t.shape[1], t.shape[3], t.shape[2]).mT for t in (B, C)]
     du, ddelta = _empty_in_layout(u, u.shape[1]), _empty_in_layout(delta, u.shape[1])
     return du, ddelta, A.new_empty(A.shape), *rows, dh.new_empty(dh.shape)

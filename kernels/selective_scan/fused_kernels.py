@@ -5,8 +5,7 @@ A program has one batch entry, a block of states and one channel (forward) or a 
 over blocks (y over states, dB and dC over channels) go to slices of their own and are added up afterwards: no atomics,
 and one order.
 
-Suffixes name the dimensions of a block: T time in the chunk, N states, P channels. A decay of -1 marks the start of a
-document.
+Suffixes name the dimensions of a block: T time, N states, P channels. A decay of -1 marks the start of a document.
 """
 
 try:
@@ -163,8 +162,7 @@ def backward_kernel(
 
     Beside the tensors of forward_kernel: dy [K, batch, G, R, per_group, L]; du, ddelta [blocks of N, batch, D, L];
     dA [batch, D, N]; dB [blocks_d, batch, G, L, N]; dC [blocks_d, batch, G, R, L, N]; dh [K, batch, D, N], the gradient
-    of the last state, and of the first when done. Only this program reads and writes its parts of dA and dh, chunk
-    after chunk.
+    of the last state, and of the first when done. No other program touches its parts of dA and dh.
     """
     G, chunks = D // per_group, tl.cdiv(L, BLOCK_T)
     slice_d, pair, block = (

@@ -18,13 +18,22 @@ CPP_ARGUMENTS = struct.Struct("=17q")  # `Update` of update.h: sizes, then addre
 
 
 def selective_state_update(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, *, impl: str = "auto",
-) -> Tensor:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    impl: str = "auto",
+) -> Tensor:
     """Advance `state` by one step in place, and return the output, shaped as x.
 
-    All arguments mean what they mean in mamba_ssm's `selective_state_update`. There are no gradients: it is a decoding
-    step.
+    All arguments mean what they mean in mamba_ssm's `selective_state_update`. It has no gradients.
 
     Args:
         state: [batch, D, N] or [batch, heads, P, N], contiguous.
@@ -33,7 +42,7 @@ def selective_state_update(
         B, C: [batch, N] or [batch, G, N].
         D, dt_bias: as x, without the batch.
         dt_softplus: whether dt is softplus(dt + dt_bias).
-        impl: "triton", "cpu" (compiled), "reference", or "auto" for the first that runs here.
+        impl: "triton", "cpu" (compiled), "reference", or "auto": the first that runs.
 
     Raises:
         ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, for tensors that need
@@ -112,9 +121,16 @@ def _call_compiled(
 
 
 def _add_heads(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
     dt_bias: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Check the arguments, and return them with a dimension of heads."""
     check_dense(dict(state=state, x=x, dt=dt, A=A, B=B, C=C), dict(D=D, z=z, dt_bias=dt_bias))
     if state.ndim not in (3, 4):
@@ -122,9 +138,13 @@ def _add_heads(
     heads = state.ndim == 4
     batch, *channels, N = state.shape
     expected = {
-        "x": (x, (batch, *channels)), "dt": (dt, (batch, *channels)), "A": (A, (*channels, N)),
-        "D": (D, tuple(channels)), "z": (z, (batch, *channels)), "dt_bias": (dt_bias, tuple(channels)),
-    }  # fmt: skip
+        "x": (x, (batch, *channels)),
+        "dt": (dt, (batch, *channels)),
+        "A": (A, (*channels, N)),
+        "D": (D, tuple(channels)),
+        "z": (z, (batch, *channels)),
+        "dt_bias": (dt_bias, tuple(channels)),
+    }
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} must be {shape}; got {tuple(t.shape)}.")
@@ -147,9 +167,17 @@ def _add_heads(
 
 
 def update_reference(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, softplus: bool,
-) -> Tensor:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
     """Compute the definition with heads, in PyTorch operators in the dtype of `state`, which changes in place."""
     x, dt, A, B, C = (t.to(state.dtype) for t in (x, dt, A, B, C))
     if dt_bias is not None:
@@ -165,9 +193,17 @@ def update_reference(
 
 
 def update_cpu(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, softplus: bool,
-) -> Tensor:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
     """Compute update_reference with the compiled step.
 
     Outside torch.compile it is a plain call, because a step takes as long as a few dispatches of torch.
@@ -179,9 +215,17 @@ def update_cpu(
 
 
 def update_compiled(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, softplus: bool,
-) -> Tensor:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
     """Copy the arguments to contiguous tensors of the state's dtype where necessary, and call the compiled step."""
     dtype = state.dtype
     tensors = [

@@ -58,7 +58,7 @@ TRIALS = [
 
 
 def refused(operator: str, changes: dict) -> str:
-    """What each of its implementations says, which is the same."""
+    """Return the message of the ValueError, which must be the same from each implementation."""
     call, make = OPERATORS[operator]
     said = set()
     for impl in ("cpu", "reference"):

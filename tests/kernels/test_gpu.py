@@ -1,6 +1,7 @@
-"""The Triton kernels on a real GPU, on the cases of the other tests; skipped, in words, where there is none."""
+"""The Triton kernels on a real GPU, on the cases of the other tests; they are skipped where there is none."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ CASES = [
 ]
 
 
-def on_gpu(v):
+def on_gpu(v: Any) -> Any:
     return tuple(on_gpu(item) for item in v) if isinstance(v, tuple) else v.cuda() if isinstance(v, Tensor) else v
 
 
-def compare(name: str, length: int, dtype=torch.float32, tolerance: float = FLOAT32, **options) -> None:
+def compare(
+    name: str, length: int, dtype: torch.dtype = torch.float32, tolerance: float = FLOAT32, **options: Any
+) -> None:
     scan, make = SCANS[name]
     expected, expected_gradients = run(scan, make(length, **options), "reference")
     outputs, gradients = run(scan, {k: on_gpu(v) for k, v in make(length, **options, dtype=dtype).items()}, "triton")

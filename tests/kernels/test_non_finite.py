@@ -5,6 +5,7 @@ In gradients it reaches no later step.
 
 import random
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ STATES = {"selective_scan": "return_last_state", "chunk_scan": "return_final_sta
 
 
 def results(
-    name: str, a: dict, impl: str, odd_gradient: tuple[int, float] | None = None
+    name: str, a: dict, impl: str, non_finite_weight: tuple[int, float] | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and states, and the gradients of their random sum, in which one weight of y may be odd."""
+    """Return outputs and states, and the gradients of their random sum, in which one weight of y may be not finite."""
     leaves = []
 
-    def leaf(v):
+    def leaf(v: Any) -> Any:
         if isinstance(v, tuple):
             return tuple(map(leaf, v))
         if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -39,19 +40,19 @@ def results(
     outputs = [y, *(last if isinstance(last, tuple) else (last,))]
     g = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o) for o in outputs]
-    if odd_gradient:
-        place, value = odd_gradient
+    if non_finite_weight:
+        place, value = non_finite_weight
         weights[0].view(-1)[place % weights[0].numel()] = value
     return [o.detach() for o in outputs], list(torch.autograd.grad(outputs, leaves, weights))
 
 
 def kinds(tensors: list[Tensor]) -> list[Tensor]:
-    """0 where finite, 1 where NaN, 2 and 3 for the infinities."""
+    """Map values to their kind: 0 for finite ones, 1 for NaN, 2 and 3 for the infinities."""
     return [t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for t in tensors]
 
 
-def draw(name: str, rng: random.Random, length: int, odd: bool = True) -> tuple[dict, str]:
-    """Arguments of a case of the other tests, and the one in which a value is not finite."""
+def draw(name: str, rng: random.Random, length: int, non_finite: bool = True) -> tuple[dict, str]:
+    """Draw arguments of a case of the other tests, and the name of the one in which a value is not finite."""
     cases = SCANS[name][1]
     case = rng.choice(
         [case for case in cases.CASES if case != "strong-decay"]
@@ -60,7 +61,7 @@ def draw(name: str, rng: random.Random, length: int, odd: bool = True) -> tuple[
     a = cases.make(length, N=rng.choice([1, 5, 16, 33]), **options, dtype=rng.choice([torch.float32, torch.float64]))
     floats = [k for k, v in a.items() if isinstance(v, tuple) or (isinstance(v, Tensor) and v.is_floating_point())]
     which = rng.choice([k for k in floats if k != "A"])  # an A that is not finite is refused
-    if odd:
+    if non_finite:
         tensor = a[which][rng.randrange(2)] if isinstance(a[which], tuple) else a[which]
         tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice(VALUES)
     return a, which
@@ -70,7 +71,7 @@ def draw(name: str, rng: random.Random, length: int, odd: bool = True) -> tuple[
 @pytest.mark.parametrize("impl", [CPU, "chunked"])
 @pytest.mark.parametrize("name", SCANS)
 def test_each_argument_as_in_the_reference(name, impl, seed):
-    """The same kind in the same places, in all results and all gradients; the finite ones are what they were."""
+    """Results and gradients have the same kinds in the same places, and the finite ones are close."""
     rng = random.Random(seed)
     a, which = draw(name, rng, rng.choice([5, 70, 130]))
     for found, wanted in zip(results(name, a, impl), results(name, a, "reference"), strict=True):
@@ -87,9 +88,9 @@ def test_each_argument_as_in_the_reference(name, impl, seed):
 @pytest.mark.parametrize("impl", [CPU])
 def test_a_gradient_that_is_not_finite_as_in_the_reference(name, impl, seed):
     rng = random.Random(seed)
-    a, _ = draw(name, rng, 130, odd=False)
-    odd = rng.randrange(10**6), rng.choice(VALUES)
-    (_, found), (_, wanted) = (results(name, a, i, odd) for i in (impl, "reference"))
+    a, _ = draw(name, rng, 130, non_finite=False)
+    weight = rng.randrange(10**6), rng.choice(VALUES)
+    (_, found), (_, wanted) = (results(name, a, i, weight) for i in (impl, "reference"))
     assert all(map(torch.equal, kinds(found), kinds(wanted)))
 
 
@@ -97,7 +98,7 @@ def test_a_gradient_that_is_not_finite_as_in_the_reference(name, impl, seed):
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("argument", ["x", "dt", "B", "C"])
 def test_chunked_products_are_causal(monkeypatch, looks, argument, value):
-    """Also as they are on another device or compiled, where no branch depends on a value."""
+    """This also holds on another device or compiled, where no branch depends on a value."""
     if not looks:
         for module in (chunked, products):
             monkeypatch.setattr(module, "can_read_values", lambda t: False)
@@ -162,8 +163,8 @@ def test_gradients_do_not_depend_on_where_backward_is_called(name, impl, compile
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 64])
-def test_running_sums_without_cumsum(length):
-    """As a GPU makes them in deterministic mode, where torch's own would warn, and warnings are errors here."""
+def test_cumulative_sum_by_doubling(length):
+    """A GPU computes them so in deterministic mode, where torch's own would warn, and warnings are errors here."""
     t = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(products.cumulative_sum_by_doubling(t), t.cumsum(-1), rtol=0, atol=1e-13)
 

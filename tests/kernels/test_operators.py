@@ -31,7 +31,7 @@ assert torch.equal(found, y), (found - y).abs().max()
 @needs_compiler
 @pytest.mark.parametrize("operator, make", OPERATORS.values(), ids=OPERATORS)
 def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
-    """Before any operator was used there, which is when they compile."""
+    """It runs before any operator was used in that process, which is when they compile."""
     a = make()
     tensors, options = (
         {k: v for k, v in a.items() if isinstance(v, torch.Tensor) is is_tensor} for is_tensor in (True, False)
@@ -56,7 +56,7 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
     "name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))]
 )
 def test_an_export_takes_any_length(name, lengths):
-    """Not only those whose results are small: kernels/allocator.py."""
+    """The length is not bound by the sizes that kernels/allocator.py distinguishes."""
     scan, make = OPERATORS[name]
     tensors = {k: v for k, v in make().items() if isinstance(v, torch.Tensor)}
 

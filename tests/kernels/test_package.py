@@ -49,7 +49,7 @@ assert pickle.loads(pickle.dumps(kernels.CUDAProperties)) is kernels.CUDAPropert
 
 
 def names_transformers_imports() -> set[str]:
-    """From a package `kernels`, while a model class is imported."""
+    """Return the names that transformers imports from `kernels` while a model class is imported."""
     source = Path(transformers.__file__).parent / "integrations" / "hub_kernels.py"
     imports = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
     return {alias.name for node in imports if node.level == 0 and node.module == "kernels" for alias in node.names}
@@ -93,7 +93,7 @@ def test_ours_first(theirs):
 
 
 def test_theirs_first(theirs):
-    """As in an editable install that is used from another folder."""
+    """An editable install that is used from another folder has this order."""
     python(
         f"import kernels\nassert {str(theirs)!r} in kernels.__file__\nimport convert\n{OURS}\n{LLAMA}\n{THEIRS}",
         theirs,
@@ -102,7 +102,7 @@ def test_theirs_first(theirs):
 
 
 def test_our_imports_never_run_theirs(theirs):
-    """Nor does a broken package of theirs break ours."""
+    """A broken package of theirs does not break ours."""
     (theirs / "kernels" / "__init__.py").write_text("raise RuntimeError('theirs was run')")
     ours = sorted(
         p.stem for p in (ROOT / "kernels").iterdir() if p.stem[0] not in "._" and (p.is_dir() or p.suffix == ".py")

@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, which needs no GPU: forward and gradients against float64."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ CASES = [
 ]
 
 
-def compare(name: str, length: int, dtype=torch.float32, tolerance: float = FLOAT32, **options) -> None:
+def compare(
+    name: str, length: int, dtype: torch.dtype = torch.float32, tolerance: float = FLOAT32, **options: Any
+) -> None:
     scan, make = SCANS[name]
     expected, expected_gradients = run(scan, make(length, **options), "reference")
     outputs, gradients = run(scan, make(length, **options, dtype=dtype), "triton")
@@ -50,7 +53,7 @@ LEAST = {
 @pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 127)])
 @pytest.mark.parametrize("N", [16, 70])
 def test_states_in_several_blocks(name, length, N):
-    """70 is two blocks of 64, the second hardly used; the last chunk is not full."""
+    """70 states are two blocks of 64, the second hardly used; the last chunk is not full."""
     compare(name, length, N=N, normalize=True, documents=True, state=True, **LEAST[name])
 
 
@@ -61,7 +64,7 @@ def test_many_chunks(name, length):
 
 
 def test_channels_in_several_blocks():
-    """70 channels of a group: a backward program adds up 64 of them."""
+    """A backward program adds up 64 channels of a group, which has 70."""
     compare("selective_scan", 3, channels=70, N=2, R=2, normalize=True)
 
 

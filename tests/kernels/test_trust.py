@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = [needs_compiler, pytest.mark.skipif(os.name != "posix", reason="own
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Loads a tiny library from an empty cache, as a new process would."""
+    """A function that loads a tiny library from an empty cache, as a new process would."""
     source = tmp_path / "code" / "tiny" / "tiny.cpp"
     source.parent.mkdir(parents=True)
     source.write_text(SOURCE)
@@ -43,7 +44,7 @@ def kept(load, tmp_path) -> Path:
 
 
 def flip(file: Path, seed: int) -> None:
-    """One bit. In a new file: this process has the old one mapped."""
+    """Flip one bit, in a new file because this process has the old one mapped."""
     content, rng = bytearray(file.read_bytes()), random.Random(seed)
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     replace(file, bytes(content))
@@ -117,7 +118,7 @@ def test_a_sound_library_is_used_again(load, kept, capfd):
 
 
 def test_other_owners_are_not_trusted(load, kept, capfd, monkeypatch):
-    """As another user sees it: the folder is not theirs, so nothing in it is loaded or replaced."""
+    """Another user does not own the folder, so nothing in it is loaded or replaced."""
     before = kept.read_bytes()
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     monkeypatch.setattr(trust, "why_not_private", _as_if_nobody_were_root(trust.why_not_private))
@@ -125,7 +126,7 @@ def test_other_owners_are_not_trusted(load, kept, capfd, monkeypatch):
     assert kept.read_bytes() == before
 
 
-def _as_if_nobody_were_root(check):
+def _as_if_nobody_were_root(check: Callable) -> Callable:
     return lambda path: (
         check(path)
         or (None if path.lstat().st_uid == os.geteuid() else f"belongs to another user (number {path.lstat().st_uid})")
