@@ -93,9 +93,14 @@ class Answers:
 
 @checked
 def evaluate_tasks(
-    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *,
-    limit: Annotated[int, Range(1, 100_000)] = LIMIT, seed: Annotated[int, Range(0, 2**63 - 1)] = 0, file: Path | None = None,
-) -> Evaluation:  # fmt: skip
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    limit: Annotated[int, Range(1, 100_000)] = LIMIT,
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0,
+    file: Path | None = None,
+) -> Evaluation:
     """Score models on tasks by both scoring methods, and the gaps where "teacher" and "student" are among them. Every
     model sees the same prompts in the same batches. `limit`: examples of each task; `file`: where answers are kept."""
     answers, rows, gaps = Answers(file), [], []

@@ -130,8 +130,8 @@ def _assumptions(
 
 
 def time_left(plan: Plan, results: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds of training left after these finished steps: the plan's, times how much longer than planned they took, if they
-    were a tenth of it."""
+    """Return the seconds of training left after these finished steps: the plan's, times how much longer than planned
+    they took, if they were a tenth of it."""
     planned = [step.seconds for step in plan.steps]
     done, left = sum(planned[: len(results)]), sum(planned[len(results) :])
     trained = sum(result["seconds"] for result, seconds in zip(results, planned, strict=False) if seconds)
@@ -139,7 +139,8 @@ def time_left(plan: Plan, results: Sequence[Mapping[str, Any]]) -> float:
 
 
 def check_space(plan: Plan, folder: Path) -> str | None:
-    """Return a sentence if the disk of `folder` has less room than the run needs, beside what it has written already."""
+    """Return a sentence if the disk of `folder` has less room than the run needs, beside what it has written
+    already."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     needed = plan.disk_bytes - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

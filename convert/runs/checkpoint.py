@@ -33,7 +33,8 @@ Model = TypeVar("Model")
 
 
 class StopRequest:
-    """A request to stop at the next step, which Ctrl-C and SIGTERM make while it is open; a second one stops at once."""
+    """A request to stop at the next step, which Ctrl-C and SIGTERM make while it is open; a second one stops at
+    once."""
 
     def __init__(self) -> None:
         self.requested = False

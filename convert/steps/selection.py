@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
-
 from convert.mixers.families import attention_name
 from convert.models.access import hidden_states, layer_outputs, layers_of
 from convert.models.slot import attention_of

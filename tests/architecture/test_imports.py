@@ -28,8 +28,10 @@ MAY_IMPORT = {
     "convert/recipes": "core mixers models objectives training steps",
     "convert/planning": "core kernels mixers models training domains steps recipes",
     "convert": "core models data evaluation domains steps recipes planning runs reports",
-    "experiments": "convert kernels core mixers models objectives data training evaluation domains steps recipes planning"
-    " runs reports exporting",
+    "experiments": (
+        "convert kernels core mixers models objectives data training evaluation domains steps recipes planning"
+        " runs reports exporting"
+    ),
 }
 # what only a language model is, or has; the rooms that serve every domain reach it through the domain alone
 LANGUAGE = (
@@ -155,22 +157,66 @@ def test_every_permission_is_used():
 
 
 PLANTED = {
-    "upwards": ("convert/data/text.py", "from convert.run import main", r"convert/data/text.py:1: .* may not import convert:"),
-    "upwards-module": ("convert/mixers/mamba.py", "from convert.models import student", r"convert/mixers may not import convert/models"),
-    "upwards-relative": ("convert/mixers/mamba.py", "from ..models.student import swap", r"convert/mixers may not import convert/models"),
-    "upwards-plain": ("convert/core/errors.py", "import convert.models.student", r"convert/core may not import convert/models"),
-    "upwards-in-a-function": ("convert/models/student.py", "def f():\n    import convert.training.loop", r"convert/models/student.py:2: "),
+    "upwards": (
+        "convert/data/text.py",
+        "from convert.run import main",
+        r"convert/data/text.py:1: .* may not import convert:",
+    ),
+    "upwards-module": (
+        "convert/mixers/mamba.py",
+        "from convert.models import student",
+        r"convert/mixers may not import convert/models",
+    ),
+    "upwards-relative": (
+        "convert/mixers/mamba.py",
+        "from ..models.student import swap",
+        r"convert/mixers may not import convert/models",
+    ),
+    "upwards-plain": (
+        "convert/core/errors.py",
+        "import convert.models.student",
+        r"convert/core may not import convert/models",
+    ),
+    "upwards-in-a-function": (
+        "convert/models/student.py",
+        "def f():\n    import convert.training.loop",
+        r"convert/models/student.py:2: ",
+    ),
     "upwards-to-the-package": ("convert/data/text.py", "import convert", r"convert/data may not import convert:"),
     "to-experiments": ("convert/run.py", "import experiments.study", r"convert may not import experiments"),
-    "kernels-transformers": ("kernels/scan/__init__.py", "from transformers.utils import logging", r"which kernels never does"),
-    "kernels-wandb": ("kernels/scan/__init__.py", "try:\n    import wandb\nexcept ImportError:\n    pass", r"which kernels never does"),
-    "kernels-ours": ("kernels/scan/__init__.py", "from convert.core.errors import UserError", r"which kernels never does"),
-    "objectives": ("convert/objectives/base.py", "import math\nimport torch\nimport numpy as np", r"base.py:3: .*numpy, but only"),
-    "steps-language": ("convert/steps/swap.py", "from convert.data.text import tokenize", r"which convert.steps never does"),
-    "pipeline-language": ("convert/pipeline.py", "def f():\n    from convert.domains.language import Language", r"which convert.pipeline never does"),
+    "kernels-transformers": (
+        "kernels/scan/__init__.py",
+        "from transformers.utils import logging",
+        r"which kernels never does",
+    ),
+    "kernels-wandb": (
+        "kernels/scan/__init__.py",
+        "try:\n    import wandb\nexcept ImportError:\n    pass",
+        r"which kernels never does",
+    ),
+    "kernels-ours": (
+        "kernels/scan/__init__.py",
+        "from convert.core.errors import UserError",
+        r"which kernels never does",
+    ),
+    "objectives": (
+        "convert/objectives/base.py",
+        "import math\nimport torch\nimport numpy as np",
+        r"base.py:3: .*numpy, but only",
+    ),
+    "steps-language": (
+        "convert/steps/swap.py",
+        "from convert.data.text import tokenize",
+        r"which convert.steps never does",
+    ),
+    "pipeline-language": (
+        "convert/pipeline.py",
+        "def f():\n    from convert.domains.language import Language",
+        r"which convert.pipeline never does",
+    ),
     "a-new-folder": ("convert/helpers/a.py", "", r"convert/helpers has no place among the folders"),
     "gone": ("convert/run.py", "from convert.vanished import f", r"imports convert.vanished, which does not exist"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file, source, message", PLANTED.values(), ids=PLANTED)

@@ -65,11 +65,11 @@ def test_lengths_that_would_take_too_long_are_left_out():
 
 
 def test_break_even_is_the_first_length_where_the_student_is_smaller():
-    teacher, student = (StateSize(narrow=10),), (StateSize(fixed=1000),)
+    teacher, student = (StateSize(elements_per_token=10),), (StateSize(fixed_bytes=1000),)
     length = inference.break_even(teacher, student, torch.float32)
     assert teacher[0].at(length, torch.float32) > 1000 >= teacher[0].at(length - 1, torch.float32)
     assert inference.break_even(student, teacher, torch.float32) is None
-    assert inference.break_even((StateSize(narrow=10, window=20),), student, torch.float32) is None
+    assert inference.break_even((StateSize(elements_per_token=10, window=20),), student, torch.float32) is None
 
 
 def test_keys_and_values_count_as_they_are_shipped():

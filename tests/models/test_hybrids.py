@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convert import recipes
-from convert.evaluation.perplexity import cache_formula, formula_bytes
+from convert.evaluation.inference import cache_formula, formula_bytes
 from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
 from convert.models.cache import check_cache

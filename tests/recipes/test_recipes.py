@@ -87,8 +87,9 @@ def test_set_parses_by_the_type_of_the_field():
     assert str(recipe.steps[-1].settings.objective) == "forward_kl(temperature=2)"
     for setting in ("distill.forward_kl=0.7", "distill.cross_entropy=0.3", "distill.feature_matching=5e-2"):
         recipe = with_setting(recipe, setting)
-    assert str(recipe.steps[-1].settings.objective) == (
-        "0.3*cross_entropy + 0.7*forward_kl(temperature=2) + 0.05*feature_matching"
+    assert (
+        str(recipe.steps[-1].settings.objective)
+        == "0.3*cross_entropy + 0.7*forward_kl(temperature=2) + 0.05*feature_matching"
     )
     without = with_setting(recipe, "distill.cross_entropy=0").steps[-1].settings.objective
     assert str(without).startswith("0.7*forward_kl")

@@ -31,14 +31,24 @@ def test_text_is_read_by_its_type(kind, text, value):
 
 
 WRONG = [
-    (int, "2.5", "a whole number"), (int, "x", "a whole number"), (int, "1e400", "a whole number"),
-    (int, "\u0663", "a whole number"), (SIZE, "65", "within 1 .. 64"), (SIZE, "true", "a whole number"),
-    (float, "nan", "a finite number"), (float, "inf", "a finite number"), (SHARE, "1.5", "within 0 .. 1"),
-    (SHARE | None, "-1", "within 0 .. 1 or none"), (SIZE | None, "", "a whole number or none"),
-    (bool, "1", "one of true, false"), (Literal["a", "b"], "c", "one of a, b"), (Name, "../x", "1 to 64 letters"),
-    (LAYERS, "some", "none, or values as 4,9 or every:6 or auto or auto:6"), (LAYERS, "0,,1", "a whole number or every:6"),
+    (int, "2.5", "a whole number"),
+    (int, "x", "a whole number"),
+    (int, "1e400", "a whole number"),
+    (int, "\u0663", "a whole number"),
+    (SIZE, "65", "within 1 .. 64"),
+    (SIZE, "true", "a whole number"),
+    (float, "nan", "a finite number"),
+    (float, "inf", "a finite number"),
+    (SHARE, "1.5", "within 0 .. 1"),
+    (SHARE | None, "-1", "within 0 .. 1 or none"),
+    (SIZE | None, "", "a whole number or none"),
+    (bool, "1", "one of true, false"),
+    (Literal["a", "b"], "c", "one of a, b"),
+    (Name, "../x", "1 to 64 letters"),
+    (LAYERS, "some", "none, or values as 4,9 or every:6 or auto or auto:6"),
+    (LAYERS, "0,,1", "a whole number or every:6"),
     (LAYERS, "-1", "within 0 .. 1,000 or every:6"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, text, rule", WRONG, ids=repr)
