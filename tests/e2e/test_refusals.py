@@ -24,10 +24,17 @@ def test_an_out_that_belongs_to_something_else_is_refused(teacher, text, tmp_pat
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("out, data, words", [
-    ("first", "text", "is the teacher"), ("first/next", "text", "lies inside the teacher"), ("text/new", "text", "lies inside the data"),
-    ("first", "first/data.txt", "is the teacher"), ("holder", "holder/data", "holds the data"), ("holder", "link", "holds the data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "out, data, words",
+    [
+        ("first", "text", "is the teacher"),
+        ("first/next", "text", "lies inside the teacher"),
+        ("text/new", "text", "lies inside the data"),
+        ("first", "first/data.txt", "is the teacher"),
+        ("holder", "holder/data", "holds the data"),
+        ("holder", "link", "holds the data"),
+    ],
+)
 def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypatch, capsys, out, data, words):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(teacher, "first/model")

@@ -447,10 +447,25 @@ def test_ids_may_be_larger_than_their_number(folder, tmp_path, monkeypatch):
     assert {3, 70_000} <= set(tokens.train.ids.tolist())
 
 
-@pytest.mark.parametrize("ledger", [
-    None, "", "[" * 100_000, "[]", "{}", '{"data": 5}', '{"data": null}', '{"data": ["x"]}', '{"data": ""}', '{"data": "a\\u0000b"}',
-    '{"data": "\\ud800"}', '{"data": "stdlib", "check": "0"}', b"\xff", '{"data": ' + "9" * 5000 + "}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        None,
+        "",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"data": 5}',
+        '{"data": null}',
+        '{"data": ["x"]}',
+        '{"data": ""}',
+        '{"data": "a\\u0000b"}',
+        '{"data": "\\ud800"}',
+        '{"data": "stdlib", "check": "0"}',
+        b"\xff",
+        '{"data": ' + "9" * 5000 + "}",
+    ],
+)
 def test_a_damaged_ledger_leaves_the_data_to_the_default(ledger, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -110,23 +110,48 @@ def test_a_student_is_read():
 @pytest.mark.parametrize(
     "path, value, words",
     [
-        ("host", None, "host must be a dictionary"), ("host.model_type", "converted", "one of"), ("host.num_hidden_layers", 4, "one for each of 4"),
-        ("mixers", None, "mixers must be"), ("mixers", [], "mixers must be one for each"), ("mixers.0.name", "rwkv", "one of"),
-        ("mixers.0.options", {"conv": 0}, "within 1 .. 64"), ("mixers.0.options", {"speed": 1}, "may have conv, dt_rank"), ("mixers.0.shape.width", 64, "of its host"),
-        ("mixers.0.shape.num_heads", "4", "a whole number"), ("mixers.0.more", 1, "must have name, shape and options"),
-        ("mixers.2.options.conv", 0, r"^x: mixers\[2\]\.options: Mamba2\.Options: conv must be"), ("mixers.0.shape", {"width": 8}, r"^x: mixers\[0\]\.shape must have head_dim, num_heads"),
-        ("mixers.2.shape.head_dim", 2, r"mixers\[2\]\.shape\.head_dim must be that of its host"), ("mixers.2.shape.head_dim", 64, r"head_dim must be that of its host"),
-        *(("mixers.0.shape.rotary_dim", size, r"^x: mixers\[0\]\.shape\.rotary_dim must be its host's") for size in (0, 2, 3, 64, 8192)),
+        ("host", None, "host must be a dictionary"),
+        ("host.model_type", "converted", "one of"),
+        ("host.num_hidden_layers", 4, "one for each of 4"),
+        ("mixers", None, "mixers must be"),
+        ("mixers", [], "mixers must be one for each"),
+        ("mixers.0.name", "rwkv", "one of"),
+        ("mixers.0.options", {"conv": 0}, "within 1 .. 64"),
+        ("mixers.0.options", {"speed": 1}, "may have conv, dt_rank"),
+        ("mixers.0.shape.width", 64, "of its host"),
+        ("mixers.0.shape.num_heads", "4", "a whole number"),
+        ("mixers.0.more", 1, "must have name, shape and options"),
+        ("mixers.2.options.conv", 0, r"^x: mixers\[2\]\.options: Mamba2\.Options: conv must be"),
+        ("mixers.0.shape", {"width": 8}, r"^x: mixers\[0\]\.shape must have head_dim, num_heads"),
+        ("mixers.2.shape.head_dim", 2, r"mixers\[2\]\.shape\.head_dim must be that of its host"),
+        ("mixers.2.shape.head_dim", 64, r"head_dim must be that of its host"),
+        *(
+            ("mixers.0.shape.rotary_dim", size, r"^x: mixers\[0\]\.shape\.rotary_dim must be its host's")
+            for size in (0, 2, 3, 64, 8192)
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_senseless_student(path, value, words):
     with pytest.raises(UserError, match=words):
         config_of(changed(student(), path, value), "x")
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"null", b"[]", b'"x"', b"5", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b'{"a": ' + b"9" * 5000 + b"}", b"{}{}", b"\0"]
-)  # fmt: skip
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"5",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe{}",
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"{}{}",
+        b"\0",
+    ],
+)
 def test_what_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json must be a JSON object"):
@@ -143,12 +168,16 @@ def test_a_file_without_end(tmp_path):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("tokenizer_config.json", "null", "must be a JSON object"), ("tokenizer_config.json", '{"eos_token": 5}', "eos_token must be text or a dictionary"),
-        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be"), ("tokenizer_config.json", '{"tokenizer_class": []}', "tokenizer_class must be"),
-        ("generation_config.json", "[]", "must be a JSON object"), ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be"),
-        ("tokenizer.json", "[" * 100_000, "must be a JSON object"), ("tokenizer.json", "{}", "cannot be read|no readable tokenizer"),
+        ("tokenizer_config.json", "null", "must be a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token must be text or a dictionary"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be"),
+        ("tokenizer_config.json", '{"tokenizer_class": []}', "tokenizer_class must be"),
+        ("generation_config.json", "[]", "must be a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be"),
+        ("tokenizer.json", "[" * 100_000, "must be a JSON object"),
+        ("tokenizer.json", "{}", "cannot be read|no readable tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_other_files_of_the_folder(name, content, words, tmp_path):
     teacher = copy_of_nano(tmp_path)
     (teacher / name).write_text(content)

@@ -143,10 +143,14 @@ def test_an_edit_that_theory_knows_not_to_be_exact_is_refused(target, settings, 
 @pytest.mark.parametrize(
     "target, settings",
     [
-        ("mla", ["edit.cache_budget=none"]), ("mla", ["edit.cache_budget=1"]), ("mla", ["edit.cache_budget=none", "edit.start=svd", "edit.calibration=0"]),
-        ("gate-swa", ["edit.window=2048"]), ("gate-swa", ["edit.window=1024", "edit.sinks=1024", "edit.gate=head"]), ("gate-swa", ["edit.window=4096", "edit.keep=none"]),
+        ("mla", ["edit.cache_budget=none"]),
+        ("mla", ["edit.cache_budget=1"]),
+        ("mla", ["edit.cache_budget=none", "edit.start=svd", "edit.calibration=0"]),
+        ("gate-swa", ["edit.window=2048"]),
+        ("gate-swa", ["edit.window=1024", "edit.sinks=1024", "edit.gate=head"]),
+        ("gate-swa", ["edit.window=4096", "edit.keep=none"]),
     ],
-)  # fmt: skip
+)
 def test_an_edit_that_theory_knows_to_be_exact_is_planned(target, settings):
     assert not refused(target, *settings, "edit.exact=true")
 

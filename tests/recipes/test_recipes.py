@@ -115,12 +115,40 @@ def test_selectors_and_stages_are_found_by_their_names():
     assert list(STAGES) == ["align", "distill", "supervised"]
 
 
-@pytest.mark.parametrize("setting", [
-    "edit.window=nan", "edit.window=inf", "edit.window=1e30", "edit.window=" + "9" * 5000, "edit.window=", "edit.window==1", "edit.window=1_0e", "edit.window=٣e٣",
-    "edit.calibration=1e9", "distill.tokens=1e30", "distill.lr=nan", "distill.lr=1e400", "distill.seed=18446744073709551616", "edit.keep=0,,1", "edit.keep=٣",
-    "edit.keep=every:0", "edit.keep=every:99999999999999999999", "edit.keep=-1", "edit.keep=", "edit.exact=1", "distill.loss_chunk=1e12", "distill.trains=", ".=", "=", "edit.", "edit.name=x",
-    "edit.window=1\0", "\ud800.x=1", "x" * 10_000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "edit.window=nan",
+        "edit.window=inf",
+        "edit.window=1e30",
+        "edit.window=" + "9" * 5000,
+        "edit.window=",
+        "edit.window==1",
+        "edit.window=1_0e",
+        "edit.window=٣e٣",
+        "edit.calibration=1e9",
+        "distill.tokens=1e30",
+        "distill.lr=nan",
+        "distill.lr=1e400",
+        "distill.seed=18446744073709551616",
+        "edit.keep=0,,1",
+        "edit.keep=٣",
+        "edit.keep=every:0",
+        "edit.keep=every:99999999999999999999",
+        "edit.keep=-1",
+        "edit.keep=",
+        "edit.exact=1",
+        "distill.loss_chunk=1e12",
+        "distill.trains=",
+        ".=",
+        "=",
+        "edit.",
+        "edit.name=x",
+        "edit.window=1\0",
+        "\ud800.x=1",
+        "x" * 10_000,
+    ],
+)
 def test_values_without_sense_are_refused(setting):
     with pytest.raises(UserError, match=r"\.$"):
         with_setting(TARGETS["gate-swa"].recipe(BUDGET), setting)
