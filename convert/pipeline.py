@@ -181,8 +181,8 @@ def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
     """Fingerprints of the data and the teacher that a training step names. Raises UserError for a teacher that cannot
     teach in this run, and for data that are too short."""
     found = {}
-    if step.own_data is not None:
-        data, settings = run.prepare(step.own_data), step.training
+    if step.own_data is not None and (settings := step.training) is not None:
+        data = run.prepare(step.own_data)
         run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed)
         found["data_fingerprint"] = data.fingerprint
     if step.own_teacher is not None:
@@ -298,7 +298,7 @@ def _steps(
 def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Do one step and measure; return the student after it, and what the ledger says of it."""
     started = time.monotonic()
-    result = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
+    result: dict[str, Any] = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
     student, found = step.run(student, session)
     result |= found

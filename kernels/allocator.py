@@ -38,7 +38,7 @@ def allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _advise(block, mmap.MADV_HUGEPAGE)
     view = memoryview(block)  # it lives as long as the tensor's storage
-    weakref.finalize(view, _free, block).atexit = False  # type: ignore[misc]  # a property, unknown to typeshed
+    weakref.finalize(view, _free, block).atexit = False
     return torch.frombuffer(view, dtype=like.dtype).view(shape)
 
 

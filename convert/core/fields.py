@@ -156,6 +156,13 @@ def check(record: Any) -> None:
             object.__setattr__(record, field.name, own)  # the record may be frozen
 
 
+class Checked:
+    """A base of dataclasses: every field must fit its annotation (`check`) when a record is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def checked(function: Function) -> Function:
     """Decorates a public function, which then refuses arguments that do not fit its annotations, with UserError."""
     signature = inspect.signature(function)

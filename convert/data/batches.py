@@ -5,7 +5,7 @@ B sequences · T tokens of a sequence
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Batch:
     labels: Tensor
     position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
 
-    def to(self, device) -> "Batch":
+    def to(self, device: Any) -> "Batch":
         return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device))
 
     def split(self, num_sequences: int) -> list["Batch"]:
@@ -55,7 +55,7 @@ class Batches:
     num_sequences: Annotated[int, Range(1, 2**27)]
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if len(self.tokens) < 2 * self.seq_len + 1:
             raise UserError(

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ RENDER_SECONDS = 5.0  # that a chat template may take for one message (ours)
 RENDER_BYTES = 1 << 30  # of memory, likewise (ours)
 
 
-def encode(tokenizer, prompt: str, continuation: str = "", *, chat: bool = False) -> list[int]:
+def encode(tokenizer: Any, prompt: str, continuation: str = "", *, chat: bool = False) -> list[int]:
     """The ids of a prompt and what follows it. `chat`: the prompt is a user's message, told in the chat template, which
     brings its own special tokens. Otherwise the tokenizer's special tokens stand in front, where it puts any; never
     behind, where they would end the text."""
@@ -30,19 +32,19 @@ def encode(tokenizer, prompt: str, continuation: str = "", *, chat: bool = False
         ) from None
 
 
-def leading(tokenizer) -> list[int]:
+def leading(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
     return whole[: next(starts, 0)]
 
 
-def has_chat_template(tokenizer) -> bool:
+def has_chat_template(tokenizer: Any) -> bool:
     """Whether the model is one to talk to. An empty template is none."""
     return bool(tokenizer.chat_template)
 
 
-def chat_text(tokenizer, message: str) -> str:
+def chat_text(tokenizer: Any, message: str) -> str:
     """A user's message in the chat template, up to where the answer begins. Models that can think first are asked not
     to: a short answer would end inside the thought."""
     try:
@@ -93,7 +95,7 @@ def _seconds(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(number, frame) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it does not end within {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)

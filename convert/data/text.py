@@ -7,7 +7,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -42,9 +42,9 @@ class TokenData:
     text_bytes: int
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
-    """Of what decides the ids: the serialised tokenizer, without the padding and truncation of its last call, and the
-    end token."""
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a hash of what decides the ids: the serialised tokenizer, without the padding and truncation of its last
+    call, and the end token."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps([state, tokenizer.eos_token_id]).encode()).hexdigest()[:16]
 
@@ -74,18 +74,17 @@ def tokenize(
                 " CONVERT_CACHE."
             ) from error
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    parts = [
+    train, held_out = (
         Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_starts.npy"))
         for part in ("train", "held_out")
-    ]
-    return TokenData(*parts, fingerprint=key, text_bytes=meta["text_bytes"])
+    )
+    return TokenData(train, held_out, fingerprint=key, text_bytes=meta["text_bytes"])
 
 
-def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> None:
+def _write_cache(source: Corpus, tokenizer: Any, limit: int | None, folder: Path) -> None:
     """Tokens go to disk as they come: a data set may be larger than the memory."""
-    dtype = (
-        np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
-    )  # ids may be larger than their number
+    largest = max(tokenizer.get_vocab().values())  # ids may be larger than their number
+    dtype = np.uint16 if largest < 1 << 16 else np.uint32
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
     try:
@@ -117,15 +116,20 @@ def _write_cache(source: Corpus, tokenizer, limit: int | None, folder: Path) -> 
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_raw(source: Corpus, tokenizer, limit: int | None, aside: Path, dtype) -> tuple[dict[str, list[int]], int]:
-    """Files `train` and `held_out` of bare ids. Where their documents start, and the end; the bytes of text read."""
-    starts, text_bytes, keys, texts = {"train": [0], "held_out": [0]}, 0, [], []
+def _write_raw(
+    source: Corpus, tokenizer: Any, limit: int | None, aside: Path, dtype: type
+) -> tuple[dict[str, list[int]], int]:
+    """Write files `train` and `held_out` of bare ids; return where their documents start and where the last one ends,
+    and the bytes of text read."""
+    starts, text_bytes = {"train": [0], "held_out": [0]}, 0
+    keys: list[str] = []
+    texts: list[str] = []
     front = leading(tokenizer)
     with ExitStack() as stack:
         files = {part: stack.enter_context((aside / part).open("wb")) for part in starts}
         bar = stack.enter_context(tqdm(total=limit, unit="tok", unit_scale=True, desc="tokenise", delay=3))
 
-        def flush():
+        def flush() -> None:
             found = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"] if texts else []
             for key, ids in zip(keys, found, strict=True):
                 ids = front + ids
@@ -135,10 +139,12 @@ def _write_raw(source: Corpus, tokenizer, limit: int | None, aside: Path, dtype)
                 files[part].write(np.array(ids, dtype).tobytes())
                 starts[part].append(starts[part][-1] + len(ids))
                 bar.update(len(ids))
-            keys.clear(), texts.clear()
+            keys.clear()
+            texts.clear()
 
         for key, text in source.documents():
-            keys.append(key), texts.append(text)
+            keys.append(key)
+            texts.append(text)
             text_bytes += len(text.encode())
             if len(keys) == 64:
                 flush()

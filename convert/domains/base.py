@@ -6,7 +6,7 @@ A run knows its models, its data and its numbers through this interface alone.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,10 +21,17 @@ Batches = Callable[[int], Any]  # step -> batch; a batch is a function of the se
 class Source(Protocol):
     """What a teacher's name stands for: `name` fits the name of a folder, `data` is the default data set."""
 
-    name: str
-    kind: str
-    where: str
-    data: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def data(self) -> str: ...
 
     @property
     def is_remote(self) -> bool: ...
@@ -33,15 +40,21 @@ class Source(Protocol):
 class Teacher(Protocol):
     """A loaded teacher: frozen, in eval mode. `dtype` is that of the weights on disk."""
 
-    source: Source
-    model: PreTrainedModel
-    dtype: torch.dtype
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class Corpus(Protocol):
     """A data set that was found and not read yet."""
 
-    spec: str
+    @property
+    def spec(self) -> str: ...
 
     def places(self) -> list[Path]:
         """Return the files and folders of this machine that the data set is made of."""
@@ -50,7 +63,8 @@ class Corpus(Protocol):
 class Data(Protocol):
     """A data set, ready to make batches of."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Monitor(Protocol):
@@ -62,7 +76,13 @@ class Monitor(Protocol):
     def __call__(self, student: PreTrainedModel) -> dict[str, float]: ...
 
 
-class Domain(ABC):
+S = TypeVar("S", bound=Source)
+T = TypeVar("T", bound=Teacher)
+C = TypeVar("C", bound=Corpus)
+D = TypeVar("D", bound=Data)
+
+
+class Domain(ABC, Generic[S, T, C, D]):
     """One kind of models. The headline metric is what a run reports after each step; lower is better."""
 
     name: ClassVar[str]
@@ -74,11 +94,11 @@ class Domain(ABC):
     # --- before a run: nothing is loaded
 
     @abstractmethod
-    def resolve(self, teacher: str) -> Source:
+    def resolve(self, teacher: str) -> S:
         """Find out what a teacher's name stands for. Raises UserError for a name that stands for nothing."""
 
     @abstractmethod
-    def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+    def read_config(self, source: S, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the configuration of a teacher, without its weights."""
 
     @abstractmethod
@@ -103,7 +123,7 @@ class Domain(ABC):
         """Make the configuration of a student of a family, with the teacher's inputs and outputs."""
 
     @abstractmethod
-    def corpus(self, spec: str) -> Corpus:
+    def corpus(self, spec: str) -> C:
         """Find a data set on the disk. Raises UserError where there is none."""
 
     @abstractmethod
@@ -113,31 +133,31 @@ class Domain(ABC):
     # --- models and data of a run
 
     @abstractmethod
-    def problem_of_loaded_pair(self, run: Teacher, step: Teacher) -> str | None:
+    def problem_of_loaded_pair(self, run: T, step: T) -> str | None:
         """Say why a training step cannot learn from the loaded teacher `step`, as problem_of_pair does."""
 
     @abstractmethod
-    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
+    def load_teacher(self, source: S, device: str, trust_remote_code: bool) -> T:
         """Load a teacher, refusing what cannot be one before its weights are read."""
 
     @abstractmethod
-    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int) -> Data:
+    def prepare(self, corpus: C, teacher: T, limit: int) -> D:
         """Make the data set into what batches are made of; `limit` in units."""
 
     @abstractmethod
-    def batches(self, data: Data, seq_len: int, num_sequences: int, seed: int) -> Batches:
+    def batches(self, data: D, seq_len: int, num_sequences: int, seed: int) -> Batches:
         """Return the training batches."""
 
     @abstractmethod
-    def held_out(self, data: Data, budget: int, seq_len: int, micro_tokens: int) -> list[Any]:
+    def held_out(self, data: D, budget: int, seq_len: int, micro_tokens: int) -> list[Any]:
         """Return the batches that the headline metric of a run is measured on, always the same ones."""
 
     @abstractmethod
-    def probe(self, data: Data, length: int) -> Any:
+    def probe(self, data: D, length: int) -> Any:
         """Return one held-out batch of at most `length` units, for comparing outputs before and after a swap."""
 
     @abstractmethod
-    def check(self, teacher: Teacher) -> None:
+    def check(self, teacher: T) -> None:
         """Raise UserError where the final evaluation could not ask this teacher anything."""
 
     # --- measurements
@@ -147,22 +167,20 @@ class Domain(ABC):
         """Return the headline metric of a model on these batches."""
 
     @abstractmethod
-    def monitor(self, teacher: Teacher, batches: Sequence[Any], rules: Sequence[Any]) -> Monitor:
+    def monitor(self, teacher: T, batches: Sequence[Any], rules: Sequence[Any]) -> Monitor:
         """Return what is called whenever a training step measures."""
 
     @abstractmethod
-    def final_metrics(self, student: PreTrainedModel, teacher: Teacher, data: Data, batches: Sequence[Any]) -> Any:
+    def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any]) -> Any:
         """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
 
     @abstractmethod
-    def evaluate(
-        self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
-    ) -> Evaluation:
+    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> Evaluation:
         """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
 
     @abstractmethod
     def export(
-        self, student: PreTrainedModel, teacher: Teacher, folder: Path, cards: tuple[str, str], data: Data
+        self, student: PreTrainedModel, teacher: T, folder: Path, cards: tuple[str, str], data: D
     ) -> dict[str, Any]:
         """Write the student as a folder that loads without this project, and read it back in a clean process.
 

@@ -23,7 +23,7 @@ from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.language_schemas import LanguageMetrics, LanguageReport
 
 
-class Language(Domain):
+class Language(Domain[Source, Teacher, Corpus, TokenData]):
     """Perplexity on held-out text is the headline metric; training counts tokens."""
 
     name = "language"

@@ -142,7 +142,7 @@ def _rows(model: str, done: dict[str, Any]) -> list[LmEvalScore]:
 def local_tasks(folder: Path, yaml: ModuleType) -> list[str]:
     """Names of the tasks that the YAML files of a folder define. What does not parse is said with file and line."""
 
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """Reads YAML with tags of the harness, such as !function, which are left alone."""
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from convert.core.console import console
 from convert.core.errors import UserError
-from convert.core.fields import Range, Text, check, checked, shown
+from convert.core.fields import Checked, Range, Text, checked, shown
 from convert.data.batches import Batch
 from convert.data.prompts import has_chat_template
 from convert.evaluation.perplexity import perplexity
@@ -29,15 +29,13 @@ SHOWN = 2  # examples of each task in the table of generations
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Checked):
     """A rule such as `generation<0.2`: the run stops when it holds at a measurement."""
 
     text: Text
     name: Literal["perplexity", "generation", "generation_gap"]
     sign: Literal["<", ">"]
     bound: Annotated[float, Range(-1e9, 1e9)]
-
-    __post_init__ = check
 
     @staticmethod
     @checked

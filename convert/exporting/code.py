@@ -68,20 +68,24 @@ def flatten(source: str, module: str) -> tuple[str, set[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import) and any(alias.name.split(".")[0] in OURS for alias in node.names):
             raise _cannot_flatten(node, module)
-        if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.split(".")[0] in OURS):
+        if not isinstance(node, ast.ImportFrom):
             continue
-        if node.level or node.module in OURS or _submodules(node.module) & {alias.name for alias in node.names}:
+        source_module = node.module or ""
+        if not node.level and source_module.split(".")[0] not in OURS:
+            continue
+        if node.level or source_module in OURS or _submodules(source_module) & {alias.name for alias in node.names}:
             raise _cannot_flatten(node, module)
-        statement = rf"\bfrom\s+{re.escape(node.module)}\s+import\b"  # the names may go on in the next lines
+        statement = rf"\bfrom\s+{re.escape(source_module)}\s+import\b"  # the names may go on in the next lines
         lines[node.lineno - 1], count = re.subn(
-            statement, f"from .{flat(node.module)} import", lines[node.lineno - 1], count=1
+            statement, f"from .{flat(source_module)} import", lines[node.lineno - 1], count=1
         )
         if count != 1:
             raise _cannot_flatten(node, module)
-        imported.add(node.module)
+        imported.add(source_module)
     for node in tree.body:
         if isinstance(node, ast.Expr) and re.match(r"Auto\w+\.register\(", ast.unparse(node)):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            end = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : end] = [""] * (end - node.lineno + 1)
     return "".join(lines).rstrip() + "\n", imported
 
 

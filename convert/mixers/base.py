@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 
 State = tuple[Tensor, ...]  # each mixer has a NamedTuple of its own; every tensor has the batch first
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(Checked):
     """What decides the sizes of an attention layer's parameters, and of the mixers that replace it."""
 
     width: Annotated[int, Range(1, 2**18)]
@@ -31,8 +31,6 @@ class AttentionShape:
     norm_eps: Annotated[float, Range(0, 1)] | None = (
         None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
     )
-
-    __post_init__ = check
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Mixer(nn.Module, ABC):
         """The formula of the state's size; a test holds it against the state itself."""
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, context: Context, state: Any = None) -> tuple[Tensor, State]: ...
+    def forward(self, x_BTD: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Any]: ...
 
     def set_decay(self, rate: float) -> None:
         """Set every decay rate to `rate`, in nats per unit of the time step; 0 is no decay."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import QKV, wide
 
@@ -26,7 +26,7 @@ class GateSWA(Mixer):
     """Softmax attention to a window and to the first tokens of a document, behind a sigmoid gate."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Checked):
         """`gate_bias`: b at the start, where W is 0. The output projection is divided by sigmoid(b), so that the
         function does not change: 0 is a gate half open, 4 one that is nearly open and learns slowly (ours: the paper
         does not say)."""
@@ -35,8 +35,6 @@ class GateSWA(Mixer):
         sinks: Annotated[int, Range(0, 65_536)] = 4  # StreamingLLM's
         gate: Literal["element", "head", "none"] = "element"  # head: one number per head
         gate_bias: Annotated[float, Range(-10, 10)] = 0.0
-
-        __post_init__ = check
 
     class State(NamedTuple):
         keys: Tensor  # [B, S, G, K], S up to window - 1 + sinks

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.mamba_block import DecayRate, MambaBlock
 from kernels.selective_scan import selective_scan
@@ -20,11 +20,9 @@ class Mamba(Mixer):
     """Mamba-1 with a decay per channel and state."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Checked):
         conv: Annotated[int, Range(1, 64)] = 4  # tokens (Mamba, arXiv 2312.00752)
         dt_rank: Annotated[int, Range(1, 65_536)] | None = None  # None: a sixteenth of the width (Mamba)
-
-        __post_init__ = check
 
     class State(NamedTuple):
         conv: Tensor  # [B, conv - 1, D]: the last inputs of the convolution

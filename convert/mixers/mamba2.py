@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.mamba_block import DecayRate, MambaBlock
 from convert.mixers.parts import wide
@@ -21,12 +21,10 @@ class Mamba2(Mixer):
     """Mamba-2 with a decay per key/value head."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Checked):
         conv: Annotated[int, Range(1, 64)] = 4  # tokens (Mamba-2)
         # None: a sixteenth of the width, as in mamba (Mamba-2 itself projects directly)
         dt_rank: Annotated[int, Range(1, 65_536)] | None = None
-
-        __post_init__ = check
 
     class State(NamedTuple):
         conv: Tensor  # [B, conv - 1, D]: the last inputs of the convolution

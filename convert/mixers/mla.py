@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import HeadNorm, rotate, wide
 
@@ -44,7 +44,7 @@ class MLA(Mixer):
     many to the keys and values made of them (expanded)."""
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Checked):
         """`None`: as much as there is. `cache_budget`: the share of the teacher's keys and values to keep, from which
         the ranks that are not given follow. `start`: "calibrated" (by the layer's inputs; ours, after TransMLA, arXiv
         2502.07864), "svd" (joint, of the weights; X-EcoMLA, arXiv 2503.11132) or "random" but for the output projection
@@ -56,8 +56,6 @@ class MLA(Mixer):
         q_rank: Annotated[int, Range(1, 1e6)] | None = None  # of the queries; None: full
         cache_budget: Annotated[float, Range(0.001, 1)] | None = None
         start: Literal["calibrated", "svd", "random"] = "svd"
-
-        __post_init__ = check
 
     class State(NamedTuple):
         latent: Tensor  # [B, S, C]

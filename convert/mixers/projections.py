@@ -89,7 +89,7 @@ class Projections:
             attention.dense.bias is not None,
         )
         o = weight_of(attention.dense).unflatten(1, (heads, head_dim))
-        return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)
+        return cls(shape, q, k, v, o, *biases, attention.dense.bias, scale=attention.scaling)  # type: ignore[misc, call-arg]
 
     @classmethod
     def _of_llama_like(cls, attention: Any, rotary_dim: int) -> "Projections":
@@ -103,7 +103,7 @@ class Projections:
         )  # fmt: skip
         weights = [weight_of(p).unflatten(0, (-1, head_dim)) for p in projections]
         biases = [None if p.bias is None else p.bias.unflatten(0, (-1, head_dim)) for p in projections]
-        return cls(
+        return cls(  # type: ignore[misc, call-arg]
             shape,
             *weights,
             weight_of(attention.o_proj).unflatten(1, (heads, head_dim)),

@@ -18,8 +18,11 @@ from convert.models.student import ConvertedForCausalLM
 class TokenBatch(Protocol):
     """What a model is run on: `input_ids` and `position_ids`, both [B, T]."""
 
-    input_ids: Tensor
-    position_ids: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def position_ids(self) -> Tensor: ...
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

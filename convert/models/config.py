@@ -42,9 +42,9 @@ class ConvertedConfig(PreTrainedConfig):
             }
             host = AutoConfig.for_model(host["model_type"], **fields)
         # transformers makes one without arguments, to compare with
-        self.host = PreTrainedConfig() if host is None else host
+        self.host: PreTrainedConfig = PreTrainedConfig() if host is None else host
         self.mixers = mixers or []
-        kwargs.setdefault("attn_implementation", self.host._attn_implementation)
+        kwargs.setdefault("attn_implementation", getattr(self.host, "_attn_implementation", None))
         super().__init__(**kwargs)
 
     def host_config(self) -> PreTrainedConfig:

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from convert.core.errors import UserError
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 
 HEAD_DIM = 64  # numbers of a head where neither heads nor the width say otherwise (Llama's)
 SHARE = 2 / 3  # of the teacher's layers and width, where none are given (ours)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Checked):
     """Sizes of a student; None: two thirds of the teacher's layers and width, and what the family makes of those."""
 
     layers: Annotated[int, Range(1, 1000)] | None = None
@@ -23,8 +23,6 @@ class Sizes:
     inner: Annotated[int, Range(8, 2**20)] | None = (
         None  # width of the MLP; None: 8/3 of the width (Llama), in steps of 32
     )
-
-    __post_init__ = check
 
 
 def build_config(family: str, sizes: Sizes, teacher: PreTrainedConfig) -> PreTrainedConfig:

@@ -106,7 +106,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         cache: StudentCache | None,
-        output_hidden_states: bool,
+        output_hidden_states: bool | list[int],
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give input_ids or inputs_embeds, one of the two.")

@@ -33,7 +33,7 @@ def projections_of(model: PreTrainedModel, layer: int) -> Projections:
 @torch.no_grad()
 def swap(
     model: PreTrainedModel,
-    name: Literal[tuple(MIXERS)],
+    name: Literal[tuple(MIXERS)],  # type: ignore[valid-type]
     options: Any = None,
     layers: Sequence[Annotated[int, Range(0, 1000)]] | None = None,
     stats: Sequence[CalibrationStats] | None = None,

@@ -8,13 +8,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from convert.core.errors import UserError
-from convert.core.fields import Range, Text, check, require, shown
+from convert.core.fields import Checked, Range, Text, require, shown
 
 Weight = Annotated[float, Range(0, 1e6)]
 
@@ -26,7 +26,7 @@ NOTHING = "0"  # the text of an objective without terms
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Checked):
     """One summand of a loss. Subclass LogitTerm, LayerTerm or AttentionTerm, which say what is compared, as a frozen
     dataclass whose fields are the term's settings; nothing else has to know the new class.
 
@@ -36,8 +36,6 @@ class Term:
 
     compares: ClassVar[str] = "nothing"  # in words, for messages
     needs_teacher: ClassVar[bool] = True
-
-    __post_init__ = check
 
     @property
     def name(self) -> str:
@@ -124,7 +122,8 @@ class Objective:
         terms, at = [], 0
         while match := TERM.match(text, at):
             weight, name, fields = match.groups()
-            terms.append((float(weight or 1), _class_of(name)(**_fields(name, fields or ""))))
+            kind: Any = _class_of(name)
+            terms.append((float(weight or 1), kind(**_fields(name, fields or ""))))
             at = match.end()
             if at == len(text):
                 return Objective(tuple(terms))
@@ -154,7 +153,7 @@ class Objective:
             )
         return Objective(tuple(pair for pair in terms if pair[0]))
 
-    def with_field(self, name: str, value: object) -> "Objective":
+    def with_field(self, name: str, value: Any) -> "Objective":
         """The objective with this value of a field, such as a temperature, in every term that has one."""
         having = [term for _, term in self.terms if name in _field_names(term)]
         if not having:
@@ -220,7 +219,7 @@ class LiveObjective(nn.Module):
             total = total + weight * value
         return total * scale
 
-    def _of(self, kind: type[Term]) -> list[tuple[float, Term, nn.Module | None]]:
+    def _of(self, kind: type[Term]) -> list[tuple[float, Any, nn.Module | None]]:
         owned = dict(self.owned.items())
         return [(weight, term, owned.get(term.name)) for weight, term in self.terms if isinstance(term, kind)]
 
@@ -265,9 +264,9 @@ def _field_names(term: Term | type[Term]) -> list[str]:
     return [field.name for field in dataclasses.fields(term)]
 
 
-def _fields(name: str, text: str) -> dict[str, object]:
+def _fields(name: str, text: str) -> dict[str, Any]:
     """The fields of a term from "temperature=2, start=0.4"."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     known = _field_names(_class_of(name))
     for part in text.split(",") if text.strip() else ():
         match = FIELD.fullmatch(part)

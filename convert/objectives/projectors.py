@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class HiddenProjection(LayerTerm):
         ]
         return nn.ModuleList(projections)
 
-    def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], owned: nn.Module | None) -> Tensor:
+    def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], owned: Any) -> Tensor:
         matched = matched_layers(len(student), len(teacher))
         distances = [
             cosine_distance(project(output).float(), teacher[layer])

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class TAID(LogitTerm):
     def build(self, student: nn.Module, teacher: nn.Module | None) -> Interpolation:
         return Interpolation(self.t_start)
 
-    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
+    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: Any) -> Tensor:
         return taid(student, teacher, float(owned.t))
 
     def advance(self, owned: nn.Module, loss: float, progress: float) -> None:

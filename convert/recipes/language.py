@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import PreTrainedConfig
 
-from convert.core.fields import Range, Text, check, checked, require
+from convert.core.fields import Checked, Range, Text, checked, require
 from convert.mixers import MIXERS
 from convert.mixers.projections import LLAMA_SHAPED
 from convert.models.from_scratch import Sizes
@@ -28,7 +28,7 @@ SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Checked):
     """What the defaults depend on. Tokens are the total over all training steps."""
 
     tokens: Annotated[int, Range(1, 1e14)]
@@ -51,8 +51,6 @@ class Budget:
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     examples: Annotated[int, Range(1, 100_000)] = 16  # of each task at the end (ours)
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
-
-    __post_init__ = check
 
 
 @checked
@@ -123,7 +121,7 @@ def _smaller_batches(budget: Budget, settings: Settings) -> Settings:
 
 
 def _settings(
-    budget: Budget, tokens: int, lr: float, objective: Objective, trains: Callable | str, schedule: str
+    budget: Budget, tokens: int, lr: float, objective: Objective, trains: Any, schedule: Literal["wsd", "cosine"]
 ) -> Settings:
     return Settings(
         tokens,

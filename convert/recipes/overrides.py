@@ -36,19 +36,21 @@ def with_setting(recipe: Recipe, assignment: str) -> Recipe:
 
 def _replaced(step: Step, assignment: Assignment) -> Step:
     """The step with the assignment applied where it belongs: fields of several homes may share a name."""
-    homes = {"": step} | {home: getattr(step, home) for home in ("settings", "options") if hasattr(step, home)}
+    homes: dict[str, Any] = {"": step} | {
+        home: getattr(step, home) for home in ("settings", "options") if hasattr(step, home)
+    }
     known = {home: _types(holder) for home, holder in homes.items()}
     for home, types in known.items():
         if assignment.field in types:
             value = _read(types[assignment.field], assignment)
             new = dataclasses.replace(homes[home], **{assignment.field: value})
-            return dataclasses.replace(step, **{home: new}) if home else new
+            return dataclasses.replace(homes[""], **{home: new}) if home else new
     terms = {}
     if step.training is not None:
         objective, terms = step.training.objective, _of_objective(step.training.objective)
         if assignment.field in terms:
             settings = dataclasses.replace(step.training, objective=_changed(objective, assignment))
-            return dataclasses.replace(step, settings=settings)
+            return dataclasses.replace(homes[""], settings=settings)
     fields = [name for types in (*known.values(), terms) for name in types]
     raise UserError(
         f"--set {assignment}: step {step.name!r} has no field {assignment.field!r}; it has {', '.join(fields)}."

@@ -111,7 +111,7 @@ class StepFolder:
         manifest.record(self.run, *LOGS)
         write_json(self.folder / "DONE", sealed(result | {"sha256": digests}))
         self.tidy()
-        return self.result()
+        return self.result() or {}
 
     def tidy(self) -> None:
         """Of a finished step no checkpoint is needed, also of one that was killed before they went."""
@@ -124,9 +124,8 @@ class StepFolder:
 
     def student(self, read: Callable[[Path], Model]) -> Model:
         """Return what `read` makes of the finished step's student."""
-        done = self._done()
         try:
-            for name, digest in done["sha256"].items():
+            for name, digest in (self._done() or {})["sha256"].items():
                 if sha256(self.folder / "student" / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             return read(self.folder / "student")

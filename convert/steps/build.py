@@ -7,19 +7,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from convert.core.fields import Name, Text, check
+from convert.core.fields import Checked, Name, Text
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
 
 
 @dataclass(frozen=True)
-class Build(Step):
+class Build(Step, Checked):
     """Make a student of the family `model` (a name that the domain knows) with these sizes, and random weights."""
 
     name: Name
     model: Text
     options: Any  # the domain's sizes of a student
-
-    __post_init__ = check
 
     def problems(self, before: Outline) -> list[str]:
         return []

@@ -3,8 +3,11 @@
 B batch · T time · D width · H query heads · R rotary dimensions
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -19,14 +22,14 @@ from convert.models.slot import Slot, attention_of
 
 @torch.no_grad()
 def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationStats]:
-    """Of every attention layer, over these batches; in float32. In the place of a mixer all pairs of tokens weigh the
-    same."""
+    """Return the statistics of the inputs of every attention layer over these batches, in float32. In the place of a
+    mixer all pairs of tokens weigh the same."""
     blocks = layers_of(model)
     means, moments, uniform, drifts = ([0.0] * len(blocks) for _ in range(4))
     documents, share = None, 1 / len(batches)
 
-    def see(layer: int):
-        def hook(module, args, kwargs):
+    def see(layer: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).float()
             cos, sin = (t.float() for t in kwargs["position_embeddings"])
             if isinstance(module, Slot):

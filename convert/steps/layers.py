@@ -4,18 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 
 DEFAULT_N = 5  # one layer in five keeps full attention (Attention Editing, arXiv 2604.05688)
 
 
 @dataclass(frozen=True)
-class EveryNth:
+class EveryNth(Checked):
     """Every n-th layer, the last of each n."""
 
     n: Annotated[int, Range(2, 1000)]
-
-    __post_init__ = check
 
     @staticmethod
     def of(text: str) -> "EveryNth":
@@ -34,12 +32,10 @@ class EveryNth:
 
 
 @dataclass(frozen=True)
-class MostSensitive:
+class MostSensitive(Checked):
     """One layer in n: those whose replacement alone changes the model most, by measurement."""
 
     n: Annotated[int, Range(2, 1000)]
-
-    __post_init__ = check
 
     @staticmethod
     def of(text: str) -> "MostSensitive":

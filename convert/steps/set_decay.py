@@ -6,20 +6,18 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from convert.core.fields import Name, Range, check
+from convert.core.fields import Checked, Name, Range
 from convert.mixers import MIXERS
 from convert.models.access import slots_of
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
 
 
 @dataclass(frozen=True)
-class SetDecay(Step):
+class SetDecay(Step, Checked):
     """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
 
     name: Name
     rate: Annotated[float, Range(0, 10)]
-
-    __post_init__ = check
 
     def problems(self, before: Outline) -> list[str]:
         if any(name is not None and MIXERS[name].decays for name in before.mixers):

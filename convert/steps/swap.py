@@ -38,7 +38,7 @@ class Swap(Step):
     from them."""
 
     name: Name
-    mixer: Literal[tuple(MIXERS)]
+    mixer: Literal[tuple(MIXERS)]  # type: ignore[valid-type]
     options: Any
     keep: Keep = ()
     exact: bool = False
@@ -199,7 +199,7 @@ class Swap(Step):
         batches = session.sequences(min(RANKING_TOKENS, session.tokens))
         sensitivity = selection.sensitivity(student, before, batches)
         ranked = sorted(before, key=lambda layer: -sensitivity[layer])
-        kept = sorted(ranked[: len(self.keep.layers(len(before)))])
+        kept = sorted(ranked[: len(self.kept(len(before)))])
         selection.restore_layers(student, before)
         layers = tuple(layer for layer in before if layer not in kept)
         student = swap(student, self.mixer, self.options, layers, stats).eval()

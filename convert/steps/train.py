@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
-from convert.core.fields import Name, Text, check
+from convert.core.fields import Checked, Name, Text
 from convert.models.access import slots_of
 from convert.objectives import Objective
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
@@ -18,11 +18,17 @@ from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
 from convert.training.trial import problem_of_functions
 
-TINY = {"tokens": 3 * 128, "seq_len": 64, "batch_tokens": 128, "micro_tokens": 128, "evaluate_every": 0}
+TINY: dict[str, Any] = {
+    "tokens": 3 * 128,
+    "seq_len": 64,
+    "batch_tokens": 128,
+    "micro_tokens": 128,
+    "evaluate_every": 0,
+}
 
 
 @dataclass(frozen=True)
-class Train(Step):
+class Train(Step, Checked):
     """Train the student by a stage: `align` (layer by layer) or `distill` (the whole model).
 
     `data`, `teacher`: as for the command, where this step needs others than the run's; the teacher must have the
@@ -33,8 +39,6 @@ class Train(Step):
     settings: Settings
     data: Text | None = None
     teacher: Text | None = None
-
-    __post_init__ = check
 
     @property
     def training(self) -> Settings:
@@ -141,7 +145,8 @@ class Train(Step):
         def measure(student: PreTrainedModel) -> dict[str, float]:
             numbers = session.monitor(student)
             session.track.generations(session.monitor.generations)
-            session.folder.stop.requested |= session.monitor.stopped_by is not None
+            if session.monitor.stopped_by is not None and session.folder.stop is not None:
+                session.folder.stop.requested = True
             return numbers
 
         student = STAGES[self.stage](

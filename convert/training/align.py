@@ -46,7 +46,8 @@ def align(
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 with torch.enable_grad(), autocast(x.device, settings.precision):
-                    y, _ = slots[layer].mixer(x, Context(*kwargs["position_embeddings"], None, documents))
+                    cos, sin = kwargs["position_embeddings"]
+                    y, _ = slots[layer].mixer(x, Context(cos, sin, None, documents))
                     loss = objective.on_attention(y.float(), output[0].float(), scale)
                 if loss.requires_grad:  # in a hybrid, nothing of a layer may be trained
                     backward(loss)

@@ -52,12 +52,12 @@ def distill(
                     [output.float() for output in teacher_outputs],
                     batch.input_ids.numel() / whole.input_ids.numel(),
                 )
-            if not uses_logits:
+            if not uses_logits and layers is not None:
                 backward(layers)
                 return layers.detach()
 
             def loss(logits: Tensor, rows: slice) -> Tensor:
-                if not needs_teacher_logits:
+                if teacher is None or not needs_teacher_logits:
                     return objective.on_logits(logits, None, targets[rows], scale)
                 with torch.no_grad():
                     wanted = teacher.get_output_embeddings()(teacher_hidden[rows]).float()

@@ -5,7 +5,8 @@ import torch
 
 def uses_bfloat16(device: torch.device, precision: str) -> bool:
     """Whether matrix products are in bfloat16. "auto": where the device is fast at them."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say: float32 then
+    # older versions of torch do not say: float32 then
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type != "cpu" or known.get("avx512_bf16", False) or known.get("amx_bf16", False)
     return precision == "bfloat16" or (precision == "auto" and fast)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from convert.core.errors import UserError
-from convert.core.fields import Range, check
+from convert.core.fields import Checked, Range
 from convert.objectives.base import AttentionTerm, LayerTerm, LogitTerm, Objective
 from convert.training.selectors import SELECTORS
 
@@ -14,13 +14,14 @@ COMPARED = {"align": (AttentionTerm,), "distill": (LogitTerm, LayerTerm), "super
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The settings of one stage. Sizes are in tokens; shares are of the stage's steps."""
 
     tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
     lr: Annotated[float, Range(0, 10)]
     objective: Objective
-    trains: Literal[tuple(SELECTORS)] | Callable  # chooses parameters of the student; by name or the user's own
+    # chooses parameters of the student: the name of a selector, or a function of the user's own
+    trains: Literal[tuple(SELECTORS)] | Callable  # type: ignore[valid-type]
     seq_len: Annotated[int, Range(2, 2**24)]
     batch_tokens: Annotated[int, Range(2, 2**27)]
     micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
@@ -45,8 +46,6 @@ class Settings:
         0  # tokens between two measurements of held-out perplexity; 0: none
     )
     save_every: Annotated[float, Range(0, 1e12)] = 60.0  # seconds between two checkpoints
-
-    __post_init__ = check
 
     @property
     def num_steps(self) -> int:

@@ -1,5 +1,7 @@
 """Whether a stage's selector and terms, which may be the user's own, can do their part: each is tried once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,7 +50,7 @@ def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedMo
     return None
 
 
-def _loss(term: Term, owned: nn.Module | None, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
+def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
     """The term's loss of tensors of ones, where its parameters are: on the CPU if it has none."""
     parameter = None if owned is None else next(owned.parameters(), None)
     device = "cpu" if parameter is None else parameter.device

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from convert import evaluate_run, load_teacher, recipes, run_recipe
 from convert.core.errors import UserError
-from convert.core.fields import Name, Place, Range, Text, broken, check, checked, shown
+from convert.core.fields import Checked, Name, Place, Range, Text, broken, checked, shown
 from convert.data.batches import Batches
 from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
@@ -111,10 +111,8 @@ def test_what_does_not_fit(hint, value, rule):
 
 def test_a_record_and_a_function_say_which_field_breaks_which_rule():
     @dataclasses.dataclass(frozen=True)
-    class Record:
+    class Record(Checked):
         size: SIZE = 1
-
-        __post_init__ = check
 
     @checked
     def double(size: SIZE, *, again: bool = False) -> int:

@@ -91,7 +91,7 @@ def _by_energy(layers: list[Projections], options: MLA.Options) -> list[int]:
     room = sum(_rank_in_the_room(p.shape, options) for p in layers)
 
     def ranks(price: float) -> list[int]:
-        return [min(e, key=lambda rank, e=e: e[rank] + price * rank) for e in errors]
+        return [min((error + price * rank, rank) for rank, error in e.items())[1] for e in errors]
 
     low, high = 0.0, 1.0
     if sum(ranks(low)) <= room:

@@ -28,6 +28,6 @@ def read_qkv(qkv: QKV, o: Tensor, o_bias: Tensor | None, feature_maps: FeatureMa
     biases = [None if linear.bias is None else linear.bias.unflatten(0, heads) for linear in linears]
     norms = (None, None) if qkv.shape.norm_eps is None else (qkv.q_norm.weight, qkv.k_norm.weight)
     weights = (weight_of(linear).unflatten(0, heads) for linear in linears)
-    return Projections(
+    return Projections(  # type: ignore[misc, call-arg]
         qkv.shape, *weights, o, *biases, o_bias, *norms, scale=qkv.shape.head_dim**-0.5, feature_maps=feature_maps
     )
