@@ -74,7 +74,7 @@ class Schedule(Settings):
     """The settings, with this experiment's own schedule of the learning rate."""
 
     def rate(self, step: int) -> float:
-        """Up in a fixed number of steps, constant, and down to zero in a straight line."""
+        """The learning rate goes up in a fixed number of steps, constant, and down to zero in a straight line."""
         return self.lr * min(1, (step + 1) / WARMUP_STEPS, self.left(step) / DECAY_SHARE)
 
     def left(self, step: int) -> float:

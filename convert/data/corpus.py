@@ -1,4 +1,4 @@
-"""Where text comes from, and which documents are held out.
+"""Sources of text, and which of their documents are held out.
 
 This module needs the standard library alone, so that a command can refuse wrong data before it imports anything large.
 """

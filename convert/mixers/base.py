@@ -53,7 +53,7 @@ class StateSize:
 
 @dataclass(frozen=True)
 class Context:
-    """Where the tokens of one call are.
+    """Positions, padding and documents of the tokens of one call.
 
     cos, sin [B, T, R]: the rotary table at their positions. `padding_mask` bool [B, T]: True at real tokens, False at
     padding; None where there is no padding. `document_ids` [B, T]: states start anew where the id changes; the first

@@ -132,8 +132,8 @@ class GateSWA(Mixer):
 
 
 def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """For the slots and then this call's tokens, [B, S + T]: place in the document (EMPTY: none), and a number of the
-    document."""
+    """Return of the slots and then of this call's tokens, [B, S + T]: the place in the document (EMPTY: none), and a
+    number of the document."""
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.padding_mask is None else context.padding_mask
     seen = real.float().cumsum(1)
     documents = torch.zeros_like(seen)

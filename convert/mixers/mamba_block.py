@@ -95,7 +95,7 @@ class DecayRate(nn.Module):
 
 @torch.no_grad()
 def project_gradients(model: nn.Module) -> None:
-    """Where a rate is at its bound or below, leave only a gradient that would raise it. Called once per step, on the
+    """Leave only a gradient that would raise it where a rate is at its bound or below. Called once per step, on the
     gradients of the whole batch: the signs of a micro-batch's gradients are not those of their sum."""
     for module in model.modules():
         if isinstance(module, DecayRate) and module.s.grad is not None:

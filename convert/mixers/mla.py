@@ -135,8 +135,8 @@ class MLA(Mixer):
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head. Nor
-        is what only a module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
+        """Compare the multiplications of all heads. Many queries never are: their scores would be held, T x S for each
+        head. Nor is what only a module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
         if queries > ABSORBED_QUERIES or not all(
             linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)
         ):
@@ -202,7 +202,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """In float32, as deepseek_v3 does."""
+    """Apply the norm in float32, as deepseek_v3 does."""
     return norm(wide(x)).to(x.dtype)
 
 

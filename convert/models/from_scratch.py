@@ -7,8 +7,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
+from convert.mixers.projections import family_refusal
 
-HEAD_DIM = 64  # numbers of a head where neither heads nor the width say otherwise (Llama's)
 SHARE = 2 / 3  # of the teacher's layers and width, where none are given (ours)
 
 
@@ -28,7 +28,9 @@ class Sizes(Checked):
 def build_config(family: str, sizes: Sizes, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of a student with the teacher's vocabulary, special tokens and positions.
 
-    Raises UserError for sizes that do not fit each other."""
+    Raises UserError for a family that is not known, and for sizes that do not fit each other."""
+    if reason := family_refusal(family):
+        raise UserError(f"A student from scratch: {reason}")
     heads = sizes.heads or teacher.num_attention_heads
     head_dim = max(2, 2 * round(SHARE * teacher.hidden_size / heads / 2))
     width = sizes.width or heads * head_dim

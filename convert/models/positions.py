@@ -1,4 +1,4 @@
-"""Where the tokens of a call are: their positions, which of them are padding, and which document each is in.
+"""Positions of the tokens of a call, which of them are padding, and which document each is in.
 
 B batch · T tokens of this call · S tokens of a mask
 """

@@ -59,7 +59,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and then one token decoded with the cache is held against a full pass."""
+        """Load as transformers does; then one token decoded with the cache is held against a full pass."""
         loaded = super().from_pretrained(*args, **kwargs)
         check_cache(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -133,7 +133,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, with the cache of this model, which no other can stand for."""
+        """Generate as transformers does, with the cache of this model, which no other can stand for."""
 
         def setting(name: str) -> Any:
             settings = (getattr(config, name, None) for config in (generation_config, self.generation_config))
@@ -166,9 +166,9 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | list[int] | None = None, num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None, ignore_index: int = -100, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """As a causal language model of transformers. `past_key_values` and `cache`: the two names of one argument.
-        `others` are refused if they ask for anything; `cache_position`, if it says anything but what follows from the
-        cache."""
+        """Run as a causal language model of transformers does. `past_key_values` and `cache`: the two names of one
+        argument. `others` are refused if they ask for anything; `cache_position`, if it says anything but what follows
+        from the cache."""
         # not in the signature, for which transformers would make one at each step
         cache_position = others.pop("cache_position", None)
         if others.get("output_attentions") is None:

@@ -229,7 +229,7 @@ class LiveObjective(nn.Module):
 
     @torch.no_grad()
     def advance(self, progress: float) -> None:
-        """After an optimizer step: each term that owns something may change its state."""
+        """Let each term that owns something change its state, after an optimizer step."""
         for _, term in self.terms:
             if term.name in self._sums:
                 term.advance(self.owned[term.name], float(self._sums[term.name]), progress)

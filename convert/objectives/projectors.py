@@ -12,7 +12,7 @@ from convert.objectives.features import cosine_distance
 
 
 def matched_layers(student_depth: int, teacher_depth: int) -> list[int]:
-    """For each student layer the index of the teacher layer at the same share of the depth; the last match.
+    """Return for each student layer the index of the teacher layer at the same share of the depth; the last match.
 
     TinyBERT's uniform strategy (arXiv 1909.10351: every third of 12 layers for a student of 4), rounded up where the
     depths do not divide."""

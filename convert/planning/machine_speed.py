@@ -35,7 +35,7 @@ class Rate:
 
     @property
     def origin(self) -> str:
-        """In words: when the rate was measured, and how to measure it again."""
+        """Words that say when the rate was measured, and how to measure it again."""
         if self.file is None:
             return "measured now"
         return f"measured on {self.measured} and kept; remove {self.file} to measure again"

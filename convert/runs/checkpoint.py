@@ -114,7 +114,7 @@ class StepFolder:
         return self.result() or {}
 
     def tidy(self) -> None:
-        """Of a finished step no checkpoint is needed, also of one that was killed before they went."""
+        """Remove the checkpoints of a finished step, also of one that was killed before they went."""
         for file in self._checkpoints():
             self._remove(file)
 

@@ -25,7 +25,7 @@ Parts = Mapping[
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """Of every layer, as it is now."""
+    """Return the part of every layer as it is now."""
     specs = model.config.mixers if isinstance(model, ConvertedForCausalLM) else [None] * model.config.num_hidden_layers
     return {i: (attention_of(block), spec) for i, (block, spec) in enumerate(zip(layers_of(model), specs, strict=True))}
 
@@ -39,9 +39,9 @@ def restore_layers(student: ConvertedForCausalLM, parts: Parts) -> None:
 
 @torch.no_grad()
 def sensitivity(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
-    """For each layer the KL in nats per token between the model with all of `before` in place, and the same with the
-    student's own part in this layer. The student is left as it came. Layers below the edited one are recalled, not run
-    again. In float32: half precision alone moves neox-nano by 1e-4 nats, and more in earlier layers."""
+    """Return for each layer the KL in nats per token between the model with all of `before` in place, and the same with
+    the student's own part in this layer. The student is left as it came. Layers below the edited one are recalled, not
+    run again. In float32: half precision alone moves neox-nano by 1e-4 nats, and more in earlier layers."""
     edited, change = parts_of(student), [0.0] * len(before)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     with tqdm(total=len(batches) * len(before), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:

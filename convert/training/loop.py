@@ -31,7 +31,7 @@ Measure = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class Tracker(Protocol):
-    """Where the numbers of a stage go."""
+    """The receiver of the numbers of a stage."""
 
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         """The numbers of a step, after which the stage has seen so many tokens."""
@@ -41,7 +41,7 @@ class Tracker(Protocol):
 
 
 class Keeper(Protocol):
-    """Where the checkpoints of a stage go, and who asks it to stop."""
+    """The store of the checkpoints of a stage, and who asks it to stop."""
 
     def load(self) -> dict | None:
         """The newest checkpoint, on the CPU."""

@@ -41,6 +41,7 @@ LANGUAGE = (
 )  # fmt: skip
 SERVE_EVERY_DOMAIN = (
     "convert.pipeline",
+    "convert.preparation",
     "convert.steps",
     "convert.training",
     "convert.planning",

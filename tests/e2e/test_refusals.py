@@ -97,7 +97,7 @@ def test_mistakes_get_one_sentence_and_exit_code_2(more, words, teacher, text, t
 
 def test_an_out_under_a_file_is_refused_before_anything_is_loaded(teacher, text, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(pipeline, "load_teacher", None)
+    monkeypatch.setattr("convert.domains.language.load_teacher", None)
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         assert main(command(teacher, text, out)) == 2
         assert f"--out must be a folder; {tmp_path / 'file'} is a file." in capsys.readouterr().err

@@ -34,7 +34,7 @@ class LinearStart(Start):
 
     @classmethod
     def heads(cls, mixer: Any) -> HedgehogHeads:
-        """Where the mixer keeps its projections and feature maps."""
+        """Return the module in which the mixer keeps its projections and feature maps."""
         return mixer.heads
 
 

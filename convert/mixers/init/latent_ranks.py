@@ -53,15 +53,15 @@ def left_out(shape: AttentionShape, options: MLA.Options) -> str | None:
 
 
 def _full_rank(shape: AttentionShape, options: MLA.Options) -> int:
-    """Where nothing is left out: more latents than inputs would be of no use."""
+    """Return the rank at which nothing is left out: more latents than inputs would be of no use."""
     nope = shape.head_dim if options.shape == "native" else shape.head_dim - options.rope_dim
     return min(shape.width, shape.num_kv_heads * (nope + shape.head_dim))
 
 
 def _rope_dim(shape: AttentionShape, options: MLA.Options) -> int:
-    """Under a cache budget: at most half of the room in the exact shape, and three quarters in the native one, which
-    shares its rotary key among all heads and goes without whole frequencies otherwise (ours, measured on smollm2-135m:
-    experiments/LOG.md)."""
+    """Return the rotary dimensions under a cache budget: at most half of the room in the exact shape, and three
+    quarters in the native one, which shares its rotary key among all heads and goes without whole frequencies otherwise
+    (ours, measured on smollm2-135m: experiments/LOG.md)."""
     room, pairs = _room(shape, options), shape.rotary_dim // 2
     if options.shape == "native":
         fitting = [2 * n for n in range(1, pairs + 1) if pairs % n == 0 and 2 * n <= room * 3 / 4]

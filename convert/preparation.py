@@ -1,0 +1,170 @@
+"""What comes before a run: everything is found, planned, loaded and checked before its folder is taken."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from convert.core.console import console, size
+from convert.core.errors import UserError
+from convert.core.places import path_of, refuse_overlap
+from convert.domains import domain_of
+from convert.domains.base import Data, Domain, Source, Teacher
+from convert.models.devices import pick_device
+from convert.models.saving import fingerprint
+from convert.planning import plan as planning
+from convert.planning.plan import Plan
+from convert.planning.validate import named_teachers
+from convert.recipes.base import Recipe
+from convert.recipes.targets import default_recipe
+from convert.runs.ledger import check_out
+from convert.steps.base import Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is done to which teacher, on which data, and where. `teachers` and `data` of the steps that name
+    their own are found by those names."""
+
+    domain: Domain
+    recipe: Recipe
+    teacher: Teacher
+    data: Data
+    out: Path
+    plan: Plan
+    settings: dict[str, Any]
+    load_teacher: Callable[[str], Teacher]
+    prepare: Callable[[str], Data]
+
+    def held_out(self) -> list[Any]:
+        """Return the batches that every headline metric of the run is measured on."""
+        last = self.recipe.trainings[-1]
+        return self.domain.held_out(self.data, self.recipe.tokens, last.seq_len, last.micro_tokens)
+
+
+def prepared(
+    teacher: str,
+    recipe: str | Recipe,
+    out: str | Path | None,
+    *,
+    data: str | Path | None,
+    device: str,
+    fresh: bool,
+    trust_remote_code: bool,
+    has_rules: bool,
+) -> Run:
+    """Return a run that can begin. Raises UserError for whatever would stop it: the cheapest reasons come first."""
+    domain = domain_of(teacher)
+    source = domain.resolve(teacher)
+    config = domain.read_config(source, trust_remote_code)
+    if isinstance(recipe, str):
+        recipe = default_recipe(source.name, config, recipe)
+    if has_rules and not any(settings.evaluate_every for settings in recipe.trainings):
+        raise UserError(
+            "--stop-when is looked at when a stage measures, and none of this recipe does; set"
+            " STEP.evaluate_every=TOKENS."
+        )
+    folder = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
+    device, spec = pick_device(device), source.data if data is None else str(data)
+    corpora = {name: domain.corpus(name) for name in (spec, *_own(recipe, "own_data"))}
+    plan = _planned(domain, source, config, recipe, spec, device, folder, trust_remote_code)
+    check_out(folder, fresh)
+    named = [domain.resolve(name) for name in _own(recipe, "own_teacher")]
+    places = [("teacher", place) for each in (source, *named) for place in _places(each)]
+    refuse_overlap(folder, places + [("data", place) for corpus in corpora.values() for place in corpus.places()])
+
+    def load(name: str) -> Teacher:
+        return domain.load_teacher(domain.resolve(name), device, trust_remote_code)
+
+    loaded, tokens = load(teacher), recipe.tokens
+
+    def prepare(name: str) -> Data:
+        return domain.prepare(corpora[name], loaded, tokens)
+
+    run = Run(domain, recipe, loaded, prepare(spec), folder, plan, {}, load, prepare)
+    run.held_out()  # too little data is said now,
+    domain.check(loaded)  # and so is a teacher that cannot be asked anything
+    for settings in recipe.trainings:
+        domain.batches(run.data, settings.seq_len, settings.num_sequences, settings.seed)
+    return dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
+
+
+def _planned(
+    domain: Domain,
+    source: Source,
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    data: str,
+    device: str,
+    out: Path,
+    trust_remote_code: bool,
+) -> Plan:
+    """Print the plan. Raises UserError where it cannot work, or has too little room on the disk."""
+    teachers = named_teachers(domain, recipe, trust_remote_code)
+    plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers)
+    planning.show(plan, console)
+    if plan.refusals:
+        raise UserError(plan.refusals[0])
+    if reason := planning.check_space(plan, out):
+        raise UserError(reason)
+    peak, there = max((step.peak_bytes for step in plan.steps), default=0), planning.physical_memory()
+    if device == "cpu" and peak > there:
+        console.print(f"This may not fit: about {size(peak)} needed, {size(there)} here.", style="yellow")
+    return plan
+
+
+def _own(recipe: Recipe, field: str) -> list[str]:
+    """Names of the teachers, or of the data, that steps name for themselves."""
+    return sorted({name for step in recipe.steps if (name := getattr(step, field)) is not None})
+
+
+def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, Any]:
+    """What the ledger compares: a run goes on only with the same teacher, data and steps."""
+    steps = run.recipe.describe()
+    for step, described in zip(run.recipe.steps, steps, strict=True):
+        described |= _own_fingerprints(run, step)
+    found = {
+        "teacher": whole_name(teacher, source),
+        "teacher_fingerprint": fingerprint(run.teacher.model),
+        "domain": run.domain.name,
+        "target": run.recipe.target,
+        "data": data,
+        "data_fingerprint": run.data.fingerprint,
+        "steps": steps,
+    }
+    return json.loads(json.dumps(found))
+
+
+def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
+    """Fingerprints of the data and the teacher that a training step names. Raises UserError for a teacher that cannot
+    teach in this run, and for data that are too short."""
+    found = {}
+    if step.own_data is not None and (settings := step.training) is not None:
+        data = run.prepare(step.own_data)
+        run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed)
+        found["data_fingerprint"] = data.fingerprint
+    if step.own_teacher is not None:
+        teacher = run.load_teacher(step.own_teacher)
+        if reason := run.domain.problem_of_loaded_pair(run.teacher, teacher):
+            raise UserError(f"Step {step.name}: {step.own_teacher} cannot be its teacher. {reason}")
+        found["teacher_fingerprint"] = fingerprint(teacher.model)
+    return found
+
+
+def _places(source: Source) -> list[Path]:
+    """Places of the teacher on this machine: its file or folder (of a run all of it), and what links in there lead
+    to."""
+    if source.is_remote:
+        return []
+    where = Path(source.where)
+    links = [file for file in where.rglob("*") if file.is_symlink()]
+    return [where.parent if source.kind == "run" else where, *links]
+
+
+def whole_name(teacher: str, source: Source) -> str:
+    """Return the teacher's name as the settings of a run hold it, from wherever it is repeated."""
+    return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher

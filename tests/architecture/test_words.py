@@ -1,0 +1,72 @@
+"""Files that stay readable: their length, their docstrings, and tests beside every folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [file for top in ("convert", "kernels", "experiments") for file in sorted((ROOT / top).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+LONGEST = 350  # lines of a file
+# A docstring that begins with one of these is no sentence: "Of one sequence, by formula" has no subject.
+PREPOSITIONS = set(
+    "Of By From For In With Without As At On Around Beside After Before Between While Where To And Up Over Through"
+    " Under Behind Into Likewise But Or If When Whatever Also Half".split()
+)
+# what a table of section 8 of the design renamed: word -> what it is called now
+OLD_WORDS = {
+    "Watch": "Monitor",
+    "taught": "teacher",
+    "OneIn": "EveryNth, MostSensitive",
+    "Forget": "SetDecay",
+    "READINGS": "SCORING_METHODS",
+}
+
+
+def docstrings(source: str) -> list[tuple[int, str]]:
+    """Line and text of every docstring."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return [(getattr(node, "lineno", 1), text) for node in nodes if (text := ast.get_docstring(node))]
+
+
+def without_subject(source: str) -> list[tuple[int, str]]:
+    """Docstrings that begin with a bare preposition."""
+    return [(line, text) for line, text in docstrings(source) if text.split()[0].strip(",:;.") in PREPOSITIONS]
+
+
+def test_docstrings_are_sentences():
+    assert not {str(f.relative_to(ROOT)): found for f in SOURCES if (found := without_subject(f.read_text()))}
+
+
+def test_a_planted_docstring_without_a_subject_is_caught():
+    assert without_subject('def f():\n    """Of one sequence, by formula."""\n') == [
+        (1, "Of one sequence, by formula.")
+    ]
+
+
+def test_no_file_is_long():
+    lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in [*SOURCES, *TESTS]}
+    assert not {name: count for name, count in lines.items() if count > LONGEST}
+
+
+@pytest.mark.parametrize("word", OLD_WORDS)
+def test_old_words_are_gone(word):
+    names = {
+        f"{f.relative_to(ROOT)}:{node.lineno}"
+        for f in SOURCES
+        for node in ast.walk(ast.parse(f.read_text()))
+        if (isinstance(node, ast.Name) and node.id == word) or (isinstance(node, ast.ClassDef) and node.name == word)
+    }
+    assert not names, f"{word} is called {OLD_WORDS[word]}"
+
+
+def test_tests_have_the_folders_of_the_source():
+    """A test of convert/FOLDER/x.py is in tests/FOLDER; of kernels and experiments likewise."""
+    folders = {f.parent.relative_to(ROOT / "convert") for f in SOURCES if f.is_relative_to(ROOT / "convert")}
+    mirrored = {f.parent.relative_to(ROOT / "tests") for f in TESTS}
+    missing = {str(folder) for folder in folders if folder not in mirrored and folder.name != "nano"}
+    assert not missing - {"mixers/init"}, "mixers are tested from their start on"
+    own = {"architecture", "e2e", "fuzz", "kernels", "experiments", "nano"}
+    assert {folder.parts[0] for folder in mirrored if folder.parts} <= own | {f.parts[0] for f in folders if f.parts}
