@@ -30,7 +30,7 @@ from convert.exporting.verify import export_and_verify
 from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
-from convert.recipes.language import Forget, Recipe, Swap, Train
+from convert.recipes.base import Forget, Recipe, Swap, Train
 from convert.reports import report
 from convert.reports.page import write_page
 from convert.runs import records

@@ -28,7 +28,7 @@ from convert.evaluation.perplexity import perplexity
 from convert.models.loading import read_config, resolve
 from convert.models.swap import swap
 from convert.objectives.divergences import Distill
-from convert.recipes.language import Train
+from convert.recipes.base import Train
 from convert.run import fail_in_words
 from convert.training import loop as stages
 

@@ -6,7 +6,7 @@ from convert.data.batches import Batch, held_out_batches
 from convert.data.text import TokenData
 from convert.evaluation import perplexity as measure
 from convert.models.loading import Teacher
-from convert.recipes.language import Recipe, Train
+from convert.recipes.base import Recipe, Train
 
 PROMPT_TOKENS = 48
 

@@ -12,7 +12,8 @@ from convert.data.text import TokenData
 from convert.evaluation import perplexity as measure
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import swap
-from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
+from convert.recipes.base import OneIn, Recipe, Swap, Train
+from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS
 from convert.steps import selection
 from convert.steps.calibration import inputs_of
 from convert.training.loop import hidden_states, layers_of

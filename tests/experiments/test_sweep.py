@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import recipes
-from convert.recipes.language import with_setting
+from convert.recipes.overrides import with_setting
 from experiments import sweep
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
@@ -44,7 +44,7 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
         (place / "report.json").write_text(json.dumps(report))
         return report
 
-    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "run_recipe", run)
     monkeypatch.setattr(
         "sys.argv", ["sweep", "--to", "linear", "--tokens", "2048", "--trials", "3", "--out", str(tmp_path / "out")]
     )

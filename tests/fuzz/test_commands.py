@@ -172,14 +172,14 @@ def test_generations(folder, prompt, length, options):
 
 EXPERIMENTS = {  # name -> options with a value, and what takes long there
     "asking_speed": (["--tasks", "--limit"], ["ask"]),
-    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run", "show"]),
+    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run_recipe", "show"]),
     "compare": (["--out"], []),
     "context": (["--lengths", "--minutes", "--needle-lengths", "--needles"], ["all_costs"]),
     "dashboards": (["--entity", "--project"], ["is_reachable"]),
     "hedgemamba_ablation": (["--teacher", "--mixer", "--tokens", "--seeds", "--out"], ["train"]),
     "mad": (["--mixers", "--tasks", "--seed", "--device", "--out"], ["ProcessPoolExecutor"]),
     "memory": (["--mixer"], ["in_a_process", "measure", "pythia"]),
-    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run", "show"]),
+    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run_recipe", "show"]),
     "pretrain_nano": (["--out", "--tokens"], ["train_tokenizer"]),
     "same_scores": (["--tasks", "--limit", "--out"], ["compare"]),
     "speed": (["--teacher", "--steps", "--profile"], ["where", "speeds"]),
