@@ -38,8 +38,8 @@ def rename(kwargs: dict) -> None:
 
 
 def fresh(family: str, layers: tuple[int, ...] | None) -> ConvertedForCausalLM:
-    student_of.cache_clear()  # its hooks are for one test
-    return student_of(family, "mamba2", layers)
+    """Not shared with other tests: its hooks and settings are for one."""
+    return student_of.__wrapped__(family, "mamba2", layers)
 
 
 @every_family
@@ -156,7 +156,6 @@ def test_a_cache_while_checkpointing_is_refused():
     assert student(token_ids())[0] is not None
     with pytest.raises(ValueError, match="use_cache=False, or eval"):
         student(token_ids(), use_cache=True)
-    student_of.cache_clear()
 
 
 @pytest.mark.parametrize(
