@@ -32,7 +32,7 @@ from convert.mixers.parts import DecayRate
 from convert.models.loading import Source, Teacher, fingerprint, load_teacher, pick_device, read_config, resolve
 from convert.models.student import ConvertedForCausalLM
 from convert.planning import plan as planning
-from convert.recipes.language import Forget, Recipe, Swap, Train
+from convert.recipes.base import Forget, Recipe, Swap, Train
 from convert.reports import report as reports
 from convert.reports import scores
 from convert.reports.language import LANGUAGE

@@ -23,7 +23,8 @@ from convert.cli import number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.models.loading import read_config, resolve
 from convert.pipeline import finished
-from convert.recipes.language import Recipe, Train, with_setting
+from convert.recipes.base import Recipe, Train
+from convert.recipes.overrides import with_setting
 from convert.run import fail_in_words
 from convert.runs.language_schemas import LENGTH, LanguageReport
 

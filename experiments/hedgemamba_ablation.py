@@ -30,7 +30,7 @@ from convert.models.loading import Teacher, read_config, resolve
 from convert.models.student import swap
 from convert.objectives.divergences import Distill
 from convert.pipeline import held_out
-from convert.recipes.language import Train
+from convert.recipes.base import Train
 from convert.run import fail_in_words
 from convert.training import loop as stages
 from convert.training.loop import Settings

@@ -25,7 +25,8 @@ from convert.core.files import write_json
 from convert.evaluation.runner import chosen, evaluate_tasks
 from convert.models.loading import Teacher, read_config, resolve
 from convert.pipeline import finished
-from convert.recipes.language import Recipe, with_setting
+from convert.recipes.base import Recipe
+from convert.recipes.overrides import with_setting
 from convert.reports import charts
 from convert.run import fail_in_words
 from experiments.attention_editing import only

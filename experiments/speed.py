@@ -23,7 +23,7 @@ from convert.data.batches import Batches
 from convert.data.text import corpus, tokenize
 from convert.models.loading import read_config, resolve
 from convert.models.student import swap
-from convert.recipes.language import Train
+from convert.recipes.base import Train
 from convert.run import fail_in_words
 from convert.training import loop as stages
 from kernels import chunk_scan, selective_scan

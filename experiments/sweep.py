@@ -25,7 +25,8 @@ from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.models.loading import read_config, resolve
 from convert.pipeline import default_recipe, finished
-from convert.recipes.language import Recipe, Swap, Train, with_setting
+from convert.recipes.base import Recipe, Swap, Train
+from convert.recipes.overrides import with_setting
 from convert.reports.language import LANGUAGE
 from convert.run import fail_in_words
 from convert.runs.keys import SCORINGS

@@ -21,7 +21,8 @@ from convert.mixers.parts import DecayRate
 from convert.mixers.projections import Inputs
 from convert.models.student import ConvertedForCausalLM, projections_of, swap
 from convert.planning.validate import bad_functions, refusals
-from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, Forget, OneIn, Recipe, Swap, Train, objective_of
+from convert.recipes.base import Forget, OneIn, Recipe, Swap, Train, objective_of
+from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS
 from convert.training.loop import align, uses_bfloat16
 from kernels.selective_scan import selective_scan
 

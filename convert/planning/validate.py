@@ -8,7 +8,7 @@ from convert.mixers import MIXERS
 from convert.mixers.projections import refusal
 from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import Distill
-from convert.recipes.language import Forget, OneIn, Recipe, Swap, Train, objective_of
+from convert.recipes.base import Forget, OneIn, Recipe, Swap, Train, objective_of
 from convert.training.loop import align
 
 

@@ -11,7 +11,8 @@ from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.text import TokenData
 from convert.evaluation.perplexity import perplexity as perplexity_of
 from convert.models.student import ConvertedForCausalLM, swap
-from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS, OneIn, Recipe, Swap, Train
+from convert.recipes.base import OneIn, Recipe, Swap, Train
+from convert.recipes.language import HANDOVER_TOKENS, RANKING_TOKENS
 from convert.steps import selection
 from convert.steps.calibration import inputs_of
 from convert.training.loop import hidden_states, layers_of

@@ -598,8 +598,8 @@ def test_only_a_local_teacher_is_remembered_by_its_place(name, given, teacher, t
 
 def test_functions_of_the_package_survive_its_commands():
     script = (
-        "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate, run\nassert"
-        " run.__module__ == 'convert.pipeline' and evaluate_run.__module__ == 'convert.evaluation.runner'"
+        "import convert.run, convert.evaluate, convert.generate\nfrom convert import evaluate_run, run_recipe\n"
+        "assert (run_recipe.__module__, evaluate_run.__module__) == ('convert.pipeline', 'convert.evaluation.runner')"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(conversion.__file__).parent.parent)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import recipes
-from convert.recipes.language import with_setting
+from convert.recipes.overrides import with_setting
 from convert.runs import records
 from experiments import sweep
 

@@ -20,7 +20,7 @@ def write(place: Path) -> None:
     from convert.exporting.hub import export, export_native
     from convert.models.loading import NANO
     from tests.conftest import token_ids
-    from tests.test_native import CASES, student_of
+    from tests.exporting.test_native import CASES, student_of
 
     tokenizer, ids = AutoTokenizer.from_pretrained(NANO), token_ids()
     for name, case in CASES.items():

@@ -12,7 +12,7 @@ from convert.mixers import MLA
 from convert.models.cache import CACHE_NAME
 from convert.models.student import swap
 from tests.conftest import assert_close, options_of, perturb, tiny_teacher, token_ids
-from tests.test_export import tiny_tokenizer
+from tests.exporting.test_hub import tiny_tokenizer
 
 LLAMA3 = dict(
     rope_type="llama3",

@@ -19,9 +19,9 @@ from convert.exporting import hub as export_module
 from convert.exporting.hub import OLDEST, export_native, model_code
 from convert.exporting.portability import make_tokenizer_portable
 from tests.conftest import token_ids
-from tests.test_export import tiny_tokenizer
-from tests.test_model import logits_of
-from tests.test_native import CASES, student_of
+from tests.exporting.test_hub import tiny_tokenizer
+from tests.models.test_student import logits_of
+from tests.exporting.test_native import CASES, student_of
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *LETTERS, "▁", "▁d"])}

@@ -171,15 +171,15 @@ def test_generations(folder, prompt, length, options):
 
 
 EXPERIMENTS = {  # name -> options with a value, and what takes long there
-    "generation_throughput": (["--tasks", "--limit"], ["ask"]),
-    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run", "show"]),
+    "generation_throughput": (["--tasks", "--limit"], ["answer"]),
+    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run_recipe", "show"]),
     "compare": (["--out"], []),
     "context": (["--lengths", "--minutes", "--needle-lengths", "--needles"], ["all_costs"]),
     "dashboards": (["--entity", "--project"], ["is_reachable"]),
     "hedgemamba_ablation": (["--teacher", "--mixer", "--tokens", "--seeds", "--out"], ["train"]),
     "mad": (["--mixers", "--tasks", "--seed", "--device", "--out"], ["ProcessPoolExecutor"]),
     "memory": (["--mixer"], ["in_a_process", "measure", "pythia"]),
-    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run", "show"]),
+    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run_recipe", "show"]),
     "pretrain_nano": (["--out", "--tokens"], ["train_tokenizer"]),
     "lm_eval_parity": (["--tasks", "--limit", "--out"], ["compare"]),
     "speed": (["--teacher", "--steps", "--profile"], ["where", "speeds"]),

@@ -18,7 +18,7 @@ from convert.mixers.mla import _is_plain
 from convert.mixers.projections import Projections
 from convert.models.student import ConvertedForCausalLM, swap
 from tests.conftest import assert_close, perturb, rms, tiny_teacher, token_ids
-from tests.test_model import CACHED, decode, logits_of, student_of
+from tests.models.test_student import CACHED, decode, logits_of, student_of
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

@@ -10,7 +10,7 @@ from convert.mixers import GateSWA
 from convert.models.cache import StudentCache
 from convert.models.student import swap
 from tests.conftest import FAMILIES, assert_close, options_of, tiny_teacher, token_ids
-from tests.test_mixers import SHAPES, attention, context, in_pieces, inputs, mixer_of
+from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs, mixer_of
 
 EXACT = 1e-5
 

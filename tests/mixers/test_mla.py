@@ -15,7 +15,7 @@ from convert.mixers.projections import Inputs, Projections
 from convert.models.student import swap
 from convert.steps.calibration import inputs_of
 from tests.conftest import FAMILIES, assert_close, perturb, rms, tiny_teacher, token_ids
-from tests.test_mixers import SHAPES, attention, context, in_pieces, inputs
+from tests.mixers.test_promises import SHAPES, attention, context, in_pieces, inputs
 
 EXACT = 1e-5
 PLAIN = ("mha",)  # no norms and no biases: what the native shape can hold

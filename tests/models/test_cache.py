@@ -10,7 +10,7 @@ from convert.core.errors import UserError
 from convert.models.cache import CACHE_NAME, CACHE_NAMES, StudentCache, check_cache
 from convert.models.student import ConvertedForCausalLM, attention_of, swap
 from tests.conftest import FAMILIES, assert_close, tiny_teacher, token_ids
-from tests.test_model import CACHED, logits_of, student_of
+from tests.models.test_student import CACHED, logits_of, student_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -13,8 +13,8 @@ from convert.exporting.hub import export
 from convert.mixers import MLA
 from convert.models.student import ConvertedConfig, ConvertedForCausalLM, swap
 from tests.conftest import FAMILIES, VOCAB, assert_close, options_of, tiny_teacher, token_ids
-from tests.test_export import tiny_tokenizer
-from tests.test_model import CACHED, logits_of
+from tests.exporting.test_hub import tiny_tokenizer
+from tests.models.test_student import CACHED, logits_of
 
 OF_HOST = (
     "vocab_size",

@@ -12,7 +12,7 @@ from convert.core.errors import UserError
 from convert.models.loading import _load_model, read_config, resolve
 from convert.models.student import swap
 from tests.conftest import LAYERS, VOCAB, assert_close, tiny_teacher, token_ids
-from tests.test_model import logits_of
+from tests.models.test_student import logits_of
 
 FLOAT32 = 1e-5
 SUBLAYERS = {

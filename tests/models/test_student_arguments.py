@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs
 from convert.models.cache import CACHE_NAME
 from convert.models.student import ConvertedForCausalLM, swap
 from tests.conftest import FAMILIES, assert_close, rms, tiny_teacher, token_ids
-from tests.test_model import CACHED
+from tests.models.test_student import CACHED
 
 IDS = token_ids(2, 12)
 LABELS = torch.where(token_ids(2, 12, seed=5) % 4 == 0, -100, IDS)

@@ -10,8 +10,8 @@ from convert.core.errors import UserError
 from convert.models.loading import load_teacher
 from convert.models.student import swap
 from tests.conftest import FAMILIES, WIDTH, options_of, tiny_teacher, token_ids
-from tests.test_model import logits_of
-from tests.test_teachers import write_tokenizer
+from tests.models.test_student import logits_of
+from tests.models.test_loading import write_tokenizer
 
 
 def saved(folder, model, more: dict | None = None, config: dict | None = None):

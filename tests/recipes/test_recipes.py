@@ -9,7 +9,9 @@ from convert import recipes
 from convert.core.errors import UserError
 from convert.models.loading import TEACHERS, read_config, resolve
 from convert.objectives import divergences as objectives
-from convert.recipes.language import RECIPES, Budget, Swap, Train, describe, tiny, with_setting
+from convert.recipes.base import Budget, Swap, Train, describe, tiny
+from convert.recipes.language import RECIPES
+from convert.recipes.overrides import with_setting
 from convert.training import loop as stages
 
 BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, objectives.Distill(), 4096)
