@@ -177,7 +177,7 @@ def test_generations(folder, prompt, length, options):
 
 
 EXPERIMENTS = {  # name -> options with a value, and what takes long there
-    "asking_speed": (["--tasks", "--limit"], ["ask"]),
+    "generation_throughput": (["--tasks", "--limit"], ["answer"]),
     "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run_recipe", "show"]),
     "compare": (["--out"], []),
     "context": (["--lengths", "--minutes", "--needle-lengths", "--needles"], ["all_costs"]),
@@ -187,7 +187,7 @@ EXPERIMENTS = {  # name -> options with a value, and what takes long there
     "memory": (["--mixer"], ["in_a_process", "measure", "pythia"]),
     "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run_recipe", "show"]),
     "pretrain_nano": (["--out", "--tokens"], ["train_tokenizer"]),
-    "same_scores": (["--tasks", "--limit", "--out"], ["compare"]),
+    "lm_eval_parity": (["--tasks", "--limit", "--out"], ["compare"]),
     "speed": (["--teacher", "--steps", "--profile"], ["where", "speeds"]),
     "sweep": (["--to", "--tokens", "--data", "--trials", "--seed", "--out"], ["trial", "online"]),
 }
