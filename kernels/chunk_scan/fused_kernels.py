@@ -77,8 +77,8 @@ def _scores(a, a_stride, b, b_stride, q, rows, size, Q: tl.constexpr, BLOCK: tl.
     scores = tl.zeros((Q, Q), tl.float32)
     for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        b_block = _load(b, q, columns, b_stride, rows, size)
-        scores += _dot(_load(a, q, columns, a_stride, rows, size), tl.trans(b_block))
+        a_block = _load(a, q, columns, a_stride, rows, size)
+        scores += _dot(a_block, tl.trans(_load(b, q, columns, b_stride, rows, size)))
     return scores
 
 
@@ -187,8 +187,10 @@ def values_gradient_kernel(
         E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
     _store(dx + row * P, q, p, H * P, row_count, P, dx_QP)
     dlog_Q = tl.sum(tl.where(later_QQ, tl.cumsum(E_QQ, 0, reverse=True) + dlog_out_Q[None, :], 0.0), 1)
-    dlog_Q = dlog_Q + tl.maximum(tl.load(chunk_decay + head * chunks + c), 0.0) * tl.sum(dchunk_decay_P, 0)
-    tl.store(dlog + slice_P * Q + step + q, dlog_Q)
+    tl.store(
+        dlog + slice_P * Q + step + q,
+        dlog_Q + tl.maximum(tl.load(chunk_decay + head * chunks + c), 0.0) * tl.sum(dchunk_decay_P, 0),
+    )
 
 
 @autotuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "length_bucket"])

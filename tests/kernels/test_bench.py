@@ -67,7 +67,7 @@ def test_every_installed_implementation_is_right(case, implementation):
 def test_a_failing_implementation_stops_no_other(monkeypatch, tmp_path, capsys):
     """The failure is reported, and the numbers of a whole run with all its processes are consistent."""
     replace_implementations(
-        monkeypatch, {"ours": lambda a: selective_scan(**a), "nobody": None, "another": lambda a: selective_scan(**a)}
+        monkeypatch, {"ours": lambda a: selective_scan(**a), "broken": None, "another": lambda a: selective_scan(**a)}
     )
     measure_in_process = bench.measure_in_process
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -81,8 +81,8 @@ def test_a_failing_implementation_stops_no_other(monkeypatch, tmp_path, capsys):
     bench.main(["selective_scan", "--size", *size, "--seconds", "0.01", "--json", str(tmp_path / "bench.json")])
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
     ours, failing, other, again = found["rows"]
-    assert failing["failed"] == "KeyError: 'nobody'" and "time_s" not in failing
-    assert "failed: KeyError: 'nobody'" in printed
+    assert failing["failed"] == "KeyError: 'broken'" and "time_s" not in failing
+    assert "failed: KeyError: 'broken'" in printed
     assert again["table"] == "scaling" and again["label"] == "L=32"
     assert max(map(len, printed.splitlines())) <= 140
     for row, base in ((ours, ours), (other, ours), (again, again)):

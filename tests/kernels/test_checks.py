@@ -60,12 +60,12 @@ TRIALS = [
 def refused(operator: str, changes: dict) -> str:
     """Return the message of the ValueError, which must be the same from each implementation."""
     call, make = OPERATORS[operator]
-    said = set()
+    messages = set()
     for impl in ("cpu", "reference"):
         with pytest.raises(ValueError) as caught:
             call(**make() | dict(impl=impl) | changes)
-        said.add(str(caught.value))
-    (sentence,) = said
+        messages.add(str(caught.value))
+    (sentence,) = messages
     assert sentence[-1] == "." and len(sentence) < 250
     return sentence
 

@@ -100,9 +100,9 @@ DAMAGE = {
 def test_damage_is_named_and_the_library_made_again(load, kept, capfd, damage, words):
     damage(kept)
     assert load().answer() == 42
-    said = capfd.readouterr().err
-    assert re.search(f"The compiled library {kept} .*{words}.*, so it is not used", said), said
-    assert "Compiling tiny" in said
+    printed = capfd.readouterr().err
+    assert re.search(f"The compiled library {kept} .*{words}.*, so it is not used", printed), printed
+    assert "Compiling tiny" in printed
     assert (
         trust.why_untrusted(kept) is None and stat.S_IMODE(kept.parent.stat().st_mode) & trust.WRITABLE_BY_OTHERS == 0
     )
