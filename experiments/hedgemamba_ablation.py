@@ -29,14 +29,12 @@ from convert.data.text import TokenData, tokenize
 from convert.evaluation.final_metrics import held_out
 from convert.evaluation.perplexity import perplexity
 from convert.models.catalog import resolve
-from convert.models.loading import Teacher
-from convert.models.loading import read_config
+from convert.models.loading import Teacher, read_config
 from convert.models.swap import swap
 from convert.objectives import Objective
 from convert.training.align import align
 from convert.training.distill import distill
 from convert.training.settings import Settings
-from convert.training import loop as stages
 
 LENGTHS = (256, 512, 1024, 2048)
 PAPER = Objective.of("cross_entropy")  # HedgeMamba's stage 2
