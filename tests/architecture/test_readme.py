@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.architecture.tree import page
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -27,16 +29,28 @@ def test_the_python_example_runs(tmp_path):
     assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").exists()
 
 
-def test_the_file_tree_names_every_file_and_no_other():
+def test_the_file_tree_names_every_folder_and_no_other():
     tree = README.split("## The files")[1].split("```")[1]
-    parts = dict(re.findall(r"^(convert|kernels|experiments)/(.*?)(?=^\w|\Z)", tree, re.DOTALL | re.MULTILINE))
-    for folder, text in parts.items():
-        named = set(re.findall(r"[\w-]+\.(?:py|cpp|h|html)\b", text))
-        files = {f.name for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".cpp", ".h", ".html")} - {
-            "report.html"
-        }
-        assert named - {"report.html"} - files == set() and files - named - {"__init__.py"} == set(), folder
-    assert len(parts) == 3
+    named = set(re.findall(r"^([\w/]+)/", tree, re.MULTILINE))
+    inside = {f"convert/{f.name}" for f in (ROOT / "convert").iterdir() if f.is_dir() and f.name != "__pycache__"}
+    assert named == inside | {"convert", "kernels", "experiments", "tests", "docs"}
+    for word in re.findall(r"[\w/]+\.(?:py|md)\b", tree):
+        assert any((ROOT / place / word).exists() for place in ("", "convert", "docs", "experiments")), word
+
+
+def test_the_page_of_the_architecture_is_up_to_date():
+    assert (ROOT / "docs" / "ARCHITECTURE.md").read_text() == page(), "python -m tests.architecture.tree"
+
+
+def test_every_file_says_what_it_is():
+    assert not [line for line in page().splitlines() if line.startswith("* `") and line.endswith(": ")]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text()):
+            assert (file.parent / link).exists(), (file.name, link)
 
 
 def test_every_command_of_the_readme_has_its_flags():
