@@ -137,8 +137,9 @@ class MLA(Mixer):
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """By multiplications of all heads. Many queries never are: their scores would be held, T x S for each head. Nor
-        is what only a module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
+        """Whether the absorbed form takes fewer multiplications, in all heads together. It is never taken for many
+        queries, whose scores would be held, T x S for each head; nor where only a module's own forward knows its
+        weights: an adapter, packed weights, weights that are elsewhere."""
         if queries > ABSORBED_QUERIES or not all(
             linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)
         ):
@@ -204,7 +205,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """In float32, as deepseek_v3 does."""
+    """The norm computed in float32, as deepseek_v3 does."""
     return norm(wide(x)).to(x.dtype)
 
 

@@ -164,7 +164,7 @@ def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys
 
 
 def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
-    from convert.exporting.hub import check_in_clean_process
+    from convert.exporting.verify import check_in_clean_process
 
     monkeypatch.setattr(shipping, "check_in_clean_process", check_in_clean_process)
     assert main(command(teacher, text, tmp_path / "run")) == 0

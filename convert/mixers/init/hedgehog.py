@@ -1,9 +1,10 @@
 """Starts of the mixers with Hedgehog heads: linear attention, and the two Mambas that begin as exactly that."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from convert.mixers.base import Mixer
 from convert.mixers.hedgehog import HedgehogHeads
 from convert.mixers.init.base import NO_MAPS, Start
 from convert.mixers.init.qkv import copy_qkv, read_qkv
@@ -14,7 +15,7 @@ from convert.mixers.projections import Projections, weight_of
 
 
 class LinearStart(Start):
-    mixer = LinearAttention
+    mixer: ClassVar[type[Mixer]] = LinearAttention
     hands_on_all = True
 
     @classmethod
@@ -40,7 +41,7 @@ class LinearStart(Start):
 class MambaStart(LinearStart):
     """The same, without decay, with an open gate and a convolution that is the identity."""
 
-    mixer = Mamba
+    mixer: ClassVar[type[Mixer]] = Mamba
     hands_on_all = False  # its convolution, time step, decay and gate stay behind
 
     @classmethod
@@ -49,7 +50,7 @@ class MambaStart(LinearStart):
 
 
 class Mamba2Start(MambaStart):
-    mixer = Mamba2
+    mixer: ClassVar[type[Mixer]] = Mamba2
 
 
 @torch.no_grad()
