@@ -166,9 +166,9 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | list[int] | None = None, num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None, ignore_index: int = -100, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """The forward pass of a causal language model of transformers. `past_key_values` and `cache`: the two names of one argument.
-        `others` are refused if they ask for anything; `cache_position`, if it says anything but what follows from the
-        cache."""
+        """The forward pass of a causal language model of transformers. `past_key_values` and `cache` name one
+        argument. `others` are refused if they ask for anything; `cache_position`, if it says anything but what follows
+        from the cache."""
         # not in the signature, for which transformers would make one at each step
         cache_position = others.pop("cache_position", None)
         if others.get("output_attentions") is None:
