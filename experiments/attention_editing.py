@@ -75,7 +75,7 @@ def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, 
     """Recipe of a variant for this teacher."""
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, questions=1))  # the table is of perplexity
+    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, examples=1))  # the table is of perplexity
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)

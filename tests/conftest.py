@@ -120,6 +120,6 @@ def finished_run(tmp_path_factory):
     from convert import recipes, run_recipe
 
     out = tmp_path_factory.mktemp("runs") / "nano-linear"
-    budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, questions=2)
+    budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
     run_recipe("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.fields import Checked, Range
+from convert.core.fields import Checked
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import HeadNorm, rotate, wide
 
@@ -51,10 +51,10 @@ class MLA(Mixer):
         (Attention Editing)."""
 
         shape: Literal["exact", "native"] = "exact"
-        kv_rank: Annotated[int, Range(1, 1e6)] | None = None  # C
-        rope_dim: Annotated[int, Range(2, 1e4)] | None = None  # P
-        q_rank: Annotated[int, Range(1, 1e6)] | None = None  # of the queries; None: full
-        cache_budget: Annotated[float, Range(0.001, 1)] | None = None
+        kv_rank: Annotated[int, (1, 1e6)] | None = None  # C
+        rope_dim: Annotated[int, (2, 1e4)] | None = None  # P
+        q_rank: Annotated[int, (1, 1e6)] | None = None  # of the queries; None: full
+        cache_budget: Annotated[float, (0.001, 1)] | None = None
         start: Literal["calibrated", "svd", "random"] = "svd"
 
     class State(NamedTuple):
@@ -135,8 +135,9 @@ class MLA(Mixer):
         return self.out(y.flatten(2)), _last_document(tokens, context)
 
     def _is_absorbed_cheaper(self, queries: int, tokens: int) -> bool:
-        """Compare the multiplications of all heads. Many queries never are: their scores would be held, T x S for each
-        head. Nor is what only a module's own forward knows: an adapter, packed weights, weights that are elsewhere."""
+        """Whether the absorbed form takes fewer multiplications, in all heads together. It is never taken for many
+        queries, whose scores would be held, T x S for each head; nor where only a module's own forward knows its
+        weights: an adapter, packed weights, weights that are elsewhere."""
         if queries > ABSORBED_QUERIES or not all(
             linear is None or _is_plain(linear) for linear in (self.k_up, self.v_up)
         ):
@@ -202,7 +203,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply the norm in float32, as deepseek_v3 does."""
+    """The norm computed in float32, as deepseek_v3 does."""
     return norm(wide(x)).to(x.dtype)
 
 

@@ -10,7 +10,7 @@ from convert.mixers.base import AttentionShape
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in float32 at least: half precision is for matrix products."""
+    """x in float32 at least: half precision is for matrix products."""
     return x if x.dtype == torch.float64 else x.float()
 
 

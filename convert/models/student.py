@@ -59,7 +59,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; then one token decoded with the cache is held against a full pass."""
+        """Load as in transformers, and then compare one token decoded with the cache to a full pass."""
         loaded = super().from_pretrained(*args, **kwargs)
         check_cache(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -133,7 +133,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Generate as transformers does, with the cache of this model, which no other can stand for."""
+        """Generate as in transformers, with the cache of this model, which no other can replace."""
 
         def setting(name: str) -> Any:
             settings = (getattr(config, name, None) for config in (generation_config, self.generation_config))
@@ -154,7 +154,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What the search alone uses, transformers hands on to the model too: host models swallow it."""
+        """The inputs of one step without what the search alone uses, which transformers hands on to the model too."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in inputs.items() if name not in OF_THE_SEARCH}
 
@@ -166,7 +166,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | list[int] | None = None, num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None, ignore_index: int = -100, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Run as a causal language model of transformers does. `past_key_values` and `cache`: the two names of one
+        """The forward pass of a causal language model of transformers. `past_key_values` and `cache` name one
         argument. `others` are refused if they ask for anything; `cache_position`, if it says anything but what follows
         from the cache."""
         # not in the signature, for which transformers would make one at each step

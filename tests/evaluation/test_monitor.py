@@ -53,7 +53,7 @@ def test_other_rules_are_refused(text):
 
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
-    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=1)
+    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, examples=1)
     arguments = {"recipe": recipes.to_linear(budget), "out": tmp_path / "run", "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
         run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])

@@ -11,7 +11,7 @@ from convert.recipes.overrides import with_setting
 from convert.runs import records
 from experiments import sweep
 
-BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, questions=2)
+BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, examples=2)
 
 
 @pytest.mark.parametrize("target", recipes.RECIPES)

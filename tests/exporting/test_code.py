@@ -99,16 +99,10 @@ def test_flatten_rewrites_imports_wherever_they_stand():
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "import convert.models.student",
-        "import kernels.chunk_scan as k",
-        "from convert import model",
-        "from kernels import chunk_scan",
-        "from convert.mixers import parts",
-        "from . import model",
-        "from .model import swap",
-    ],
-)
+    ["import convert.models.student", "import kernels.chunk_scan as k", "from convert import model",
+     "from kernels import chunk_scan", "from convert.mixers import parts", "from . import model",
+     "from .model import swap"],
+)  # fmt: skip
 def test_flatten_refuses_imports_of_modules(line):
     with pytest.raises(
         ValueError, match=r"`from package\.module import name`; convert\.x, line 2, has `" + line.replace(".", r"\.")

@@ -50,7 +50,7 @@ class GateSWAStart(Start):
 
     @classmethod
     def projections(cls, mixer: GateSWA) -> Projections:
-        """Return the projections with the gate as it is on average, by its bias."""
+        """The weights with the gate open as far as its bias says, which is its average."""
         o = weight_of(mixer.out).unflatten(1, (-1, mixer.shape.head_dim)) * _opening(mixer)
         return read_qkv(mixer.qkv, o, mixer.out.bias)
 

@@ -122,7 +122,7 @@ def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _order(shape: AttentionShape, kept: Tensor) -> Tensor:
-    """Return the order of a head's dimensions: the kept rotary pairs in two halves, then all others."""
+    """The order of a head's dimensions: the kept rotary pairs in two halves, then all others."""
     pairs = shape.rotary_dim // 2
     first = torch.cat([kept, kept + pairs])
     others = torch.ones(shape.head_dim, dtype=torch.bool, device=kept.device)
@@ -131,7 +131,7 @@ def _order(shape: AttentionShape, kept: Tensor) -> Tensor:
 
 
 def unrotated(m: Metric, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return for the exact shape the keys that are not rotated [G, N, D], their metric, the values and theirs."""
+    """What the latent of the exact shape holds: keys that are not rotated [G, N, D], their metric, values, theirs."""
     rest = _order(m.shape, kept)[2 * len(kept) :]
     left = m.left[rest]
     return m.k[:, rest], m.of_keys[:, rest[:, None], rest] * left[:, None] * left, m.v, m.of_values
