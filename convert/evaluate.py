@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
     parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
     parser.add_argument(
-        "--limit", type=int, help=f"questions of each task; default {LIMIT}, and all of a task of lm-evaluation-harness"
+        "--limit", type=int, help=f"examples of each task; default {LIMIT}, and all of a task of lm-evaluation-harness"
     )
     parser.add_argument(
         "--lm-eval", metavar="NAMES", help="tasks of lm-evaluation-harness, or folders of such, with commas"

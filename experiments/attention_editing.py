@@ -27,7 +27,6 @@ from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
 from convert.runs.language_schemas import LENGTH, LanguageReport
-from convert.steps.train import Train
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def only(name: str) -> Callable[[Recipe], Recipe]:
     """Give all tokens to one of the stages."""
 
     def change(recipe: Recipe) -> Recipe:
-        kept = [step for step in recipe.steps if not isinstance(step, Train) or step.name == name]
+        kept = [step for step in recipe.steps if step.training is None or step.name == name]
         kept[-1] = dataclasses.replace(kept[-1], settings=dataclasses.replace(kept[-1].settings, tokens=recipe.tokens))
         return dataclasses.replace(recipe, steps=tuple(kept))
 
@@ -75,7 +74,9 @@ def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, 
     """Recipe of a variant for this teacher."""
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.RECIPES[variant.target](dataclasses.replace(budget, examples=1))  # the table is of perplexity
+    recipe = recipes.TARGETS[variant.target].recipe(
+        dataclasses.replace(budget, examples=1)
+    )  # the table is of perplexity
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)

@@ -48,7 +48,7 @@ class Student:
         """Its recipe for this teacher."""
         source = resolve(teacher)
         budget = recipes.budget(source.name, read_config(source), number_of_tokens(self.tokens), seed=seed)
-        recipe = recipes.RECIPES[self.target](dataclasses.replace(budget, examples=1))  # they are evaluated here
+        recipe = recipes.TARGETS[self.target].recipe(dataclasses.replace(budget, examples=1))  # they are evaluated here
         for setting in self.settings:
             recipe = with_setting(recipe, setting)
         return only(self.alone)(recipe) if self.alone else recipe

@@ -32,8 +32,6 @@ from convert.recipes.targets import default_recipe
 from convert.reports.language import LANGUAGE
 from convert.runs.keys import SCORINGS
 from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
-from convert.steps.swap import Swap
-from convert.steps.train import Train
 
 METRIC = "gap/generation"
 
@@ -41,27 +39,13 @@ METRIC = "gap/generation"
 def definition(recipe: Recipe) -> dict[str, Any]:
     """Definition of a W&B sweep over the main settings of this recipe: rates within a factor of four, what the whole
     model learns, how long its decays start, and where attention is edited how much of it stays."""
-    dials: dict[str, dict[str, Any]] = {}
-    for step in recipe.steps:
-        if isinstance(step, Train):
-            lr = step.settings.lr
-            dials[f"{step.name}.lr"] = {"distribution": "log_uniform_values", "min": lr / 4, "max": lr * 4}
-        elif not isinstance(step, Swap):  # Forget
-            dials[f"{step.name}.rate"] = {
-                "distribution": "log_uniform_values",
-                "min": step.rate / 4,
-                "max": step.rate * 4,
-            }
-        elif step.mixer == "gate-swa":
-            dials[f"{step.name}.keep"] = {"values": ["every:4", "every:6", "auto:4", "auto:6"]}
-            dials[f"{step.name}.gate"] = {"values": ["element", "head", "none"]}
-        elif step.mixer == "mla":
-            dials[f"{step.name}.cache_budget"] = {"values": [0.125, 0.25, 0.5]}
-    last = recipe.steps[-1]
-    if isinstance(last, Train) and last.name == "distill":
-        dials["distill.noise"] = {"values": [0.0, 0.05, 0.1, 0.2]}
-        dials["distill.schedule"] = {"values": ["wsd", "cosine"]}
-        dials["distill.feature_matching"] = {"values": [0.0, 0.05]}
+    dials = {
+        f"{step.name}.{field}": {"values": list(dial.choices)}
+        if dial.choices
+        else {"distribution": "log_uniform_values", "min": dial.low, "max": dial.high}
+        for step in recipe.steps
+        for field, dial in step.dials().items()
+    }
     return {
         "name": f"to {recipe.target}",
         "method": "bayes",
@@ -136,7 +120,10 @@ def main() -> None:
     args = parser.parse_args()
     source = resolve(args.teacher)
     recipe = default_recipe(
-        source, read_config(source), args.to, tokens=number_of_tokens(args.tokens) if args.tokens is not None else None
+        source.name,
+        read_config(source),
+        args.to,
+        tokens=None if args.tokens is None else number_of_tokens(args.tokens),
     )
     out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
     if args.print:

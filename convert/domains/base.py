@@ -6,14 +6,15 @@ A run knows its models, its data and its numbers through this interface alone.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from convert.reports.sections import Sections
-from convert.runs.evaluation_schemas import Evaluation
-from convert.runs.schemas import Report
+if TYPE_CHECKING:  # a plan needs neither reports nor the types of their files
+    from convert.reports.sections import Sections
+    from convert.runs.evaluation_schemas import Evaluation
+    from convert.runs.schemas import Report
 
 Batches = Callable[[int], Any]  # step -> batch; a batch is a function of the seed and the step
 
@@ -88,8 +89,16 @@ class Domain(ABC, Generic[S, T, C, D]):
     name: ClassVar[str]
     unit: ClassVar[str]  # what training counts: tokens, images
     headline: ClassVar[str]  # the name of the headline metric
-    report_type: ClassVar[type[Report]]  # what report.json holds: the common keys and those of `final_metrics`
-    sections: ClassVar[Sections]  # how the domain's part of a report is shown
+
+    @property
+    @abstractmethod
+    def report_type(self) -> "type[Report]":
+        """What report.json holds: the common keys and those of `final_metrics`."""
+
+    @property
+    @abstractmethod
+    def sections(self) -> "Sections":
+        """How the domain's part of a report is shown."""
 
     # --- before a run: nothing is loaded
 
@@ -175,7 +184,7 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
 
     @abstractmethod
-    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> Evaluation:
+    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> "Evaluation":
         """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -11,16 +11,16 @@ from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.corpus import Corpus, corpus
 from convert.data.text import TokenData, tokenize
 from convert.domains.base import Domain
-from convert.evaluation import final_metrics, perplexity, runner
-from convert.evaluation.monitor import Monitor, Rule
-from convert.exporting import verify
 from convert.mixers.projections import refusal
 from convert.models import from_scratch
 from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
-from convert.reports.language import LANGUAGE
-from convert.runs.evaluation_schemas import Evaluation
-from convert.runs.language_schemas import LanguageMetrics, LanguageReport
+
+if TYPE_CHECKING:
+    from convert.evaluation.monitor import Monitor, Rule
+    from convert.reports.sections import Sections
+    from convert.runs.evaluation_schemas import Evaluation
+    from convert.runs.language_schemas import LanguageMetrics, LanguageReport
 
 
 class Language(Domain[Source, Teacher, Corpus, TokenData]):
@@ -29,8 +29,20 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     name = "language"
     unit = "tokens"
     headline = "perplexity"
-    report_type = LanguageReport
-    sections = LANGUAGE
+
+    # what a plan does not need is imported where it is used, so that a plan is quick
+
+    @property
+    def report_type(self) -> "type[LanguageReport]":
+        from convert.runs.language_schemas import LanguageReport
+
+        return LanguageReport
+
+    @property
+    def sections(self) -> "Sections":
+        from convert.reports.language import LANGUAGE
+
+        return LANGUAGE
 
     # --- before a run
 
@@ -70,7 +82,9 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def corpus(self, spec: str) -> Corpus:
         return corpus(spec)
 
-    def monitor_rules(self, rules: Sequence[str]) -> list[Rule]:
+    def monitor_rules(self, rules: Sequence[str]) -> "list[Rule]":
+        from convert.evaluation.monitor import Rule
+
         return [Rule.of(rule) for rule in rules]
 
     # --- models and data of a run
@@ -85,6 +99,8 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return Batches(data.train, seq_len, num_sequences, seed)
 
     def held_out(self, data: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
+        from convert.evaluation import final_metrics
+
         return final_metrics.held_out(data, budget, seq_len, micro_tokens)
 
     def probe(self, data: TokenData, length: int) -> Batch:
@@ -92,24 +108,34 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return held_out_batches(data.held_out, length, 1, length)[0]
 
     def check(self, teacher: Teacher) -> None:
-        runner.chosen(None, teacher.tokenizer)
+        from convert.evaluation.runner import chosen
+
+        chosen(None, teacher.tokenizer)
 
     # --- measurements
 
     def measure(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-        return perplexity.perplexity(model, list(batches))
+        from convert.evaluation.perplexity import perplexity
 
-    def monitor(self, teacher: Teacher, batches: Sequence[Batch], rules: Sequence[Rule]) -> Monitor:
+        return perplexity(model, list(batches))
+
+    def monitor(self, teacher: Teacher, batches: Sequence[Batch], rules: "Sequence[Rule]") -> "Monitor":
+        from convert.evaluation.monitor import Monitor
+
         return Monitor(teacher, list(batches), rules)
 
     def final_metrics(
         self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch]
-    ) -> LanguageMetrics:
+    ) -> "LanguageMetrics":
+        from convert.evaluation import final_metrics
+
         return final_metrics.final_metrics(student, teacher, data, list(batches))
 
     def evaluate(
         self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
-    ) -> Evaluation:
+    ) -> "Evaluation":
+        from convert.evaluation import runner
+
         tasks = runner.chosen(None, teacher.tokenizer)
         answers = folder / "answers.jsonl"
         found = runner.evaluate_tasks(dict(models), teacher.tokenizer, tasks, limit=examples, file=answers)
@@ -119,7 +145,9 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def export(
         self, student: PreTrainedModel, teacher: Teacher, folder: Path, cards: tuple[str, str], data: TokenData
     ) -> dict[str, Any]:
-        return verify.export_and_verify(
+        from convert.exporting.verify import export_and_verify
+
+        return export_and_verify(
             student,
             teacher.tokenizer,
             folder,

@@ -78,6 +78,7 @@ class Mixer(nn.Module, ABC):
     model_dtype_fields: ClassVar[tuple[str, ...]] = ()  # fields of State that have the model's dtype (keys, latents)
     can_be_replaced: ClassVar[bool] = True  # whether another mixer can start from this one
     native_architecture: ClassVar[str | None] = None  # the model type in transformers that has this mixer
+    dials: ClassVar[dict[str, tuple[Any, ...]]] = {}  # options, or fields of its swap, that a sweep tries -> choices
     decays: ClassVar[bool] = False  # whether its state decays at learned rates; then the last four methods are its own
 
     shape: AttentionShape

@@ -42,6 +42,10 @@ class GateSWA(Mixer):
         places: Tensor  # [B, S]: the place of each in its document
 
     model_dtype_fields = ("keys", "values")
+    dials = {
+        "keep": ("every:4", "every:6", "auto:4", "auto:6"),
+        "gate": ("element", "head", "none"),
+    }
 
     def __init__(self, shape: AttentionShape, options: Options) -> None:
         super().__init__()

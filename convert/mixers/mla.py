@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.core.fields import Checked
+from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import HeadNorm, rotate, wide
 
@@ -51,10 +51,10 @@ class MLA(Mixer):
         (Attention Editing)."""
 
         shape: Literal["exact", "native"] = "exact"
-        kv_rank: Annotated[int, (1, 1e6)] | None = None  # C
-        rope_dim: Annotated[int, (2, 1e4)] | None = None  # P
-        q_rank: Annotated[int, (1, 1e6)] | None = None  # of the queries; None: full
-        cache_budget: Annotated[float, (0.001, 1)] | None = None
+        kv_rank: Annotated[int, Range(1, 1e6)] | None = None  # C
+        rope_dim: Annotated[int, Range(2, 1e4)] | None = None  # P
+        q_rank: Annotated[int, Range(1, 1e6)] | None = None  # of the queries; None: full
+        cache_budget: Annotated[float, Range(0.001, 1)] | None = None
         start: Literal["calibrated", "svd", "random"] = "svd"
 
     class State(NamedTuple):
@@ -64,6 +64,7 @@ class MLA(Mixer):
         inverse_rms: Tensor  # of the keys, float32 [B, S, G]; [B, S, 0] without q/k norm
 
     model_dtype_fields = ("latent", "rotary_key")
+    dials = {"cache_budget": (0.125, 0.25, 0.5)}
     can_be_replaced = False
     native_architecture = "deepseek_v3"
 

@@ -7,14 +7,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from convert.domains.base import Data, Domain, Monitor, Teacher
-from convert.runs.checkpoint import StepFolder
-from convert.runs.tracking import Track
 from convert.training.settings import Settings
+
+if TYPE_CHECKING:
+    from convert.runs.checkpoint import StepFolder
+    from convert.runs.tracking import Track
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Session:
     tokens: int
     held_out: Sequence[Any]
     monitor: Monitor
-    track: Track
-    folder: StepFolder
+    track: "Track"
+    folder: "StepFolder"
     start: Callable[[], PreTrainedModel]
     load_teacher: Callable[[str], Teacher]
     prepare: Callable[[str], Data]
@@ -89,6 +91,20 @@ class Outline:
     teachers: Mapping[str, PreTrainedConfig]
 
 
+@dataclass(frozen=True)
+class Dial:
+    """What a sweep may turn: `choices` of a field, or rates from `low` to `high`, drawn by their logarithm."""
+
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    @staticmethod
+    def around(value: float) -> "Dial":
+        """Return rates within a factor of four of this one."""
+        return Dial(low=value / 4, high=value * 4)
+
+
 class Step(ABC):
     """The interface of a step. Its subclasses are frozen dataclasses."""
 
@@ -130,6 +146,10 @@ class Step(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the step as plain data, functions by their names: what the ledger compares and the report prints."""
         return plain(self)
+
+    def dials(self) -> dict[str, Dial]:
+        """Return the fields that are worth a sweep, each with its choices, or a range around what it is."""
+        return {}
 
     def tiny(self) -> "Step":
         """Return the same step shrunk to seconds."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from convert.core.fields import Checked, Name, Range
 from convert.mixers import MIXERS
 from convert.models.access import slots_of
-from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
+from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class SetDecay(Step, Checked):
 
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         return student, StepPlan(self.name, f"decay rate {self.rate:g}", 0, 0, count(student), 0, 0.0)
+
+    def dials(self) -> dict[str, Dial]:
+        return {"rate": Dial.around(self.rate)}
 
     @torch.no_grad()
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:

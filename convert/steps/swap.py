@@ -17,7 +17,7 @@ from convert.models.access import layers_of, slots_of
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import projections_of, swap
 from convert.steps import handover, selection
-from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
+from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
 from convert.steps.calibration import inputs_of
 from convert.steps.layers import Keep, MostSensitive
 
@@ -73,7 +73,7 @@ class Swap(Step):
         if before.is_measured:
             found.append(
                 f"Step {self.name}: the layers that a step before it replaces are chosen by measurement, so it cannot"
-                " replace the same ones. Give both the same keep, by name or by pattern."
+                " replace the same ones; give both the same keep, by name or by pattern."
             )
         ends = {name for i in self.converted(num_layers) if (name := before.mixers[i]) if not _can_be_replaced(name)}
         if ends:
@@ -212,6 +212,9 @@ class Swap(Step):
     def describe(self) -> dict[str, Any]:
         keep = list(self.keep) if isinstance(self.keep, tuple) else str(self.keep)
         return plain(dataclasses.replace(self, keep=())) | {"keep": keep}
+
+    def dials(self) -> dict[str, Dial]:
+        return {field: Dial(choices) for field, choices in MIXERS[self.mixer].dials.items()}
 
     def tiny(self) -> "Swap":
         return dataclasses.replace(

@@ -12,7 +12,7 @@ from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.models.access import slots_of
 from convert.objectives import Objective
-from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count, host_config
+from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.training import STAGES
 from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
@@ -181,6 +181,13 @@ class Train(Step, Checked):
         settings |= {"objective": self.settings.objective.plain(), "trains": name_of(self.settings.trains)}
         found = {"kind": "Train", "name": self.name, "stage": self.stage, "settings": settings}
         return found | {key: value for key in ("data", "teacher") if (value := getattr(self, key)) is not None}
+
+    def dials(self) -> dict[str, Dial]:
+        found = {"lr": Dial.around(self.settings.lr)}
+        if self.stage == "distill":
+            found |= {"noise": Dial((0.0, 0.05, 0.1, 0.2)), "schedule": Dial(("wsd", "cosine"))}
+            found |= {"feature_matching": Dial((0.0, 0.05))}
+        return found
 
     def tiny(self) -> "Train":
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **TINY))

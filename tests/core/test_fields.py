@@ -146,7 +146,7 @@ def test_numbers_of_numpy_become_pythons():
     )
     kept = dataclasses.replace(SWAP, keep=(np.int64(1),))
     settings = dataclasses.replace(ALIGN.settings, lr=np.float32(0.5), tokens=made.tokens)
-    plain = [recipes.describe(kept), recipes.describe(dataclasses.replace(ALIGN, settings=settings)), made.seed]
+    plain = [kept.describe(), dataclasses.replace(ALIGN, settings=settings).describe(), made.seed]
     assert json.loads(json.dumps(plain))[0]["keep"] == [1]
 
 
@@ -203,17 +203,17 @@ WRONG_CALLS = {
     "two steps of one name": lambda: dataclasses.replace(RECIPE, steps=(SWAP, ALIGN, ALIGN)),
     "no steps": lambda: dataclasses.replace(RECIPE, steps=()),
     "a step elsewhere": lambda: dataclasses.replace(SWAP, name="../../evil"),
-    "minus one question": lambda: budget(questions=-1),
+    "minus one example": lambda: budget(examples=-1),
     "a list of steps": lambda: dataclasses.replace(RECIPE, steps=[SWAP]),
     "another mixer": lambda: dataclasses.replace(SWAP, mixer="rwkv"),
     "another mixer's options": lambda: dataclasses.replace(SWAP, mixer="mamba"),
     "calibration without end": lambda: dataclasses.replace(SWAP, calibration=10**9),
     "tokens without end": lambda: dataclasses.replace(ALIGN.settings, tokens=1e30),
     "a seed too large": lambda: dataclasses.replace(ALIGN.settings, seed=2**70),
-    "a stage by name": lambda: recipes.Train("align", "align", ALIGN.settings),
-    "a rate of nan": lambda: recipes.Forget("forget", math.nan),
+    "a stage of no name": lambda: recipes.Train("align", "aligne", ALIGN.settings),
+    "a rate of nan": lambda: recipes.SetDecay("forget", math.nan),
     "a weight as text": lambda: recipes.Objective((("1", recipes.Objective.of("forward_kl").terms[0][1]),)),
-    "one in none": lambda: recipes.OneIn(0),
+    "one in none": lambda: recipes.EveryNth(0),
     "no assignment": lambda: recipes.with_setting(RECIPE, None),
     "a hand-over to linear": lambda: recipes.to_mamba(budget(), "linear"),
     "no tokens": lambda: recipes.budget("x", tiny_teacher("llama").config, tokens=0),

@@ -163,14 +163,14 @@ def test_published_generation_settings_do_not_change_greedy_text(nano_folder, ca
     [
         ([""], "must not be empty"),
         (["\udcff"], "UTF-8"),
-        (["x", "--temperature", "nan"], "--temperature must be within"),
-        (["x", "--temperature", "inf"], "--temperature must be within"),
-        (["x", "--temperature", "-1"], "--temperature must be within"),
-        (["x", "--temperature", "1e-45"], "--temperature must be within"),
-        (["x", "--seed", str(2**70)], "--seed must be within"),
-        (["x", "--seed", "-1"], "--seed must be within"),
-        (["x", "--max-new-tokens", "0"], "--max-new-tokens must be within"),
-        (["x", "--max-new-tokens", str(10**30)], "--max-new-tokens must be within"),
+        (["x", "--temperature", "nan"], "--temperature must be a number within 0 .. 1000"),
+        (["x", "--temperature", "inf"], "--temperature must be a number within 0 .. 1000"),
+        (["x", "--temperature", "-1"], "--temperature must be a number within 0 .. 1000"),
+        (["x", "--temperature", "1e-45"], "--temperature must be 0 or at least 1e-06"),
+        (["x", "--seed", str(2**70)], "--seed must be a whole number within 0"),
+        (["x", "--seed", "-1"], "--seed must be a whole number within 0"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens must be a whole number within 1"),
+        (["x", "--max-new-tokens", str(10**30)], "--max-new-tokens must be a whole number within 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):

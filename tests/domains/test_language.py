@@ -70,4 +70,4 @@ def test_a_family_that_is_not_known_is_refused():
 
 def test_rules_and_reports_are_the_domains_own():
     assert [rule.name for rule in Language().monitor_rules(["generation<0.2"])] == ["generation"]
-    assert issubclass(Language.report_type, Report)
+    assert issubclass(Language().report_type, Report)

@@ -53,7 +53,7 @@ def test_other_rules_are_refused(text):
 
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
-    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, examples=1)
+    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=1)
     arguments = {"recipe": recipes.to_linear(budget), "out": tmp_path / "run", "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
         run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])
@@ -82,7 +82,9 @@ def test_generations_after_a_crash_are_dropped(tmp_path):
 
 
 def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
-    recipe = recipes.tiny(recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256)))
+    recipe = recipes.tiny(
+        recipes.to_linear(recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256))
+    )
     with pytest.raises(UserError, match="--stop-when is looked at when a stage measures, and none of this recipe does"):
         run_recipe("neox-nano", recipe, tmp_path / "run", wandb="disabled", stop_when=["perplexity>100"])
 

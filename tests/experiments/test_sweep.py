@@ -11,12 +11,12 @@ from convert.recipes.overrides import with_setting
 from convert.runs import records
 from experiments import sweep
 
-BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Distill(), 256, examples=2)
+BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
 
 
-@pytest.mark.parametrize("target", recipes.RECIPES)
+@pytest.mark.parametrize("target", recipes.TARGETS)
 def test_every_dial_is_a_setting_of_the_recipe(target):
-    recipe = recipes.RECIPES[target](BUDGET)
+    recipe = recipes.TARGETS[target].recipe(BUDGET)
     found = sweep.definition(recipe)
     assert found["method"] == "bayes" and found["metric"]["name"] == sweep.METRIC and len(found["parameters"]) >= 4
     for name, dial in found["parameters"].items():

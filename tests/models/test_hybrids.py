@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from convert import recipes
+from convert.domains.language import Language
 from convert.evaluation.inference import cache_formula, formula_bytes
 from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
@@ -81,10 +82,10 @@ def test_a_hybrid_is_a_teacher():
     """Every layer starts from what it has; the plan refuses only what cannot be replaced."""
     student, ids = student_of("llama", "mamba2+gate-swa", (0, 2)), token_ids()
     budget = recipes.budget("hybrid", student.config, 4096, 64, 256)
-    plan = make_plan("hybrid", student.config, recipes.to_linear(budget), "text", "cpu")
+    plan = make_plan(Language(), "hybrid", student.config, recipes.to_linear(budget), "text", "cpu")
     assert not plan.refusals and len(plan.steps) == 3
     mla = student_of("llama", "mla+mamba", (0, 2))
-    (reason,) = make_plan("hybrid", mla.config, recipes.to_linear(budget), "text", "cpu").refusals
+    (reason,) = make_plan(Language(), "hybrid", mla.config, recipes.to_linear(budget), "text", "cpu").refusals
     assert "no other mixer can start from it" in reason
     second = swap(swap(tiny_teacher("llama"), "mamba2", layers=(0,)), "gate-swa", options_of("gate-swa"), (2,))
     second = swap(second, "linear")

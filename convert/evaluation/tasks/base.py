@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LETTERS = "ABCD"
-LIMIT = 48  # questions of each task (ours: three minutes for two small models on a laptop)
+LIMIT = 48  # examples of each task (ours: three minutes for two small models on a laptop)
 
 
 @dataclass(frozen=True)
