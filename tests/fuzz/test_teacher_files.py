@@ -14,7 +14,7 @@ from convert.run import main as run
 from tests.conftest import tiny_teacher
 from tests.fuzz import SEED, behaves, contents, damaged, fuzz, mutated
 from tests.fuzz.test_commands import reached
-from tests.models.test_loading import write_tokenizer
+from tests.models.conftest import write_tokenizer
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 

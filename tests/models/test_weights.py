@@ -10,7 +10,7 @@ from convert.core.errors import UserError
 from convert.models.loading import load_teacher
 from convert.models.swap import swap
 from tests.conftest import FAMILIES, WIDTH, options_of, tiny_teacher, token_ids
-from tests.models.test_loading import write_tokenizer
+from tests.models.conftest import write_tokenizer
 from tests.models.test_student import logits_of
 
 
