@@ -215,6 +215,7 @@ def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -
     stages = [step for step in steps if step.tokens]
     return run.domain.report_type(
         domain=run.domain.name,
+        unit=run.domain.unit,
         teacher=run.teacher.source.name,
         target=run.recipe.target,
         evaluation=evaluation,

@@ -37,6 +37,7 @@ class Plan:
     target: str
     data: str
     device: str
+    unit: str
     parameters_teacher: int = 0
     parameters_student: int = 0
     steps: tuple[StepPlan, ...] = ()
@@ -58,7 +59,7 @@ def make_plan(
 
     `teachers` are the configurations of the teachers that training steps name."""
     teachers = teachers or {}
-    refused = functools.partial(Plan, teacher, recipe.target, data, device)
+    refused = functools.partial(Plan, teacher, recipe.target, data, device, domain.unit)
     if found := problems(domain, config, recipe, teachers):
         return refused(refusals=found)
     with torch.device("meta"):
@@ -160,7 +161,7 @@ def show(plan: Plan, console: Console) -> None:
     if plan.refusals:
         return
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("step", "what", "tokens", "trained", "frozen", "peak memory", "time"):
+    for column in ("step", "what", plan.unit, "trained", "frozen", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("step", "what") else "right")
     for row in plan.steps:
         looks = [size(row.peak_bytes), duration(row.seconds)] if row.seconds else ["", ""]

@@ -8,7 +8,7 @@ from rich.table import Table
 from convert.core.console import Console, count, duration
 from convert.reports.markdown import code, escaped
 from convert.reports.sections import R, Sections
-from convert.runs.schemas import Handover, Layers, NativeExport, Report, StepResult
+from convert.runs.schemas import Layers, NativeExport, Report, StepResult
 
 
 def show(report: R, console: Console, sections: Sections[R]) -> None:
@@ -35,7 +35,7 @@ def show(report: R, console: Console, sections: Sections[R]) -> None:
 def step_rows(report: Report, tokens: Callable[[StepResult], str] = lambda step: f"{step.tokens:,}") -> list[list[str]]:
     """The table of steps; its head comes first. `tokens` says how their numbers are written."""
     unit = f", {report.headline.unit}" if report.headline.unit else ""
-    rows = [["step", "tokens", "time", "first loss", "last loss", f"{report.headline.name} after{unit}"]]
+    rows = [["step", report.unit, "time", "first loss", "last loss", f"{report.headline.name} after{unit}"]]
     for step in report.steps:
         trained = [""] * 4
         if step.tokens:
@@ -46,24 +46,25 @@ def step_rows(report: Report, tokens: Callable[[StepResult], str] = lambda step:
 
 def facts(report: R, sections: Sections[R]) -> list[str]:
     """What a run has to say beside its tables, a sentence each."""
-    lines = [*_handover(report.handover), *_kept(report.layers), *sections.facts(report)]
+    lines = [*_handover(report), *_kept(report.layers), *sections.facts(report)]
     for step in report.stages:
         if step.skipped:
             lines.append(f"Step {step.name}: {step.skipped} steps had no finite gradient and were skipped.")
     lines += _native(report.export.native if report.export else None)
     lines.append(
-        f"{count(report.tokens.total)} tokens in {duration(report.seconds.total)}; seed {report.seed};"
+        f"{count(report.tokens.total)} {report.unit} in {duration(report.seconds.total)}; seed {report.seed};"
         " export checked in a clean process."
     )
     return lines
 
 
-def _handover(found: Handover) -> list[str]:
+def _handover(report: Report) -> list[str]:
+    found = report.handover
     if found.max_abs_logit is None:
         return []
     line = (
-        f"Hand-over over {found.tokens:,} tokens: logits moved by at most {found.max_abs_logit:.2g}"
-        f" (allowed {found.allowed:.2g}), perplexity by {found.headline_change:.1e} of itself."
+        f"Hand-over over {found.tokens:,} {report.unit}: logits moved by at most {found.max_abs_logit:.2g}"
+        f" (allowed {found.allowed:.2g}), {report.headline.name} by {found.headline_change:.1e} of itself."
     )
     if found.max_abs_logit_float64 is not None:
         line += f" That is float32's rounding: in float64 they move by {found.max_abs_logit_float64:.2g}."

@@ -179,6 +179,7 @@ class Report:
     teacher: Annotated[Text, Key("Short name of the teacher.")]
     target: Annotated[Text, Key("Name of the target.")]
     headline: Annotated[Headline, Key("The number by which student and teacher are compared.")]
+    unit: Annotated[Text, Key("What training counts: tokens, for language.")]
     evaluation: Annotated[Evaluation, Key("Scores by task at the end of the run; the keys of evaluation.json.")]
     seed: Annotated[Whole, Key("Seed of training.")]
     device: Annotated[Text, Key("Device that the student was measured on, such as cpu or cuda:0.")]

@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_sentence(teacher, text, tmp_path, monkeypatch, capsy
 def test_space_counts_what_the_run_has_written(teacher, text, tmp_path, monkeypatch):
     from convert.planning.plan import Plan, check_space
 
-    plan = Plan("t", "linear", "stdlib", "cpu", 0, 0, (), 1000, (), ())
+    plan = Plan("t", "linear", "stdlib", "cpu", "tokens", disk_bytes=1000)
     monkeypatch.setattr("convert.planning.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 600})())
     (tmp_path / "run").mkdir()
     assert "needs about 1 kB more" in check_space(plan, tmp_path / "run")

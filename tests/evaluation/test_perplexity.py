@@ -8,6 +8,17 @@ import torch
 from convert.data.batches import Batch
 from convert.evaluation.perplexity import perplexity, perplexity_by_position
 from tests.conftest import VOCAB, tiny_teacher
+from tests.training.stages import batches
+
+
+def test_perplexity_by_hand():
+    teacher, batch = tiny_teacher("llama"), batches()(0)
+    with torch.no_grad():
+        logits = teacher(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.log_softmax(-1)
+    is_target = batch.labels != -100
+    assert not is_target.all()
+    nats = -logits.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0][is_target].mean()
+    assert perplexity(teacher, [batch]) == pytest.approx(nats.exp().item(), rel=1e-5)
 
 
 def test_perplexity_by_position_is_that_of_the_tokens_there():
