@@ -64,7 +64,7 @@ def _inside(package: str) -> list[str]:
 
 setup(
     name="conversion-workbench",
-    version="0.1.0",
+    version="0.2.0",
     description=(
         "Turn trained Transformers into cheaper architectures by staged distillation, and show that the result still"
         " generates"

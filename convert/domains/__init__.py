@@ -8,8 +8,3 @@ def domain_of(teacher: str) -> Domain:
     from convert.domains.language import Language
 
     return Language()
-
-
-def domain_named(name: str) -> Domain:
-    """The domain of a run, by the name in its settings."""
-    return domain_of(name)

@@ -51,11 +51,13 @@ def _guard(names: list[str]) -> str:
     any."""
     version = ".".join(map(str, OLDEST))
     files = "".join(f"    from .{name} import *\n" for name in names)
+    here = "tuple(int(part) for part in transformers.__version__.split('.')[:2])"
+    message = f"'This model needs transformers {version} or later, and this is ' + transformers.__version__ + '.'"
     return (
-        f"import transformers\n\nif tuple(int(part) for part in transformers.__version__.split('.')[:2]) < {OLDEST}:\n "
-        f"   raise ImportError('This model needs transformers {version} or later, and this is ' +"
-        " transformers.__version__ + '.')\nif False:  # all files of this model, for versions that copy only what is"
-        f" named here\n{files}\n"
+        "import transformers\n\n"
+        f"if {here} < {OLDEST}:\n"
+        f"    raise ImportError({message})\n"
+        f"if False:  # all files of this model, for versions that copy only what is named here\n{files}\n"
     )
 
 
