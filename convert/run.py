@@ -124,6 +124,9 @@ def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, re
         from convert.planning.validate import named_teachers
 
     text = corpus(source.data if args.data is None else args.data)  # refuses a folder without text
+    for step in recipe.steps:
+        if step.own_data is not None:
+            corpus(step.own_data)
     domain = domain_of(args.teacher)
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)

@@ -1,7 +1,6 @@
 """Which start, and which stages, for attention editing?
 
-    python -m experiments.attention_editing                                         # neox-nano, 400 k tokens, three
-    seeds
+    python -m experiments.attention_editing              # neox-nano, 400 k tokens, three seeds
     python -m experiments.attention_editing smollm2-135m --tokens 30k --seq-len 1024 --seeds 1
 
 Every variant is a run of its own under runs/attention-editing, with the same number of tokens; what is done is not done
@@ -74,9 +73,8 @@ def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, 
     """Recipe of a variant for this teacher."""
     source = resolve(teacher)
     budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    recipe = recipes.TARGETS[variant.target].recipe(
-        dataclasses.replace(budget, examples=1)
-    )  # the table is of perplexity
+    # the table is of perplexity
+    recipe = recipes.TARGETS[variant.target].recipe(dataclasses.replace(budget, examples=1))
     every, settings = 5, variant.settings
     if variant.target == SWA and budget.window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)

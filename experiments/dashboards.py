@@ -1,8 +1,7 @@
 """Make a W&B workspace for conversions: quality by generation first, then training, the norms inside the new mixers,
 speed, and what was written.
 
-    pip install -e '.[dashboards]' && python -m experiments.dashboards --entity ME          # makes it, and prints its
-    address
+    pip install -e '.[dashboards]' && python -m experiments.dashboards --entity ME    # prints its address
 
 Runs are grouped by conversion; each stage of one is a run of its own, so a curve goes on from stage to stage over one
 axis of tokens."""

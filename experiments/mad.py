@@ -1,10 +1,8 @@
 """Which mixer can do what? The six tasks of Mechanistic Architecture Design (arXiv 2403.17844), each learnt from
 scratch by a tiny model.
 
-    python -m experiments.mad --mixers attention,linear,mamba,mamba2,gate-swa,mla     # reduced: under ten minutes on
-    two cores
-    python -m experiments.mad --mixers mamba2 --paper        # the paper's sizes, rates and epochs, each task made
-    harder step by step: for a GPU
+    python -m experiments.mad --mixers attention,linear,mamba,mamba2,gate-swa,mla   # reduced: minutes on two cores
+    python -m experiments.mad --mixers mamba2 --paper     # the paper's sizes, rates and epochs: for a GPU
 
 A score is the accuracy on unseen sequences, at the best of the learning rates, and with `--paper` the mean over the
 difficulties; the mean over the tasks screens a mixer before a long run. The model is mad-lab's: two blocks of mixer and

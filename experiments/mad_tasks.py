@@ -125,24 +125,27 @@ class Task:
         return [self.baseline, *harder]
 
 
-TAUGHT = 19_200  # examples that teach recall in 32 tokens to who can learn it (ours)
+RECALLS = 19_200  # examples that teach recall in 32 tokens to who can learn it (ours)
 VOCABS, LENGTHS, EXAMPLES = (32, 64, 128), (256, 512, 1024), (6400, 3200, 1600, 800)
 NOISY = Difficulty(vocab=32, noise=0.2, noise_vocab=16)
 TASKS = {
     "in-context recall": Task(
-        recall, Difficulty(), {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES}, Difficulty(8, 32, TAUGHT)
+        recall,
+        Difficulty(),
+        {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES},
+        Difficulty(8, 32, RECALLS),
     ),
     "noisy recall": Task(
         recall,
         NOISY,
         {"vocab": (48, 80, 144), "seq_len": LENGTHS, "examples": EXAMPLES, "noise": (0.4, 0.6, 0.8)},
-        Difficulty(16, 32, TAUGHT, noise=0.2, noise_vocab=8),
+        Difficulty(16, 32, RECALLS, noise=0.2, noise_vocab=8),
     ),
     "fuzzy recall": Task(
         fuzzy_recall,
         Difficulty(),
         {"vocab": VOCABS, "seq_len": LENGTHS, "examples": EXAMPLES},
-        Difficulty(9, 32, TAUGHT, longest=2),
+        Difficulty(9, 32, RECALLS, longest=2),
     ),
     "selective copying": Task(
         copying,

@@ -2,8 +2,8 @@
 
 python -m experiments.memory depth        # align at 6 and 24 layers: what the pass itself needs must not grow
 python -m experiments.memory head         # distill with and without the chunked loss, on a vocabulary of 50 k
-python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b's real shape, random weights in a
-folder"""
+python -m experiments.memory pythia-1b    # two steps of each stage at pythia-1b's real shape, random weights
+"""
 
 import argparse
 import json

@@ -2,8 +2,7 @@
 students write.
 
     python -m experiments.sweep neox-nano --to mamba2 --tokens 100k --trials 6       # here, without network
-    python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep; more agents may
-    join it
+    python -m experiments.sweep neox-nano --to mamba2 --trials 20 --online           # as a W&B sweep, for many agents
     python -m experiments.sweep neox-nano --to mamba2 --print > sweep.json           # the definition alone
 
 A setting is named as `--set` names it. Every trial is a run folder of its own; what is done is not done again.

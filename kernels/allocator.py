@@ -26,9 +26,8 @@ def allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
     meta tensor, without memory, where `like` is one.
     """
     on_cpu = type(like) is Tensor and like.device.type == "cpu"
-    if (
-        not on_cpu or sys.platform != "linux"
-    ):  # decided before the size is read, which would bind an export to this size
+    # decided before the size is read, which would bind an export to this size
+    if not on_cpu or sys.platform != "linux":
         return like.new_empty(shape)
     size = math.prod(shape) * like.element_size()
     if size < MIN_BYTES:

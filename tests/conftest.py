@@ -21,9 +21,8 @@ VOCAB, WIDTH, LAYERS = 99, 32, 3
 # mixers whose state is keys and values of tokens, or what they are made of; the others' are sums
 SOFTMAX = ("gate-swa", "mla")
 
-os.environ.setdefault(
-    "CONVERT_KERNELS", str(trust.cache_folder())
-)  # tests have caches of their own, but compile nothing twice
+# tests have caches of their own, but compile nothing twice
+os.environ.setdefault("CONVERT_KERNELS", str(trust.cache_folder()))
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
 
 

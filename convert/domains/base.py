@@ -188,6 +188,10 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
 
     @abstractmethod
+    def try_it(self, run: Path) -> str:
+        """Return a command with which a person tries the student of a finished run."""
+
+    @abstractmethod
     def export(
         self, student: PreTrainedModel, teacher: T, folder: Path, cards: tuple[str, str], data: D
     ) -> dict[str, Any]:

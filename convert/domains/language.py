@@ -142,6 +142,9 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         runner.write(found, folder / "evaluation.json")
         return found
 
+    def try_it(self, run: Path) -> str:
+        return f'python -m convert.generate {run} "def add("'
+
     def export(
         self, student: PreTrainedModel, teacher: Teacher, folder: Path, cards: tuple[str, str], data: TokenData
     ) -> dict[str, Any]:

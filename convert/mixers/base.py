@@ -23,14 +23,12 @@ class AttentionShape(Checked):
     num_heads: Annotated[int, Range(1, 2**12)]
     num_kv_heads: Annotated[int, Range(1, 2**12)]
     head_dim: Annotated[int, Range(1, 2**13)]
-    rotary_dim: Annotated[
-        int, Range(0, 2**13)
-    ]  # the first of a head's dimensions are rotated, in the two-halves layout
+    # the first of a head's dimensions are rotated, in the two-halves layout
+    rotary_dim: Annotated[int, Range(0, 2**13)]
     qkv_bias: bool
     out_bias: bool
-    norm_eps: Annotated[float, Range(0, 1)] | None = (
-        None  # of the RMSNorm on each head's q and k (Qwen3), or no such norm
-    )
+    # of the RMSNorm on each head's q and k (Qwen3), or no such norm
+    norm_eps: Annotated[float, Range(0, 1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,8 @@ def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if context.padding_mask is None else context.padding_mask
     seen = real.float().cumsum(1)
     documents = torch.zeros_like(seen)
-    before = -(F.pad(old, (1, 0), value=EMPTY).amax(1, keepdim=True) + 1).expand_as(
-        seen
-    )  # of the tokens seen, how many belong to earlier documents
+    # of the tokens seen, how many belong to earlier documents
+    before = -(F.pad(old, (1, 0), value=EMPTY).amax(1, keepdim=True) + 1).expand_as(seen)
     if context.document_ids is not None:
         starts = F.pad(context.document_ids.diff(dim=1) != 0, (1, 0))
         documents = starts.float().cumsum(1)

@@ -70,9 +70,9 @@ def _is_network(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The first line of the message, with the type where the message alone says nothing, as that of a KeyError."""
-    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
+    message = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
     return (
-        said
-        if isinstance(error, OSError | ValueError | SafetensorError) and said
-        else f"{type(error).__name__}: {said}".rstrip(": ")
+        message
+        if isinstance(error, OSError | ValueError | SafetensorError) and message
+        else f"{type(error).__name__}: {message}".rstrip(": ")
     )

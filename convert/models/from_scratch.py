@@ -20,9 +20,8 @@ class Sizes(Checked):
     width: Annotated[int, Range(8, 2**18)] | None = None
     heads: Annotated[int, Range(1, 2**12)] | None = None
     kv_heads: Annotated[int, Range(1, 2**12)] | None = None
-    inner: Annotated[int, Range(8, 2**20)] | None = (
-        None  # width of the MLP; None: 8/3 of the width (Llama), in steps of 32
-    )
+    # width of the MLP; None: 8/3 of the width (Llama), in steps of 32
+    inner: Annotated[int, Range(8, 2**20)] | None = None
 
 
 def build_config(family: str, sizes: Sizes, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -51,6 +50,11 @@ def build_config(family: str, sizes: Sizes, teacher: PreTrainedConfig) -> PreTra
     }
     if family != "gpt_neox":
         found |= {"num_key_value_heads": kv_heads, "head_dim": width // heads}
-    same = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    same = (
+        "vocab_size",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+    )  # a pad token's embedding never learns
     found |= {name: getattr(teacher, name) for name in same}
     return AutoConfig.for_model(family, **found, tie_word_embeddings=False)

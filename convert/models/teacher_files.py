@@ -24,12 +24,13 @@ from convert.mixers.families import FAMILIES
 from convert.mixers.projections import family_refusal
 from convert.models.config import ConvertedConfig
 
+# bytes
 LARGEST = {
     "config.json": 2**24,
     "generation_config.json": 2**24,
     "tokenizer_config.json": 2**26,
     "tokenizer.json": 2**28,
-}  # bytes
+}
 SIZES = (
     "vocab_size",
     "hidden_size",

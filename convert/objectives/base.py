@@ -139,19 +139,28 @@ class Objective:
         return " + ".join(str(t) if w == 1 else f"{_written(w)}*{t}" for w, t in self.terms) or NOTHING
 
     def with_weight(self, name: str, weight: float) -> "Objective":
-        """The objective with this weight of a term; 0 removes it, and one that is not there is added with the defaults
-        of its fields, in the order of TERMS: the sum is bit for bit the same whichever weight was given first."""
+        """The objective with this weight of a term; 0 removes it, and one that is not there is added with the fields
+        that the others share, in the order of TERMS: whichever was given first, the sum is bit for bit the same."""
         require(Weight, weight, name)
         terms = tuple((weight if t.name == name else w, t) for w, t in self.terms)
         if name not in [t.name for _, t in terms]:
             order = list(_built_in())
             terms = tuple(
                 sorted(
-                    (*terms, (weight, _class_of(name)())),
+                    (*terms, (weight, self._with_shared_fields(_class_of(name)()))),
                     key=lambda pair: order.index(pair[1].name) if pair[1].name in order else len(order),
                 )
             )
         return Objective(tuple(pair for pair in terms if pair[0]))
+
+    def _with_shared_fields(self, term: Term) -> Term:
+        """A new term with the values that fields of its names have in all terms here, such as a temperature."""
+        shared = {}
+        for name in _field_names(term):
+            values = {getattr(other, name) for _, other in self.terms if name in _field_names(other)}
+            if len(values) == 1:
+                shared[name] = values.pop()
+        return dataclasses.replace(term, **shared)
 
     def with_field(self, name: str, value: Any) -> "Objective":
         """The objective with this value of a field, such as a temperature, in every term that has one."""

@@ -18,6 +18,7 @@ from convert.core.console import count, duration, size
 from convert.core.errors import UserError
 from convert.domains.base import Domain
 from convert.mixers import MIXERS
+from convert.mixers.init import STARTS
 from convert.models.access import slots_of
 from convert.planning.machine_speed import Rate, matmul_rate, scan_rate
 from convert.planning.validate import outline, problems
@@ -123,7 +124,7 @@ def _assumptions(
             f"scans with a decay per state at {scans.per_second / 1e6:,.0f} M state updates/s, forward and backward"
             f" ({scans.origin})"
         )
-    if names := {name for name in domain.outline(config)[1] if name} - {"linear"}:
+    if names := {name for name in domain.outline(config)[1] if name and not STARTS[name].hands_on_all}:
         yield (
             f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution,"
             " Delta, decay and gate start anew"

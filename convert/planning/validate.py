@@ -15,7 +15,7 @@ def outline(
     """Return what is known of the student before the first step: it is the teacher."""
     host, mixers = domain.outline(config)
     longest = max((settings.seq_len for settings in recipe.trainings), default=0)
-    return Outline(domain, host, mixers, is_student=False, is_measured=False, longest=longest, teachers=teachers)
+    return Outline(domain, host, host, mixers, is_student=False, is_measured=False, longest=longest, teachers=teachers)
 
 
 def problems(

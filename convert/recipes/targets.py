@@ -7,7 +7,9 @@ unknown name answer at once.
 from __future__ import annotations
 
 import difflib
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from convert.core.errors import UserError
@@ -21,26 +23,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What attention becomes, in a line, and the name of the function of `convert.recipes.language` that makes the
-    recipe."""
+    """What a teacher becomes, in a line, and where its recipe is made: the function `maker` of
+    `convert.recipes.DOMAIN`, which also has the `budget` of that domain's teachers."""
 
     about: str
+    domain: str
     maker: str
 
     def recipe(self, budget: Budget) -> Recipe:
         """The recipe of this target within a budget."""
-        from convert.recipes import language
+        return getattr(self.module, self.maker)(budget)
 
-        return getattr(language, self.maker)(budget)
+    @property
+    def module(self) -> ModuleType:
+        """The module of the domain's recipes, imported when it is first asked for."""
+        return importlib.import_module(f"convert.recipes.{self.domain}")
 
 
 TARGETS = {
-    "linear": Target("Hedgehog linear attention", "to_linear"),
-    "mamba": Target("a Mamba scan, by way of linear attention", "to_mamba"),
-    "mamba2": Target("a Mamba-2 scan, by way of linear attention", "to_mamba2"),
-    "gate-swa": Target("gated sliding-window attention with sinks, in four of five layers", "to_gate_swa"),
-    "mla": Target("multi-head latent attention, with half of the cache", "to_mla"),
-    "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "to_scratch"),
+    "linear": Target("Hedgehog linear attention", "language", "to_linear"),
+    "mamba": Target("a Mamba scan, by way of linear attention", "language", "to_mamba"),
+    "mamba2": Target("a Mamba-2 scan, by way of linear attention", "language", "to_mamba2"),
+    "gate-swa": Target("gated sliding-window attention with sinks, in four of five layers", "language", "to_gate_swa"),
+    "mla": Target("multi-head latent attention, with half of the cache", "language", "to_mla"),
+    "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "language", "to_scratch"),
 }
 
 
@@ -65,6 +71,4 @@ def default_recipe(
     """The recipe of a target with the defaults for this teacher (its name and configuration), but for what is given.
     Raises UserError where a size is out of bounds or the target is unknown."""
     maker = target_named(target)
-    from convert.recipes.language import budget
-
-    return maker.recipe(budget(teacher, config, tokens, seq_len, batch_tokens, seed))
+    return maker.recipe(maker.module.budget(teacher, config, tokens, seq_len, batch_tokens, seed))

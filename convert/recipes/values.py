@@ -45,7 +45,10 @@ def readable(kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         kinds = [each for each in args if get_origin(each) is not Callable and each is not Callable]
         # the rule of None comes last in a sentence, but any text would take the word for itself
-        kinds.sort(key=lambda each: each is type(None), reverse=any(str in (each, *get_args(each)) for each in kinds))
+        kinds.sort(
+            key=lambda each: each is type(None),
+            reverse=any(str in (each, *get_args(each)) or get_origin(each) is tuple for each in kinds),
+        )
         if len(kinds) == 1:
             return readable(kinds[0])
         union: Any = functools.reduce(operator.or_, map(readable, kinds))

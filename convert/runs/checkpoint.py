@@ -124,8 +124,9 @@ class StepFolder:
 
     def student(self, read: Callable[[Path], Model]) -> Model:
         """Return what `read` makes of the finished step's student."""
+        done = self._done() or {}  # damage to it is a sentence of its own
         try:
-            for name, digest in (self._done() or {})["sha256"].items():
+            for name, digest in done["sha256"].items():
                 if sha256(self.folder / "student" / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             return read(self.folder / "student")

@@ -78,11 +78,12 @@ class PlanContext:
 class Outline:
     """What is known of the student before a step, from configurations alone.
 
-    `host` is the configuration of the model around the mixers, `mixers` the name of what stands in each layer (None:
-    attention). `is_measured`: a step before chooses its layers by measurement, so `mixers` says what may stand
-    there."""
+    `teacher` is the configuration of the run's teacher, `host` that of the student around its mixers. `mixers` is the
+    name of what stands in each layer (None: attention). `is_measured`: a step before chooses its layers by
+    measurement, so `mixers` says what may stand there."""
 
     domain: Domain
+    teacher: PreTrainedConfig
     host: PreTrainedConfig
     mixers: tuple[str | None, ...]
     is_student: bool

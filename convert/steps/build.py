@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.steps.base import Outline, PlanContext, Session, Step, StepPlan, count
 
@@ -20,10 +21,16 @@ class Build(Step, Checked):
     options: Any  # the domain's sizes of a student
 
     def problems(self, before: Outline) -> list[str]:
+        try:
+            before.domain.build_config(self.model, self.options, before.teacher)
+        except UserError as error:
+            return [f"Step {self.name}: {error}"]
         return []
 
     def after(self, before: Outline) -> Outline:
-        config = before.domain.build_config(self.model, self.options, before.host)
+        if self.problems(before):
+            return dataclasses.replace(before, is_student=True)
+        config = before.domain.build_config(self.model, self.options, before.teacher)
         mixers = (None,) * config.num_hidden_layers
         return dataclasses.replace(before, host=config, mixers=mixers, is_student=True, is_measured=False)
 

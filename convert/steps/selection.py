@@ -19,9 +19,8 @@ from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import forward_kl
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
-Parts = Mapping[
-    int, tuple[nn.Module, dict | None]
-]  # layer -> what is in the place of attention, and its entry in the configuration
+# layer -> what is in the place of attention, and its entry in the configuration
+Parts = Mapping[int, tuple[nn.Module, dict | None]]
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
@@ -31,7 +30,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
 
 
 def restore_layers(student: ConvertedForCausalLM, parts: Parts) -> None:
-    """These parts into their places."""
+    """Put these parts into their places."""
     for layer, (module, spec) in parts.items():
         setattr(student.blocks[layer], attention_name(student.config.host.model_type), module)
         student.config.mixers[layer] = spec

@@ -24,9 +24,8 @@ from convert.steps.layers import Keep, MostSensitive
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
 TINY_SEQ_LEN = 64  # tokens
-SEEN = CalibrationStats(
-    *(torch.empty(0, device="meta") for _ in range(4))
-)  # stands for a calibration that is yet to come
+# stands for a calibration that is yet to come
+SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(4)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class Swap(Step):
     def converted(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers that are replaced, as far as no measurement decides."""
         kept = self.keep if isinstance(self.keep, tuple) else self.keep.layers(num_layers)
-        return tuple(i for i in self.layers or range(num_layers) if i not in kept)
+        layers = range(num_layers) if self.layers is None else self.layers
+        return tuple(i for i in layers if i not in kept)
 
     # --- before a run
 
@@ -106,8 +106,8 @@ class Swap(Step):
                 f"Step {self.name}: kept layers must be within 0 .. {num_layers - 1}, and not be all of them; got"
                 f" {got}. Set keep."
             ]
-        if self.layers is not None and (not self.converted(num_layers) or max(self.layers) >= num_layers):
-            got = ", ".join(map(str, self.layers)) or "none"
+        if not self.converted(num_layers) or max(self.layers or (0,)) >= num_layers:
+            got = "none" if not self.layers else ", ".join(map(str, self.layers))
             return [
                 f"Step {self.name}: the layers to replace must be within 0 .. {num_layers - 1}, one or more, and not"
                 f" all be kept; got {got}. Set layers."

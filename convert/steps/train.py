@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
@@ -24,6 +24,13 @@ TINY: dict[str, Any] = {
     "batch_tokens": 128,
     "micro_tokens": 128,
     "evaluate_every": 0,
+}
+
+SAME_LAYERS = {  # what layers must share to be compared one by one: in words -> field of a configuration
+    "number of layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "number of heads": "num_attention_heads",
+    "rotary positions": "rope_parameters",
 }
 
 
@@ -81,16 +88,21 @@ class Train(Step, Checked):
         return []
 
     def _bad_teacher(self, before: Outline) -> list[str]:
-        if self.teacher is None:
-            return []
-        config = before.teachers[self.teacher]
-        if reason := before.domain.problem(config) or before.domain.problem_of_pair(before.host, config):
-            return [f"Step {self.name}: {self.teacher} cannot be its teacher. {reason}"]
-        sizes = ("num_hidden_layers", "hidden_size")
-        if self.stage == "align" and any(getattr(config, size) != getattr(before.host, size) for size in sizes):
+        """Why the step's teacher, its own or the run's, cannot teach the student of that moment."""
+        config, name = before.teacher, "the run's teacher"
+        if self.teacher is not None:
+            config, name = before.domain.outline(before.teachers[self.teacher])[0], self.teacher
+            if reason := before.domain.problem(config) or before.domain.problem_of_pair(before.teacher, config):
+                return [f"Step {self.name}: {self.teacher} cannot be its teacher. {reason}"]
+            if self.settings.seq_len > config.max_position_embeddings:
+                return [
+                    f"Step {self.name}: sequences must fit the {config.max_position_embeddings:,} positions of"
+                    f" {self.teacher}; they have {self.settings.seq_len:,} tokens. Give a smaller --seq-len."
+                ]
+        if self.stage == "align" and (differing := _differing(before.host, config)):
             return [
-                f"Step {self.name}: align compares layer with layer, so its teacher must have the layers and the width"
-                f" of the run's; {self.teacher} has {config.num_hidden_layers} of width {config.hidden_size}."
+                f"Step {self.name}: align compares layer with layer on the same inputs, so student and teacher must be"
+                f" alike in {', '.join(SAME_LAYERS)}; {name} has another {differing}. Leave align out."
             ]
         return []
 
@@ -109,9 +121,8 @@ class Train(Step, Checked):
         mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size
-        inner = (
-            width * 18 + config.intermediate_size * 3
-        )  # floats a layer keeps for its backward pass, per token (ours)
+        # floats a layer keeps for its backward pass, per token (ours)
+        inner = width * 18 + config.intermediate_size * 3
         kept_layers = 1 if layerwise or s.checkpointing else layers
         activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
@@ -191,3 +202,12 @@ class Train(Step, Checked):
 
     def tiny(self) -> "Train":
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **TINY))
+
+
+def _differing(student: PreTrainedConfig, teacher: PreTrainedConfig) -> str | None:
+    """The first of what layers must share that these two do not."""
+    for words, field in SAME_LAYERS.items():
+        a, b = (getattr(config, field, None) for config in (student, teacher))
+        if a != b:
+            return words
+    return None

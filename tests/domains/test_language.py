@@ -61,6 +61,7 @@ def test_a_student_is_built_with_the_teachers_vocabulary(family):
         model = domain.empty_model(config)
     assert config.vocab_size == nano.vocab_size and config.num_hidden_layers == 2
     assert model.get_output_embeddings().weight.shape == (4096, 64)
+    assert model.get_input_embeddings().padding_idx is None  # its embedding would never learn
 
 
 def test_a_family_that_is_not_known_is_refused():

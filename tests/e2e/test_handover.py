@@ -24,9 +24,8 @@ def test_an_exact_start_is_checked(teacher, text, tmp_path, to, settings):
 
 
 def test_a_start_that_is_not_exact_stops_the_run(teacher, text, tmp_path, capsys):
-    assert (
-        main(command(teacher, text, tmp_path / "run", "--set", "edit.exact=true", to="mla")) == 2
-    )  # half of the cache is not all
+    # half of the cache is not all
+    assert main(command(teacher, text, tmp_path / "run", "--set", "edit.exact=true", to="mla")) == 2
     assert "must not change the function" in capsys.readouterr().err
 
 

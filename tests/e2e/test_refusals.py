@@ -190,3 +190,6 @@ def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["machine-speed.json"]
     assert main(command(teacher, "/no/such/place", tmp_path / "run", "--plan")) == 2
     assert "There is no data at '/no/such/place'" in capsys.readouterr().err
+    own = ["--set", "distill.data=/no/other/place"]
+    assert main(command(teacher, text, tmp_path / "run", "--plan", *own)) == 2
+    assert "There is no data at '/no/other/place'" in capsys.readouterr().err

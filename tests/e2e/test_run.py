@@ -90,11 +90,12 @@ def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
     """linear -> mamba2 from the folder of a linear run; and evaluate_run() repeats the numbers."""
     assert main(command(teacher, text, tmp_path / "first", to="linear")) == 0
     assert main(command(tmp_path / "first", text, tmp_path / "second")) == 0
+    # nothing to align
     assert [p.name for p in sorted((tmp_path / "second" / "steps").iterdir())] == [
         "0-handover",
         "1-forget",
         "2-distill",
-    ]  # nothing to align
+    ]
     again, report = (
         evaluate_run(tmp_path / "second"),
         json.loads((tmp_path / "second" / "report.json").read_text()),
@@ -223,5 +224,5 @@ def test_two_swaps_make_a_hybrid_of_two_mixers(teacher, text, tmp_path):
         mixer and mixer["name"]
         for mixer in json.loads((tmp_path / "run" / "model" / "config.json").read_text())["mixers"]
     ]
-    assert names == ["gate-swa", "mamba2", None]
+    assert names == ["gate-swa", "mamba2", None] and report.layers.kept == [2]
     assert report.handover.max_abs_logit <= report.handover.allowed and list(report.half_lives) == ["1"]

@@ -70,10 +70,11 @@ def test_the_first_divergence_is_counted_in_tokens():
         Answer(i, True, "x", text, ids)
         for i, (text, ids) in enumerate([("abc", (1, 2, 3)), ("abc", (1, 2, 3)), ("g", (7,))])
     ]
+    # g, and a stop
     student = [
         Answer(2, True, "x", "g", (7, 8)),
         Answer(0, True, "x", "ai", (1, 9)),
         Answer(1, True, "x", "abcd", (1, 2, 3, 4)),
-    ]  # g, and a stop
+    ]
     found = statistics.divergence(teacher, student)
     assert found == {"same_text": pytest.approx(1 / 3), "first_divergence": 2.0}

@@ -1,10 +1,9 @@
 """Whether transformers 4.57, which serving engines still use, reads what we export: two commands, one for each
 environment.
 
-python -m tests.exporting.oldest_native write FOLDER          # here: students as native/ folders, their logits, and one
-model/
-OLD/bin/python tests/exporting/oldest_native.py read FOLDER   # where transformers 4.57 is installed: the same logits,
-tokens and texts, or exit code 1"""
+python -m tests.exporting.oldest_native write FOLDER          # here: exports and their logits
+OLD/bin/python tests/exporting/oldest_native.py read FOLDER   # with transformers 4.57: exit code 1 if any differ
+"""
 
 import sys
 from pathlib import Path

@@ -133,9 +133,8 @@ def clean(folders, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_without_us_answers_the_same(name, students, clean):
     ours, theirs = answers(students[name], IDS), clean[name]
-    assert theirs["module"].startswith(
-        f"transformers_modules.{name.replace('-', '_hyphen_')}."
-    )  # each folder runs its own code
+    # each folder runs its own code
+    assert theirs["module"].startswith(f"transformers_modules.{name.replace('-', '_hyphen_')}.")
     # ours ran compiled kernels, theirs PyTorch operators: the promise of an export, and one that a perturbed value
     # fails
     allowed = max(1e-4, 1e-5 * ours["logits"].abs().max())

@@ -72,15 +72,15 @@ def selective(sizes, draw):
 
 def chunk(sizes, draw):
     b, h, p, n, g, length = sizes["b"], sizes["h"], sizes["p"], sizes["n"], sizes["g"], sizes["l"]
-    readings = draw(st.sampled_from([g, h * sizes["r"]]))
+    queries_per_state = draw(st.sampled_from([g, h * sizes["r"]]))
     shapes = {
         "x": (b, length, h, p),
         "dt": (b, length, h),
         "A": (h,),
         "B": (b, length, g, n),
-        "C": (b, length, readings, n),
+        "C": (b, length, queries_per_state, n),
     }
-    extra = {"D": (max(h, readings),), "document_ids": (b, length), "initial_states": (b, h, n, p)}
+    extra = {"D": (max(h, queries_per_state),), "document_ids": (b, length), "initial_states": (b, h, n, p)}
     return shapes | {
         name: extra[name] for name in draw(st.lists(st.sampled_from(sorted(extra)), max_size=2, unique=True))
     }

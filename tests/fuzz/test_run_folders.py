@@ -21,6 +21,7 @@ JSON_FILES = (
     "model/generation_config.json",
 )
 LINES = ("metrics.jsonl", "generations.jsonl", "answers.jsonl")
+# by an evaluation
 REWRITTEN = {
     "report.html",
     "evaluation.json",
@@ -29,7 +30,7 @@ REWRITTEN = {
     "report.json",
     "manifest.json",
     "lock",
-}  # by an evaluation
+}
 
 
 @pytest.fixture(scope="module")

@@ -156,9 +156,8 @@ def test_other_layouts_and_dtypes_change_nothing(operator, kind, impl):
     call, make = OPERATORS[operator]
     wanted = call(**make(), impl=impl)
     for name, value in make().items():
-        if isinstance(value, Tensor) and not (
-            name == "state" and kind in ("strides", "transposed memory")
-        ):  # refused: changed in place
+        # refused: changed in place
+        if isinstance(value, Tensor) and not (name == "state" and kind in ("strides", "transposed memory")):
             torch.testing.assert_close(
                 call(**make() | {name: SAME[kind](value)}, impl=impl), wanted, rtol=1e-4, atol=1e-4, check_dtype=False
             )

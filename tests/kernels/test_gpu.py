@@ -95,9 +95,8 @@ def test_chunk_scan_is_mamba_ssms():
 
     a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=2, dtype=torch.float32).items()}
     a.pop("normalize")
-    assert_close(
-        chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2
-    )  # theirs multiplies in TF32
+    # theirs multiplies in TF32
+    assert_close(chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2)
 
 
 @needs_fla

@@ -54,9 +54,8 @@ def kinds(tensors: list[Tensor]) -> list[Tensor]:
 def draw(name: str, rng: random.Random, length: int, non_finite: bool = True) -> tuple[dict, str]:
     """Draw arguments of a case of the other tests, and the name of the one in which a value is not finite."""
     cases = SCANS[name][1]
-    case = rng.choice(
-        [case for case in cases.CASES if case != "strong-decay"]
-    )  # 0 x infinity there depends on denormal numbers
+    # 0 x infinity there depends on denormal numbers
+    case = rng.choice([case for case in cases.CASES if case != "strong-decay"])
     options = dict(cases.CASES[case]) | ({"documents": True} if rng.random() < 0.5 else {})
     a = cases.make(length, N=rng.choice([1, 5, 16, 33]), **options, dtype=rng.choice([torch.float32, torch.float64]))
     floats = [k for k, v in a.items() if isinstance(v, tuple) or (isinstance(v, Tensor) and v.is_floating_point())]

@@ -33,9 +33,8 @@ def compare(
     expected, expected_gradients = run(scan, make(length, **options), "reference")
     outputs, gradients = run(scan, make(length, **options, dtype=dtype), "triton")
     assert_close(outputs, expected, tolerance)
-    assert_close(
-        gradients, expected_gradients, tolerance, floor=0.1 if length == 1 else 0.0
-    )  # one normalized step: nearly 0
+    # one normalized step: nearly 0
+    assert_close(gradients, expected_gradients, tolerance, floor=0.1 if length == 1 else 0.0)
 
 
 @pytest.mark.parametrize("length", [1, 63])
@@ -44,10 +43,11 @@ def test_every_case(name, options, length):
     compare(name, length, **options)
 
 
+# the interpreter's associative scan is a loop over elements
 LEAST = {
     "selective_scan": dict(channels=2),
     "chunk_scan": {},
-}  # the interpreter's associative scan is a loop over elements
+}
 
 
 @pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 127)])

@@ -22,9 +22,8 @@ from tests.conftest import assert_close, perturb, rms, tiny_teacher, token_ids
 from tests.models.test_student import CACHED, decode, logits_of, student_of
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::UserWarning"
-)  # of peft and torch.ao about themselves
+# of peft and torch.ao about themselves
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 STUDENTS = {(family, mixer): (family, mixer) for family in ("qwen3", "gpt_neox") for mixer in MIXERS}
 every_student = pytest.mark.parametrize("family, mixer", STUDENTS.values(), ids=["-".join(s) for s in STUDENTS])

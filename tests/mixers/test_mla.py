@@ -197,9 +197,8 @@ def test_a_budget_is_kept_and_used(family, budget):
         slot.mixer.options.kv_rank + shape.num_kv_heads * slot.mixer.options.rope_dim
         for slot in student.slots().values()
     )
-    lossless = (
-        3 * (32 + 8) if family == "gpt_neox" else whole
-    )  # its inputs, and the quarter of its keys that is rotated
+    # its inputs, and the quarter of its keys that is rotated
+    lossless = 3 * (32 + 8) if family == "gpt_neox" else whole
     assert 0.85 * min(budget * whole, lossless) <= used <= budget * whole
 
 

@@ -48,8 +48,8 @@ def recompute(p: Projections, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     half = p.shape.rotary_dim // 2
     turn = lambda t: torch.cat([-t[..., half : 2 * half], t[..., :half]], -1)  # noqa: E731
     q, k = (torch.cat([t[..., : 2 * half] * cos + turn(t) * sin, t[..., 2 * half :]], -1) for t in (q, k))
-    readings = p.shape.num_heads // p.shape.num_kv_heads
-    k, v = k.repeat_interleave(readings, 2), v.repeat_interleave(readings, 2)
+    found_projections = p.shape.num_heads // p.shape.num_kv_heads
+    k, v = k.repeat_interleave(found_projections, 2), v.repeat_interleave(found_projections, 2)
     distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
     seen = (distance >= 0) if p.window is None else (distance >= 0) & (distance < p.window)
     weights = torch.softmax((torch.einsum("bthk,bshk->bhts", q, k) * p.scale).masked_fill(~seen, -torch.inf), -1)

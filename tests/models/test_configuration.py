@@ -107,9 +107,8 @@ def test_a_file_of_before_holds_them_twice(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype(dtype, tmp_path):
-    student_of().save_pretrained(
-        tmp_path / "float32"
-    )  # cast by loading: `.to` would cast the rotary frequencies of any model, too
+    # cast by loading: `.to` would cast the rotary frequencies of any model, too
+    student_of().save_pretrained(tmp_path / "float32")
     student, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=dtype), token_ids()
     loaded = again(student, tmp_path)
     assert {loaded.dtype, loaded.host.dtype, loaded.config.dtype} == {dtype} == {p.dtype for p in loaded.parameters()}

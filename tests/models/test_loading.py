@@ -145,9 +145,8 @@ def test_tokenizers_that_do_not_fit(folder, monkeypatch):
         load_teacher(str(folder))
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(
-        UserError, match=r"has no tokenizer, or one without words.*tokenizer\.json"
-    ):  # gpt_neox makes up two tokens
+    # gpt_neox makes up two tokens
+    with pytest.raises(UserError, match=r"has no tokenizer, or one without words.*tokenizer\.json"):
         load_teacher(str(folder))
 
 

@@ -228,9 +228,8 @@ def test_cache_bytes(mixer, layers):
     for length in (5, 10, 70):
         live = decode(student, token_ids(2, length), sizes=(length,))[1].num_bytes()
         states = sum(slot.mixer.state_size().at(length, torch.float32) for slot in student.slots().values())
-        assert live == 2 * (
-            states + kept * length * (2 * 2 * 8) * 4
-        )  # 2 rows; keys and values of 2 heads of 8, float32
+        # 2 rows; keys and values of 2 heads of 8, float32
+        assert live == 2 * (states + kept * length * (2 * 2 * 8) * 4)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -240,9 +239,8 @@ def test_loss_and_gradients_with_and_without_checkpointing(family):
         torch.manual_seed(0)
         student = swap(tiny_teacher(family), "mamba", layers=(0, 2)).train()
         if checkpointing:
-            getattr(
-                student, "activation_checkpointing_enable", student.gradient_checkpointing_enable
-            )()  # the name of 5.23, of 5.20
+            # the name of 5.23, of 5.20
+            getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
         out = student(ids, labels=ids)
         out.loss.backward()
         results.append((out.loss.detach(), [p.grad for p in student.parameters() if p.grad is not None]))

@@ -59,8 +59,8 @@ def test_buffers_of_old_checkpoints_are_no_weights(family, tmp_path):
         place + "bias": mask,
         place + "masked_bias": torch.tensor(-1e9),
     }
-    taught = load_teacher(saved(tmp_path / "old", teacher, old))
-    assert torch.equal(logits_of(taught.model, token_ids()), logits_of(teacher, token_ids()))
+    teacher_model = load_teacher(saved(tmp_path / "old", teacher, old))
+    assert torch.equal(logits_of(teacher_model.model, token_ids()), logits_of(teacher, token_ids()))
     other = old | {place + "rotary_emb.inv_freq": (0.9 * frequencies).half()}
     with pytest.raises(
         UserError,

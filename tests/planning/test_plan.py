@@ -12,10 +12,10 @@ from rich.console import Console
 
 from convert import recipes
 from convert.core.console import size
-from convert.core.errors import UserError
 from convert.domains.language import Language
 from convert.mixers import MIXERS
 from convert.models.catalog import TEACHERS, resolve
+from convert.models.from_scratch import Sizes
 from convert.models.loading import read_config
 from convert.objectives.base import AttentionTerm, LogitTerm, Objective
 from convert.planning import plan as planning
@@ -55,9 +55,8 @@ def test_every_alias_has_a_plan(name):
 
 def test_counts_of_pythia_1b_are_the_papers():
     """1014 M parameters as a Hedgehog student and 1087 M as HedgeMamba, from 1012 M (arXiv 2604.14191)."""
-    assert plan_of("pythia-1b", "linear").parameters_student / 1e6 == pytest.approx(
-        1014 + 14, abs=3
-    )  # feature maps with D_h = 256: 16.8 M
+    # feature maps with D_h = 256: 16.8 M
+    assert plan_of("pythia-1b", "linear").parameters_student / 1e6 == pytest.approx(1014 + 14, abs=3)
     plan = plan_of("pythia-1b", "mamba")
     assert plan.parameters_teacher == 1_011_781_632
     distill = plan.steps[-1]
@@ -255,8 +254,30 @@ def projectors(layers, width, teacher_width):
 )
 def test_sizes_of_a_student_that_do_not_fit_are_refused(setting, words):
     config, recipe = config_and_recipe("scratch")
-    with pytest.raises(UserError, match=words):
-        make_plan("x", config, recipes.with_setting(recipe, setting), "stdlib", "cpu")
+    (reason,) = make_plan("x", config, recipes.with_setting(recipe, setting), "stdlib", "cpu").refusals
+    assert reason.startswith("Step build: ") and words in reason
+
+
+def test_align_refuses_a_student_whose_layers_are_others():
+    """The teacher's rotary table and inputs would go into mixers that are not made for them."""
+    config, linear = config_and_recipe("linear")
+    _, scratch = config_and_recipe("scratch")
+    swap, align, distill = linear.steps
+    for sizes in (Sizes(layers=6, width=192), Sizes(layers=4, width=192), Sizes(layers=6, width=128)):
+        build = dataclasses.replace(scratch.steps[0], options=sizes)
+        both = dataclasses.replace(linear, steps=(build, swap, align, distill))
+        (reason,) = make_plan("x", config, both, "stdlib", "cpu").refusals
+        assert "align compares layer with layer" in reason
+
+
+def test_a_teacher_with_fewer_positions_is_refused():
+    config, recipe = config_and_recipe("linear")
+    swap, align, distill = recipe.steps
+    own = dataclasses.replace(recipe, steps=(swap, align, dataclasses.replace(distill, teacher="other")))
+    short = copy.deepcopy(config)
+    short.max_position_embeddings = 64
+    (reason,) = make_plan("x", config, own, "stdlib", "cpu", {"other": short}).refusals
+    assert "must fit the 64 positions of other" in reason
 
 
 def test_two_swaps_make_a_hybrid():
@@ -277,6 +298,7 @@ def test_two_swaps_make_a_hybrid():
     "changes, words",
     [
         ({"layers": (0, 6)}, "within 0 .. 5"),
+        ({"layers": ()}, "one or more"),
         ({"layers": (1,), "keep": (1,)}, "not all be kept"),
         ({"layers": (1, 2), "keep": recipes.MostSensitive(3)}, "given or measured, not both"),
     ],

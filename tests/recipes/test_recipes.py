@@ -91,6 +91,13 @@ def test_set_parses_by_the_type_of_the_field():
         str(recipe.steps[-1].settings.objective)
         == "0.3*cross_entropy + 0.7*forward_kl(temperature=2) + 0.05*feature_matching"
     )
+    orders = ["distill.temperature=2", "distill.reverse_kl=0.5"]
+    fresh = TARGETS["mamba"].recipe(BUDGET)
+    first, second = (
+        with_setting(with_setting(fresh, a), b).steps[-1].settings.objective for a, b in (orders, orders[::-1])
+    )
+    assert str(first) == str(second) == "forward_kl(temperature=2) + 0.5*reverse_kl(temperature=2)"
+    assert with_setting(recipe, "linear.layers=none").steps[0].layers is None
     without = with_setting(recipe, "distill.cross_entropy=0").steps[-1].settings.objective
     assert str(without).startswith("0.7*forward_kl")
     line = "distill.objective=taid(t_start=0.2) + 0.1*hidden_projection"

@@ -31,9 +31,8 @@ def test_a_damaged_result_is_named_wherever_it_is_read(tmp_path):
     with pytest.raises(UserError, match="^The result .* is damaged. Start again with --fresh; "):
         folder.student(tiny_teacher("gpt_neox"))
     (tmp_path / "steps" / "1-align" / "student").mkdir(parents=True)
-    (
-        tmp_path / "steps" / "1-align" / "student" / "model.safetensors"
-    ).touch()  # what the step starts from is still there
+    # what the step starts from is still there
+    (tmp_path / "steps" / "1-align" / "student" / "model.safetensors").touch()
     with pytest.raises(
         UserError,
         match="^The result .* is damaged. Delete that file to do the step again, or start again with --fresh; ",

@@ -43,10 +43,11 @@ def test_the_layer_that_matters_comes_first(mixer, family, layer):
 def test_far_looking_layers_are_found():
     """Windows of 8 tokens hurt the layer that looks back further, and none that looks at its own token."""
     teacher = tiny_teacher("llama")
+    # large keys in the direction of nearness would be elaborate; values of the own token alone are not
     for i in (
         0,
         2,
-    ):  # large keys in the direction of nearness would be elaborate; values of the own token alone are not
+    ):
         attention = attention_of(teacher.model.layers[i])
         torch.nn.init.zeros_(attention.v_proj.weight)
     before = selection.parts_of(teacher)

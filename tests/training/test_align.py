@@ -19,13 +19,13 @@ from tests.training.stages import SETTINGS, Logged, batches, student_of
 def test_align_lowers_its_loss_and_touches_only_mixers(family, objective):
     teacher, student, log = tiny_teacher(family), student_of(family), Logged()
     frozen = {n: p.clone() for n, p in student.named_parameters() if ".mixer." not in n}
-    taught = {n: p.clone() for n, p in teacher.named_parameters()}
+    teacher_model = {n: p.clone() for n, p in teacher.named_parameters()}
     align(student, teacher, batches(), dataclasses.replace(SETTINGS, objective=objective), track=log)
     assert sum(log.losses[-4:]) < 0.8 * sum(log.losses[:4])
     for name, p in student.named_parameters():
         assert name not in frozen or torch.equal(p, frozen[name]), name
     for name, p in teacher.named_parameters():
-        assert torch.equal(p, taught[name]), name
+        assert torch.equal(p, teacher_model[name]), name
 
 
 def test_align_is_teacher_forced():

@@ -14,13 +14,14 @@ from collections import Counter
 from convert.core.errors import UserError
 from convert.evaluation.tasks.base import LETTERS, Item, Task, ranked
 
+# none begins with another
 WORDS = (
     "river table green apple house music window bread yellow cloud garden island kitchen lemon mountain number orange"
     " paper queen silver tiger uncle village winter bottle candle dinner engine flower guitar hammer jacket kettle"
     " letter mirror needle office pencil rabbit school ticket valley wagon anchor basket camera desert eagle forest"
     " glass honey iron jungle knife ladder market north ocean pepper quiet road salt train umbrella violin water blue"
     " doctor earth friend gold horse king light morning night plane ring stone tower wood"
-).split()  # none begins with another
+).split()
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
 LETTER = r"([B-D]|A(?! (?!is\b|because\b)[a-z]))(?!['’]?[A-Za-z])"  # "A river" is no answer, "C'est" neither
 STATED = re.compile(r"(?i:\banswer)\W*(?i:is\b)?\W*" + LETTER)

@@ -71,9 +71,8 @@ class Metric:
         longer = p.rotary_scale**2  # a product of two rotated pairs
         drift = p.stats.drift.to(eye) if calibrated else eye.new_full((p.shape.rotary_dim // 2,), longer)
         self.changed = 1 - (drift / longer).square() if calibrated else drift
-        self.left = torch.cat(
-            [drift, drift, eye.new_ones(p.shape.head_dim - p.shape.rotary_dim)]
-        )  # of a product that is not rotated
+        # of a product that is not rotated
+        self.left = torch.cat([drift, drift, eye.new_ones(p.shape.head_dim - p.shape.rotary_dim)])
         plain = torch.eye(p.shape.head_dim).to(eye).expand(groups, -1, -1)
         self.of_keys = self._of_keys(p) if calibrated else plain
         self.of_values = (
@@ -103,9 +102,8 @@ class Metric:
         """The places [P / 2] of the frequencies that lose most by not being rotated."""
         pairs = self.shape.rotary_dim // 2
         energy = torch.einsum("gkd,de,gke->gk", self.k, self.moment, self.k)
-        met = (energy * _diagonal(self.of_keys)).sum(
-            0
-        )  # the 2-norm of MHA2MLA (arXiv 2502.14837), times what rotation changes (ours)
+        # the 2-norm of MHA2MLA (arXiv 2502.14837), times what rotation changes (ours)
+        met = (energy * _diagonal(self.of_keys)).sum(0)
         loss = met[: 2 * pairs].unflatten(0, (2, pairs)).sum(0) * self.changed
         return loss.topk(rope_dim // 2).indices.sort().values
 
@@ -177,9 +175,8 @@ def _exact(p: Projections, options: MLA.Options) -> LatentStart:
     kept = m.keep(options.rope_dim)
     order, rope = _order(p.shape, kept), options.rope_dim
     latent, k_up, v_up = _latent(m, options.kv_rank, *unrotated(m, kept))
-    left = torch.cat(
-        [m.left.new_ones(rope), m.left[order[rope:]]]
-    )  # of the queries: what is not rotated counts for less
+    # of the queries: what is not rotated counts for less
+    left = torch.cat([m.left.new_ones(rope), m.left[order[rope:]]])
     left = left * (p.scale / p.shape.head_dim**-0.5)
     normed = p.q_norm is not None
     q, q_bias = (None if t is None else t.to(left)[:, order] for t in (p.q, p.q_bias))
@@ -208,9 +205,8 @@ def _native(p: Projections, options: MLA.Options) -> LatentStart:
     pairs, groups = p.shape.rotary_dim // 2, p.shape.num_kv_heads
     kept = torch.arange(0, pairs, 2 * pairs // options.rope_dim, device=p.q.device)
     q, k = (torch.complex(t[:, kept], t[:, kept + pairs]) for t in (m.q, m.k))  # [heads, P / 2, D]
-    weight = (
-        (_diagonal(m.of_keys)[:, kept] + _diagonal(m.of_keys)[:, kept + pairs]).clamp(min=1e-300).sqrt()
-    )  # [G, P / 2]
+    # [G, P / 2]
+    weight = (_diagonal(m.of_keys)[:, kept] + _diagonal(m.of_keys)[:, kept + pairs]).clamp(min=1e-300).sqrt()
     weighted = k * weight[..., None]
     among_heads = torch.einsum("gpd,de,hpe->pgh", weighted, m.moment.to(k), weighted.conj())
     direction = torch.linalg.eigh(among_heads).eigenvectors[..., -1].T  # [G, P / 2]

@@ -43,9 +43,8 @@ def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} dt_r A) (C_t . B_s) dt_s x_s (arXiv 2405.21060, equation 3)."""
     a = make(9, G=2)
     dt = a["dt"]
-    elapsed = torch.stack(
-        [torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2
-    )  # [b, H, t, s]
+    # [b, H, t, s]
+    elapsed = torch.stack([torch.stack([dt[:, s + 1 : t + 1].sum(1) for s in range(9)], -1) for t in range(9)], -2)
     decay = torch.exp(elapsed * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()
     B, C = (a[name].repeat_interleave(2, 2) for name in "BC")
     expected = torch.einsum("bhts,bthn,bshn,bsh,bshp->bthp", decay, C, B, dt, a["x"])

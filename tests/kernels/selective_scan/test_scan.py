@@ -73,9 +73,10 @@ def test_formula(impl):
     """y_t = sum_s exp(sum_{s<r<=t} delta_r A) delta_s u_s B_s . C_t, in its quadratic form."""
     a = make(9, N=3, channels=4)
     u, delta, B, C = a["u"], a["delta"], a["B"][:, 0], a["C"][:, 0]
+    # [b, d, t, s]
     elapsed = torch.stack(
         [torch.stack([delta[..., s + 1 : t + 1].sum(-1) for s in range(9)], -1) for t in range(9)], -2
-    )  # [b, d, t, s]
+    )
     decay = (
         torch.exp(elapsed[..., None] * a["A"][:, None, None]) * torch.ones(9, 9, dtype=torch.float64).tril()[..., None]
     )
