@@ -4,6 +4,8 @@ import contextlib
 import socket
 import threading
 import urllib.request
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -32,3 +34,16 @@ def is_hub_reachable() -> bool:
     import huggingface_hub  # here, because this module must import quickly
 
     return not huggingface_hub.is_offline_mode() and answers(huggingface_hub.constants.ENDPOINT)
+
+
+@contextlib.contextmanager
+def hub_offline(settings: Any, when: bool) -> Iterator[None]:
+    """Have a library look into its cache at once. By itself it would first try the hub, for up to a minute.
+
+    `settings`: the library's module that has HF_HUB_OFFLINE, as `datasets.config` or `huggingface_hub.constants`."""
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = before or when
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = before

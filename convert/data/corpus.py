@@ -6,15 +6,13 @@ This module needs the standard library alone, so that a command can refuse wrong
 import hashlib
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert.core.errors import UserError
 from convert.core.fields import checked
 from convert.core.files import parse_json, sha256
-from convert.core.network import is_hub_reachable
+from convert.core.network import hub_offline, is_hub_reachable
 from convert.core.places import path_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
@@ -181,18 +179,6 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
         raise UserError(
             f"The data set {name!r} could not be read ({reason}). Without network use --data stdlib or --data FOLDER."
         ) from None
-
-
-@contextmanager
-def hub_offline(settings: Any, when: bool) -> Iterator[None]:
-    """`datasets` looks into its cache at once. By itself it would first try the hub for half a minute, and say so each
-    time."""
-    before = settings.HF_HUB_OFFLINE
-    settings.HF_HUB_OFFLINE = before or when
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = before
 
 
 def is_held_out(key: str) -> bool:

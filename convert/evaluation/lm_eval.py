@@ -13,9 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.errors import UserError
-from convert.core.network import is_hub_reachable
+from convert.core.network import hub_offline, is_hub_reachable
 from convert.core.places import cache_folder
-from convert.data.corpus import hub_offline
 from convert.data.prompts import has_chat_template
 from convert.evaluation.generation import plain_settings
 from convert.models.saving import fingerprint

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TokenizersBackend
@@ -18,7 +19,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from convert.core import manifest
 from convert.core.errors import UserError
 from convert.core.fields import Place, checked, shown
-from convert.core.network import is_hub_reachable
+from convert.core.network import hub_offline, is_hub_reachable
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
 from convert.models.catalog import TEACHERS, Source, resolve
@@ -102,8 +103,9 @@ def load_teacher(
             check_size(config, files, source.where)
     with explained(source), _quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())
-        tokenizer = load_tokenizer(source, config.vocab_size, trust, local)
-        model = _load_model(source, config, dtype, trust, local)
+        with hub_offline(huggingface_hub.constants, when=local):  # some look-ups ignore local_files_only
+            tokenizer = load_tokenizer(source, config.vocab_size, trust, local)
+            model = _load_model(source, config, dtype, trust, local)
     model.requires_grad_(False).to(place)
     return Teacher(source, model, tokenizer, dtype if source.gguf else config.dtype or dtype)
 

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
-from kernels import native
+from kernels import trust
 from tests.kernels.test_package import STAND_IN, names_transformers_imports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,8 @@ def test_it_installs_beside_another_package_of_that_name_and_runs(wheel, theirs,
     (tmp_path / "text.txt").write_text("some words to read, and some more. " * 3000)
     run(
         commands / "python", "-m", "convert.run", "neox-nano", "--to", "mamba2", "--tiny", "--wandb", "disabled",
-        "--data", "text.txt", cwd=tmp_path, CONVERT_CACHE=str(tmp_path / "cache"), CONVERT_KERNELS=str(native.cache()),
+        "--data", "text.txt", cwd=tmp_path, CONVERT_CACHE=str(tmp_path / "cache"),
+        CONVERT_KERNELS=str(trust.cache_folder()),
         HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",  # two threads wait for each other where other tests run
     )  # fmt: skip
     exported = tmp_path / "runs" / "neox-nano-mamba2-tiny" / "model"

@@ -40,7 +40,7 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
     def run(teacher, recipe, place, *, data, wandb):
         done.append(recipe)
         report = json.loads((finished_run / "report.json").read_text())
-        report["settings"] |= {"steps": [recipes.describe(step) for step in recipe.steps], "data": "stdlib"}
+        report["settings"] |= {"steps": recipe.describe(), "data": "stdlib"}
         place.mkdir(parents=True)
         (place / "report.json").write_text(json.dumps(report))
         return records.report(place)
