@@ -22,7 +22,7 @@ from convert.domains import domain_of
 from convert.domains.base import Domain
 from convert.models.saving import fingerprint, load_student, save_student
 from convert.planning import plan as planning
-from convert.preparation import Run, prepared, whole_name
+from convert.preparation import Run, prepared, whole_name, whole_steps
 from convert.recipes.base import Recipe
 from convert.reports import report as reports
 from convert.reports import scores
@@ -192,7 +192,9 @@ def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, A
         track.made(result["model"], facts)
     if "layers" in result:
         with manifest.renewing(run.out, "layers.json"):
-            write_json(run.out / "layers.json", result["layers"])
+            mixers = run.domain.outline(student.config)[1]
+            kept = [i for i, name in enumerate(mixers) if name is None]
+            write_json(run.out / "layers.json", result["layers"] | {"kept": kept})
 
 
 def architecture(domain: Domain, student: PreTrainedModel) -> str:
@@ -251,12 +253,13 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Repor
     if not (out / "report.json").exists():
         return None
     found = records.report(out)
-    source = domain_of(teacher).resolve(teacher)
+    domain = domain_of(teacher)
+    source = domain.resolve(teacher)
     asked = {
         "teacher": whole_name(teacher, source),
         "target": recipe.target,
         "data": data or source.data,
-        "steps": json.loads(json.dumps(recipe.describe())),
+        "steps": json.loads(json.dumps(whole_steps(domain, recipe))),
     }
     done = vars(found.settings) | {"steps": [_without_fingerprints(step) for step in found.settings.steps]}
     return found if asked.items() <= done.items() else None

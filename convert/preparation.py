@@ -125,7 +125,7 @@ def _own(recipe: Recipe, field: str) -> list[str]:
 
 def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, Any]:
     """What the ledger compares: a run goes on only with the same teacher, data and steps."""
-    steps = run.recipe.describe()
+    steps = whole_steps(run.domain, run.recipe)
     for step, described in zip(run.recipe.steps, steps, strict=True):
         described |= _own_fingerprints(run, step)
     found = {
@@ -143,7 +143,7 @@ def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, An
 def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
     """Fingerprints of the data and the teacher that a training step names. Raises UserError for a teacher that cannot
     teach in this run, and for data that are too short."""
-    found = {}
+    found: dict[str, str] = {}
     if step.own_data is not None and (settings := step.training) is not None:
         data = run.prepare(step.own_data)
         run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed)
@@ -169,3 +169,16 @@ def _places(source: Source) -> list[Path]:
 def whole_name(teacher: str, source: Source) -> str:
     """Return the teacher's name as the settings of a run hold it, from wherever it is repeated."""
     return str(Path(teacher).expanduser().absolute()) if source.kind in ("folder", "run", "gguf") else teacher
+
+
+def whole_steps(domain: Domain, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the described steps with the data and teachers of their own named likewise, from wherever they are
+    repeated."""
+    steps = recipe.describe()
+    for step, described in zip(recipe.steps, steps, strict=True):
+        if step.own_data is not None:
+            place = Path(step.own_data).expanduser()
+            described["data"] = str(place.absolute()) if place.exists() else step.own_data
+        if step.own_teacher is not None:
+            described["teacher"] = whole_name(step.own_teacher, domain.resolve(step.own_teacher))
+    return steps

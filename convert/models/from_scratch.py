@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from convert.core.errors import UserError
-from convert.core.fields import Checked, Range
+from convert.core.fields import Checked, Range, require
 from convert.mixers.projections import family_refusal
 
 SHARE = 2 / 3  # of the teacher's layers and width, where none are given (ours)
@@ -28,6 +28,7 @@ def build_config(family: str, sizes: Sizes, teacher: PreTrainedConfig) -> PreTra
     """Return the configuration of a student with the teacher's vocabulary, special tokens and positions.
 
     Raises UserError for a family that is not known, and for sizes that do not fit each other."""
+    require(Sizes, sizes, "The sizes of a student")
     if reason := family_refusal(family):
         raise UserError(f"A student from scratch: {reason}")
     heads = sizes.heads or teacher.num_attention_heads

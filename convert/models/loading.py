@@ -22,6 +22,7 @@ from convert.core.fields import Place, checked, shown
 from convert.core.network import hub_offline, is_hub_reachable
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
+from convert.models import student as _registers  # noqa: F401  # transformers knows converted models by it
 from convert.models.catalog import TEACHERS, Source, resolve
 from convert.models.config import ConvertedConfig
 from convert.models.devices import check_device

@@ -5,6 +5,7 @@ N tokens · V vocabulary · B batch · T tokens of a sequence · D width
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,7 +179,18 @@ class Objective:
 
     def plain(self) -> list[dict]:
         """The terms as plain data: what the ledger compares."""
-        return [{"term": term.name, "weight": weight} | dataclasses.asdict(term) for weight, term in self.terms]
+        return [{"term": term.name, "weight": weight} | _plain_fields(term) for weight, term in self.terms]
+
+    def check_plain(self) -> None:
+        """Raise UserError for a term with a field that a file cannot hold: a run goes on by what its ledger says."""
+        for fields in self.plain():
+            try:
+                json.dumps(fields)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"The fields of a term must be numbers, words, or functions with a name; those of {fields['term']}"
+                    f" are {shown(fields)}. Keep other things in the module that build returns."
+                ) from None
 
     def build(self, student: nn.Module, teacher: nn.Module | None) -> "LiveObjective":
         """The objective with all that its terms own, for one stage."""
@@ -192,7 +204,7 @@ class LiveObjective(nn.Module):
         super().__init__()
         self.terms = objective.terms
         owned = {term.name: term.build(student, teacher) for _, term in self.terms}
-        self.owned = nn.ModuleDict({name: module for name, module in owned.items() if module is not None})
+        self.owned = nn.ModuleDict({_key(name): module for name, module in owned.items() if module is not None})
         self._sums: dict[str, Tensor] = {}  # the losses of this step, of the terms that own something
 
     def has(self, kind: type[Term]) -> bool:
@@ -230,10 +242,10 @@ class LiveObjective(nn.Module):
 
     def _of(self, kind: type[Term]) -> list[tuple[float, Any, nn.Module | None]]:
         owned = dict(self.owned.items())
-        return [(weight, term, owned.get(term.name)) for weight, term in self.terms if isinstance(term, kind)]
+        return [(weight, term, owned.get(_key(term.name))) for weight, term in self.terms if isinstance(term, kind)]
 
     def _note(self, term: Term, value: Tensor, scale: float) -> None:
-        if term.name in self.owned:
+        if _key(term.name) in self.owned:
             self._sums[term.name] = self._sums.get(term.name, 0.0) + value.detach() * scale
 
     @torch.no_grad()
@@ -241,12 +253,23 @@ class LiveObjective(nn.Module):
         """Let each term that owns something change its state, after an optimizer step."""
         for _, term in self.terms:
             if term.name in self._sums:
-                term.advance(self.owned[term.name], float(self._sums[term.name]), progress)
+                term.advance(self.owned[_key(term.name)], float(self._sums[term.name]), progress)
         self.forget()
 
     def forget(self) -> None:
         """Drop the losses of a step that was not taken."""
         self._sums.clear()
+
+
+def _plain_fields(term: Term) -> dict[str, Any]:
+    """Field -> value, functions by their names."""
+    values = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
+    return {name: getattr(value, "__name__", value) if callable(value) else value for name, value in values.items()}
+
+
+def _key(name: str) -> str:
+    """The name of a term's module among the others, which no method of nn.ModuleDict has."""
+    return f"{name}_term"
 
 
 def name_of(term: type[Term]) -> str:

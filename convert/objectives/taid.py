@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convert.core.errors import UserError
 from convert.core.fields import Range
 from convert.objectives.base import LogitTerm
 
@@ -44,6 +45,11 @@ class TAID(LogitTerm):
     t_end: Annotated[float, Range(0, 1)] = 1.0
     alpha: Annotated[float, Range(0, 1)] = 5e-4  # step size of t
     beta: Annotated[float, Range(0, 0.999999)] = 0.99  # momentum
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_end < self.t_start:
+            raise UserError(f"taid: t rises from t_start to t_end; got {self.t_start:g} and {self.t_end:g}.")
 
     def build(self, student: nn.Module, teacher: nn.Module | None) -> Interpolation:
         return Interpolation(self.t_start)

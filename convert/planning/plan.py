@@ -124,7 +124,8 @@ def _assumptions(
             f"scans with a decay per state at {scans.per_second / 1e6:,.0f} M state updates/s, forward and backward"
             f" ({scans.origin})"
         )
-    if names := {name for name in domain.outline(config)[1] if name and not STARTS[name].hands_on_all}:
+    names = {name for name in domain.outline(config)[1] if name and not STARTS[name].hands_on_all}
+    if names and slots_of(student):
         yield (
             f"of the teacher's {', '.join(sorted(names))} only projections and feature maps are kept: its convolution,"
             " Delta, decay and gate start anew"

@@ -21,6 +21,10 @@ class Build(Step, Checked):
     options: Any  # the domain's sizes of a student
 
     def problems(self, before: Outline) -> list[str]:
+        if before.is_student:
+            return [
+                f"Step {self.name}: it makes a student, and a step before it has made one. Build first, or not at all."
+            ]
         try:
             before.domain.build_config(self.model, self.options, before.teacher)
         except UserError as error:

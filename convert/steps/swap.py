@@ -138,6 +138,9 @@ class Swap(Step):
         return student, StepPlan(self.name, self._what(num_layers), 0, 0, total, peak, seconds)
 
     def _what(self, num_layers: int) -> str:
+        if self.layers is not None:
+            where = f" in {len(self.converted(num_layers))} of {num_layers} layers"
+            return f"swap in {self.mixer}{where}{', must be exact' if self.exact else ''}"
         kept = len(self.kept(num_layers))
         by = ", by measurement" if isinstance(self.keep, MostSensitive) else ""
         keeps = f", keep {kept} of {num_layers} layers{by}" if kept else ""

@@ -83,6 +83,7 @@ class Train(Step, Checked):
     def _bad_objective(self) -> list[str]:
         try:
             check_objective(self.stage, self.settings.objective)
+            self.settings.objective.check_plain()
         except UserError as error:
             return [f"Step {self.name}: {error}"]
         return []
@@ -113,11 +114,13 @@ class Train(Step, Checked):
         config = context.config if self.teacher is None else context.teachers[self.teacher]
         with torch.device("meta"):
             teacher = context.domain.empty_model(config)
-            if reason := problem_of_functions(s, student, teacher):
-                raise UserError(reason)
-            owned = count(s.objective.build(student, teacher))
+            reason = problem_of_functions(s, student, teacher)
+        if reason and (reason := problem_of_functions(s, student, teacher)):  # what needs memory is tried with some
+            raise UserError(reason)
+        owned = count(s.objective.build(student, teacher))
         num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.teacher else 0)
-        trainable, total = sum(p.numel() for p in selected(student, s.trains)), count(student)
+        chosen = {id(p): p.numel() for p in selected(student, s.trains)}
+        trainable, total = sum(chosen.values()), count(student)
         mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size

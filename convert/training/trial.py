@@ -12,7 +12,7 @@ from convert.objectives.base import LayerTerm, LogitTerm, Term
 from convert.training.selectors import selected
 from convert.training.settings import Settings
 
-TOKENS, VOCABULARY = 2, 4  # of the tensors that terms are tried on
+TOKENS = 2  # of the tensors that terms are tried on
 
 
 def problem_of_functions(settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
@@ -60,7 +60,7 @@ def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher:
         return [torch.ones(shape, device=device, requires_grad=is_student) for _ in range(depth)]
 
     if isinstance(term, LogitTerm):
-        logits = torch.ones(TOKENS, VOCABULARY, device=device, requires_grad=True)
+        logits = torch.ones(TOKENS, student.config.vocab_size, device=device, requires_grad=True)
         targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
         return term.loss(logits, logits.detach() if term.needs_teacher else None, targets, owned)
     if isinstance(term, LayerTerm):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,12 @@ def test_load_a_folder(folder, capfd):
 def test_a_pad_token_is_kept(folder):
     write_tokenizer(folder, pad="w0")
     assert load_teacher(str(folder)).tokenizer.pad_token == "w0"
+
+
+def test_a_student_loads_in_a_process_that_made_none(finished_run):
+    code = f"from convert import load_teacher; print(type(load_teacher({str(finished_run)!r}).model).__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["ConvertedForCausalLM"], result.stderr
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

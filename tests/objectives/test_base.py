@@ -133,3 +133,31 @@ def test_kinds_and_the_need_of_a_teacher():
     logit, layer, attention = (kind for kind in Term.__subclasses__())
     assert live.has(logit) and live.has(layer) and not live.has(attention)
     assert live.needs_teacher() and live.needs_teacher(layer) and not live.needs_teacher(logit)
+
+
+@dataclass(frozen=True)
+class Values(AttentionTerm):
+    """A term with the name of a method of nn.ModuleDict, and fields that a file may not be able to hold."""
+
+    distance: object = torch.nn.functional.mse_loss
+
+    def build(self, student, teacher):
+        return nn.Linear(3, 3, bias=False)
+
+    def loss(self, student, teacher, owned):
+        return self.distance(owned(student), teacher)
+
+
+def test_a_term_may_have_any_name():
+    live = Objective(((1.0, Values()),)).build(nn.Identity(), None)
+    live.on_attention(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), 1.0).backward()
+    live.advance(0.0)
+    assert [parameter.grad.shape for parameter in live.parameters()] == [(3, 3)]
+
+
+def test_fields_are_what_a_file_can_hold():
+    named = Objective(((1.0, Values()),))
+    named.check_plain()
+    assert named.plain() == [{"term": "values", "weight": 1.0, "distance": "mse_loss"}]
+    with pytest.raises(UserError, match="The fields of a term must be numbers, words, or functions with a name"):
+        Objective(((1.0, Values(nn.Linear(2, 2))),)).check_plain()

@@ -84,3 +84,5 @@ def test_a_loss_that_jumps_is_survived():
 def test_bounds():
     with pytest.raises(UserError, match="TAID: t_start must be within 0 .. 1"):
         TAID(t_start=1.5)
+    with pytest.raises(UserError, match="t rises from t_start to t_end; got 0.6 and 0.5"):
+        TAID(t_start=0.6, t_end=0.5)

@@ -241,7 +241,7 @@ def test_a_student_from_scratch_is_counted():
     plan = plan_of("neox-nano", "scratch")
     build, distill = plan.steps
     assert not plan.refusals and build.what == "build a llama of 4 layers, width 128"
-    assert plan.parameters_student == distill.trainable - 2 * 0 + distill.frozen - projectors(4, 128, 192)
+    assert plan.parameters_student == distill.trainable + distill.frozen - projectors(4, 128, 192)
     assert plan.parameters_student < plan.parameters_teacher
 
 
@@ -256,6 +256,18 @@ def test_sizes_of_a_student_that_do_not_fit_are_refused(setting, words):
     config, recipe = config_and_recipe("scratch")
     (reason,) = make_plan("x", config, recipes.with_setting(recipe, setting), "stdlib", "cpu").refusals
     assert reason.startswith("Step build: ") and words in reason
+
+
+def test_a_build_comes_first_and_takes_the_sizes_of_its_domain():
+    config, scratch = config_and_recipe("scratch")
+    build, distill = scratch.steps
+    (swap, *_) = config_and_recipe("linear")[1].steps
+    for steps, words in [
+        ((swap, build, distill), "it makes a student, and a step before it has made one. Build first"),
+        ((dataclasses.replace(build, options={"layers": 2}), distill), "The sizes of a student must be a Sizes"),
+    ]:
+        refusals = make_plan("x", config, dataclasses.replace(scratch, steps=steps), "stdlib", "cpu").refusals
+        assert any(words in reason for reason in refusals), refusals
 
 
 def test_align_refuses_a_student_whose_layers_are_others():
@@ -289,8 +301,8 @@ def test_two_swaps_make_a_hybrid():
     plan = make_plan("x", config, hybrid, "stdlib", "cpu")
     assert not plan.refusals
     assert [step.what for step in plan.steps[:2]] == [
-        "swap in gate-swa, keep 3 of 6 layers",
-        "swap in mamba2, keep 4 of 6 layers",
+        "swap in gate-swa in 3 of 6 layers",
+        "swap in mamba2 in 2 of 6 layers",
     ]
 
 

@@ -54,7 +54,7 @@ def test_parameters_are_trained_and_the_state_advances_once_a_step():
     first, later = state_after(1)["objective"], state_after(6)["objective"]
     for name, value in first.items():
         assert not torch.equal(value, later[name]) or name.endswith("momentum"), name
-    assert first["owned.taid.t"] == 0.4 and 0.4 < later["owned.taid.t"] < 1
+    assert first["owned.taid_term.t"] == 0.4 and 0.4 < later["owned.taid_term.t"] < 1
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -62,7 +62,8 @@ def test_micro_batches_change_neither_parameters_nor_state(rows):
     whole, cut = (state_after(4, dataclasses.replace(OWNING, micro_tokens=tokens)) for tokens in (128, 32 * rows))
     for name, value in whole["objective"].items():
         assert_close(cut["objective"][name], value, 1e-4)
-    assert float(cut["objective"]["owned.taid.t"]) == pytest.approx(float(whole["objective"]["owned.taid.t"]), rel=1e-6)
+    t = "owned.taid_term.t"
+    assert float(cut["objective"][t]) == pytest.approx(float(whole["objective"][t]), rel=1e-6)
 
 
 def test_nothing_of_it_is_in_the_student():

@@ -52,6 +52,7 @@ def broken(*_: object) -> None:
     (own(mean, build=lambda self, s, t: nn.Linear(3, 3)), None),
     (own(mean, build=lambda self, s, t: nn.Linear(3, 3), advance=broken), "fails with RuntimeError"),
     (own(mean), None),
+    (own(lambda self, a, b, c, owned: a.topk(10).values.sum(-1), LogitTerm), None),
 ])  # fmt: skip
 def test_terms_of_the_users_own(objective, words):
     found = problem(objective)
