@@ -104,6 +104,7 @@ CASES = [
     AuditCase(selective_scan, dict(N=16, batch=1)),
     AuditCase(selective_scan, dict(N=100, G=4, R=2)),
     AuditCase(selective_scan, dict(N=16, ones=True, documents=True)),
+    AuditCase(selective_scan, dict(N=512, G=4, ones=True)),
     AuditCase(selective_scan, dict(N=512, G=4, R=2, ones=True, documents=True)),
     AuditCase(chunk_scan, dict(N=16)),
     AuditCase(chunk_scan, dict(N=16, batch=1)),

@@ -1,5 +1,6 @@
 """Replacing the attention, or the mixers, of a model's layers by mixers."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -77,6 +78,7 @@ def swap(
     if config is None:
         config = ConvertedConfig(host.config, specs)
     else:
+        config = copy.copy(config)  # the caller may go on with the old one: a plan swaps into a model made of it
         config.mixers = specs
     student = ConvertedForCausalLM(config, host)
     student.generation_config = model.generation_config

@@ -84,6 +84,7 @@ def test_a_hybrid_is_a_teacher():
     budget = recipes.budget("hybrid", student.config, 4096, 64, 256)
     plan = make_plan(Language(), "hybrid", student.config, recipes.to_linear(budget), "text", "cpu")
     assert not plan.refusals and len(plan.steps) == 3
+    assert names_of(student) == ["mamba2", "attention", "gate-swa"]  # a plan changes nothing that it is given
     mla = student_of("llama", "mla+mamba", (0, 2))
     (reason,) = make_plan(Language(), "hybrid", mla.config, recipes.to_linear(budget), "text", "cpu").refusals
     assert "no other mixer can start from it" in reason
