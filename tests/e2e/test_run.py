@@ -154,7 +154,7 @@ def test_a_budget_is_that_of_the_edited_layers(teacher, text, tmp_path):
 # --- what a training step may have for itself
 
 
-def test_a_step_may_have_its_own_data_and_teacher(teacher, text, tmp_path, capsys):
+def test_a_step_may_have_its_own_data_and_teacher(teacher, text, tmp_path, capsys, monkeypatch):
     """They are loaded for the step, and are part of what the ledger compares."""
     other, more = tmp_path / "other", tmp_path / "more"
     shutil.copytree(teacher, other)
@@ -175,6 +175,12 @@ def test_a_step_may_have_its_own_data_and_teacher(teacher, text, tmp_path, capsy
         for run in ("plain", "run")
     ]
     assert losses[0][:3] == losses[1][:3] and losses[0][3] != losses[1][3]  # align is the run's, distill is not
+    monkeypatch.chdir(tmp_path)
+    recipe = recipes.tiny(recipes.default_recipe(str(teacher), load_teacher(teacher).model.config, "linear"))
+    assert pipeline.finished(tmp_path / "run", str(teacher), recipe, str(text)) is None
+    for name in ("teacher=other", "data=more"):  # by another path, but the same
+        recipe = recipes.with_setting(recipe, f"distill.{name}")
+    assert pipeline.finished(tmp_path / "run", str(teacher), recipe, str(text)) is not None
     (more / "0.txt").write_text("another text. " * 50)
     assert main(command(teacher, text, tmp_path / "run", *own, to="linear")) == 2
     assert "steps.distill.data_fingerprint" in capsys.readouterr().err
