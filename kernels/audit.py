@@ -5,8 +5,9 @@
     python -m kernels.audit --verbose --json audit.json                  # a line per configuration
 
 The operators are called on tensors without data, and what they would launch is compiled instead, in every autotune
-configuration (a baseline's kernels, where one is installed, in the first four). It fails on a spill, on use of the
-stack, on more shared memory than a block may have, and on products of 16 bits (or tf32) without matrix instructions.
+configuration (a baseline's kernels, where one is installed, in the first four). It fails on a spill (a few bytes:
+only where registers have run out), on use of the stack, on more shared memory than a block may have, and on products of
+16 bits (or tf32) without matrix instructions.
 `make check-triton` runs it with the oldest Triton that setup.py allows, which is what the oldest torch there brings.
 
 MB: every tensor that a launch is given, once. Gop: the operations of its program (triton_stats.operations). Time: the

@@ -1,6 +1,7 @@
 """Statistics of a compiled Triton kernel, read from its texts: registers, spills, shared memory, operations."""
 
 import contextlib
+import dataclasses
 import io
 import operator
 import re
@@ -14,6 +15,9 @@ from triton.compiler.compiler import CompiledKernel, make_backend
 from kernels.gpu_specs import GpuSpec
 
 # ----------------------------------------------------------------------------------------------------------- resources
+
+MAX_REGISTERS = 255  # of a thread, on NVIDIA
+SMALL_SPILL = 16  # bytes of a thread (ours)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ def resources(kernel: CompiledKernel) -> Resources:
 def faults(found: Resources, spec: GpuSpec) -> list[str]:
     """Return what is wrong with a compiled kernel on a GPU, in words."""
     wrong = []
+    if _is_choice(found, spec):
+        found = dataclasses.replace(found, spills=0, stack=0)
     if found.spills:
         unit = "bytes" if spec.gpu.backend == "cuda" else "registers"
         wrong.append(f"spills {found.spills} {unit} (it has {found.registers} registers)")
@@ -49,6 +55,13 @@ def faults(found: Resources, spec: GpuSpec) -> list[str]:
     if found.products and not found.matrix:
         wrong.append(f"has {found.products} products of 16 bits or tf32 and no matrix instruction")
     return wrong
+
+
+def _is_choice(found: Resources, spec: GpuSpec) -> bool:
+    """Return whether ptxas spilled a few bytes though a thread may have more registers: it does so to keep another
+    block on a multiprocessor, and whether it does changes from version to version."""
+    few = found.spills <= SMALL_SPILL and found.stack <= SMALL_SPILL + 8  # a stack is of whole 8 bytes
+    return spec.gpu.backend == "cuda" and found.registers < MAX_REGISTERS and few
 
 
 def _nvidia_resources(kernel: CompiledKernel) -> tuple[int, int, int, int]:

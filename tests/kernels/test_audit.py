@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+from kernels.gpu_specs import GPU_SPECS
+from kernels.triton_stats import Resources, faults
+
 ROOT = Path(__file__).resolve().parents[2]
 # it compiles, so it needs a process
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
@@ -96,6 +99,21 @@ def bad(tmp_path_factory):
 def test_a_fault_is_found(bad, name, words):
     faults, _, _ = bad[name][0]
     assert any(words in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    "target, registers, spills, stack, count",
+    [
+        ("sm_90", 168, 16, 24, 0),  # a choice of ptxas, which changes from version to version
+        ("sm_90", 168, 20, 24, 2),
+        ("sm_90", 168, 0, 32, 1),
+        ("sm_90", 255, 4, 8, 2),
+        ("gfx942", 168, 4, 8, 2),
+    ],
+)
+def test_a_small_spill_is_a_fault_where_registers_ran_out(target, registers, spills, stack, count):
+    found = Resources(registers, spills, stack, shared=0, matrix=0, products=0)
+    assert len(faults(found, GPU_SPECS[target])) == count
 
 
 def test_only_the_configuration_that_spills_is_at_fault(bad):
