@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.checks import can_read_values
-from kernels.chunk_scan.products import cumulative_sum, masked_scores, product, weighted_sum
 from kernels.chunk_scan.reference import chunk_scan_reference
+from kernels.products import cumulative_sum, masked_scores, product, weighted_sum
 
 CHUNK = 64  # steps: where N and P are about 64, the work inside chunks and between them is the same (ours)
 

@@ -19,7 +19,7 @@ from kernels.chunk_scan.fused_kernels import (
     outputs_kernel,
     values_gradient_kernel,
 )
-from kernels.chunk_scan.products import cumulative_sum
+from kernels.products import cumulative_sum
 
 COLUMN_MULTIPLE = 16  # rows are padded to it: those that start at whole vectors need half the registers
 MAX_STEPS = 64  # steps of a chunk; an offset inside it, times the numbers of all heads of a step, is counted in 32 bits

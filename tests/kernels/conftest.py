@@ -38,7 +38,8 @@ def run(
         return leaves[-1]
 
     arguments = {name: leaf(v) for name, v in arguments.items()}
-    returned = {"return_last_state" if "u" in arguments else "return_final_states": True}
+    by_argument = {"u": "return_last_state", "x": "return_final_states", "beta": "output_final_state"}
+    returned = {option: True for argument, option in by_argument.items() if argument in arguments}
     with forward():
         y, last = scan(**arguments, **returned, impl=impl)
     outputs = [y, *(last if isinstance(last, tuple) else (last,))]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import products
 from kernels.chunk_scan import cases as chunk_cases
-from kernels.chunk_scan import chunk_scan, chunked, products
+from kernels.chunk_scan import chunk_scan, chunked
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan
 from tests.kernels.conftest import CPU

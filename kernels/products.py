@@ -1,4 +1,4 @@
-"""Matrix products of the chunk scan: their gradients ignore autocast, and they read only what a mask lets a row see.
+"""Matrix products of scans in chunks: their gradients ignore autocast, and they read only what a mask lets a row see.
 
 autocast belongs to the thread and not to the graph: in a backward() inside it, torch's own products would multiply in
 bfloat16. And 0 x NaN is NaN: in a plain product with a triangle of zeros, a NaN would reach the steps before it. Each
@@ -58,6 +58,27 @@ class _Product(torch.autograd.Function):
         return product(dy, b.mT), product(a.mT, dy)
 
 
+class _SolveUnitLower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+        x = torch.linalg.solve_triangular(a.mT if transposed else a, b, upper=transposed, unitriangular=True)
+        ctx.save_for_backward(a, x)
+        ctx.transposed = transposed
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, x = ctx.saved_tensors
+        db = _SolveUnitLower.apply(a, dx, not ctx.transposed)
+        da = product(x, db.mT) if ctx.transposed else product(db, x.mT)
+        return -da.tril(-1), db, None
+
+
+def solve_unit_lower(a: Tensor, b: Tensor) -> Tensor:
+    """Return x with (I + a) x = b, where only what is below a's diagonal is read."""
+    return _SolveUnitLower.apply(a, b, False)
+
+
 def masked_scores(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """Return a b^T where the mask is true, and 0 elsewhere."""
     return _Scores.apply(a, b, mask)
@@ -76,14 +97,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _Product.apply(a, b)
 
 
-def cumulative_sum(t: Tensor) -> Tensor:
-    """Return the cumulative sum over the last dimension.
+def cumulative_sum(t: Tensor, dim: int = -1) -> Tensor:
+    """Return the cumulative sum over a dimension.
 
     On a GPU torch's own is not deterministic, and warns or raises where determinism is asked for.
     """
     if t.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
-        return t.cumsum(-1)
-    return cumulative_sum_by_doubling(t)
+        return t.cumsum(dim)
+    return cumulative_sum_by_doubling(t.transpose(dim, -1)).transpose(dim, -1)
 
 
 def cumulative_sum_by_doubling(t: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Arguments on which the tests compare every implementation with float64."""
+
+import torch
+from torch import Tensor
+
+CASES: dict[str, dict] = {
+    "plain": {},
+    "grouped-values": dict(q=2, k=2),
+    "grouped-queries": dict(k=2, v=1),
+    "initial-state": dict(state=True),
+    "documents": dict(documents=True, state=True),
+    "strong-decay": dict(decay=100.0),
+    "weak-decay": dict(decay=0.0),
+    "everything": dict(q=2, k=1, v=2, documents=True, state=True, decay=5.0),
+}
+HEADS, VALUES = 4, 3
+
+
+def make(
+    T: int,
+    K: int = 5,
+    q: int = HEADS,
+    k: int = HEADS,
+    v: int = HEADS,
+    decay: float = 1.0,
+    documents: bool = False,
+    state: bool = False,
+    per_channel: bool = True,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
+    """Make arguments of `kda`, or of `gated_delta_rule` without `per_channel`, for batch 2.
+
+    Args:
+        q, k, v: their numbers of heads.
+        decay: how strong decays are; at 0, all of about 1e-3.
+    """
+    generator = torch.Generator().manual_seed(T)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    a = dict(
+        q=normal(2, T, q, K),
+        k=torch.nn.functional.normalize(normal(2, T, k, K), dim=-1),
+        v=normal(2, T, v, VALUES),
+        g=-(decay + 1e-3) * normal(2, T, HEADS, *((K,) if per_channel else ())).abs(),
+        beta=normal(2, T, HEADS).sigmoid(),
+    )
+    if state:
+        a["initial_state"] = normal(2, HEADS, K, VALUES)
+    a = {name: t.to(dtype) for name, t in a.items()}
+    if documents:
+        a["document_ids"] = (torch.rand(2, T, generator=generator) < 0.1).cumsum(1) + 7
+    return a
