@@ -5,6 +5,7 @@ come with it. An exported model has this table with its own mixers alone."""
 
 from convert.mixers.base import Context, Mixer
 from convert.mixers.gate_swa import GateSWA
+from convert.mixers.kda import KDA
 from convert.mixers.linear import LinearAttention
 from convert.mixers.mamba import Mamba
 from convert.mixers.mamba2 import Mamba2
@@ -16,6 +17,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "gate-swa": GateSWA,
     "mla": MLA,
+    "kda": KDA,
 }
 
-__all__ = ["MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]
+__all__ = ["KDA", "MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]

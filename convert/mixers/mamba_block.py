@@ -7,62 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convert.mixers.base import AttentionShape, Context
 from convert.mixers.hedgehog import HedgehogHeads
-from convert.mixers.parts import wide
-
-SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
-
-
-class ShortConv(nn.Module):
-    """Causal depthwise convolution over `size` tokens that starts as the identity and sees no other document.
-
-    x [B, T, D], state [B, size - 1, D] or None -> y [B, T, D], the next state."""
-
-    def __init__(self, width: int, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, size))
-        self.bias = nn.Parameter(torch.zeros(width))
-        with torch.no_grad():
-            self.weight[:, -1] = 1
-
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None, document_ids: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if padding_mask is not None:
-            x = x * padding_mask[..., None]
-        T, size = x.shape[1], self.weight.shape[1]
-        if state is None:
-            state = x.new_zeros(x.shape[0], size - 1, x.shape[2])
-        seen = torch.cat([state.to(x.dtype), x], 1)
-        weight = self.weight.to(x.dtype)
-        y = F.conv1d(seen.mT, weight[:, None], self.bias.to(x.dtype), groups=x.shape[2]).mT
-        tail = seen[:, T:]
-        if document_ids is not None:
-            documents = torch.cat([document_ids[:, :1].expand(-1, size - 1), document_ids], 1)
-            same = documents.unfold(1, size, 1) == document_ids[..., None]  # [B, T, size]
-            at = (~same.all(-1)).nonzero(as_tuple=True)  # the few tokens whose window reaches into another document
-            fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias
-            y = y.index_put(at, fresh.to(y.dtype))
-            tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
-        return y, wide(tail).clone()  # a view would keep the whole text
-
-
-class TimeStep(nn.Module):
-    """Delta = softplus(W_up W_down x) through `rank` dimensions, exactly 1 everywhere at the start. [B, T, D] -> [B, T,
-    size]."""
-
-    def __init__(self, width: int, rank: int, size: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, size)
-        nn.init.zeros_(self.up.weight)
-        nn.init.constant_(self.up.bias, 0.541324854612918)  # softplus of it is 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(wide(self.up(self.down(x))))
+from convert.mixers.parts import ShortConv, TimeStep, open_gate, wide
 
 
 class _NonNegative(torch.autograd.Function):
@@ -100,14 +48,6 @@ def project_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DecayRate) and module.s.grad is not None:
             module.s.grad.masked_fill_((module.s <= 0) & (module.s.grad >= 0), 0)
-
-
-def open_gate(width: int, inner: int) -> nn.Linear:
-    """A projection whose SiLU starts at exactly 1."""
-    gate = nn.Linear(width, inner)
-    nn.init.zeros_(gate.weight)
-    nn.init.constant_(gate.bias, SILU_OF_ONE)
-    return gate
 
 
 class MambaBlock(nn.Module):

@@ -24,6 +24,7 @@ from convert.training.settings import Settings
 DECAY_RATE = {"mamba": 1e-3, "mamba2": 3e-3}  # ours, measured on neox-nano: experiments/LOG.md
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
+HYBRID_N = 4  # one layer in four keeps attention (7 of 28: When Perplexity Lies, arXiv 2603.26556)
 SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 
 
@@ -179,6 +180,20 @@ def to_mla(budget: Budget) -> Recipe:
     calibrated start)."""
     options = MIXERS["mla"].Options(budget.latent_shape, cache_budget=0.5, start="calibrated")
     return _edited("mla", Swap("edit", "mla", options, calibration=min(CALIBRATION, budget.tokens)), budget)
+
+
+@checked
+def to_hybrid_kda(budget: Budget) -> Recipe:
+    """Attention -> Kimi Delta Attention in three layers of four (When Perplexity Lies, arXiv 2603.26556).
+
+    Each new layer learns the attention output of its own, then the student the teacher's distribution, with embeddings
+    and kept attention frozen."""
+    first = int(budget.tokens * ALIGN_SHARE)
+    edit = Swap("edit", "kda", MIXERS["kda"].Options(), EveryNth(HYBRID_N))
+    align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
+    distill = _distill(dataclasses.replace(budget, trains="all_but_kept_attention"), budget.tokens - first)
+    steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill
+    return Recipe("hybrid-kda", steps, budget.examples)
 
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:

@@ -46,6 +46,7 @@ TARGETS = {
     "mamba2": Target("a Mamba-2 scan, by way of linear attention", "language", "to_mamba2"),
     "gate-swa": Target("gated sliding-window attention with sinks, in four of five layers", "language", "to_gate_swa"),
     "mla": Target("multi-head latent attention, with half of the cache", "language", "to_mla"),
+    "hybrid-kda": Target("Kimi Delta Attention in three layers of four", "language", "to_hybrid_kda"),
     "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "language", "to_scratch"),
 }
 

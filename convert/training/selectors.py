@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from convert.mixers.hedgehog import FeatureMap
-from convert.models.access import slots_of
+from convert.models.access import layers_of, slots_of
+from convert.models.slot import Slot, attention_of
 
 
 def feature_maps(student: PreTrainedModel) -> list[nn.Parameter]:
@@ -26,12 +27,20 @@ def all_but_embeddings(student: PreTrainedModel) -> list[nn.Parameter]:
     return [p for p in student.parameters() if id(p) not in ends]
 
 
+def all_but_kept_attention(student: PreTrainedModel) -> list[nn.Parameter]:
+    """Everything except the embeddings and the attention of layers that keep theirs (GenDistill's stage 3, arXiv
+    2603.26556)."""
+    kept = (attention_of(block) for block in layers_of(student))
+    frozen = {id(p) for module in kept if not isinstance(module, Slot) for p in module.parameters()}
+    return [p for p in all_but_embeddings(student) if id(p) not in frozen]
+
+
 def everything(student: PreTrainedModel) -> list[nn.Parameter]:
     """Every parameter."""
     return list(student.parameters())
 
 
-SELECTORS = {f.__name__: f for f in (feature_maps, mixers, all_but_embeddings, everything)}
+SELECTORS = {f.__name__: f for f in (feature_maps, mixers, all_but_embeddings, all_but_kept_attention, everything)}
 
 
 def selected(student: PreTrainedModel, trains: str | Callable) -> Iterable[nn.Parameter]:

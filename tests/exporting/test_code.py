@@ -33,6 +33,7 @@ OF_A_MIXER = {  # the modules that one mixer has and not all of them
     "mamba2": {"hedgehog", "mamba2", "mamba_block"},
     "gate-swa": {"gate_swa"},
     "mla": {"mla"},
+    "kda": {"kda"},
 }
 
 
@@ -42,6 +43,7 @@ KERNEL = {
     "mamba2": {"chunk_scan"},
     "gate-swa": set(),
     "mla": set(),
+    "kda": {"delta_rule"},
 }
 
 
@@ -57,7 +59,7 @@ def test_an_export_carries_what_it_runs(names):
     of_mixers = {file.removeprefix("convert_mixers_").removesuffix(".py") for file in code if "convert_mixers_" in file}
     assert of_mixers - {"parts"} == own | {"base", "families"} and ("parts" in of_mixers) == bool(names)
     scans = set().union(*(KERNEL[name] for name in names))
-    assert {scan for scan in ("chunk_scan", "selective_scan") if f"kernels_{scan}.py" in code} == scans
+    assert {scan for scan in ("chunk_scan", "delta_rule", "selective_scan") if f"kernels_{scan}.py" in code} == scans
     assert any(file.startswith("kernels_") for file in code) == bool(scans)
     rest = {file for file in code if not file.startswith(("convert_mixers_", "kernels_"))}
     models = ("cache", "config", "positions", "slot", "student")

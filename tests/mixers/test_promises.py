@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels.chunk_scan
+import kernels.delta_rule
 import kernels.selective_scan
 from convert.mixers import MIXERS, GateSWA, Mixer
 from convert.mixers.base import Context
@@ -170,7 +171,7 @@ def test_gradients_are_those_of_the_reference_kernels(name, shape, documents, fl
         context(shape, torch.arange(LENGTH), documents=documents),
     )
     actual = gradients(mixer, x, c)
-    for kernel in (kernels.chunk_scan, kernels.selective_scan):
+    for kernel in (kernels.chunk_scan, kernels.delta_rule, kernels.selective_scan):
         monkeypatch.setattr(kernel, "_choose", lambda *_: "reference")
     expected = gradients(mixer, x, c)
     assert_close(actual.values(), expected.values(), FLOAT64, floor=1e-3)
@@ -260,11 +261,14 @@ def test_a_decay_is_set_and_told(name):
     before = mixer(x, c)[0]
     mixer.set_decay(0.1)
     told = mixer.decay_per_token(x, c)
-    steps = mixer.block.time_step(mixer.block.conv(x, None, None, None)[0])  # [B, T, num_steps]
-    rate = 0.1 * torch.arange(1, mixer.rate.s.shape[-1] + 1)
-    expected = (
-        (steps[..., None] * rate).mean((0, 1)).flatten() if mixer.rate.s.ndim == 2 else (steps * rate).mean((0, 1))
-    )
+    if name == "kda":
+        expected = (0.1 * mixer.time_step(x)).mean((0, 1))
+    else:
+        steps = mixer.block.time_step(mixer.block.conv(x, None, None, None)[0])  # [B, T, num_steps]
+        rate = 0.1 * torch.arange(1, mixer.rate.s.shape[-1] + 1)
+        expected = (
+            (steps[..., None] * rate).mean((0, 1)).flatten() if mixer.rate.s.ndim == 2 else (steps * rate).mean((0, 1))
+        )
     assert_close(told, expected, FLOAT32)
     assert (mixer(x, c)[0] - before).abs().max() > 1e-3
     mixer.set_decay(0.0)
@@ -272,11 +276,12 @@ def test_a_decay_is_set_and_told(name):
 
 
 def test_state_updates_of_an_elementwise_scan():
-    """A numerator and a denominator for each channel and state; a decay per head is matrix products."""
+    """A numerator and a denominator for each channel and state; others are matrix products."""
     shape = SHAPES["mha"]
     assert {name: mixer_of(name, shape).scan_updates() for name in MIXERS if mixer_of(name, shape).decays} == {
         "mamba": 2 * (3 * 8) * (2 * 8),
         "mamba2": 0,
+        "kda": 0,
     }
 
 

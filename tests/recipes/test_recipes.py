@@ -65,7 +65,8 @@ def _another(name, old):
         "data": "stdlib",
         "teacher": "neox-nano",
         "dt_rank": "7",
-        "gate": "head",
+        "gate": "sigmoid" if old == "silu" else "head",
+        "decay_start": "g6",
         "shape": "native",
         "start": "random",
     }

@@ -3,6 +3,7 @@
 import pytest
 
 from convert.models.access import slots_of
+from convert.models.swap import swap
 from convert.training.selectors import SELECTORS, name_of, selected
 from tests.conftest import tiny_teacher
 from tests.training.stages import student_of
@@ -21,6 +22,14 @@ def test_selectors_choose_by_module(select, expected):
         )
     else:
         assert len(chosen) == len(list(student.parameters()))
+
+
+def test_kept_attention_can_be_left_out():
+    student = swap(tiny_teacher("llama"), "kda", layers=(0, 2))
+    chosen = {id(p) for p in SELECTORS["all_but_kept_attention"](student)}
+    names = {name.removeprefix("host.model.") for name, p in student.named_parameters() if id(p) not in chosen}
+    attention = {f"layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+    assert names == attention | {"embed_tokens.weight", "host.lm_head.weight"}
 
 
 def test_a_selector_is_named_or_a_function():

@@ -3,6 +3,7 @@
 from convert.mixers.init.base import Start
 from convert.mixers.init.gate_swa import GateSWAStart
 from convert.mixers.init.hedgehog import LinearStart, Mamba2Start, MambaStart
+from convert.mixers.init.kda import KDAStart
 from convert.mixers.init.mla import MLAStart
 
 STARTS: dict[str, type[Start]] = {
@@ -11,6 +12,7 @@ STARTS: dict[str, type[Start]] = {
     "mamba2": Mamba2Start,
     "gate-swa": GateSWAStart,
     "mla": MLAStart,
+    "kda": KDAStart,
 }
 
 __all__ = ["STARTS", "Start"]
