@@ -189,7 +189,8 @@ def to_hybrid_kda(budget: Budget) -> Recipe:
     Each new layer learns the attention output of its own, then the student the teacher's distribution, with embeddings
     and kept attention frozen."""
     first = int(budget.tokens * ALIGN_SHARE)
-    edit = Swap("edit", "kda", MIXERS["kda"].Options(), EveryNth(HYBRID_N))
+    seen = min(CALIBRATION, budget.tokens)
+    edit = Swap("edit", "kda", MIXERS["kda"].Options(), EveryNth(HYBRID_N), calibration=seen)
     align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
     distill = _distill(dataclasses.replace(budget, trains="all_but_kept_attention"), budget.tokens - first)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill

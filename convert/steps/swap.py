@@ -1,6 +1,7 @@
 """The step Swap: replace the attention, or the mixers, of a student's layers by another mixer."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from convert.steps import handover, selection
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
 from convert.steps.calibration import inputs_of
 from convert.steps.layers import Keep, MostSensitive
+from convert.steps.refit import refit_outputs
 
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
@@ -34,7 +36,7 @@ class Swap(Step):
 
     `exact`: theory says that the function stays the same, so the run measures it and stops if it does not.
     `calibration`: tokens of training text over which the layers' inputs are looked at first, for mixers that start
-    from them."""
+    from them, or at which a mixer's output projection is refitted."""
 
     name: Name
     mixer: Literal[tuple(MIXERS)]  # type: ignore[valid-type]
@@ -52,6 +54,11 @@ class Swap(Step):
     def looks_first(self) -> bool:
         """Whether the mixer starts from what the layers see."""
         return self.calibration > 0 and STARTS[self.mixer].needs_stats(self.options)
+
+    @property
+    def refits(self) -> bool:
+        """Whether output projections are solved for what the teacher's attention gives."""
+        return STARTS[self.mixer].refits_output(self.options)
 
     def kept(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of the model that stay as they are, as far as no measurement decides."""
@@ -80,6 +87,11 @@ class Swap(Step):
             found.append(
                 f"Step {self.name}: a conversion ends with {' and '.join(sorted(ends))}: no other mixer can start from"
                 " it. Take the run's own teacher."
+            )
+        if self.refits and not self.calibration:
+            found.append(
+                f"Step {self.name}: an output projection is refitted on some text, and calibration is 0 tokens. Set"
+                " calibration, or start=copied."
             )
         if not self.exact and (reason := MIXERS[self.mixer].sequence_problem(self.options, before.longest)):
             found.append(f"Step {self.name}: {reason}")
@@ -130,7 +142,7 @@ class Swap(Step):
         num_layers = len(layers_of(student))
         student = self._swapped_without_memory(student, num_layers)
         total, config = count(student), host_config(student)
-        looks = self.calibration if self.looks_first else 0
+        looks = self.calibration if self.looks_first or self.refits else 0
         ranks = RANKING_TOKENS * num_layers / 2 if isinstance(self.keep, MostSensitive) else 0
         held = 4 * (2 * num_layers * config.hidden_size**2 + 4 * context.longest**2) if looks else 0
         peak = 4 * (context.num_teacher + total) + held if looks or ranks else 0
@@ -187,6 +199,10 @@ class Swap(Step):
         def swapped(model: PreTrainedModel) -> ConvertedForCausalLM:
             return swap(model, self.mixer, self.options, self.converted(num_layers), stats).eval()
 
+        if self.refits:
+            student = swapped(student)
+            self._refit(student, session, self.converted(num_layers))
+            return student, found
         if self.exact:
             student, checked = handover.checked(self.name, self.mixer, swapped, student, session)
             return student, found | {"handover": checked}
@@ -199,6 +215,8 @@ class Swap(Step):
         that depend on all edited layers (a cache budget) are then shared out among these."""
         before = selection.parts_of(student)
         student = swap(student, self.mixer, self.options, stats=stats).eval()
+        if self.refits:
+            self._refit(student, session, tuple(before))
         batches = session.sequences(min(RANKING_TOKENS, session.tokens))
         sensitivity = selection.sensitivity(student, before, batches)
         ranked = sorted(before, key=lambda layer: -sensitivity[layer])
@@ -206,9 +224,14 @@ class Swap(Step):
         selection.restore_layers(student, before)
         layers = tuple(layer for layer in before if layer not in kept)
         student = swap(student, self.mixer, self.options, layers, stats).eval()
+        if self.refits:
+            self._refit(student, session, layers)
         chosen = ", ".join(map(str, kept))
         console.print(f"kept layers, those that cost most when edited alone: {chosen}", style="dim")
         return student, {"layers": {"kept": kept, "kl_when_edited_alone": sensitivity}}
+
+    def _refit(self, student: PreTrainedModel, session: Session, layers: Sequence[int]) -> None:
+        refit_outputs(student, session.teacher.model, session.sequences(self.calibration), layers)
 
     # --- as data
 

@@ -24,6 +24,11 @@ class Start(ABC):
         return False
 
     @classmethod
+    def refits_output(cls, options: Any) -> bool:
+        """Whether the output projection is solved for what the layer's attention gives, once the mixer is in place."""
+        return False
+
+    @classmethod
     def fit(cls, layers: Iterable[Projections], options: Any) -> list[Any]:
         """The options of each layer, where they depend on what all of these layers hold."""
         return [options for _ in layers]

@@ -22,6 +22,10 @@ class KDAStart(Start):
     mixer = KDA
 
     @classmethod
+    def refits_output(cls, options: KDA.Options) -> bool:
+        return options.start == "refitted"
+
+    @classmethod
     def why_inexact(cls, projections: Projections, options: KDA.Options, tokens: int) -> str | None:
         return "a delta rule has no softmax and no positions; align it"
 
