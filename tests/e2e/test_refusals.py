@@ -135,6 +135,7 @@ BAD_EDITS = [
     ("mamba2", "linear.keep=auto:3", "give both the same keep"),
     ("mla", "edit.shape=round", "one of exact, native"),
     ("mla", "edit.calibration=0", "needs the layers' inputs"),
+    ("hybrid-kda", "edit.calibration=0", "is refitted on some text"),
 ]
 
 
