@@ -63,7 +63,7 @@ def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypat
         (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, forget, distill"),
         (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
         (["--set", "distill.lr=fast"], "lr must be a finite number; got 'fast'"),
-        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, everything"),
+        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, all_but_kept_attention, everything"),
         (["--set", "align"], "--set takes STEP.FIELD=VALUE"),
         (["--set", "distill.lr=-1"], "lr must be within 0 .. 10"),
         (
@@ -135,7 +135,7 @@ BAD_EDITS = [
     ("mamba2", "linear.keep=auto:3", "give both the same keep"),
     ("mla", "edit.shape=round", "one of exact, native"),
     ("mla", "edit.calibration=0", "needs the layers' inputs"),
-    ("hybrid-kda", "edit.calibration=0", "is refitted on some text"),
+    ("hybrid-kda", "edit.start=refitted edit.calibration=0", "is refitted on some text"),
 ]
 
 
@@ -143,7 +143,8 @@ BAD_EDITS = [
 def test_edits_that_cannot_be_are_refused_before_anything_is_loaded(
     to, setting, words, teacher, text, tmp_path, capsys
 ):
-    assert main(command(teacher, text, tmp_path / "run", "--set", setting, to=to)) == 2
+    options = [word for one in setting.split() for word in ("--set", one)]
+    assert main(command(teacher, text, tmp_path / "run", *options, to=to)) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

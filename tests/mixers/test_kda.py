@@ -26,7 +26,7 @@ def start(shape, seed: int = 0, **options) -> KDA:
 def test_the_start_is_the_formula_on_the_teachers_projections(shape):
     """A convolution that is the identity, half of each value written, an open gate, and no other weights."""
     p, x = attention(shape), inputs(shape)
-    mixer = start(shape)
+    mixer = start(shape, decay_start="half-lives")
     q, k, v = (torch.einsum("btd,hkd->bthk", x, w) for w in (p.q, p.k, p.v))
     if shape.qkv_bias:
         q, k, v = q + p.q_bias, k + p.k_bias, v + p.v_bias
@@ -68,7 +68,7 @@ def test_decays_at_the_start():
     """Nats per token: rate times step."""
     shape = replace(SHAPES["mha"], num_heads=64, num_kv_heads=64)
     x, c = inputs(shape), context(shape, torch.arange(LENGTH))
-    half_lives = math.log(2) / start(shape).decay_per_token(x, c).unflatten(0, (64, -1))
+    half_lives = math.log(2) / start(shape, decay_start="half-lives").decay_per_token(x, c).unflatten(0, (64, -1))
     assert_close(half_lives[0], torch.full((8,), 8.0), 1e-4)
     assert_close(half_lives[-1], torch.full((8,), 512.0), 1e-4)
     g6 = start(shape, decay_start="g6").decay_per_token(x, c) / math.log(2)
