@@ -63,7 +63,7 @@ def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypat
         (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, forget, distill"),
         (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
         (["--set", "distill.lr=fast"], "lr must be a finite number; got 'fast'"),
-        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, all_but_kept_attention, everything"),
+        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, all_but_kept"),
         (["--set", "align"], "--set takes STEP.FIELD=VALUE"),
         (["--set", "distill.lr=-1"], "lr must be within 0 .. 10"),
         (

@@ -66,9 +66,9 @@ def _another(name, old):
         "teacher": "neox-nano",
         "dt_rank": "7",
         "gate": "sigmoid" if old == "silu" else "head",
-        "decay_start": "g6",
+        "decay_start": "mamba",
         "shape": "native",
-        "start": "random",
+        "start": "refitted" if old == "copied" else "random",
     }
     if name in choices:
         return choices[name]
