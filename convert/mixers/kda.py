@@ -39,7 +39,7 @@ class KDA(Mixer):
         rank: Annotated[int, Range(1, 65_536)] | None = None
         gate: Literal["silu", "sigmoid"] = "silu"
         head_norm: bool = False  # an RMSNorm of what each head reads
-        decay_start: Literal["mamba", "g6", "half-lives"] = "g6"
+        decay_start: Literal["mamba", "g6", "half-lives"] = "mamba"
         start: Literal["copied", "refitted"] = "copied"
 
     class State(NamedTuple):

@@ -66,7 +66,7 @@ def _another(name, old):
         "teacher": "neox-nano",
         "dt_rank": "7",
         "gate": "sigmoid" if old == "silu" else "head",
-        "decay_start": "mamba",
+        "decay_start": "g6",
         "shape": "native",
         "start": "refitted" if old == "copied" else "random",
     }
