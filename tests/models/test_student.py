@@ -47,8 +47,8 @@ PIECES = (20, 1, 29, 20)
 def student_of(family: str, mixer: str, layers: tuple[int, ...] | None, **changes) -> ConvertedForCausalLM:
     """Away from its exact start. Shared: a test that changes it builds its own. A hybrid, named "one+other", has its
     mixers in turn in these layers, by a swap for each."""
-    torch.manual_seed(0)
     student, names = tiny_teacher(family, **changes), mixer.split("+")
+    torch.manual_seed(0)  # here, because a teacher draws only when it is made first
     chosen = tuple(range(LAYERS)) if layers is None else layers
     for i, name in enumerate(names):
         student = swap(student, name, options_of(name), chosen[i :: len(names)])
