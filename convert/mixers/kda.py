@@ -32,8 +32,8 @@ class KDA(Mixer):
         `gate`: "silu" starts at 1, "sigmoid" at one half, for which the output projection makes up. `decay_start`: the
         rates at the start, by head: Mamba's ("mamba", the paper's code), those of an independent replication ("g6",
         arXiv 2608.02689), or half-lives of 8 to 512 tokens ("half-lives", ours). `start`: whether the output projection
-        is the teacher's ("copied", the paper's) or solved for the teacher's attention outputs ("refitted", ours). The
-        defaults did best on neox-nano: experiments/LOG.md."""
+        is the teacher's ("copied", the paper's) or solved for the teacher's attention outputs ("refitted", ours). Of
+        the starts that experiments/LOG.md compares, the defaults did best."""
 
         conv: Annotated[int, Range(1, 64)] = 4  # tokens (the paper's code)
         rank: Annotated[int, Range(1, 65_536)] | None = None

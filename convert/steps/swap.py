@@ -82,7 +82,9 @@ class Swap(Step):
                 f"Step {self.name}: the layers that a step before it replaces are chosen by measurement, so it cannot"
                 " replace the same ones; give both the same keep, by name or by pattern."
             )
-        ends = {name for i in self.converted(num_layers) if (name := before.mixers[i]) if not _can_be_replaced(name)}
+        # a measurement edits every layer once
+        touched = range(num_layers) if isinstance(self.keep, MostSensitive) else self.converted(num_layers)
+        ends = {name for i in touched if (name := before.mixers[i]) if not _can_be_replaced(name)}
         if ends:
             found.append(
                 f"Step {self.name}: a conversion ends with {' and '.join(sorted(ends))}: no other mixer can start from"

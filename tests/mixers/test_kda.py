@@ -13,7 +13,10 @@ from convert.mixers.parts import HeadNorm
 from tests.conftest import assert_close
 from tests.mixers.small_layers import LENGTH, SHAPES, attention, context, inputs
 
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+NORMS_AND_BIASES = {"norms-and-biases": replace(SHAPES["gqa-norms"], qkv_bias=True)}  # Qwen3's attention_bias
+every_shape = pytest.mark.parametrize(
+    "shape", (SHAPES | NORMS_AND_BIASES).values(), ids=(SHAPES | NORMS_AND_BIASES).keys()
+)
 
 
 def start(shape, seed: int = 0, **options) -> KDA:

@@ -52,7 +52,11 @@ def _without_norms(p: Projections) -> Projections:
     1."""
     if p.q_norm is None or p.k_norm is None:
         return p
-    return replace(p, q=p.q * p.q_norm[:, None], k=p.k * p.k_norm[:, None], q_norm=None, k_norm=None)
+    q_bias, k_bias = (
+        None if bias is None else bias * norm for bias, norm in ((p.q_bias, p.q_norm), (p.k_bias, p.k_norm))
+    )
+    q, k = p.q * p.q_norm[:, None], p.k * p.k_norm[:, None]
+    return replace(p, q=q, k=k, q_bias=q_bias, k_bias=k_bias, q_norm=None, k_norm=None)
 
 
 def _decays(start: str, heads: int, channels: int) -> tuple[Tensor, Tensor]:
