@@ -35,7 +35,7 @@ def delta_rule_chunked(
         return F.pad(t, (0, 0, 0, 0, 0, -length % Q)).unflatten(1, (-1, Q)).transpose(2, 3)
 
     q, k, v, g, beta = (chunks(t) for t in (q, k, v, g, beta[..., None]))
-    into, out = _decays(g)
+    into, out = _decay_into(g), _decay_out(g)
     chunk_decay = into[..., -1:, :].mT  # [b, c, H, K or 1, 1]
     scores = _pair_scores(q, k, g)  # [b, c, H, 2 Q, Q]: of k, then of q
     mask = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril()
@@ -66,13 +66,16 @@ def _times(t: Tensor, factor: Tensor) -> Tensor:
     return (t[:, :, :, None] * factor.unflatten(2, (t.shape[2], -1))).flatten(2, 3)
 
 
-def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the decays from before the first step to each, and from each to the last, of steps in dimension -2.
+def _decay_into(g: Tensor) -> Tensor:
+    """Return the decay from before the first step to each, of steps in dimension -2."""
+    return cumulative_sum(g, -2).exp()
 
-    Each exponent is a sum of what lies between, and never a difference of two sums, which would lose the digits of a
-    strong decay."""
+
+def _decay_out(g: Tensor) -> Tensor:
+    """Return the decay from each step to the last. The exponent is a sum of what lies between, and not a difference of
+    two sums, which would lose the digits of a strong decay."""
     to_end = cumulative_sum(g.flip(-2), -2).flip(-2)
-    return cumulative_sum(g, -2).exp(), F.pad(to_end[..., 1:, :], (0, 0, 0, 1)).exp()
+    return F.pad(to_end[..., 1:, :], (0, 0, 0, 1)).exp()
 
 
 def _pair_scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def _of_many_decays(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     size = 1
     while size < Q:
         halves = g.unflatten(3, (-1, 2, size))  # [b, c, H, blocks, 2, size, K or 1]
-        into, out = _decays(halves[..., 1, :, :])[0], _decays(halves[..., 0, :, :])[1]
+        into, out = _decay_into(halves[..., 1, :, :]), _decay_out(halves[..., 0, :, :])
         early_k, late_k = k.unflatten(3, (-1, 2, size)).unbind(4)
         late = torch.stack([_times(late_k, into), _times(q.unflatten(3, (-1, 2, size))[..., 1, :, :], into)], 4)
         early = _times(early_k, out)[..., None, :, :]
