@@ -184,17 +184,20 @@ def to_mla(budget: Budget) -> Recipe:
 
 @checked
 def to_hybrid_kda(budget: Budget) -> Recipe:
-    """Attention -> Kimi Delta Attention in three layers of four (When Perplexity Lies, arXiv 2603.26556).
+    """Attention -> Kimi Delta Attention in three layers of four (When Perplexity Lies, arXiv 2603.26556)."""
+    return _hybrid("hybrid-kda", "kda", budget)
 
-    Each new layer learns the attention output of its own, then the student the teacher's distribution, with embeddings
-    and kept attention frozen."""
+
+def _hybrid(target: str, mixer: str, budget: Budget) -> Recipe:
+    """GenDistill's stages, for a mixer in all layers but every fourth: alignment by layer, then forward KL without
+    cross-entropy, with embeddings, head and kept attention frozen."""
     first = int(budget.tokens * ALIGN_SHARE)
     seen = min(CALIBRATION, budget.tokens)
-    edit = Swap("edit", "kda", MIXERS["kda"].Options(), EveryNth(HYBRID_N), calibration=seen)
+    edit = Swap("edit", mixer, MIXERS[mixer].Options(), EveryNth(HYBRID_N), calibration=seen)
     align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
     distill = _distill(dataclasses.replace(budget, trains="all_but_kept_attention"), budget.tokens - first)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill
-    return Recipe("hybrid-kda", steps, budget.examples)
+    return Recipe(target, steps, budget.examples)
 
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
