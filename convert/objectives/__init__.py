@@ -1,8 +1,9 @@
 """What a stage of training minimises. `Objective.of` knows the classes in TERMS by name; others need no entry."""
 
 from convert.objectives.base import AttentionTerm, LayerTerm, LiveObjective, LogitTerm, Objective, Term
-from convert.objectives.divergences import CrossEntropy, ForwardKL, ReverseKL
+from convert.objectives.divergences import BDKD, CrossEntropy, ForwardKL, ReverseKL
 from convert.objectives.features import CosineDistance, EnergyMSE, FeatureMatching
+from convert.objectives.mixtures import JensenShannon, SkewedForwardKL, SkewedReverseKL
 from convert.objectives.projectors import HiddenProjection
 from convert.objectives.taid import TAID
 
@@ -10,6 +11,10 @@ TERMS: tuple[type[Term], ...] = (
     CrossEntropy,
     ForwardKL,
     ReverseKL,
+    JensenShannon,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    BDKD,
     TAID,
     CosineDistance,
     EnergyMSE,

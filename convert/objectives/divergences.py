@@ -33,6 +33,17 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     return forward_kl(teacher_NV, student_NV, temperature)
 
 
+def balanced_kl(student_NV: Tensor, teacher_NV: Tensor, stress: float) -> Tensor:
+    """KL(teacher || student) + KL(student || teacher), [N] nats, one of them times `stress`: the reverse one for tokens
+    whose student has the higher entropy, else the forward one. No gradient flows through that choice."""
+    log_p, log_q = F.log_softmax(teacher_NV, -1), F.log_softmax(student_NV, -1)
+    p, q = log_p.exp(), log_q.exp()
+    with torch.autocast(p.device.type, enabled=False):  # its dots would be in bfloat16
+        pp, pq, qp, qq = (torch.linalg.vecdot(a, b) for a, b in ((p, log_p), (p, log_q), (q, log_p), (q, log_q)))
+    less_certain = qq < pp  # the dots of a distribution with its own logarithm are its entropies, negated
+    return (pp - pq) * torch.where(less_certain, 1.0, stress) + (qq - qp) * torch.where(less_certain, stress, 1.0)
+
+
 @dataclass(frozen=True)
 class CrossEntropy(LogitTerm):
     """The negative log-likelihood of the text's next token."""
@@ -61,3 +72,18 @@ class ReverseKL(LogitTerm):
 
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
         return reverse_kl(student, teacher, self.temperature)
+
+
+@dataclass(frozen=True)
+class BDKD(LogitTerm):
+    """Balanced divergence distillation (BD-KD, arXiv 2212.12965): forward and reverse KL together, weighted token by
+    token by the entropies of the two models.
+
+    The pair and that entropies weight it are the paper's; which KL is stressed where, and by how much, are ours: the
+    reverse one pulls a student together that is less certain than its teacher, the forward one spreads one that is more
+    certain. The paper's cross-entropy is a term of its own here, and its teacher, which learns as well, is fixed."""
+
+    stress: Annotated[float, Range(1, 1000)] = 2.0
+
+    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
+        return balanced_kl(student, teacher, self.stress)
