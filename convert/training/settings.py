@@ -1,14 +1,13 @@
 """The settings of one stage of training, and which terms of an objective each stage can compute."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
 from convert.objectives.base import AttentionTerm, LayerTerm, LogitTerm, Objective
-from convert.training.selectors import SELECTORS
+from convert.training.selectors import Trains
 
 COMPARED = {"align": (AttentionTerm,), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
 
@@ -20,8 +19,7 @@ class Settings(Checked):
     tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
     lr: Annotated[float, Range(0, 10)]
     objective: Objective
-    # chooses parameters of the student: the name of a selector, or a function of the user's own
-    trains: Literal[tuple(SELECTORS)] | Callable  # type: ignore[valid-type]
+    trains: Trains
     seq_len: Annotated[int, Range(2, 2**24)]
     batch_tokens: Annotated[int, Range(2, 2**27)]
     micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated

@@ -63,7 +63,11 @@ def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypat
         (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, forget, distill"),
         (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
         (["--set", "distill.lr=fast"], "lr must be a finite number; got 'fast'"),
-        (["--set", "distill.trains=norms"], "one of feature_maps, mixers, all_but_embeddings, all_but_kept"),
+        (
+            ["--set", "distill.trains=norm"],
+            "one of feature_maps, mixers, kept_attention, mlps, norms, embeddings, head",
+        ),
+        (["--set", "distill.trains=mlps - everything"], "trains must choose parameters of the student, one or more"),
         (["--set", "align"], "--set takes STEP.FIELD=VALUE"),
         (["--set", "distill.lr=-1"], "lr must be within 0 .. 10"),
         (

@@ -1,12 +1,15 @@
 """What is trained is chosen by module."""
 
+import dataclasses
+
 import pytest
 
+from convert.core.errors import UserError
 from convert.models.access import slots_of
 from convert.models.swap import swap
 from convert.training.selectors import SELECTORS, name_of, selected
-from tests.conftest import tiny_teacher
-from tests.training.stages import student_of
+from tests.conftest import FAMILIES, tiny_teacher
+from tests.training.stages import SETTINGS, student_of
 
 
 @pytest.mark.parametrize("select, expected", [("feature_maps", 12), ("mixers", 12 + 8 * 3 - 0), ("everything", None)])
@@ -30,6 +33,42 @@ def test_kept_attention_can_be_left_out():
     names = {name.removeprefix("host.model.") for name, p in student.named_parameters() if id(p) not in chosen}
     attention = {f"layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
     assert names == attention | {"embed_tokens.weight", "host.lm_head.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parts_are_all_of_a_hybrid_and_share_nothing_but_tied_embeddings(family, tied):
+    student = swap(tiny_teacher(family, tie_word_embeddings=tied), "kda", layers=(0, 2))
+    parts = {
+        part: {id(p) for p in SELECTORS[part](student)}
+        for part in ("mixers", "kept_attention", "mlps", "norms", "head")
+    }
+    parts["embeddings"] = {id(p) for p in SELECTORS["embeddings"](student)} - (parts["head"] if tied else set())
+    assert all(parts.values()) if not tied else not parts["embeddings"]
+    assert sum(map(len, parts.values())) == len(list(student.parameters()))
+    assert set.union(*parts.values()) == {id(p) for p in student.parameters()}
+    normed = {id(p) for m in student.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
+    assert parts["norms"] == normed - parts["mixers"] - parts["kept_attention"]
+
+
+def test_parts_are_added_and_subtracted_from_left_to_right():
+    student = swap(tiny_teacher("llama"), "kda", layers=(0, 2))
+
+    def chosen(trains):
+        return {id(p) for p in selected(student, trains)}
+
+    mlps, norms, mixers = map(chosen, ("mlps", "norms", "mixers"))
+    assert chosen("mixers + norms") == chosen("norms+mixers") == norms | mixers
+    assert chosen("all_but_kept_attention - mlps-norms") == mixers
+    assert chosen("mlps - mlps + norms") == norms and not chosen("norms + mlps - norms - mlps")
+    assert chosen("all_but_kept_attention") == mlps | norms | mixers
+    assert name_of("  everything-head -  mlps") == "everything - head - mlps"
+
+
+@pytest.mark.parametrize("trains", ["", "mlp", "- mlps", "mlps -", "mlps norms", "mlps * norms", "mlps -- norms"])
+def test_expressions_that_cannot_be_read_are_refused(trains):
+    with pytest.raises(UserError, match="trains must be one of feature_maps, .* joined by [+] and -, as everything"):
+        dataclasses.replace(SETTINGS, trains=trains)
 
 
 def test_a_selector_is_named_or_a_function():
