@@ -10,43 +10,17 @@ at 8 k, windows counted."""
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
-from convert import recipes, run_recipe
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
-from convert.models.catalog import resolve
-from convert.models.loading import read_config
-from convert.pipeline import finished
 from convert.recipes.base import Recipe
-from convert.recipes.overrides import with_setting
 from convert.runs.language_schemas import LENGTH, LanguageReport
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A recipe that differs from its target's default by settings, or by a function."""
-
-    target: str
-    settings: tuple[str, ...] = ()
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
-
-
-def only(name: str) -> Callable[[Recipe], Recipe]:
-    """Give all tokens to one of the stages."""
-
-    def change(recipe: Recipe) -> Recipe:
-        kept = [step for step in recipe.steps if step.training is None or step.name == name]
-        kept[-1] = dataclasses.replace(kept[-1], settings=dataclasses.replace(kept[-1].settings, tokens=recipe.tokens))
-        return dataclasses.replace(recipe, steps=tuple(kept))
-
-    return change
-
+from experiments.variants import Variant, budget_of, folder_of, report_of
 
 MLA, SWA = "mla", "gate-swa"
 VARIANTS = {
@@ -54,8 +28,8 @@ VARIANTS = {
     "mla, by the weights alone (svd)": Variant(MLA, ("edit.start=svd",)),
     "mla, random (the paper's)": Variant(MLA, ("edit.start=random",)),
     "mla, exact shape": Variant(MLA, ("edit.shape=exact",)),
-    "mla, without stage 1": Variant(MLA, change=only("distill")),
-    "mla, stage 1 alone": Variant(MLA, change=only("align")),
+    "mla, without stage 1": Variant(MLA, only="distill"),
+    "mla, stage 1 alone": Variant(MLA, only="align"),
     "mla, features matched": Variant(MLA, ("distill.feature_matching=0.05",)),
     "gate-swa": Variant(SWA),
     "gate-swa, layers by measurement": Variant(SWA, ("edit.keep=auto:{every}",)),
@@ -63,24 +37,20 @@ VARIANTS = {
     "gate-swa, a gate per head": Variant(SWA, ("edit.gate=head",)),
     "gate-swa, no gate": Variant(SWA, ("edit.gate=none",)),
     "gate-swa, no sinks": Variant(SWA, ("edit.sinks=0",)),
-    "gate-swa, without stage 1": Variant(SWA, change=only("distill")),
-    "gate-swa, stage 1 alone": Variant(SWA, change=only("align")),
+    "gate-swa, without stage 1": Variant(SWA, only="distill"),
+    "gate-swa, stage 1 alone": Variant(SWA, only="align"),
     "gate-swa, features matched": Variant(SWA, ("distill.feature_matching=0.05",)),
 }
 
 
 def recipe_of(teacher: str, variant: Variant, tokens: int, seq_len: int | None, seed: int) -> Recipe:
     """Recipe of a variant for this teacher."""
-    source = resolve(teacher)
-    budget = recipes.budget(source.name, read_config(source), tokens, seq_len, seed=seed)
-    # the table is of perplexity
-    recipe = recipes.TARGETS[variant.target].recipe(dataclasses.replace(budget, examples=1))
     every, settings = 5, variant.settings
-    if variant.target == SWA and budget.window > 64:
+    if variant.target == SWA and budget_of(teacher, SWA, tokens, seq_len).window > 64:
         every, settings = 6, ("edit.keep=every:6", "edit.window=256", *settings)
-    for setting in settings:
-        recipe = with_setting(recipe, setting.format(every=every))
-    return variant.change(recipe)
+    settings = tuple(setting.format(every=every) for setting in settings)
+    # one example: the table is of perplexity
+    return dataclasses.replace(variant, settings=settings).recipe(teacher, tokens, seq_len, seed=seed)
 
 
 def show(console: Console, reports: dict[str, list[LanguageReport]]) -> None:
@@ -126,17 +96,14 @@ def main() -> None:
     chosen = [args.only] if args.only in VARIANTS else [name for name in VARIANTS if name.startswith(args.only)]
     for name in chosen:
         for seed in range(args.seeds):
-            place = args.out / f"{args.teacher}-{args.tokens}" / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+            place = folder_of(args.out / f"{args.teacher}-{args.tokens}", name, seed)
             make = partial(
                 recipe_of, args.teacher, tokens=number_of_tokens(args.tokens), seq_len=args.seq_len, seed=seed
             )
             recipe = make(VARIANTS[name])
             if name not in (MLA, SWA) and recipe == make(VARIANTS[recipe.target]):
                 break  # this teacher's default already
-            report = finished(place, args.teacher, recipe, args.data) or run_recipe(
-                args.teacher, recipe, place, data=args.data, wandb="disabled"
-            )
-            reports.setdefault(name, []).append(report)
+            reports.setdefault(name, []).append(report_of(args.teacher, recipe, place, args.data))
     show(console, reports)
 
 

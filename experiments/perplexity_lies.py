@@ -9,62 +9,38 @@ the tasks of which the teacher itself has next to nothing correct by generation 
 seen. A choice by likelihood has one chance in four of being correct by luck, a written answer none."""
 
 import argparse
-import dataclasses
 import itertools
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from convert import load_teacher, recipes, run_recipe
-from convert.cli import fail_in_words, number_of_tokens, whole_number
+from convert import load_teacher
+from convert.cli import fail_in_words, whole_number
 from convert.core.console import Console
 from convert.core.files import write_json
 from convert.evaluation.runner import chosen, evaluate_tasks
-from convert.models.catalog import resolve
-from convert.models.loading import Teacher, read_config
-from convert.pipeline import finished
-from convert.recipes.base import Recipe
-from convert.recipes.overrides import with_setting
+from convert.models.loading import Teacher
 from convert.reports import charts
-from experiments.attention_editing import only
+from experiments.variants import Variant, folder_of, report_of
 
 TASKS = "names,brackets,indentation,copying"
 Rows = dict[str, list[dict[str, Any]]]  # student -> of each seed the ratio of perplexities, and its gaps
 
 
-@dataclass(frozen=True)
-class Student:
-    """A student: its target, its tokens, and how its recipe differs from the target's default."""
-
-    target: str
-    tokens: str = "200k"
-    settings: tuple[str, ...] = ()
-    alone: str = ""  # the one stage that is trained
-
-    def recipe(self, teacher: str, seed: int) -> Recipe:
-        """Its recipe for this teacher."""
-        source = resolve(teacher)
-        budget = recipes.budget(source.name, read_config(source), number_of_tokens(self.tokens), seed=seed)
-        recipe = recipes.TARGETS[self.target].recipe(dataclasses.replace(budget, examples=1))  # they are evaluated here
-        for setting in self.settings:
-            recipe = with_setting(recipe, setting)
-        return only(self.alone)(recipe) if self.alone else recipe
-
-
-STUDENTS = {
-    "mamba2": Student("mamba2"),
-    "mamba2, 50 k tokens": Student("mamba2", "50k"),
-    "mamba2, 800 k tokens": Student("mamba2", "800k"),
-    "mamba2, by cross-entropy": Student("mamba2", settings=("distill.cross_entropy=1", "distill.forward_kl=0")),
-    "mamba2, without noise": Student("mamba2", settings=("distill.noise=0",)),
-    "mamba": Student("mamba"),
-    "linear": Student("linear"),
-    "linear, stage 1 alone": Student("linear", alone="align"),
-    "mla, an eighth of the cache": Student("mla", settings=("edit.cache_budget=0.125",)),
-    "gate-swa, 16 tokens, no full layer": Student("gate-swa", settings=("edit.window=16", "edit.keep=none")),
+TOKENS = 200_000
+STUDENTS = {  # name -> recipe, tokens
+    "mamba2": (Variant("mamba2"), TOKENS),
+    "mamba2, 50 k tokens": (Variant("mamba2"), 50_000),
+    "mamba2, 800 k tokens": (Variant("mamba2"), 800_000),
+    "mamba2, by cross-entropy": (Variant("mamba2", ("distill.cross_entropy=1", "distill.forward_kl=0")), TOKENS),
+    "mamba2, without noise": (Variant("mamba2", ("distill.noise=0",)), TOKENS),
+    "mamba": (Variant("mamba"), TOKENS),
+    "linear": (Variant("linear"), TOKENS),
+    "linear, stage 1 alone": (Variant("linear", only="align"), TOKENS),
+    "mla, an eighth of the cache": (Variant("mla", ("edit.cache_budget=0.125",)), TOKENS),
+    "gate-swa, 16 tokens, no full layer": (Variant("gate-swa", ("edit.window=16", "edit.keep=none")), TOKENS),
 }
 
 
@@ -174,12 +150,9 @@ def main() -> None:
     rows: Rows = {}
     teacher = load_teacher(args.teacher)
     for seed in range(args.seeds):
-        for name, student in STUDENTS.items():
-            place = args.out / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-            recipe = student.recipe(args.teacher, seed)
-            report = finished(place, args.teacher, recipe, None) or run_recipe(
-                args.teacher, recipe, place, wandb="disabled"
-            )
+        for name, (variant, tokens) in STUDENTS.items():
+            place = folder_of(args.out, name, seed)
+            report = report_of(args.teacher, variant.recipe(args.teacher, tokens, seed=seed), place)
             found = gaps(teacher, load_teacher(str(place)), args.limit, args.out / "answers.jsonl")
             rows.setdefault(name, []).append({"ratio": report.perplexity.ratio} | found)
             write_json(args.out / "gaps.json", rows)

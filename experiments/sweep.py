@@ -17,20 +17,19 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from convert import run_recipe
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import Console
 from convert.core.errors import UserError
 from convert.core.files import write_json
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
-from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
 from convert.recipes.targets import default_recipe
 from convert.reports.language import LANGUAGE
 from convert.runs.keys import SCORINGS
 from convert.runs.wandb_sink import PROJECT, has_key, is_reachable
+from experiments.variants import report_of
 
 METRIC = "gap/generation"
 
@@ -68,7 +67,7 @@ def trial(teacher: str, recipe: Recipe, dials: dict[str, Any], place: Path, data
     """Train a student with these settings: its mean gaps and its final numbers."""
     for name, value in dials.items():
         recipe = with_setting(recipe, f"{name}={value}")
-    report = finished(place, teacher, recipe, data) or run_recipe(teacher, recipe, place, data=data, wandb="disabled")
+    report = report_of(teacher, recipe, place, data)
     gaps = {f"gap/{scoring}": report.evaluation.mean_gap(scoring) for scoring in SCORINGS}
     return {name: gap for name, gap in gaps.items() if gap is not None} | LANGUAGE.numbers(report)
 

@@ -105,7 +105,7 @@ def evaluate_tasks(
     model sees the same prompts in the same batches. `limit`: examples of each task; `file`: where answers are kept."""
     answers, rows, gaps = Answers(file), [], []
     weights = {name: fingerprint(model) for name, model in models.items()}
-    prompted = {task: _items(models, tokenizer, task, limit, seed) for task in tasks}
+    prompted = {task: items_of(models, tokenizer, task, limit, seed) for task in tasks}
     total = len(models) * len(SCORING_METHODS) * sum(map(len, prompted.values()))
     with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1) as bar:
         for task, items in prompted.items():
@@ -113,7 +113,7 @@ def evaluate_tasks(
             for name, model in models.items():
                 for scoring in SCORING_METHODS:
                     bar.set_description(f"{task.name}, {name}, {scoring}", refresh=False)  # shown with the next answers
-                    key = f"{weights[name]} {task.name} {scoring} {_digest(tokenizer, task, items)}"
+                    key = key_of(weights[name], tokenizer, task, items, scoring)
                     found[name, scoring] = _answers_of(model, tokenizer, task, items, scoring, answers, key, bar)
             rows += _scores(task, items, found)
             if set(MODELS) <= set(models) and items:
@@ -123,7 +123,7 @@ def evaluate_tasks(
     return Evaluation(rows=rows, gaps=gaps, models=weights, seed=seed)
 
 
-def _items(
+def items_of(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, task: Task, limit: int, seed: int
 ) -> list[Item]:
     """The items of so many examples that fit into the positions of every model."""
@@ -137,10 +137,12 @@ def _items(
     return [items[i] for i in sorted(places)]
 
 
-def _digest(tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item]) -> str:
-    """Hash of the items as the model sees them."""
+def key_of(weights: str, tokenizer: PreTrainedTokenizerBase, task: Task, items: list[Item], scoring: Scoring) -> str:
+    """Key of the answers of a model, by its weights' fingerprint, to these items: a hash of them as the model sees them
+    is part of it."""
     prompts = [prompt_ids(tokenizer, task, item.prompt) for item in items]
-    return hashlib.sha256(repr((items, prompts, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
+    seen = hashlib.sha256(repr((items, prompts, task.max_new_tokens, task.stop)).encode()).hexdigest()[:12]
+    return f"{weights} {task.name} {scoring} {seen}"
 
 
 def _answers_of(
@@ -160,12 +162,12 @@ def _answers_of(
         bar.update(sum(answer.item not in known for answer in batch))
         answers.add(key, batch)
     return [
-        _parsed_again(task, items, answer) if scoring == "generation" else answer
+        parsed_again(task, items, answer) if scoring == "generation" else answer
         for _, answer in sorted(answers.of(key).items())
     ]
 
 
-def _parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
+def parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
     """The answer with its text parsed by today's parser: a text from disk may have been parsed by another."""
     prediction = task.parse(answer.text)
     return dataclasses.replace(answer, prediction=prediction, correct=prediction == items[answer.item].answer)

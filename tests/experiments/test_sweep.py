@@ -9,7 +9,7 @@ import pytest
 from convert import recipes
 from convert.recipes.overrides import with_setting
 from convert.runs import records
-from experiments import sweep
+from experiments import sweep, variants
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
 
@@ -45,7 +45,7 @@ def test_trials_end_in_a_table_and_are_not_done_again(finished_run, tmp_path, mo
         (place / "report.json").write_text(json.dumps(report))
         return records.report(place)
 
-    monkeypatch.setattr(sweep, "run_recipe", run)
+    monkeypatch.setattr(variants, "run_recipe", run)
     monkeypatch.setattr(
         "sys.argv", ["sweep", "--to", "linear", "--tokens", "2048", "--trials", "3", "--out", str(tmp_path / "out")]
     )
