@@ -11,6 +11,7 @@ from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.recipes.overrides import with_setting
 from convert.runs.language_schemas import LanguageReport
+from convert.steps.train import Train
 
 WHOLE_MODEL = "*"
 
@@ -57,7 +58,7 @@ def _for_every_step(recipe: Recipe, setting: str) -> list[str]:
     step, dot, rest = setting.partition(".")
     if step != WHOLE_MODEL:
         return [setting]
-    return [f"{s.name}{dot}{rest}" for s in recipe.steps if s.training is not None and s.name != "align"]
+    return [f"{s.name}{dot}{rest}" for s in recipe.steps if isinstance(s, Train) and s.stage == "distill"]
 
 
 def only(recipe: Recipe, name: str) -> Recipe:

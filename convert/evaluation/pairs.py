@@ -51,7 +51,8 @@ def answered(run: Path, found: Evaluation, teacher: Teacher, limit: int) -> Corr
             if set(known) != set(range(len(items))):
                 raise UserError(
                     f"{run / 'answers.jsonl'} must have an answer to each of the {len(items)} prompts of {name} by"
-                    f" {scoring}; it has {len(known)}. Put back a copy, or remove the folder and repeat the run."
+                    f" {scoring}; it has {len(known)}. Give the number of examples that the run was made with, or make"
+                    " it again in another folder."
                 )
             read = [parsed_again(task, items, a) if scoring == "generation" else a for a in known.values()]
             correct.setdefault(scoring, {})[name] = per_example(items, read)

@@ -1,0 +1,206 @@
+"""The grid of the six axes: its rows are recipes, runs are read again, flips and findings follow from intervals."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from convert import recipes
+from convert.core.errors import UserError
+from convert.domains.language import Language
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
+from convert.planning.plan import make_plan
+from convert.runs import records
+from experiments import axes_table, variants
+from experiments.axes_table import DEFAULT, Result, flips, lines_of, markdown
+from experiments.gendistill_axes import AXES, ROWS, Row, chosen, recipe_of, run_grid
+
+BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
+
+
+# --- rows
+
+
+def test_rows_have_names_of_their_own_and_all_six_axes():
+    assert set(AXES) == {"objective", "masking", "duration", "data", "frozen", "architecture"}
+    assert len({row.name for row in ROWS}) == len(ROWS) and ROWS[0].name == DEFAULT
+    assert {name for _, name, _ in axes_table.FINDINGS} < {row.name for row in ROWS}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_recipe_that_can_be_planned_or_is_refused_for_what_is_not_there(row):
+    """A step or target of this project's that a row names may not exist yet: it is refused then, never skipped."""
+    names = [step.name for step in recipes.TARGETS["hybrid-kda"].recipe(BUDGET).steps]
+    missing = row.target not in recipes.TARGETS or any(
+        setting.split(".")[0] not in (*names, variants.WHOLE_MODEL) for setting in row.settings
+    )
+    if missing:
+        with pytest.raises(UserError, match=f"Row {row.name!r} of the axis {row.axis!r} cannot be made: .*[.]$"):
+            recipe_of(row, "neox-nano", 400_000, 0, 2)
+        return
+    recipe = recipe_of(row, "neox-nano", 400_000, 0, 2)
+    config = read_config(resolve("neox-nano"))
+    plan = make_plan(Language(), "neox-nano", config, recipe, "stdlib", "cpu")
+    assert not plan.refusals
+    if row.name == DEFAULT or row.without and not set(row.without) & set(names):
+        return
+    default = recipe_of(ROWS[0], "neox-nano", 400_000, 0, 2)
+    assert recipe != default
+    same_tokens = row.axis != "duration" and not row.without
+    assert (recipe.tokens == default.tokens) == same_tokens
+
+
+def test_a_change_of_the_whole_model_leaves_alignment_as_it_is():
+    row = next(row for row in ROWS if row.name == "mixers alone trained")
+    recipe, default = (recipe_of(r, "neox-nano", 400_000, 0, 2) for r in (row, ROWS[0]))
+    for step, before in zip(recipe.steps, default.steps, strict=True):
+        if getattr(step, "stage", None) == "distill":
+            assert step.settings.trains == "mixers" != before.settings.trains
+        else:
+            assert step == before
+
+
+def test_rows_are_chosen_by_axis_and_durations_are_added():
+    assert [row.name for row in chosen("masking", "")] == [DEFAULT, "loss of all tokens"]
+    more = chosen("duration", "2,0.5")
+    assert [row.times for row in more] == [1, 0.25, 2, 0.5]
+    assert recipe_of(more[2], "neox-nano", 100_000, 0, 2).tokens == 200_000
+    assert chosen("", "") == list(ROWS)
+    for axes, times, words in (("colour", "", "no 'colour' among data"), ("", "2,x", "numbers with commas")):
+        with pytest.raises(UserError, match=words):
+            chosen(axes, times)
+
+
+# --- a grid
+
+
+LINEAR = [
+    Row("linear", name=DEFAULT),
+    Row("linear", ("*.trains=mixers", "align.tokens=256", "*.tokens=256"), axis="frozen", name="mixers alone trained"),
+]
+
+
+@pytest.fixture
+def small(monkeypatch, finished_run, tmp_path):
+    """A folder of a grid whose first run is finished, and its recipes small."""
+    monkeypatch.setattr(variants, "budget_of", lambda *_, **__: BUDGET)
+    shutil.copytree(finished_run, tmp_path / "default-0")
+    return tmp_path
+
+
+def grid(out, rows=LINEAR):
+    return run_grid("neox-nano", list(rows), 2048, 1, 2, None, out)
+
+
+def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypatch):
+    first = grid(small)
+    assert [(result.name, result.seed) for result in first] == [(DEFAULT, 0), ("mixers alone trained", 0)]
+    assert first[1].ratio == records.report(small / "frozen-mixers-alone-trained-0").perplexity.ratio
+    table = (small / "axes.md").read_text()
+    assert "| 2 | frozen | mixers alone trained |" in table and "Frozen attention: not measured yet" in table
+    assert "mixers alone trained" in capsys.readouterr().out
+
+    def again(*_, **__):
+        raise AssertionError("a finished run is read")
+
+    monkeypatch.setattr(variants, "run_recipe", again)
+    assert grid(small) == first and (small / "axes.md").read_text() == table
+
+
+def test_a_row_that_names_an_absent_field_is_refused_before_anything_runs(small):
+    absent = Row(target="linear", axis="data", name="other", settings=("instruct.data=stdlib",))
+    with pytest.raises(UserError, match="Row 'other' of the axis 'data' cannot be made: .* there is no 'instruct'"):
+        grid(small, [*LINEAR, absent])
+    assert [place.name for place in small.iterdir()] == ["default-0"]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [(UserError("The loss is not finite."), "1 of 2 runs failed.*not finite"), (KeyboardInterrupt(), None)],
+)
+def test_a_run_that_fails_or_is_stopped_leaves_the_table_of_what_is_there(small, capsys, monkeypatch, error, words):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(variants, "run_recipe", run)
+    with pytest.raises(type(error), match=words):
+        grid(small)
+    assert "| 1 |  | default |" in (small / "axes.md").read_text() and "by likelihood" in capsys.readouterr().out
+
+
+# --- the table, of made-up scores
+
+
+@pytest.fixture
+def made_up(finished_run):
+    """A function of a row's shares of correct answers by likelihood and by generation that makes its results."""
+    evaluation = copy.deepcopy(records.report(finished_run).evaluation)
+    for row in evaluation.rows:
+        object.__setattr__(row, "score", 0.05 if row.task == "keys" else 0.9)
+
+    def results(axis, name, likelihood, generation, seeds=3, examples=200):
+        found = []
+        for seed in range(seeds):
+            correct = {}
+            for scoring, share in (("likelihood", likelihood), ("generation", generation)):
+                rng = np.random.default_rng(seed)  # the same examples are easy for every row
+                values = (rng.random(examples) < share).astype(float)
+                correct[scoring] = {row.task: dict(enumerate(values)) for row in evaluation.rows}
+            found.append(Result(axis, name, seed, 1000, 1.1 + seed / 100, correct, evaluation))
+        return found
+
+    return results
+
+
+def test_flips_are_marked_within_an_axis_alone(made_up):
+    results = [
+        *made_up("", DEFAULT, 0.6, 0.6),
+        *made_up("objective", "ranks", 0.8, 0.3),
+        *made_up("objective", "better at both", 0.9, 0.9),
+        *made_up("data", "writes", 0.3, 0.8),
+    ]
+    found = {(f.axis, f.better, f.worse): f for f in flips(results)}
+    assert set(found) == {("objective", "ranks", DEFAULT), ("data", DEFAULT, "writes")}
+    flip = found["objective", "ranks", DEFAULT]
+    assert flip.is_sure and flip.likelihood.low > 0 > flip.generation.high
+    cells = {row[2]: row for row in axes_table.table_rows(results)}
+    assert [cells[n][-1] for n in (DEFAULT, "ranks", "better at both", "writes")] == ["2!, 4!", "1!", "", "1!"]
+    assert cells["ranks"][5] == "1.110 (1.100 to 1.120)" and "keys" not in lines_of(results)[0]
+    text = markdown(results)
+    assert "Flip, by both intervals: along objective, 'ranks' is better than 'default' by likelihood" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_flip_within_the_noise_is_said_to_be_one(made_up):
+    results = [*made_up("", DEFAULT, 0.6, 0.6, examples=40), *made_up("data", "other", 0.65, 0.55, examples=40)]
+    (flip,) = flips(results)
+    assert not flip.is_sure and any(line.startswith("Flip, within the intervals") for line in lines_of(results))
+
+
+@pytest.mark.parametrize(
+    "default, other, verdict",
+    [(0.8, 0.5, "holds here"), (0.5, 0.8, "the opposite holds here"), (0.5, 0.5, "not distinguishable here")],
+)
+def test_findings_are_decided_by_intervals_of_generation(made_up, default, other, verdict):
+    results = [*made_up("", DEFAULT, 0.5, default), *made_up("frozen", "kept attention trained", 0.5, other)]
+    assert any(line.startswith(f"Frozen attention: {verdict}; ") for line in lines_of(results))
+    assert sum("not measured yet" in line for line in lines_of(results)) == 2
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have(made_up):
+    results = [*made_up("", DEFAULT, 0.5, 0.6), *made_up("frozen", "kept attention trained", 0.5, 0.5, seeds=1)]
+    assert any(line.endswith("(1 seed).") for line in lines_of(results))
+    assert any("interval of a single seed" in line for line in lines_of(results))
+
+
+def test_a_teacher_that_writes_nothing_correct_shows_no_gap(made_up):
+    results = made_up("", DEFAULT, 0.5, 0.0)
+    for row in results[0].evaluation.rows:
+        object.__setattr__(row, "score", 0.0)
+    assert lines_of(results) == [
+        "The teacher has less than 10% correct by generation in every task, so no gap can be seen."
+    ]
+    assert json.dumps(axes_table.table_rows(results))
