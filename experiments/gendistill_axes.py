@@ -21,9 +21,8 @@ from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.files import write_text
-from convert.evaluation.pairs import answered
+from convert.evaluation.pairs import Examples
 from convert.models.catalog import resolve
-from convert.models.loading import Teacher
 from convert.pipeline import finished
 from convert.recipes.base import Recipe
 from convert.runs.language_schemas import LanguageReport
@@ -61,7 +60,9 @@ ROWS = (
     _row("data", "text alone, fewer tokens", without=("instruct",)),
     _row("frozen", "MLPs frozen", "*.trains=all_but_kept_attention - mlps"),
     _row("architecture", "every second layer kept", "edit.keep=every:2"),
-    _row("architecture", "layers by measurement", "edit.keep=auto:4"),
+    _row("architecture", "layers before alignment, by KL", "edit.keep=auto:4"),
+    _row("architecture", "layers after alignment, by KL", "select.by=kl"),
+    _row("architecture", "layers after alignment, by recall", "select.by=recall"),
     _row("objective", "Jensen-Shannon", "*.objective=jensen_shannon"),
     _row("objective", "BD-KD", "*.objective=bdkd"),
     _row("objective", "TAID", "*.objective=taid"),
@@ -97,9 +98,9 @@ def recipe_of(row: Row, teacher: str, tokens: int | None, seed: int, limit: int)
         raise UserError(f"Row {row.name!r} of the axis {row.axis!r} cannot be made: {error}") from None
 
 
-def result_of(row: Row, recipe: Recipe, place: Path, report: LanguageReport, teacher: Teacher) -> Result:
+def result_of(row: Row, recipe: Recipe, place: Path, report: LanguageReport, examples: Examples) -> Result:
     """What a finished run found."""
-    correct = answered(place, report.evaluation, teacher, recipe.examples)
+    correct = examples.answered(place, report.evaluation)
     return Result(row.axis, row.name, recipe.seed, recipe.tokens, report.perplexity.ratio, correct, report.evaluation)
 
 
@@ -136,15 +137,15 @@ def run_grid(
     wanted = {place: make(row, seed) for place, row, seed in places(rows)}
     others = [each for each in places(ROWS) if each[0] not in wanted and (each[0] / "report.json").exists()]
     known = wanted | {place: make(row, seed) for place, row, seed in others}
-    teacher, results, failures = load_teacher(name), {}, {}
+    examples, results, failures = Examples(load_teacher(name), limit), {}, {}
     for place, (row, recipe) in known.items():
         if (report := finished(place, name, recipe, data)) is not None:
-            results[place] = result_of(row, recipe, place, report, teacher)
+            results[place] = result_of(row, recipe, place, report, examples)
     try:
         for place, (row, recipe) in wanted.items():
             if place not in results:
                 try:
-                    results[place] = result_of(row, recipe, place, report_of(name, recipe, place, data), teacher)
+                    results[place] = result_of(row, recipe, place, report_of(name, recipe, place, data), examples)
                 except UserError as error:  # a loss that is not finite is an answer, too
                     failures[place.name] = error
                     console.print(f"{place.name}: {error}", style="yellow")

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.core.errors import UserError
-from convert.evaluation.runner import Answers, items_of, key_of, parsed_again
+from convert.evaluation.runner import Answers, chosen, items_of, key_of, parsed_again
 from convert.evaluation.statistics import CONFIDENCE, RESAMPLES, per_example
-from convert.evaluation.tasks import TASKS
+from convert.evaluation.tasks import Item, Task
 from convert.models.loading import Teacher
 from convert.runs.evaluation_schemas import Evaluation, tasks_of
 from convert.runs.keys import SCORINGS, Scoring
@@ -38,25 +38,38 @@ class Interval:
         return Interval(-self.mean, -self.high, -self.low)
 
 
-def answered(run: Path, found: Evaluation, teacher: Teacher, limit: int) -> Correct:
-    """What the student of a finished run answered, example by example, in the evaluation `found` of `limit` examples
-    that the run ended with. Nothing is generated again: the answers are read from the run's folder. Raises UserError
-    where one is missing."""
-    answers, correct = Answers(run / "answers.jsonl"), Correct()
-    for name in tasks_of(found.rows):
-        task = TASKS[name]
-        items = items_of({"teacher": teacher.model}, teacher.tokenizer, task, limit, found.seed)
-        for scoring in SCORINGS:
-            known = answers.of(key_of(found.models["student"], teacher.tokenizer, task, items, scoring))
-            if set(known) != set(range(len(items))):
-                raise UserError(
-                    f"{run / 'answers.jsonl'} must have an answer to each of the {len(items)} prompts of {name} by"
-                    f" {scoring}; it has {len(known)}. Give the number of examples that the run was made with, or make"
-                    " it again in another folder."
-                )
-            read = [parsed_again(task, items, a) if scoring == "generation" else a for a in known.values()]
-            correct.setdefault(scoring, {})[name] = per_example(items, read)
-    return correct
+class Examples:
+    """The examples that students of one teacher are compared on, `limit` of each task; each task's are made once."""
+
+    def __init__(self, teacher: Teacher, limit: int) -> None:
+        self.teacher, self.limit = teacher, limit
+        self._items: dict[tuple[str, int], tuple[Task, list[Item]]] = {}
+
+    def answered(self, run: Path, found: Evaluation) -> Correct:
+        """What the student of a finished run answered, example by example, in the evaluation `found` that the run ended
+        with. Nothing is generated again: the answers are read from the run's folder. Raises UserError where one is
+        missing."""
+        answers, correct = Answers(run / "answers.jsonl"), Correct()
+        for name in tasks_of(found.rows):
+            task, items = self._of(name, found.seed)
+            for scoring in SCORINGS:
+                known = answers.of(key_of(found.models["student"], self.teacher.tokenizer, task, items, scoring))
+                if set(known) != set(range(len(items))):
+                    raise UserError(
+                        f"{run / 'answers.jsonl'} must have an answer to each of the {len(items)} prompts of {name} by"
+                        f" {scoring}; it has {len(known)}. Give the number of examples that the run was made with, or"
+                        " make it again in another folder."
+                    )
+                read = [parsed_again(task, items, a) if scoring == "generation" else a for a in known.values()]
+                correct.setdefault(scoring, {})[name] = per_example(items, read)
+        return correct
+
+    def _of(self, name: str, seed: int) -> tuple[Task, list[Item]]:
+        if (name, seed) not in self._items:
+            (task,) = chosen(name, self.teacher.tokenizer)
+            items = items_of({"teacher": self.teacher.model}, self.teacher.tokenizer, task, self.limit, seed)
+            self._items[name, seed] = task, items
+        return self._items[name, seed]
 
 
 def table_of(seeds: Sequence[Correct], scoring: Scoring, tasks: Sequence[str]) -> dict[str, NDArray]:

@@ -7,7 +7,7 @@ import pytest
 
 from convert import load_teacher
 from convert.core.errors import UserError
-from convert.evaluation.pairs import Interval, answered, difference, interval_of
+from convert.evaluation.pairs import Examples, Interval, difference, interval_of
 from convert.runs import records
 
 
@@ -57,16 +57,16 @@ def test_differences_are_paired():
 
 def test_what_a_finished_run_answered_gives_its_scores(finished_run, tmp_path):
     teacher, found = load_teacher("neox-nano"), records.report(finished_run).evaluation
-    correct = answered(finished_run, found, teacher, 2)
+    correct = Examples(teacher, 2).answered(finished_run, found)
     for row in found.rows:
         if row.model == "student":
             assert np.mean(list(correct[row.scoring][row.task].values())) == pytest.approx(row.score)
     with pytest.raises(
         UserError, match="must have an answer to each of the 3 prompts of .*; it has 0. Give the number"
     ):
-        answered(finished_run, found, teacher, 3)
+        Examples(teacher, 3).answered(finished_run, found)
     shutil.copy(finished_run / "answers.jsonl", tmp_path)
     with open(tmp_path / "answers.jsonl", "r+b") as file:
         file.truncate(file.seek(0, 2) - 20)
     with pytest.raises(UserError, match="must have an answer to each of the 2 prompts"):
-        answered(tmp_path, found, teacher, 2)
+        Examples(teacher, 2).answered(tmp_path, found)
