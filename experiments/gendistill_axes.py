@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert import load_teacher
-from convert.cli import fail_in_words, number_of_tokens, whole_number
+from convert.cli import fail_in_words, number_of_tokens, real_number, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.files import write_text
@@ -77,21 +77,22 @@ AXES = tuple(dict.fromkeys(row.axis for row in ROWS if row.axis))
 
 
 def chosen(axes: str, times: str) -> list[Row]:
-    """The default, and the rows of these axes (with commas; "" for all). `times`: further factors of the tokens."""
+    """The default, the rows of these axes (with commas; "" for all), and one for each of `times`, further factors of
+    the tokens."""
     names = [name for name in axes.split(",") if name]
     for name in names:
         if name not in AXES:
             raise UserError(f"--only takes axes with commas between; there is no {name!r} among {', '.join(AXES)}.")
-    factors = [number for number in times.split(",") if number]
     try:
-        more = [_row("duration", f"{float(f):g} times the tokens", times=float(f)) for f in factors]
-    except ValueError:
-        raise UserError(f"--times takes numbers with commas between, as 2,4; got {times!r}.") from None
-    return [row for row in (*ROWS, *more) if not names or row.axis in ("", *names)]
+        factors = [real_number(1e-6, 1e6)(number) for number in times.split(",") if number]
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--times takes factors of the tokens with commas between, as 2,4: each {error}.") from None
+    more = [_row("duration", f"{factor:g} times the tokens", times=factor) for factor in factors]
+    return [row for row in ROWS if not names or row.axis in ("", *names)] + more
 
 
 def recipe_of(row: Row, teacher: str, tokens: int | None, seed: int, limit: int) -> Recipe:
-    """The recipe of a row; raises UserError, which names the row, for a field that is not there."""
+    """The recipe of a row; raises UserError, which names the row, for a step or field that is not there."""
     try:
         return row.recipe(teacher, tokens, seed=seed, examples=limit)
     except UserError as error:
@@ -141,6 +142,11 @@ def run_grid(
     for place, (row, recipe) in known.items():
         if (report := finished(place, name, recipe, data)) is not None:
             results[place] = result_of(row, recipe, place, report, examples)
+        elif (place / "report.json").exists():
+            raise UserError(
+                f"A folder holds one grid; {place} was finished with another teacher, other data or settings."
+                " Give another --out."
+            )
     try:
         for place, (row, recipe) in wanted.items():
             if place not in results:

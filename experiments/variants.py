@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert import recipes, run_recipe
+from convert.core.errors import UserError
 from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.pipeline import finished
@@ -41,6 +42,10 @@ class Variant:
             for each in _for_every_step(recipe, setting):
                 recipe = with_setting(recipe, each)
         if self.without:
+            names = [step.name for step in recipe.steps]
+            for name in self.without:
+                if name not in names:
+                    raise UserError(f"This recipe's steps are {', '.join(names)}; there is no {name!r} to leave out.")
             recipe = dataclasses.replace(recipe, steps=tuple(s for s in recipe.steps if s.name not in self.without))
         return only(recipe, self.only) if self.only else recipe
 

@@ -36,7 +36,8 @@ def test_every_row_is_a_recipe_that_can_be_planned_or_is_refused_for_what_is_not
     """A step or target that a row names may not exist: it is refused then, never skipped."""
     names = [step.name for step in recipes.TARGETS["hybrid-kda"].recipe(BUDGET).steps]
     known = {*names, variants.WHOLE_MODEL, *(["select"] if find_spec("convert.steps.select") else [])}
-    if row.target not in recipes.TARGETS or any(setting.split(".")[0] not in known for setting in row.settings):
+    named = {*row.without, *(setting.split(".")[0] for setting in row.settings)}
+    if row.target not in recipes.TARGETS or not named <= known:
         with pytest.raises(UserError, match=f"Row {row.name!r} of the axis {row.axis!r} cannot be made: .*[.]$"):
             recipe_of(row, "neox-nano", 400_000, 0, 2)
         return
@@ -44,7 +45,7 @@ def test_every_row_is_a_recipe_that_can_be_planned_or_is_refused_for_what_is_not
     config = read_config(resolve("neox-nano"))
     plan = make_plan(Language(), "neox-nano", config, recipe, "stdlib", "cpu")
     assert not plan.refusals
-    if row.name == DEFAULT or row.without and not set(row.without) & set(names):
+    if row.name == DEFAULT:
         return
     default = recipe_of(ROWS[0], "neox-nano", 400_000, 0, 2)
     assert recipe != default
@@ -67,8 +68,11 @@ def test_rows_are_chosen_by_axis_and_durations_are_added():
     more = chosen("duration", "2,0.5")
     assert [row.times for row in more] == [1, 0.25, 2, 0.5]
     assert recipe_of(more[2], "neox-nano", 100_000, 0, 2).tokens == 200_000
-    assert chosen("", "") == list(ROWS)
-    for axes, times, words in (("colour", "", "no 'colour' among data"), ("", "2,x", "numbers with commas")):
+    assert chosen("", "") == list(ROWS) and chosen("masking", "3")[-1].axis == "duration"
+    for axes, times, words in (
+        ("colour", "", "no 'colour' among data"),
+        ("", "2,nan", "factors of the tokens with commas"),
+    ):
         with pytest.raises(UserError, match=words):
             chosen(axes, times)
 
@@ -80,6 +84,11 @@ LINEAR = [
     Row("linear", name=DEFAULT),
     Row("linear", ("*.trains=mixers", "align.tokens=256", "*.tokens=256"), axis="frozen", name="mixers alone trained"),
 ]
+
+
+def test_a_step_that_is_not_there_cannot_be_left_out():
+    with pytest.raises(UserError, match="steps are linear, align, distill; there is no 'last' to leave out"):
+        recipe_of(Row("linear", without=("last",)), "neox-nano", 400_000, 0, 2)
 
 
 @pytest.fixture
@@ -107,6 +116,11 @@ def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypat
 
     monkeypatch.setattr(variants, "run_recipe", again)
     assert grid(small) == first and (small / "axes.md").read_text() == table
+    with pytest.raises(UserError, match="A folder holds one grid; .*default-0 was finished with another"):
+        grid(small, [Row("linear", ("distill.lr=0.002",), name=DEFAULT), LINEAR[1]])
+    with pytest.raises(UserError, match="Give the number of examples that the run was made with"):
+        run_grid("neox-nano", LINEAR, 2048, 1, 3, None, small)
+    assert (small / "axes.md").read_text() == table
 
 
 def test_a_row_that_names_an_absent_field_is_refused_before_anything_runs(small):
