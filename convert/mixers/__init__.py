@@ -5,6 +5,7 @@ come with it. An exported model has this table with its own mixers alone."""
 
 from convert.mixers.base import Context, Mixer
 from convert.mixers.gate_swa import GateSWA
+from convert.mixers.gdn import GDN
 from convert.mixers.kda import KDA
 from convert.mixers.linear import LinearAttention
 from convert.mixers.mamba import Mamba
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gate-swa": GateSWA,
     "mla": MLA,
     "kda": KDA,
+    "gdn": GDN,
 }
 
-__all__ = ["KDA", "MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]
+__all__ = ["GDN", "KDA", "MIXERS", "MLA", "Context", "GateSWA", "LinearAttention", "Mamba", "Mamba2", "Mixer"]

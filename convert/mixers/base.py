@@ -77,7 +77,8 @@ class Mixer(nn.Module, ABC):
     can_be_replaced: ClassVar[bool] = True  # whether another mixer can start from this one
     native_architecture: ClassVar[str | None] = None  # the model type in transformers that has this mixer
     dials: ClassVar[dict[str, tuple[Any, ...]]] = {}  # options, or fields of its swap, that a sweep tries -> choices
-    decays: ClassVar[bool] = False  # whether its state decays at learned rates; then the last four methods are its own
+    decays: ClassVar[bool] = False  # whether its state decays at learned rates; then the last methods are its own
+    lowest_rate: ClassVar[float] = 0.0  # that `set_decay` takes; more than 0 where rates are learned by their logarithm
 
     shape: AttentionShape
     options: Any
@@ -101,8 +102,17 @@ class Mixer(nn.Module, ABC):
     def forward(self, x_BTD: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Any]: ...
 
     def set_decay(self, rate: float) -> None:
-        """Set every decay rate to `rate`, in nats per unit of the time step; 0 is no decay."""
+        """Set every decay rate to `rate`, in nats per unit of the time step; 0 is no decay. Raises
+        ValueError below `lowest_rate`."""
         raise TypeError(f"{type(self).__name__} has no decay rate to set.")
+
+    def check_rate(self, rate: float) -> None:
+        """Raise ValueError for a rate from which decays could never learn."""
+        if rate < self.lowest_rate:
+            raise ValueError(
+                f"The decays of {type(self).__name__} are learned by their logarithm, and none has no logarithm to"
+                f" learn from: a rate must be at least {self.lowest_rate:g}; got {rate:g}."
+            )
 
     def decay_per_token(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The mean over the tokens of x of what each state loses per token, in nats: exp(-it) is the share that is left

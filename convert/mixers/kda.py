@@ -31,15 +31,16 @@ class KDA(Mixer):
 
         `gate`: "silu" starts at 1, "sigmoid" at one half, for which the output projection makes up. `decay_start`: the
         rates at the start, by head: Mamba's ("mamba", the paper's code), those of an independent replication ("g6",
-        arXiv 2608.02689), or half-lives of 8 to 512 tokens ("half-lives", ours). `start`: whether the output projection
-        is the teacher's ("copied", the paper's) or solved for the teacher's attention outputs ("refitted", ours). Of
-        the starts that experiments/LOG.md compares, the defaults did best."""
+        arXiv 2608.02689), half-lives of 8 to 512 tokens ("half-lives", ours), or the mean distance at which the
+        teacher's head looks back, as its half-life ("calibrated": Taylor-Calibrate, arXiv 2606.16429). `start`:
+        whether the output projection is the teacher's ("copied", the paper's) or solved for the teacher's attention
+        outputs ("refitted", ours). Of the starts that experiments/LOG.md compares, the defaults did best."""
 
         conv: Annotated[int, Range(1, 64)] = 4  # tokens (the paper's code)
         rank: Annotated[int, Range(1, 65_536)] | None = None
         gate: Literal["silu", "sigmoid"] = "silu"
         head_norm: bool = False  # an RMSNorm of what each head reads
-        decay_start: Literal["mamba", "g6", "half-lives"] = "mamba"
+        decay_start: Literal["mamba", "g6", "half-lives", "calibrated"] = "mamba"
         start: Literal["copied", "refitted"] = "copied"
 
     class State(NamedTuple):
@@ -47,8 +48,13 @@ class KDA(Mixer):
         memory: Tensor  # [B, H, K, K]
 
     decays = True
+    lowest_rate = 1e-6  # a half-life beyond any text (ours)
     can_be_replaced = False  # its memory answers to no softmax that another mixer starts from
-    dials = {"gate": ("silu", "sigmoid"), "decay_start": ("mamba", "g6", "half-lives"), "start": ("copied", "refitted")}
+    dials = {
+        "gate": ("silu", "sigmoid"),
+        "decay_start": ("mamba", "g6", "half-lives", "calibrated"),
+        "start": ("copied", "refitted"),
+    }
 
     def __init__(self, shape: AttentionShape, options: Options) -> None:
         super().__init__()
@@ -103,6 +109,7 @@ class KDA(Mixer):
 
     @torch.no_grad()
     def set_decay(self, rate: float) -> None:
+        self.check_rate(rate)
         self.log_rate.fill_(rate).log_()
 
     def decay_per_token(self, x_BTD: Tensor, context: Context) -> Tensor:

@@ -57,10 +57,10 @@ class ShortConv(nn.Module):
 
     x [B, T, D], state [B, size - 1, D] or None -> y [B, T, D], the next state."""
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, size))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         with torch.no_grad():
             self.weight[:, -1] = 1
 
@@ -74,13 +74,15 @@ class ShortConv(nn.Module):
             state = x.new_zeros(x.shape[0], size - 1, x.shape[2])
         seen = torch.cat([state.to(x.dtype), x], 1)
         weight = self.weight.to(x.dtype)
-        y = F.conv1d(seen.mT, weight[:, None], self.bias.to(x.dtype), groups=x.shape[2]).mT
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.conv1d(seen.mT, weight[:, None], bias, groups=x.shape[2]).mT
         tail = seen[:, T:]
         if document_ids is not None:
             documents = torch.cat([document_ids[:, :1].expand(-1, size - 1), document_ids], 1)
             same = documents.unfold(1, size, 1) == document_ids[..., None]  # [B, T, size]
             at = (~same.all(-1)).nonzero(as_tuple=True)  # the few tokens whose window reaches into another document
-            fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1) + self.bias
+            fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1)
+            fresh = fresh if self.bias is None else fresh + self.bias
             y = y.index_put(at, fresh.to(y.dtype))
             tail = tail * (documents[:, T:] == document_ids[:, -1:])[..., None]
         return y, wide(tail).clone()  # a view would keep the whole text

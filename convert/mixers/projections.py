@@ -27,12 +27,14 @@ class CalibrationStats:
     attention they get, which is how much an error in their keys and values matters if errors are independent (ours).
     uniform [D, D]: over all tokens alike. drift [R / 2]: for each rotary frequency the mean of cos(angle) between query
     and key, weighted by squared attention, times the squared scale of the rotary table: what is left of a product of
-    two rotated pairs if neither is."""
+    two rotated pairs if neither is. look_back [H]: of each query head the mean distance to its keys in tokens, weighted
+    by attention, where a start asks for it and the layer is attention."""
 
     mean: Tensor
     moment: Tensor
     uniform: Tensor
     drift: Tensor
+    look_back: Tensor | None = None
 
 
 @dataclass(frozen=True)

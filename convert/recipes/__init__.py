@@ -10,6 +10,8 @@ _HOMES = {  # module -> the names that are public here; each is imported when a 
         "Budget",
         "budget",
         "to_gate_swa",
+        "to_hybrid_gdn",
+        "to_hybrid_kda",
         "to_linear",
         "to_mamba",
         "to_mamba2",

@@ -185,15 +185,22 @@ def to_mla(budget: Budget) -> Recipe:
 @checked
 def to_hybrid_kda(budget: Budget) -> Recipe:
     """Attention -> Kimi Delta Attention in three layers of four (When Perplexity Lies, arXiv 2603.26556)."""
-    return _hybrid("hybrid-kda", "kda", budget)
+    return _hybrid("hybrid-kda", "kda", MIXERS["kda"].Options(), budget)
 
 
-def _hybrid(target: str, mixer: str, budget: Budget) -> Recipe:
+@checked
+def to_hybrid_gdn(budget: Budget) -> Recipe:
+    """Attention -> Gated DeltaNet (arXiv 2412.06464) in three layers of four, as Qwen3.5 has it."""
+    options = MIXERS["gdn"].Options(decay_start="calibrated", gate_start="open")
+    return _hybrid("hybrid-gdn", "gdn", options, budget)
+
+
+def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
     """GenDistill's stages, for a mixer in all layers but every fourth: alignment by layer, then forward KL without
     cross-entropy, with embeddings, head and kept attention frozen."""
     first = int(budget.tokens * ALIGN_SHARE)
     seen = min(CALIBRATION, budget.tokens)
-    edit = Swap("edit", mixer, MIXERS[mixer].Options(), EveryNth(HYBRID_N), calibration=seen)
+    edit = Swap("edit", mixer, options, EveryNth(HYBRID_N), calibration=seen)
     align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
     distill = _distill(dataclasses.replace(budget, trains="all_but_kept_attention"), budget.tokens - first)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill

@@ -47,6 +47,7 @@ TARGETS = {
     "gate-swa": Target("gated sliding-window attention with sinks, in four of five layers", "language", "to_gate_swa"),
     "mla": Target("multi-head latent attention, with half of the cache", "language", "to_mla"),
     "hybrid-kda": Target("Kimi Delta Attention in three layers of four", "language", "to_hybrid_kda"),
+    "hybrid-gdn": Target("Gated DeltaNet in three layers of four", "language", "to_hybrid_gdn"),
     "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "language", "to_scratch"),
 }
 

@@ -21,10 +21,13 @@ from convert.models.slot import Slot, attention_of
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationStats]:
+def inputs_of(model: PreTrainedModel, batches: list[Batch], look_back: bool = False) -> list[CalibrationStats]:
     """Return the statistics of the inputs of every attention layer over these batches, in float32. In the place of a
-    mixer all pairs of tokens weigh the same."""
+    mixer all pairs of tokens weigh the same.
+
+    `look_back`: whether to measure how far the heads of each layer of attention look back, too."""
     blocks = layers_of(model)
+    look_backs: list[Any] = [None] * len(blocks)
     means, moments, uniform, drifts = ([0.0] * len(blocks) for _ in range(4))
     documents, share = None, 1 / len(batches)
 
@@ -35,7 +38,10 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationS
             if isinstance(module, Slot):
                 pairs = x.new_ones(len(x), x.shape[1], x.shape[1]).tril()
             else:
-                pairs = _squared_attention(Projections.of(module), x, cos, sin, documents)
+                pairs, distance = _squared_attention(Projections.of(module), x, cos, sin, documents, look_back)
+                if distance is not None:
+                    before = 0 if look_backs[layer] is None else look_backs[layer]
+                    look_backs[layer] = before + share * distance
             pairs = pairs / pairs.sum()
             x, weight = x.flatten(0, 1), pairs.sum(1).flatten()
             weighted = x * ((weight + 1 / len(x)) / 2)[:, None]
@@ -60,20 +66,28 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[CalibrationS
     finally:
         for hook in hooks:
             hook.remove()
-    return [CalibrationStats(*parts) for parts in zip(means, moments, uniform, drifts, strict=True)]
+    return [CalibrationStats(*parts) for parts in zip(means, moments, uniform, drifts, look_backs, strict=True)]
 
 
-def _squared_attention(p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None) -> Tensor:
-    """[B, T, T]: of query t and key s the squared share of attention, summed over the heads."""
+def _squared_attention(
+    p: Projections, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None, look_back: bool
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, T]: of query t and key s the squared share of attention, summed over the heads. And, if asked, each head's
+    mean of t - s over all queries, weighted by attention, [H]."""
     with torch.device(x.device):
         qkv = QKV(p.shape)
     copy_qkv(qkv, p)
     q, k, _ = qkv(x, cos, sin)
-    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)[None]
+    times = torch.arange(x.shape[1], device=x.device)
+    distance = times[:, None] - times
+    hidden = (distance < 0)[None] if p.window is None else ((distance < 0) | (distance >= p.window))[None]
     if documents is not None:
         hidden = hidden | (documents[:, :, None] != documents[:, None])
-    total = x.new_zeros(len(x), x.shape[1], x.shape[1])
+    total, looks = x.new_zeros(len(x), x.shape[1], x.shape[1]), []
     for head in range(q.shape[2]):
         scores = p.scale * q[:, :, head] @ k[:, :, head * k.shape[2] // q.shape[2]].mT
-        total += scores.masked_fill(hidden, -torch.inf).softmax(-1).square()
-    return total
+        attention = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        total += attention.square()
+        if look_back:
+            looks.append((attention * distance).sum(-1).mean())
+    return total, torch.stack(looks) if look_back else None

@@ -14,15 +14,22 @@ from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPl
 
 @dataclass(frozen=True)
 class SetDecay(Step, Checked):
-    """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none."""
+    """Start the decays at a small rate instead of none, after the hand-over was checked; 0 leaves them at none, of
+    mixers that can learn from there."""
 
     name: Name
     rate: Annotated[float, Range(0, 10)]
 
     def problems(self, before: Outline) -> list[str]:
-        if any(name is not None and MIXERS[name].decays for name in before.mixers):
-            return []
-        return [f"Step {self.name}: it sets decays, and no mixer has one there; swap in mamba or mamba2 before it."]
+        decaying = {name for name in before.mixers if name is not None and MIXERS[name].decays}
+        if not decaying:
+            return [f"Step {self.name}: it sets decays, and no mixer has one there; swap in mamba or mamba2 before it."]
+        return [
+            f"Step {self.name}: decays of {name} are learned by their logarithm, so a rate must be at least"
+            f" {MIXERS[name].lowest_rate:g}; got {self.rate:g}. Set rate."
+            for name in sorted(decaying)
+            if self.rate < MIXERS[name].lowest_rate
+        ]
 
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         return student, StepPlan(self.name, f"decay rate {self.rate:g}", 0, 0, count(student), 0, 0.0)

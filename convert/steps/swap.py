@@ -20,14 +20,14 @@ from convert.models.swap import projections_of, swap
 from convert.steps import handover, selection
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config, plain
 from convert.steps.calibration import inputs_of
-from convert.steps.layers import Keep, MostSensitive
+from convert.steps.layers import SAME_LAYERS, Keep, MostSensitive, differing_layers
 from convert.steps.refit import refit_outputs
 
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
 TINY_SEQ_LEN = 64  # tokens
 # stands for a calibration that is yet to come
-SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(4)))
+SEEN = CalibrationStats(*(torch.empty(0, device="meta") for _ in range(5)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Swap(Step):
     def looks_first(self) -> bool:
         """Whether the mixer starts from what the layers see."""
         return self.calibration > 0 and STARTS[self.mixer].needs_stats(self.options)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the mixer starts from how far the layers' heads look back."""
+        return STARTS[self.mixer].needs_look_back(self.options)
 
     @property
     def refits(self) -> bool:
@@ -90,10 +95,21 @@ class Swap(Step):
                 f"Step {self.name}: a conversion ends with {' and '.join(sorted(ends))}: no other mixer can start from"
                 " it. Take the run's own teacher."
             )
+        if self.looks_back and (others := {name for i in touched if (name := before.mixers[i])}):
+            found.append(
+                f"Step {self.name}: how far a layer looks back is measured on attention, and what it would replace is"
+                f" {' and '.join(sorted(others))}. Take another decay_start."
+            )
         if self.refits and not self.calibration:
             found.append(
                 f"Step {self.name}: an output projection is refitted on some text, and calibration is 0 tokens. Set"
                 " calibration, or start=copied."
+            )
+        if self.refits and (differing := differing_layers(before.host, before.teacher)):
+            found.append(
+                f"Step {self.name}: an output projection is refitted to the teacher's attention, layer by layer, so"
+                f" student and teacher must be alike in {', '.join(SAME_LAYERS)}; the run's teacher has another"
+                f" {differing}. Set start=copied."
             )
         if not self.exact and (reason := MIXERS[self.mixer].sequence_problem(self.options, before.longest)):
             found.append(f"Step {self.name}: {reason}")
@@ -108,11 +124,6 @@ class Swap(Step):
             ]
         if isinstance(keep, MostSensitive) and self.layers is not None:
             return [f"Step {self.name}: layers are given or measured, not both. Set keep to layers or to none."]
-        if isinstance(keep, MostSensitive) and keep.n > num_layers:
-            return [
-                f"Step {self.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in {keep.n}."
-                " Set keep."
-            ]
         named = keep if isinstance(keep, tuple) else ()
         if not all(0 <= i < num_layers for i in named) or len(set(named)) == num_layers:
             got = ", ".join(map(str, named))
@@ -124,7 +135,7 @@ class Swap(Step):
             got = "none" if not self.layers else ", ".join(map(str, self.layers))
             return [
                 f"Step {self.name}: the layers to replace must be within 0 .. {num_layers - 1}, one or more, and not"
-                f" all be kept; got {got}. Set layers."
+                f" all be kept; got {got}. Set keep or layers."
             ]
         return []
 
@@ -192,7 +203,9 @@ class Swap(Step):
         """Calibrate, choose layers, swap, and check that an exact swap is exact. The result has `layers` (kept, and
         the KL of each when edited alone) and `handover` (how far logits moved), where there are any."""
         num_layers = len(layers_of(student))
-        stats = inputs_of(student, session.sequences(self.calibration)) if self.looks_first else None
+        stats = None
+        if self.looks_first:
+            stats = inputs_of(student, session.sequences(self.calibration), self.looks_back)
         if isinstance(self.keep, MostSensitive):
             return self._keep_by_measurement(student, session, stats)
         kept = self.kept(num_layers)

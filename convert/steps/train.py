@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.models.access import slots_of
 from convert.objectives import Objective
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
+from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
 from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
@@ -24,13 +25,6 @@ TINY: dict[str, Any] = {
     "batch_tokens": 128,
     "micro_tokens": 128,
     "evaluate_every": 0,
-}
-
-SAME_LAYERS = {  # what layers must share to be compared one by one: in words -> field of a configuration
-    "number of layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "number of heads": "num_attention_heads",
-    "rotary positions": "rope_parameters",
 }
 
 
@@ -100,7 +94,7 @@ class Train(Step, Checked):
                     f"Step {self.name}: sequences must fit the {config.max_position_embeddings:,} positions of"
                     f" {self.teacher}; they have {self.settings.seq_len:,} tokens. Give a smaller --seq-len."
                 ]
-        if self.stage == "align" and (differing := _differing(before.host, config)):
+        if self.stage == "align" and (differing := differing_layers(before.host, config)):
             return [
                 f"Step {self.name}: align compares layer with layer on the same inputs, so student and teacher must be"
                 f" alike in {', '.join(SAME_LAYERS)}; {name} has another {differing}. Leave align out."
@@ -205,12 +199,3 @@ class Train(Step, Checked):
 
     def tiny(self) -> "Train":
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **TINY))
-
-
-def _differing(student: PreTrainedConfig, teacher: PreTrainedConfig) -> str | None:
-    """The first of what layers must share that these two do not."""
-    for words, field in SAME_LAYERS.items():
-        a, b = (getattr(config, field, None) for config in (student, teacher))
-        if a != b:
-            return words
-    return None

@@ -34,6 +34,7 @@ OF_A_MIXER = {  # the modules that one mixer has and not all of them
     "gate-swa": {"gate_swa"},
     "mla": {"mla"},
     "kda": {"kda"},
+    "gdn": {"gdn"},
 }
 
 
@@ -44,6 +45,7 @@ KERNEL = {
     "gate-swa": set(),
     "mla": set(),
     "kda": {"delta_rule"},
+    "gdn": {"delta_rule"},
 }
 
 

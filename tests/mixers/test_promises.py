@@ -263,6 +263,8 @@ def test_a_decay_is_set_and_told(name):
     told = mixer.decay_per_token(x, c)
     if name == "kda":
         expected = (0.1 * mixer.time_step(x)).mean((0, 1))
+    elif name == "gdn":
+        expected = (0.1 * torch.nn.functional.softplus(mixer.time_step(x) + mixer.time_step_bias)).mean((0, 1))
     else:
         steps = mixer.block.time_step(mixer.block.conv(x, None, None, None)[0])  # [B, T, num_steps]
         rate = 0.1 * torch.arange(1, mixer.rate.s.shape[-1] + 1)
@@ -271,8 +273,16 @@ def test_a_decay_is_set_and_told(name):
         )
     assert_close(told, expected, FLOAT32)
     assert (mixer(x, c)[0] - before).abs().max() > 1e-3
-    mixer.set_decay(0.0)
-    assert not mixer.decay_per_token(x, c).any()
+    if not mixer.lowest_rate:
+        mixer.set_decay(0.0)
+        assert not mixer.decay_per_token(x, c).any()
+        return
+    with pytest.raises(ValueError, match="a rate must be at least 1e-06; got 0"):
+        mixer.set_decay(0.0)  # log(0) would learn nothing
+    mixer.set_decay(mixer.lowest_rate)
+    with torch.enable_grad():
+        gradient = gradients(mixer, x, c)["log_rate"]
+    assert bool(gradient.isfinite().all()) and bool(gradient.any())
 
 
 def test_state_updates_of_an_elementwise_scan():
@@ -282,6 +292,7 @@ def test_state_updates_of_an_elementwise_scan():
         "mamba": 2 * (3 * 8) * (2 * 8),
         "mamba2": 0,
         "kda": 0,
+        "gdn": 0,
     }
 
 

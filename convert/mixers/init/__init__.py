@@ -2,6 +2,7 @@
 
 from convert.mixers.init.base import Start
 from convert.mixers.init.gate_swa import GateSWAStart
+from convert.mixers.init.gdn import GDNStart
 from convert.mixers.init.hedgehog import LinearStart, Mamba2Start, MambaStart
 from convert.mixers.init.kda import KDAStart
 from convert.mixers.init.mla import MLAStart
@@ -13,6 +14,7 @@ STARTS: dict[str, type[Start]] = {
     "gate-swa": GateSWAStart,
     "mla": MLAStart,
     "kda": KDAStart,
+    "gdn": GDNStart,
 }
 
 __all__ = ["STARTS", "Start"]

@@ -24,6 +24,11 @@ class Start(ABC):
         return False
 
     @classmethod
+    def needs_look_back(cls, options: Any) -> bool:
+        """Whether these statistics must have how far the layer's heads look back, which only attention can tell."""
+        return False
+
+    @classmethod
     def refits_output(cls, options: Any) -> bool:
         """Whether the output projection is solved for what the layer's attention gives, once the mixer is in place."""
         return False

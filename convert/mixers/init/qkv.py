@@ -3,6 +3,8 @@
 D width · H query heads · K head size
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,15 @@ def read_qkv(qkv: QKV, o: Tensor, o_bias: Tensor | None, feature_maps: FeatureMa
     return Projections(  # type: ignore[misc, call-arg]
         qkv.shape, *weights, o, *biases, o_bias, *norms, scale=qkv.shape.head_dim**-0.5, feature_maps=feature_maps
     )
+
+
+def without_norms(p: Projections) -> Projections:
+    """Put the weights of norms of q and k into the projections: the rest of a norm is lost where q and k get length
+    1."""
+    if p.q_norm is None or p.k_norm is None:
+        return p
+    q_bias, k_bias = (
+        None if bias is None else bias * norm for bias, norm in ((p.q_bias, p.q_norm), (p.k_bias, p.k_norm))
+    )
+    q, k = p.q * p.q_norm[:, None], p.k * p.k_norm[:, None]
+    return replace(p, q=q, k=k, q_bias=q_bias, k_bias=k_bias, q_norm=None, k_norm=None)
