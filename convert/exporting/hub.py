@@ -3,7 +3,7 @@ does not have the architecture itself, the code."""
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +33,10 @@ def export(
     *,
     card: str,
     dtype: torch.dtype | None = None,
+    in_full: Sequence[str] = (),
 ) -> None:
-    """Write `folder`, with the weights in `dtype` (None: as they are); the student stays as it is.
+    """Write `folder`, with the weights in `dtype` (None: as they are), but for those named by `in_full`, which stay as
+    they are; the student does, too.
 
     A converted student brings its code along. A student whose architecture transformers has loads without
     trust_remote_code."""
@@ -46,7 +48,7 @@ def export(
         code = {NO_CODE: ""}
 
     def write(side: Path) -> None:
-        _write(student, config, tokenizer, side, card, dtype, code)
+        _write(student, config, tokenizer, side, card, dtype, code, in_full)
         if not is_converted:
             make_rotary_portable(side)
 
@@ -85,7 +87,7 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _write(
     model: PreTrainedModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
-    dtype: torch.dtype | None, code: dict[str, str],
+    dtype: torch.dtype | None, code: dict[str, str], in_full: Sequence[str],
 ) -> None:  # fmt: skip
     for name, source in code.items():
         (folder / name).write_text(source, encoding="utf-8")
@@ -97,14 +99,19 @@ def _write(
     config.save_pretrained(folder)
     # not save_pretrained, which refuses settings of a published teacher that transformers itself only warns about
     model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    save_torch_state_dict(_weights(model, dtype), folder, metadata={"format": "pt"})
+    save_torch_state_dict(_weights(model, dtype, in_full), folder, metadata={"format": "pt"})
 
 
-def _weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _weights(model: PreTrainedModel, dtype: torch.dtype | None, in_full: Sequence[str]) -> dict[str, Tensor]:
     """The state, cast, in the computer's memory, without the tensors that loading ties to others again."""
     state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def dtype_of(name: str) -> torch.dtype:
+        is_cast = dtype is not None and name not in in_full and state[name].is_floating_point()
+        return dtype if is_cast else state[name].dtype
+
     return {
-        name: tensor.to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        name: tensor.to("cpu", dtype_of(name))
         for name, tensor in state.items()
         if name not in tied or tensor.data_ptr() != state[tied[name]].data_ptr()
     }

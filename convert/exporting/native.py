@@ -1,61 +1,29 @@
-"""A student as an architecture that transformers itself has, where there is one: latent attention in the native shape,
-of a llama-shaped teacher, is a `deepseek_v3` without experts. Serving engines that know that architecture can run it.
+"""A student as an architecture that transformers itself has, where there is one, without code of ours: serving engines
+that know the architecture can run it."""
 
-H query heads · G key/value heads · K head size · P rotary dimensions · C latent
-"""
+from types import ModuleType
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from convert.mixers import MIXERS, MLA
-from convert.mixers.projections import LLAMA_SHAPED, weight_of
+from convert.exporting import deepseek_v3, qwen3_5
 from convert.models.student import ConvertedForCausalLM
+
+# mixer -> what makes of its students a model of transformers: `obstacle`, `config`, `weights` and `in_full`
+ARCHITECTURES: dict[str, ModuleType] = {"mla": deepseek_v3, "gdn": qwen3_5}
 
 
 def obstacle(student: ConvertedForCausalLM) -> str | None:
     """Why no architecture of transformers computes what this student does, or None."""
-    names = sorted({mixer["name"] if mixer else "attention" for mixer in student.config.mixers})
-    if len(names) != 1 or names[0] not in MIXERS or MIXERS[names[0]].native_architecture is None:
-        return f"its layers are {' and '.join(names)}"
-    host = student.host.config
-    if host.model_type not in LLAMA_SHAPED:
-        return f"latent attention exists for llama-shaped models, and this one is {host.model_type}"
-    layers = [slot.mixer.options for slot in student.slots().values()]
-    if layers[0].shape != "native":
-        return "its latent attention has the exact shape; edit.shape=native has one"
-    if len({(o.kv_rank, o.rope_dim, o.q_rank) for o in layers}) > 1:
-        return "its layers have different ranks"
-    if getattr(host, "mlp_bias", False):
-        return "its MLPs have biases"
-    if (kind := host.rope_parameters.get("rope_type", "default")) not in ("default", "linear", "llama3"):
-        return f"its rotary positions are {kind!r}"
-    return None
+    architecture = _architecture(student)
+    if architecture is None:
+        return f"its layers are {' and '.join(sorted(mixer or 'attention' for mixer in _names(student)))}"
+    return architecture.obstacle(student)
 
 
 def native_config(student: ConvertedForCausalLM) -> PreTrainedConfig:
-    """The configuration of the same model as a `deepseek_v3`."""
-    host, options = student.host.config, student.slots()[0].mixer.options
-    shape = student.slots()[0].mixer.shape
-    same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-        "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings",
-    )  # fmt: skip
-    return AutoConfig.for_model(
-        MLA.native_architecture,
-        **{name: getattr(host, name) for name in same},
-        rope_parameters=dict(host.rope_parameters),
-        rope_interleave=True,
-        num_key_value_heads=shape.num_heads,
-        kv_lora_rank=options.kv_rank,
-        q_lora_rank=options.q_rank,
-        qk_rope_head_dim=options.rope_dim,
-        qk_nope_head_dim=shape.head_dim,
-        v_head_dim=shape.head_dim,
-        first_k_dense_replace=host.num_hidden_layers,
-        num_mtp_layers=0,
-    )
+    """The configuration of the same model as the architecture of transformers, for a student without an obstacle."""
+    return _known(student).config(student)
 
 
 @torch.no_grad()
@@ -64,35 +32,28 @@ def to_native(student: ConvertedForCausalLM) -> PreTrainedModel:
     config = native_config(student)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    slot = ".self_attn.mixer."
-    weights = {name.removeprefix("host."): tensor for name, tensor in student.state_dict().items() if slot not in name}
-    for layer, part in student.slots().items():
-        weights |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in _attention(part.mixer).items()}
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(_known(student).weights(student), strict=True, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(student.device)  # its table is in no state
     model.generation_config = student.generation_config
     return model.eval()
 
 
-def _attention(mixer: MLA) -> dict[str, Tensor]:
-    """The weights of one layer by DeepSeek's names: unrotated dimensions first, rotary pairs side by side, keys and
-    values for every query head."""
-    shape, rope = mixer.shape, mixer.rope_dim
-    pairs = torch.arange(rope).view(2, -1).T.flatten()  # two halves -> pairs
-    q = weight_of(mixer.q).unflatten(0, (shape.num_heads, -1))
-    q = torch.cat([q[:, rope:], q[:, :rope][:, pairs]], 1).flatten(0, 1)
-    up = [weight_of(t).unflatten(0, (shape.num_kv_heads, -1)) for t in (mixer.k_up, mixer.v_up)]
-    up = torch.cat(up, 1).repeat_interleave(shape.num_heads // shape.num_kv_heads, 0).flatten(0, 1)
-    found = {
-        "kv_a_proj_with_mqa.weight": torch.cat([weight_of(mixer.latent), weight_of(mixer.k_rope)[pairs]]),
-        "kv_a_layernorm.weight": mixer.latent_norm.weight,
-        "kv_b_proj.weight": up,
-        "o_proj.weight": weight_of(mixer.out),
-    }
-    if mixer.options.q_rank is None:
-        return found | {"q_proj.weight": q}
-    return found | {
-        "q_a_proj.weight": weight_of(mixer.q_down),
-        "q_a_layernorm.weight": mixer.q_latent_norm.weight,
-        "q_b_proj.weight": q,
-    }
+def in_full(student: ConvertedForCausalLM) -> list[str]:
+    """Names of the weights of the native model that keep their dtype on disk, whatever that of the others."""
+    return _known(student).in_full(_known(student).weights(student))
+
+
+def _names(student: ConvertedForCausalLM) -> set[str | None]:
+    return {mixer and mixer["name"] for mixer in student.config.mixers}
+
+
+def _architecture(student: ConvertedForCausalLM) -> ModuleType | None:
+    names = [name for name in _names(student) if name is not None]
+    return ARCHITECTURES.get(names[0]) if len(names) == 1 else None
+
+
+def _known(student: ConvertedForCausalLM) -> ModuleType:
+    architecture = _architecture(student)
+    if architecture is None:
+        raise ValueError(f"No architecture of transformers is this student: {obstacle(student)}.")
+    return architecture

@@ -45,7 +45,8 @@ def export_and_verify(
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
-        export(native.to_native(student), tokenizer, beside, card=card_without_code, dtype=dtype)
+        in_full = native.in_full(student)
+        export(native.to_native(student), tokenizer, beside, card=card_without_code, dtype=dtype, in_full=in_full)
         checked = verify(student, beside, input_ids, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
         if disk_reason(error):
