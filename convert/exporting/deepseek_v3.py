@@ -68,7 +68,7 @@ def weights(student: ConvertedForCausalLM) -> dict[str, Tensor]:
 
 
 def in_full(names: Iterable[str]) -> list[str]:
-    """Of these weights, those that keep their dtype on disk: none."""
+    """Return those of these weights that keep their dtype on disk, which here are none."""
     return []
 
 

@@ -93,8 +93,8 @@ def weights(student: ConvertedForCausalLM) -> dict[str, Tensor]:
 
 
 def in_full(names: Iterable[str]) -> list[str]:
-    """Of these weights, those that keep their dtype on disk: a small weight of a norm, minus one, loses its bits where
-    it is rounded."""
+    """Return those of these weights that keep their dtype on disk. A small weight of a norm, minus one, loses its bits
+    where it is rounded."""
     return [name for name in names if name.endswith(NORM) and not name.endswith(OF_HEADS)]
 
 

@@ -139,6 +139,8 @@ BAD_EDITS = [
     ("mla", "edit.shape=round", "one of exact, native"),
     ("mla", "edit.calibration=0", "needs the layers' inputs"),
     ("hybrid-kda", "edit.start=refitted edit.calibration=0", "is refitted on some text"),
+    ("hybrid-kda", "edit.decay_start=calibrated edit.calibration=0", "needs how far the layer's heads look back"),
+    ("hybrid-gdn", "edit.start=copied edit.calibration=0", "gate_start=open needs the layer's inputs"),
 ]
 
 

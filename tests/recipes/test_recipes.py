@@ -66,9 +66,10 @@ def _another(name, old):
         "teacher": "neox-nano",
         "dt_rank": "7",
         "gate": "sigmoid" if old == "silu" else "head",
-        "decay_start": "g6",
+        "decay_start": "half-lives",
+        "gate_start": "random",
         "shape": "native",
-        "start": "refitted" if old == "copied" else "random",
+        "start": {"copied": "refitted", "refitted": "copied"}.get(old, "random"),
     }
     if name in choices:
         return choices[name]

@@ -34,12 +34,12 @@ def rates_and_steps(start: str, p: Projections, channels: int) -> tuple[Tensor, 
 def _by_look_back(p: Projections, channels: int) -> tuple[Tensor, Tensor]:
     """Half-lives that are the head's mean look-back (Taylor-Calibrate, arXiv 2606.16429), the same in all its channels:
     spread out around it, they fit worse (ours: LOG.md)."""
-    steps = torch.ones(p.shape.num_heads, channels)
-    if p.q.is_meta:  # of a plan
-        return torch.ones(p.shape.num_heads), steps
     if p.stats is None or p.stats.look_back is None:
         raise UserError(
             "decay_start=calibrated needs how far the layer's heads look back, which a calibration of a layer of"
             " attention tells. Set calibration, or take another decay_start."
         )
+    steps = torch.ones(p.shape.num_heads, channels)
+    if p.q.is_meta:  # a plan, before anything was seen
+        return torch.ones(p.shape.num_heads), steps
     return math.log(2) / p.stats.look_back.to(p.q.device, torch.float32).clamp(min=SHORTEST), steps

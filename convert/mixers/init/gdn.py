@@ -54,7 +54,7 @@ class GDNStart(Start):
             mixer.gate.weight.normal_(0, GATE_STD)
         elif steady is not None:
             mixer.gate.weight.copy_((SILU_OF_ONE * steady).expand_as(mixer.gate.weight))
-        elif not p.q.is_meta:
+        else:
             raise UserError(
                 "gate_start=open needs the layer's inputs, which a calibration tells. Set calibration, or take"
                 " gate_start=random."
@@ -72,8 +72,10 @@ class GDNStart(Start):
 def _steady(p: Projections) -> Tensor | None:
     """The direction [D] in which the layer's inputs x are 1 as nearly as can be, by least squares: what takes the place
     of a bias. None where nothing is known of them."""
-    if p.stats is None or p.q.is_meta:
+    if p.stats is None:
         return None
+    if p.q.is_meta:  # a plan, before anything was seen
+        return p.q.new_empty(p.shape.width)
     moment = p.stats.moment.to(p.q.device, torch.float64, copy=True)
     moment.diagonal().add_(RIDGE * moment.diagonal().mean())
     return torch.linalg.solve(moment, p.stats.mean.to(moment)).to(p.q.dtype)
