@@ -28,7 +28,7 @@ def obstacle(student: ConvertedForCausalLM) -> str | None:
             f"Gated DeltaNet exists beside attention with normed queries and keys, Qwen3's; this is {host.model_type}"
         )
     if not student.config.keeps_attention:
-        return "without a layer of attention its cache counts no tokens"
+        return "without a layer of attention, transformers' cache counts no tokens"
     if any(layer_window(host, layer) for layer in range(host.num_hidden_layers) if layer not in slots):
         return "its attention has windows"
     if host.hidden_act != "silu":
@@ -43,7 +43,8 @@ def config(student: ConvertedForCausalLM) -> PreTrainedConfig:
     host, slots = student.host.config, student.slots()
     mixer = next(iter(slots.values())).mixer
     heads, size = mixer.shape.num_heads, mixer.shape.head_dim
-    pairs = size // 2
+    rotated = mixer.shape.rotary_dim
+    pairs = rotated // 2
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias",
@@ -56,7 +57,7 @@ def config(student: ConvertedForCausalLM) -> PreTrainedConfig:
         **{name: getattr(host, name) for name in same},
         rope_parameters={
             **host.rope_parameters,
-            "partial_rotary_factor": 1.0,
+            "partial_rotary_factor": rotated / size,
             "mrope_section": sections,
             "mrope_interleaved": True,
         },

@@ -164,7 +164,7 @@ OBSTACLES = {
         "MLPs have biases",
     ),
     "delta rule of another family": (lambda: swap(tiny_teacher("llama"), "gdn", layers=(0, 1)), "this is llama"),
-    "delta rule alone": (lambda: swap(tiny_teacher("qwen3"), "gdn"), "its cache counts no tokens"),
+    "delta rule alone": (lambda: swap(tiny_teacher("qwen3"), "gdn"), "cache counts no tokens"),
     "delta rule beside another mixer": (
         lambda: swap(swap(tiny_teacher("qwen3"), "gdn", layers=(0,)), "kda", layers=(2,)),
         "its layers are attention and gdn and kda",
