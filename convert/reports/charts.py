@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from convert.core.console import count, short, size
 from convert.core.files import write_text
 from convert.runs.evaluation_schemas import Gap, tasks_of
-from convert.runs.keys import SCORINGS
+from convert.runs.keys import SCORINGS, Scoring
+from convert.runs.win_and_tie import TOLERANCE, Needed, rate
 
 INK, MUTED = "#000001", "#000002"  # placeholders for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))
@@ -146,6 +147,25 @@ def gaps(name: str, rows: Sequence[Gap]) -> Markup:
         )
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+        return _svg(figure, name)
+
+
+def win_and_tie(name: str, needed: Mapping[Scoring, Sequence[Needed]]) -> Markup:
+    """The win-and-tie rate over the tolerance by each scoring method. The area around a line is between the rates at
+    the ends of the gaps' intervals; the headline's tolerance is marked."""
+    with rc_context(STYLE):
+        figure, axes = _figure()
+        for number, (scoring, tasks) in enumerate(needed.items()):
+            ends = {key: [getattr(task, key) for task in tasks] for key in ("value", "low", "high")}
+            x = sorted({0.0, 1.0, *(value for values in ends.values() for value in values)})
+            y = {key: [rate(values, tolerance) for tolerance in x] for key, values in ends.items()}
+            colour = SERIES[number]
+            axes.fill_between(x, y["high"], y["low"], step="post", color=colour, alpha=0.12, linewidth=0)
+            axes.step(x, y["value"], where="post", color=colour, label=f"by {scoring}")
+        axes.axvline(TOLERANCE, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="tolerance, share of the teacher's score", ylabel="tasks won or tied")
+        axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
         figure.legend(loc="outside upper center", ncols=2, fontsize=8)
         return _svg(figure, name)
 

@@ -11,6 +11,7 @@ from convert.reports.sections import Card, Chart, PageSection, Run, Table, Texts
 from convert.runs.evaluation_schemas import LETTERS, Gap, Score
 from convert.runs.keys import MODELS, SCORINGS, ModelName
 from convert.runs.language_schemas import LENGTH, ContextCost, LanguageReport
+from convert.runs.win_and_tie import needed_tolerances, win_and_tie
 
 LanguageRun = Run[LanguageReport]
 
@@ -49,6 +50,9 @@ def cards(run: LanguageRun) -> list[Card]:
         gap = run.evaluation.mean_gap(scoring)
         if gap is not None:
             found.append(Card(f"Gap by {scoring}", f"{100 * gap:+.1f}", "points behind, mean of the tasks"))
+        if (row := win_and_tie(run.evaluation, scoring)) is not None:
+            note = f"of {row.tasks} tasks by {scoring}, within {row.tolerance:.0%} of the teacher"
+            found.append(Card("Wins and ties", f"{row.rate:.0%}", note))
     return found
 
 
@@ -59,10 +63,7 @@ def results(runs: Sequence[LanguageRun]) -> list[PageSection]:
         PageSection(
             "Behind the teacher, by generation and by likelihood",
             lines=[f"{run.name}: {line}" if several else line for run in runs for line in findings(run.evaluation)],
-            charts=[
-                Chart(run.name if several else "Gap by task", charts.gaps(f"gaps{n}", run.evaluation.gaps))
-                for n, run in enumerate(runs) if run.evaluation.gaps
-            ],
+            charts=[chart for n, run in enumerate(runs) for chart in _gap_charts(run, n, named=several)],
             tables=[
                 Table(
                     _score_rows(runs),
@@ -78,7 +79,19 @@ def results(runs: Sequence[LanguageRun]) -> list[PageSection]:
                 Table(_lm_eval_rows(runs), "lm-evaluation-harness"),
             ],
         )
-    ]  # fmt: skip
+    ]
+
+
+def _gap_charts(run: LanguageRun, number: int, *, named: bool) -> list[Chart]:
+    """The gaps by task, and the win-and-tie rate over its tolerance."""
+    if not run.evaluation.gaps:
+        return []
+    found = [Chart(run.name if named else "Gap by task", charts.gaps(f"gaps{number}", run.evaluation.gaps))]
+    needed = {scoring: some for scoring in SCORINGS if (some := needed_tolerances(run.evaluation, scoring))}
+    if needed:
+        title = f"{run.name}: wins and ties" if named else "Win-and-tie rate by tolerance"
+        found.append(Chart(title, charts.win_and_tie(f"ties{number}", needed)))
+    return found
 
 
 def _score_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from convert.core.console import Console
 from convert.runs.evaluation_schemas import Evaluation, Gap, LmEvalScore, Score, tasks_of
 from convert.runs.keys import SCORINGS
+from convert.runs.win_and_tie import win_and_tie
 
 STICKY = 0.5  # stickiness above which a model is said to follow the label (ours)
 
@@ -52,6 +53,7 @@ def findings(found: Evaluation) -> list[str]:
             f"Against its teacher the student is {_behind(generation)} by generation, and {_behind(likelihood)} by"
             " likelihood (mean of the tasks)."
         )
+    lines += win_and_tie_lines(found)
     for row in found.rows:
         if row.letters and (row.stickiness or 0) > STICKY and row.scoring == "generation":
             most, share = max(row.letters.items(), key=lambda pair: pair[1])
@@ -60,6 +62,22 @@ def findings(found: Evaluation) -> list[str]:
                 f" {share:.0%} of the items, and mostly the same letter whatever the order of the options"
                 f" (stickiness {row.stickiness:.2f})."
             )
+    return lines
+
+
+def win_and_tie_lines(found: Evaluation) -> list[str]:
+    """The win-and-tie rate by each scoring method, a sentence each."""
+    lines = []
+    for scoring in SCORINGS:
+        if (row := win_and_tie(found, scoring)) is None:
+            continue
+        low, count, high = (round(row.tasks * share) for share in (row.low, row.rate, row.high))
+        noise = "" if low == high else f" ({low} to {high} within the gaps' 95 % intervals)"
+        lines.append(
+            f"Win-and-tie rate by {scoring} {row.rate:.0%}: on {count} of {row.tasks} tasks{noise} the student is"
+            f" within {row.tolerance:.0%} of its teacher's score."
+            f" Half of the tasks need a tolerance of {row.critical:.1%}."
+        )
     return lines
 
 
@@ -101,4 +119,5 @@ def markdown_table(found: Evaluation) -> str:
         written = found.row(task, "student", "generation")
         rows.append([*cells, f"{written.unparsable:.0%}", str(written.n)])
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"## Examples answered correctly\n\n{lines}\n"
+    sentences = "\n".join(f"* {line}" for line in win_and_tie_lines(found))
+    return f"## Examples answered correctly\n\n{lines}\n" + (f"\n{sentences}\n" if sentences else "")

@@ -91,6 +91,8 @@ def test_the_table_has_both_scoring_methods_and_the_gap(told):
         "token 4",
     ]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert "Win-and-tie rate by tolerance" in text and "of 1 tasks by generation, within 10% of the teacher" in text
+    assert "Win-and-tie rate by generation 0%: on 0 of 1 tasks (0 to 1 within the gaps" in text
     letters = ["facts", "student", "generation", "50%", "25%", "12%", "0%", "12%", "0.40"]
     assert "".join(f"<td>{cell}</td>" for cell in letters) in text
 
