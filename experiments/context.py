@@ -6,13 +6,13 @@ Costs: cache bytes, time to first token, tokens per second. Bytes are those of t
 beside the formula. Lengths beyond the model's positions cost what they would cost; the text would be no good. Without
 `--lengths` they grow fourfold from 1,024 until memory, or `--minutes` for one prefill, ends. For latent attention also:
 decoding with absorbed matrices against keys and values made anew for every token. Use: perplexity by the number of
-tokens before, and whether one assignment in a long text is found, by its depth and the length. The numbers go into
-context.json of each run, and into its report.html."""
+tokens before; whether one assignment in a long text is found, by its depth and the length; and the probes of RULER
+(arXiv 2404.06654: several keys, several values, chains of assignments) by length. The numbers go into context.json of
+each run, and into its report.html."""
 
 import argparse
 import copy
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from convert import load_teacher
@@ -33,10 +33,9 @@ from convert.core.files import write_json
 from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
+from convert.evaluation.by_length import needles_found, probes_for, scores_by_length
 from convert.evaluation.inference import cache_formula, context_cost, decoding_speed, formula_bytes
 from convert.evaluation.perplexity import perplexity_by_position
-from convert.evaluation.scoring import SCORING_METHODS, prompt_ids
-from convert.evaluation.tasks import TASKS, Item, Task, needles
 from convert.mixers import MLA
 from convert.models.cache import StateLayer, layer_bytes
 from convert.models.loading import Teacher
@@ -46,7 +45,7 @@ from convert.reports.language import LANGUAGE
 from convert.reports.page import write_report_page
 from convert.reports.sections import Run
 from convert.runs.keys import ModelName
-from convert.runs.language_schemas import AbsorbedDecoding, Context, MeasuredContext, Needle
+from convert.runs.language_schemas import AbsorbedDecoding, Context, MeasuredContext, Needle, Probe
 from convert.runs.ledger import locked
 
 DEPTHS = (0.1, 0.5, 0.9)
@@ -185,39 +184,20 @@ def by_position(models: Models, teacher: Teacher, data: str) -> dict[str, dict[i
 
 def find_needles(models: Models, teacher: Teacher, lengths: list[int], each: int) -> dict[str, list[Needle]]:
     """Name -> the share of needles found by each scoring method, by length in tokens and depth; of `each` examples."""
-    task = TASKS["needle"]
     rows: dict[str, list[Needle]] = {name: [] for name in models}
-    for length, (name, model) in (
-        bar := tqdm(list(itertools.product(lengths, models.items())), desc="needles", unit="model")
-    ):
-        bar.set_description(f"needles, {length:,} tokens, {name}")
-        items = [needle_of(teacher.tokenizer, task, length, depth, seed) for seed in range(each) for depth in DEPTHS]
-        correct = {}
-        for scoring, method in SCORING_METHODS.items():
-            answers = (a for batch in method(model, teacher.tokenizer, task, items) for a in batch)
-            correct[scoring] = {answer.item: answer.correct for answer in answers}
-        for number, depth in enumerate(DEPTHS):
-            mine = range(number, len(items), len(DEPTHS))
-            shares = {scoring: sum(found[i] for i in mine) / each for scoring, found in correct.items()}
-            rows[name].append(Needle(model=_role(name), length=length, depth=depth, **shares))
+    for name, length, depth, shares in needles_found(models, teacher.tokenizer, lengths, DEPTHS, each):
+        rows[name].append(Needle(model=_role(name), length=length, depth=depth, **shares))
     return rows
 
 
-def needle_of(tokenizer: PreTrainedTokenizerBase, task: Task, length: int, depth: float, seed: int) -> Item:
-    """An item that fills so many tokens, the room for its answer included, to nine tenths at least where the text
-    allows it."""
-    characters, best = 3 * length, None
-    for _ in range(16):
-        (item,) = needles(1, seed, (characters,), (depth,))
-        tokens = len(prompt_ids(tokenizer, task, item.prompt)) + task.max_new_tokens
-        if tokens <= length:
-            best = item
-            if tokens >= 0.9 * length:
-                break
-        characters = max(1, int(characters * 0.95 * length / tokens))
-    if best is None:
-        raise UserError(f"A needle needs more than {length} tokens; give larger --needle-lengths.")
-    return best
+def find_probes(models: Models, teacher: Teacher, lengths: list[int], count: int) -> dict[str, list[Probe]]:
+    """Name -> scores on the probes by length in tokens; of `count` examples."""
+    rows: dict[str, list[Probe]] = {name: [] for name in models}
+    if count and lengths:
+        tasks = probes_for(teacher.tokenizer)
+        for name, task, length, scores in scores_by_length(models, teacher.tokenizer, tasks, lengths, count):
+            rows[name].append(Probe(model=_role(name), task=task, length=length, n=count, **scores))
+    return rows
 
 
 # --- tables
@@ -245,6 +225,20 @@ def show(console: Console, rows: dict[str, list[MeasuredContext]]) -> None:
             f" {found.tokens_per_s / found.expanded_tokens_per_s:.2f} x",
             highlight=False,
         )
+
+
+def show_probes(console: Console, found: dict[str, list[Probe]]) -> None:
+    """Print the scores on the probes by length."""
+    table = Table("probe", "length", *found, title="probes, % by generation / by likelihood", title_justify="left")
+    cells = {
+        (row.task, row.length, name): f"{row.generation:.0%} / {row.likelihood:.0%}"
+        for name, rows in found.items()
+        for row in rows
+    }
+    for task, length in dict.fromkeys(key[:2] for key in cells):
+        table.add_row(task, f"{length:,}", *(cells[task, length, name] for name in found))
+    if cells:
+        console.print(table)
 
 
 def show_use(console: Console, positions: dict[str, dict[int, float]], found: dict[str, list[Needle]]) -> None:
@@ -291,6 +285,10 @@ def main() -> None:
         "--needle-lengths", default="512,1024,2048", help="in tokens; those that the models have positions for"
     )
     parser.add_argument("--needles", type=whole_number(0, 10_000), default=8, help="for each length and depth; 0: none")
+    parser.add_argument(
+        "--probe-lengths", default="256,512,1024,2048,4096", help="in tokens; those that the models have positions for"
+    )
+    parser.add_argument("--probes", type=whole_number(0, 10_000), default=8, help="for each probe and length; 0: none")
     args = parser.parse_args()
     lengths = numbers(args.lengths, "--lengths") if args.lengths else None
     settings = [Run.read(run).report.settings for run in args.runs]  # damage is said before anything is measured
@@ -313,15 +311,19 @@ def main() -> None:
         if args.needles
         else []
     )
+    probed = [length for length in numbers(args.probe_lengths, "--probe-lengths") if length <= room]
     rows = all_costs(models, lengths, args.minutes, teacher.dtype, lambda line: tqdm.write(line))
     positions = by_position(models, teacher, settings[0].data)
     found = find_needles(models, teacher, hidden, args.needles)
+    probes = find_probes(models, teacher, probed, args.probes)
     show(Console(), rows)
     show_use(Console(), positions, found)
+    show_probes(Console(), probes)
     for run in args.runs:
         mine = Context(
             costs=rows["teacher"] + rows[run.name],
             needles=found["teacher"] + found[run.name],
+            probes=probes["teacher"] + probes[run.name],
             perplexity_by_position={
                 _role(name): {str(start): value for start, value in positions[name].items()}
                 for name in ("teacher", run.name)

@@ -60,7 +60,7 @@ class Examples:
                         f" {scoring}; it has {len(known)}. Give the number of examples that the run was made with, or"
                         " make it again in another folder."
                     )
-                read = [parsed_again(task, items, a) if scoring == "generation" else a for a in known.values()]
+                read = [parsed_again(task, items, scoring, a) for a in known.values()]
                 correct.setdefault(scoring, {})[name] = per_example(items, read)
         return correct
 

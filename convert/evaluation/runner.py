@@ -25,7 +25,7 @@ from convert.data.prompts import chat_text, has_chat_template
 from convert.data.text import tokenize
 from convert.evaluation.final_metrics import final_metrics, held_out
 from convert.evaluation.lm_eval import find, run_harness
-from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, prompt_ids
+from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, graded, prompt_ids
 from convert.evaluation.statistics import divergence, gap, score
 from convert.evaluation.tasks import TASKS, Item, Task
 from convert.evaluation.tasks.base import LIMIT
@@ -45,11 +45,13 @@ Row = TypeVar("Row", Score, Gap, LmEvalScore)
 
 
 def chosen(names: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-    """The tasks of these names (with commas); without names all that this model can be prompted for."""
+    """The tasks of these names (with commas); without names all that this model can be prompted for,
+    but for those on request."""
     if has_chat_template(tokenizer):
         chat_text(tokenizer, "Is anybody there?")  # a template that renders nothing is said now, not after hours
     if names is None:
-        return [task for task in TASKS.values() if not task.chat or has_chat_template(tokenizer)]
+        some = (task for task in TASKS.values() if not task.on_request)
+        return [task for task in some if not task.chat or has_chat_template(tokenizer)]
     found = []
     for name in names.split(","):
         if name not in TASKS:
@@ -72,8 +74,8 @@ class Answers:
             manifest.check(file.parent, file.name)
             json_lines.mend(file)
             for row in records.rows(file, AnswerRow):
-                answer = Answer(row.item, row.correct, row.prediction, row.text, tuple(row.tokens), tuple(row.nats))
-                self._keep(row.key, answer)
+                parts = row.prediction, row.text, tuple(row.tokens), tuple(row.nats), row.share
+                self._keep(row.key, Answer(row.item, row.correct, *parts))
 
     def _keep(self, key: str, answer: Answer) -> None:
         self.known.setdefault(key, {})[answer.item] = answer
@@ -161,16 +163,15 @@ def _answers_of(
     for batch in method(model, tokenizer, task, items, known=lambda batch: all(i in known for i in batch)):
         bar.update(sum(answer.item not in known for answer in batch))
         answers.add(key, batch)
-    return [
-        parsed_again(task, items, answer) if scoring == "generation" else answer
-        for _, answer in sorted(answers.of(key).items())
-    ]
+    return [parsed_again(task, items, scoring, answer) for _, answer in sorted(answers.of(key).items())]
 
 
-def parsed_again(task: Task, items: list[Item], answer: Answer) -> Answer:
-    """The answer with its text parsed by today's parser: a text from disk may have been parsed by another."""
-    prediction = task.parse(answer.text)
-    return dataclasses.replace(answer, prediction=prediction, correct=prediction == items[answer.item].answer)
+def parsed_again(task: Task, items: list[Item], scoring: Scoring, answer: Answer) -> Answer:
+    """The answer as today's parser reads its text: one from disk may have been parsed by another. Code is not run
+    twice."""
+    if scoring != "generation" or task.executes_code:
+        return answer
+    return graded(task, items[answer.item], answer)
 
 
 def _scores(task: Task, items: list[Item], found: dict[tuple[str, Scoring], list[Answer]]) -> list[Score]:

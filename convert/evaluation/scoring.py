@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -28,7 +28,8 @@ class Answer:
     """Answer of a model to items[`item`].
 
     `prediction` is what was parsed, or the choice ranked first; None where nothing could be parsed. `tokens` are what
-    was generated, up to the stop. `nats` are the log probabilities of the choices."""
+    was generated, up to the stop. `nats` are the log probabilities of the choices. `share` is how much of the answer
+    the prediction has; an answer is `correct` where it has all of it."""
 
     item: int
     correct: bool
@@ -36,6 +37,19 @@ class Answer:
     text: str = ""
     tokens: tuple[int, ...] = ()
     nats: tuple[float, ...] = ()
+    share: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What the answer counts, 0 to 1."""
+        return float(self.correct) if self.share is None else self.share
+
+
+def graded(task: Task, item: Item, answer: Answer) -> Answer:
+    """The answer with its text parsed and graded by the task."""
+    prediction = task.parse(answer.text)
+    share = 0.0 if prediction is None else task.grade(item, prediction)
+    return replace(answer, prediction=prediction, correct=share == 1, share=None if share in (0, 1) else share)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task: Task, prompt: str) -> list[int]:
@@ -152,8 +166,7 @@ def _written(
 
 def _answer(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, index: int, ids: list[int]) -> Answer:
     text = cut(tokenizer.decode(ids, skip_special_tokens=True), task.stop)
-    prediction = task.parse(text)
-    return Answer(index, prediction == item.answer, prediction, text, tuple(ids))
+    return graded(task, item, Answer(index, False, None, text, tuple(ids)))
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ CONFIDENCE = 0.95
 
 
 def per_example(items: Sequence[Item], answers: Sequence[Answer]) -> dict[int, float]:
-    """Example -> the share of its items that are answered correctly."""
-    correct: dict[int, list[bool]] = {}
+    """Example -> the share of its items, or of their parts, that are answered correctly."""
+    scores: dict[int, list[float]] = {}
     for answer in sorted(answers, key=lambda a: a.item):
-        correct.setdefault(items[answer.item].example, []).append(answer.correct)
-    return {example: sum(found) / len(found) for example, found in correct.items()}
+        scores.setdefault(items[answer.item].example, []).append(answer.score)
+    return {example: sum(found) / len(found) for example, found in scores.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -146,8 +146,9 @@ def _lm_eval_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:
 def costs(runs: Sequence[LanguageRun]) -> list[PageSection]:
     """What a context costs, what it is good for, and what both models write."""
     needles = Table(_needle_rows(runs), "One assignment in a long text, found by generation / by likelihood")
+    probes = Table(_probe_rows(runs), "Recall in a text, by generation / by likelihood (chance: 25%)")
     return [
-        PageSection("What a context costs", charts=_context_charts(runs), tables=[needles]),
+        PageSection("What a context costs", charts=_context_charts(runs), tables=[needles, probes]),
         PageSection(
             "Written by both",
             "Greedy continuations of held-out text; the mark begins at the first difference from the teacher.",
@@ -206,6 +207,22 @@ def _needle_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:
         for (length, depth), by_label in cells.items()
     ]
     return [["tokens", "depth", *heads], *rows]
+
+
+def _probe_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:
+    """Scores on the probes by generation / by likelihood, by task and length."""
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    heads = []
+    for label, run, model in _models(runs):
+        probes = [probe for probe in run.context.probes if probe.model == model]
+        heads += [label] if probes else []
+        for probe in probes:
+            found = f"{probe.generation:.0%} / {probe.likelihood:.0%}"
+            cells.setdefault((probe.task, probe.length), {})[label] = found
+    rows = [
+        [task, f"{length:,}", *(by_label.get(head, "") for head in heads)] for (task, length), by_label in cells.items()
+    ]
+    return [["probe", "tokens", *heads], *rows]
 
 
 def _models(runs: Sequence[LanguageRun]) -> list[tuple[str, LanguageRun, ModelName]]:

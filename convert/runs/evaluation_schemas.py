@@ -44,7 +44,9 @@ class Score:
         Scoring,
         Key("Scoring method: generation (a written answer is parsed) or likelihood (the likeliest choice counts)."),
     ]
-    score: Annotated[Number, Key("Mean share of correct answers.", "share")]
+    score: Annotated[
+        Number, Key("Mean share of correct answers; of several values the share that was found counts.", "share")
+    ]
     low: Annotated[Number, Key("Lower end of the 95 % bootstrap interval of the score.", "share")]
     high: Annotated[Number, Key("Upper end of the 95 % bootstrap interval of the score.", "share")]
     n: Annotated[Count, Key("Examples that were scored.", "examples")]
@@ -169,4 +171,7 @@ class AnswerRow:
     text: Annotated[Text, Key("Generation: the text that was written.")]
     tokens: Annotated[list[Count], Key("Generation: the token ids that were written, up to the stop.")]
     nats: Annotated[list[Measured], Key("Likelihood: log probability of each choice.", "nats")]
+    share: Annotated[
+        Share | None, Key("Generation: share of several values that was found; null where all or none was.", "share")
+    ] = None
     version: Annotated[Size, Key("Version of this file's layout.")] = VERSION

@@ -173,11 +173,24 @@ class Needle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Score on a probe of recall at one length."""
+
+    model: Annotated[ModelName, Key("Which model: teacher or student.")]
+    task: Annotated[Text, Key("Name of the task.")]
+    length: Annotated[Size, Key("Length of the prompt and the room for its answer.", "tokens")]
+    n: Annotated[Size, Key("Examples that were scored.", "examples")]
+    generation: Annotated[Share, Key("Mean share of correct answers by generation.", "share")]
+    likelihood: Annotated[Share, Key("Mean share of correct answers by likelihood; a quarter is chance.", "share")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What long contexts cost, and what they are good for."""
 
     costs: Annotated[list[MeasuredContext], Key("Costs by model and length.")] = field(default_factory=list)
     needles: Annotated[list[Needle], Key("Retrieval by model, length and depth.")] = field(default_factory=list)
+    probes: Annotated[list[Probe], Key("Scores on the probes by model, task and length.")] = field(default_factory=list)
     perplexity_by_position: Annotated[
         dict[ModelName, dict[Length, Measured]],
         Key("Model to the number of tokens before, up to the next key, to the perplexity of the tokens there."),

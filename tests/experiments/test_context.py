@@ -68,11 +68,26 @@ def test_the_command_writes_into_the_run(finished_run, tmp_path, monkeypatch, ca
     shutil.copytree(finished_run, mine)
     monkeypatch.setattr(context, "HELD_OUT", 4096)
     monkeypatch.setattr(
-        "sys.argv", ["context", str(mine), "--lengths", "64,128", "--needles", "1", "--needle-lengths", "256,99999"]
+        "sys.argv",
+        [
+            "context",
+            str(mine),
+            "--lengths",
+            "64,128",
+            "--needles",
+            "1",
+            "--needle-lengths",
+            "256,99999",
+            "--probes",
+            "2",
+            "--probe-lengths",
+            "256,99999",
+        ],
     )
     context.main()
     shown = capsys.readouterr().out
     assert "what a context costs" in shown and "perplexity by position" in shown and "needle found" in shown
+    assert "multi_value" in shown
     found = json.loads((mine / "context.json").read_text())
     assert {(row["model"], row["length"]) for row in found["costs"]} == {
         (who, n) for who in ("teacher", "student") for n in (64, 128)
@@ -81,6 +96,10 @@ def test_the_command_writes_into_the_run(finished_run, tmp_path, monkeypatch, ca
     assert {row["length"] for row in found["needles"]} == {256} and {row["depth"] for row in found["needles"]} == set(
         context.DEPTHS
     )
+    assert {(row["model"], row["task"], row["length"], row["n"]) for row in found["probes"]} == {
+        (who, task, 256, 2) for who in ("teacher", "student") for task in ("multi_key", "multi_value", "tracking")
+    }
+    assert "Recall in a text" in (mine / "report.html").read_text()
     assert set(found["perplexity_by_position"]) == {"teacher", "student"}
     assert "Perplexity by the tokens before" in (mine / "report.html").read_text()
 

@@ -26,6 +26,11 @@ class Item:
     group: str = ""
 
 
+def exact(item: Item, prediction: str) -> float:
+    """1 where the prediction is the answer, else 0."""
+    return float(prediction == item.answer)
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of examples. `items(count, seed)` makes the items of that many examples, always the same, or of all that
@@ -33,7 +38,11 @@ class Task:
 
     `stop` says where generation ends, if not at `max_new_tokens` or the model's own end. In a `chat` the prompt is a
     user's message, for models that have a chat template. In a `lettered` task the answer is the letter of an option,
-    and every example comes in four orders of its options."""
+    and every example comes in four orders of its options.
+
+    `grade` says which share of the answer a prediction has. A task is part of every evaluation unless it is
+    `on_request`; one that `executes_code` grades by running what models wrote, if the user allows it.
+    `example(number, seed, characters)` makes one example at a length, where a task has lengths."""
 
     name: str
     about: str
@@ -43,6 +52,10 @@ class Task:
     stop: tuple[str, ...] = ("\n",)
     chat: bool = False
     lettered: bool = False
+    grade: Callable[[Item, str], float] = exact
+    on_request: bool = False
+    executes_code: bool = False
+    example: Callable[[int, int, int], Item] | None = None
 
 
 def ranked(rng: random.Random, right: str, wrong: list[str]) -> tuple[tuple[str, ...], int]:

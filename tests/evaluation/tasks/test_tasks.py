@@ -1,8 +1,10 @@
 """What every task promises, and the parsers on what models write."""
 
+import re
+
 import pytest
 
-from convert.evaluation.tasks import LETTERS, TASKS
+from convert.evaluation.tasks import LETTERS, TASKS, Item
 from convert.evaluation.tasks.chat import letter
 
 
@@ -118,3 +120,41 @@ def test_no_example_comes_twice_and_all_are_found(name, there):
 def test_every_city_is_in_one_part_of_the_world():
     asked = {item.prompt.split("\n")[0] for item in TASKS["facts"].items(600, 0) if item.group == "time zones"}
     assert len(asked) > 100 and not any(city in question for question in asked for city in ("Istanbul", "Nicosia"))
+
+
+@pytest.mark.parametrize(
+    "name, text, share",
+    [
+        ("multi_value", "a)\nrun(b)\nrun(c)\n", 1),
+        ("multi_value", "c)\nrun(a)\nrun(x)\nrun(y)", 2 / 3),  # in any order
+        ("multi_value", "ab)\n", 0),
+        ("multi_value", "no call", 0),
+        ("multi_value_chat", "They are 1234 and 5678.", 2 / 3),
+        ("multi_value_chat", "12345678", 0),
+    ],
+)
+def test_of_several_values_the_share_that_was_found_counts(name, text, share):
+    from convert.evaluation.scoring import Answer, graded
+
+    answer = "a, b, c" if name == "multi_value" else "1234, 5678, 9999"
+    found = graded(TASKS[name], Item(0, "", answer, (), 0), Answer(0, False, None, text))
+    assert found.score == pytest.approx(share) and found.correct == (share == 1)
+
+
+@pytest.mark.parametrize("name", ["tracking", "tracking_chat"])
+def test_a_chain_leads_to_its_answer(name):
+    """What the text says, followed by hand, is the answer; the other chain leads elsewhere."""
+    for item in TASKS[name].items(12, 0):
+        links = dict(re.findall(r"^(\w+) = '?(\w+)'?$", item.prompt, re.M))
+        links |= dict(re.findall(r"The (\w+) has the (?:same number as the|number) (\w+)\.", item.prompt))
+        at = re.search(r"(?:assert (\w+) == '|does the (\w+) have\?.*)$", item.prompt)
+        place = at[1] or at[2]
+        while place in links:
+            place = links[place]
+        assert place == item.answer and len(links) in (4, 6, 10)
+
+
+def test_probes_are_asked_on_request_alone():
+    assert {name for name, task in TASKS.items() if task.on_request} == {
+        f"{name}{chat}" for name in ("multi_key", "multi_value", "tracking") for chat in ("", "_chat")
+    }
