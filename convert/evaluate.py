@@ -8,7 +8,7 @@ import argparse
 
 from convert.cli import Parser, heavy_imports, main_of
 from convert.core.places import path_of
-from convert.evaluation.tasks import TASKS
+from convert.evaluation.tasks import HUMANEVAL, TASKS
 from convert.evaluation.tasks.base import LIMIT
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Teacher and student on the same examples, by generation and by likelihood.",
     )
     parser.add_argument("folder", help="a run folder, or anything that convert.run takes as a teacher")
-    parser.add_argument("--tasks", help=f"only these, with commas: {', '.join(TASKS)}")
+    parser.add_argument("--tasks", help=f"only these, with commas: {', '.join([*TASKS, HUMANEVAL.name])}")
     parser.add_argument(
         "--limit", type=int, help=f"examples of each task; default {LIMIT}, and all of a task of lm-evaluation-harness"
     )
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", help="where evaluation.json goes; default the run folder, or runs/evaluation-NAME")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
+    parser.add_argument(
+        "--execute-code", action="store_true", help=f"programs that models write for {HUMANEVAL.name} may run here"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="as for the run, if its teacher needed it")
     return main_of(parser, evaluate, argv)
 
@@ -53,6 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
+        execute_code=args.execute_code,
     )
     if has_page:
         write_report_page(run, LANGUAGE)

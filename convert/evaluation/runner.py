@@ -27,7 +27,7 @@ from convert.evaluation.final_metrics import final_metrics, held_out
 from convert.evaluation.lm_eval import find, run_harness
 from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, graded, prompt_ids
 from convert.evaluation.statistics import divergence, gap, score
-from convert.evaluation.tasks import TASKS, Item, Task
+from convert.evaluation.tasks import HUMANEVAL, TASKS, Item, Task
 from convert.evaluation.tasks.base import LIMIT
 from convert.models.devices import pick_device
 from convert.models.loading import Teacher, load_teacher
@@ -44,23 +44,36 @@ from convert.runs.ledger import locked
 Row = TypeVar("Row", Score, Gap, LmEvalScore)
 
 
-def chosen(names: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-    """The tasks of these names (with commas); without names all that this model can be prompted for,
-    but for those on request."""
+def chosen(names: str | None, tokenizer: PreTrainedTokenizerBase, *, execute_code: bool = False) -> list[Task]:
+    """The tasks of these names (with commas); without names all that this model can be prompted for, but for those on
+    request. `execute_code`: the user allows tasks that run what models write."""
     if has_chat_template(tokenizer):
         chat_text(tokenizer, "Is anybody there?")  # a template that renders nothing is said now, not after hours
     if names is None:
         some = (task for task in TASKS.values() if not task.on_request)
         return [task for task in some if not task.chat or has_chat_template(tokenizer)]
+    known = TASKS | {HUMANEVAL.name: HUMANEVAL}
     found = []
     for name in names.split(","):
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, 3, 0.4) or list(TASKS)
-            raise UserError(f"There is no task {name!r}. Nearest: {', '.join(near)}. All: {', '.join(TASKS)}.")
-        if TASKS[name].chat and not has_chat_template(tokenizer):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.4) or list(known)
+            raise UserError(f"There is no task {name!r}. Nearest: {', '.join(near)}. All: {', '.join(known)}.")
+        task = known[name]
+        if task.chat and not has_chat_template(tokenizer):
             raise UserError(f"Task {name} is a conversation, and this model has no chat template. Leave it out.")
-        found.append(TASKS[name])
+        if task.executes_code:
+            _require_consent(task, execute_code)
+        found.append(task)
     return found
+
+
+def _require_consent(task: Task, execute_code: bool) -> None:
+    if not execute_code:
+        raise UserError(
+            f"Task {task.name} runs programs that the models write, and a limited process is no sandbox; give"
+            " --execute-code if this machine may run them, or leave the task out."
+        )
+    task.items(1, 0)  # what is missing for it is said now
 
 
 class Answers:
@@ -192,20 +205,20 @@ def _scores(task: Task, items: list[Item], found: dict[tuple[str, Scoring], list
 def evaluate_run(
     folder: Place, *,
     tasks: Text | None = None, limit: Annotated[int, Range(1, 100_000)] | None = None, lm_eval: Text | None = None,
-    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
+    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False, execute_code: bool = False,
 ) -> LanguageReport:  # fmt: skip
     """Evaluate a finished run: its final metrics again, and the tasks by both scoring methods. Writes evaluation.json
     into `out` (the run's folder by default), and returns the report with what was found.
 
     `tasks`: names with commas; the final metrics are then left out. `lm_eval`: likewise, tasks of
-    lm-evaluation-harness. `limit`: examples of each task."""
+    lm-evaluation-harness. `limit`: examples of each task. `execute_code`: programs that models write may run here."""
     if lm_eval:
         find(lm_eval)  # wrong names are said before anything is evaluated
     device, run = pick_device(device), path_of(folder, "The folder")
     out = path_of(out or run, "--out")
     student, teacher, report = _models_of(run, device, trust_remote_code)
     models = {"teacher": teacher.model, "student": student}
-    selected = chosen(tasks, teacher.tokenizer) if tasks or not lm_eval else []
+    selected = chosen(tasks, teacher.tokenizer, execute_code=execute_code) if tasks or not lm_eval else []
     with _evaluated(out):
         if not (tasks or lm_eval):
             report = _measured_again(student, teacher, report)
@@ -219,7 +232,7 @@ def evaluate_run(
 def evaluate_model(
     name: Place, *,
     tasks: Text | None = None, limit: Annotated[int, Range(1, 100_000)] | None = None, lm_eval: Text | None = None,
-    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False,
+    device: Text = "auto", out: Place | None = None, trust_remote_code: bool = False, execute_code: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluate any model that `load_teacher` takes on the tasks by both scoring methods. Writes evaluation.json into
     `out` (runs/evaluation-NAME by default). The other arguments are those of `evaluate_run`."""
@@ -227,7 +240,7 @@ def evaluate_model(
         find(lm_eval)
     teacher = load_teacher(str(name), device=pick_device(device), trust_remote_code=trust_remote_code)
     out = path_of(out or f"runs/evaluation-{teacher.source.name}", "--out")
-    selected = chosen(tasks, teacher.tokenizer) if tasks or not lm_eval else []
+    selected = chosen(tasks, teacher.tokenizer, execute_code=execute_code) if tasks or not lm_eval else []
     with _evaluated(out):
         return _evaluate({"teacher": teacher.model}, teacher, selected, lm_eval, limit, out)
 

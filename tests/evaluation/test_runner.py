@@ -115,6 +115,10 @@ def test_a_run_is_evaluated_beside_its_own_teacher_and_under_any_name(finished_r
 REFUSALS = {
     "an unknown task": (["neox-nano", "--tasks", "nams"], "There is no task 'nams'. Nearest: names"),
     "a chat without a template": (["neox-nano", "--tasks", "facts"], "this model has no chat template"),
+    "code without consent": (
+        ["neox-nano", "--tasks", "keys,humaneval"],
+        "a limited process is no sandbox; give --exec",
+    ),
     "no examples": (["neox-nano", "--limit", "0"], "limit must be within 1 .. 100,000; got 0"),
     "a folder that is no model": (["tests"], "A teacher's folder holds config.json"),
     "an unknown name": (["nope"], "Unknown teacher 'nope'"),
