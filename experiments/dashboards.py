@@ -41,7 +41,7 @@ def workspace(entity: str, project: str) -> ws.Workspace:
             title=f"Behind the teacher in {task}",
             metrics=[panels.SummaryMetric(f"gap/{task}/{scoring}") for scoring in SCORINGS],
         )
-        for task in TASKS
+        for task in (name for name, task in TASKS.items() if not task.on_request)
     ]
     sections = [
         ws.Section(

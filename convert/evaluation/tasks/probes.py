@@ -17,18 +17,21 @@ from convert.evaluation.tasks.recall import KNOWN, NEEDLE_LENGTHS
 KEYS = 4  # RULER's multi-key task has four needles
 VALUES = 3  # of one key (ours; RULER's has four)
 HOPS = (1, 2, 4)  # assignments after the first; RULER tracks four
-CHAINS = 2  # the one that is asked for, and another (ours; RULER's default is one)
+CHAINS = 2  # the one that is asked for, and another as long (ours; RULER's default is one)
+ALONE = 2  # values that are assigned once, so that all choices are in the text (ours)
 NAME = re.compile(r"\s*['\"]?([A-Za-z_]\w*)")
+FIRST_WORD = re.compile(r"[\s#]*(\w+)")
 ARGUMENT = re.compile(r"([A-Za-z_]\w*)\)")
 DIGITS = re.compile(r"(?<!\d)\d{4}(?!\d)")
 Facts = tuple[list[str], str, str, tuple[str, ...], int]  # lines to hide in order, question, answer, choices, gold
 
 
 def _python(rng: random.Random, characters: int) -> list[str]:
-    """Lines of unseen files with so many characters."""
+    """Lines of unseen files with about so many characters, but for those that begin with a word of the needles."""
     hay = "".join(text for _, text in unseen())
     start = rng.randrange(max(1, len(hay) - characters))
-    return (hay + hay)[start : start + characters].split("\n")[1:-1]
+    lines = (hay + hay)[start : start + characters].split("\n")[1:-1]
+    return [line for line in lines if not ((first := FIRST_WORD.match(line)) and first[1] in KNOWN)]
 
 
 def _sentences(rng: random.Random, characters: int) -> list[str]:
@@ -76,24 +79,23 @@ def _values(rng: random.Random, number: int) -> Facts:
 def _chains(
     rng: random.Random, names: Sequence[str], values: Sequence[str], hops: int, first: str, link: str
 ) -> tuple[list[str], str]:
-    """Two chains of assignments, mixed, and the last name of the first chain. `first` and `link` say how a value and a
-    name are assigned."""
-    chains = [names[n * (hops + 1) : (n + 1) * (hops + 1)] for n in range(CHAINS)]
-    steps = [
-        [first.format(name=chain[0], value=value)]
-        + [link.format(name=after, before=before) for before, after in zip(chain, chain[1:], strict=False)]
-        for chain, value in zip(chains, values, strict=False)
-    ]
-    order = [n for n in range(CHAINS) for _ in range(hops + 1)]
+    """Two chains of assignments and two values that are assigned once, mixed, and the last name of the first chain.
+    `first` and `link` say how a value and a name are assigned."""
+    turns, rest = [], iter(names)
+    for value, length in zip(values, [hops] * CHAINS + [0] * ALONE, strict=True):
+        chain = [next(rest) for _ in range(length + 1)]
+        steps = [first.format(name=chain[0], value=value)]
+        turns.append(steps + [link.format(name=b, before=a) for a, b in zip(chain, chain[1:], strict=False)])
+    order = [n for n, steps in enumerate(turns) for _ in steps]
     rng.shuffle(order)
-    turns = [iter(each) for each in steps]
-    return [next(turns[n]) for n in order], chains[0][-1]
+    steps_of = [iter(steps) for steps in turns]
+    return [next(steps_of[n]) for n in order], names[hops]
 
 
 def _tracking(rng: random.Random, number: int) -> Facts:
     """Names that get their values from names."""
     hops = HOPS[number % len(HOPS)]
-    words = rng.sample(KNOWN, CHAINS * (hops + 1) + 4)
+    words = rng.sample(KNOWN, CHAINS * (hops + 1) + ALONE + 4)
     names, values = words[4:], words[:4]
     needles, last = _chains(rng, names, values, hops, "{name} = '{value}'", "{name} = {before}")
     choices, gold = ranked(rng, f"{values[0]}'\n", [f"{value}'\n" for value in values[1:]])
@@ -125,7 +127,7 @@ def _chat_values(rng: random.Random, number: int) -> Facts:
 
 def _chat_tracking(rng: random.Random, number: int) -> Facts:
     hops = HOPS[number % len(HOPS)]
-    names, values = rng.sample(WORDS, CHAINS * (hops + 1)), _numbers(rng, 4)
+    names, values = rng.sample(WORDS, CHAINS * (hops + 1) + ALONE), _numbers(rng, 4)
     sentences = "The {name} has the number {value}.", "The {name} has the same number as the {before}."
     needles, last = _chains(rng, names, values, hops, *sentences)
     choices, gold = ranked(rng, values[0], values[1:])
