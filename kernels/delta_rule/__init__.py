@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kernels.checks import check_dense, check_documents, check_flags, check_tensors
 from kernels.delta_rule.chunked import delta_rule_chunked
+from kernels.delta_rule.cpu import delta_rule_cpu, why_unavailable
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import Implementations, always_available, choose
 
@@ -52,7 +53,7 @@ def kda(
         output_final_state: whether the state after the last step is returned too.
         use_qk_l2norm_in_kernel: whether q and k are divided by their length first.
         document_ids: integers [batch, T]; the state starts anew where the id changes.
-        impl: "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, or an `impl` that cannot run.
@@ -109,17 +110,41 @@ def _run(
     if document_ids is not None:  # numbered by change, because an id that comes back is another document
         document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
     with torch.autocast(v.device.type, enabled=False):  # products of states stay in this dtype
-        if normalize:
-            q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + EPSILON) for t in (q, k))
-        q = q * (k.shape[-1] ** -0.5 if scale is None else scale)
-        o, S = RULES[implementation](q, k, v, g, beta, S, document_ids)
+        scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+        o, S = RULES[implementation](q, k, v, g, beta, S, document_ids, scale, normalize)
     return o.to(out_dtype), S if output_final_state else None
 
 
-IMPLEMENTATIONS: Implementations = {"chunked": always_available, "reference": always_available}
+def _of_normalized(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a rule that normalizes q and k, if asked, and scales q, before it calls this one, which does not."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        S: Tensor,
+        document_ids: Tensor | None,
+        scale: float,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if normalize:
+            q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + EPSILON) for t in (q, k))
+        return rule(q * scale, k, v, g, beta, S, document_ids)
+
+    return run
+
+
+IMPLEMENTATIONS: Implementations = {
+    "cpu": why_unavailable,
+    "chunked": always_available,
+    "reference": always_available,
+}
 RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "chunked": delta_rule_chunked,
-    "reference": delta_rule_reference,
+    "cpu": delta_rule_cpu,
+    "chunked": _of_normalized(delta_rule_chunked),
+    "reference": _of_normalized(delta_rule_reference),
 }
 
 

@@ -48,9 +48,9 @@ def run(
     return outputs, torch.autograd.grad(sum((o * w).sum() for o, w in zip(outputs, weights, strict=True)), leaves)
 
 
-def assert_compiles(scan: Callable, arguments: dict) -> None:
+def assert_compiles(scan: Callable, arguments: dict, impl: str = "auto") -> None:
     """Check that torch.compile takes a scan in one graph, forward and backward, and changes nothing."""
-    plain = run(scan, arguments, "auto")
+    plain = run(scan, arguments, impl)
     compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
-    for found, wanted in zip(run(compiled, arguments, "auto"), plain, strict=True):
+    for found, wanted in zip(run(compiled, arguments, impl), plain, strict=True):
         assert_close(found, wanted, 1e-6)

@@ -9,19 +9,27 @@ from torch.autograd import forward_ad
 
 from kernels.chunk_scan import cases as chunk_cases
 from kernels.chunk_scan import chunk_scan
+from kernels.delta_rule import cases as rule_cases
+from kernels.delta_rule import kda
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
 
+
+def delta_rule(**arguments):
+    return kda(**arguments)[0]
+
+
 OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
+    "delta_rule": (delta_rule, lambda: rule_cases.make(8, dtype=torch.float32)),
     "selective_state_update": (selective_state_update, lambda: selective_cases.make_update(dtype=torch.float32)),
 }
 LOAD = """
 import sys, torch
-import kernels.chunk_scan, kernels.selective_scan
+import kernels.chunk_scan, kernels.delta_rule, kernels.selective_scan
 arguments, y = torch.load(sys.argv[2])
 found = torch.export.load(sys.argv[1]).module()(*arguments)
 assert torch.equal(found, y), (found - y).abs().max()
@@ -53,7 +61,12 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name, lengths", [("selective_scan", dict(u=2, delta=2, B=3, C=3)), ("chunk_scan", dict(x=1, dt=1, B=1, C=1))]
+    "name, lengths",
+    [
+        ("selective_scan", dict(u=2, delta=2, B=3, C=3)),
+        ("chunk_scan", dict(x=1, dt=1, B=1, C=1)),
+        ("delta_rule", dict(q=1, k=1, v=1, g=1, beta=1)),
+    ],
 )
 def test_an_export_takes_any_length(name, lengths):
     """The length is not bound by the sizes that kernels/allocator.py distinguishes."""
@@ -71,7 +84,7 @@ def test_an_export_takes_any_length(name, lengths):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name, value", [("selective_scan", "u"), ("chunk_scan", "x")])
+@pytest.mark.parametrize("name, value", [("selective_scan", "u"), ("chunk_scan", "x"), ("delta_rule", "v")])
 def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
     scan, make = OPERATORS[name]
     a = make()

@@ -1,5 +1,6 @@
 """Both delta rules: every implementation equals the reference, the reference the formula, and both others' code."""
 
+import functools
 import importlib
 import inspect
 import random
@@ -12,26 +13,32 @@ from kernels.delta_rule import gated_delta_rule, kda
 from kernels.delta_rule.cases import CASES, HEADS, make
 from kernels.products import solve_unit_lower
 from tests.conftest import assert_close
-from tests.kernels.conftest import BFLOAT16, FLOAT32, FLOAT64, assert_compiles, run
+from tests.kernels.conftest import BFLOAT16, CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
 
 RULES = {"kda": (kda, True), "gated_delta_rule": (gated_delta_rule, False)}
 every_rule = pytest.mark.parametrize("rule, per_channel", RULES.values(), ids=RULES)
-every_case = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-both = pytest.mark.parametrize("impl", ["chunked", "reference"])
+every_impl = pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
+every_fast = pytest.mark.parametrize("impl", [CPU, "chunked"])
 
 
+@functools.cache
+def by_reference(rule, length, case, per_channel):
+    """Outputs and gradients of a case in float64."""
+    return run(rule, make(length, **CASES[case], per_channel=per_channel), "reference")
+
+
+@every_fast
 @every_rule
-@every_case
-@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 127, 150])
-def test_each_is_the_reference(rule, per_channel, options, length):
-    (outputs, gradients), (expected, expected_gradients) = (
-        run(rule, make(length, **options, per_channel=per_channel), impl) for impl in ("chunked", "reference")
-    )
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length", [1, 3, 7, 63, 64, 65, 150])
+def test_each_is_the_reference(impl, rule, per_channel, case, length):
+    outputs, gradients = run(rule, make(length, **CASES[case], per_channel=per_channel), impl)
+    expected, expected_gradients = by_reference(rule, length, case, per_channel)
     assert_close(outputs, expected, FLOAT64)
     assert_close(gradients, expected_gradients, FLOAT64, floor=0.01)
 
 
-@both
+@every_impl
 def test_formula(impl):
     """S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T (arXiv 2510.26692, equation 1)."""
     a = make(9, state=True)
@@ -45,7 +52,7 @@ def test_formula(impl):
     assert_close(last, S, FLOAT64)
 
 
-@both
+@every_impl
 def test_one_decay_per_head_is_the_same_for_all_channels(impl):
     a = make(70, per_channel=False, state=True)
     many = a | dict(g=a["g"][..., None].expand(-1, -1, -1, 5))
@@ -53,14 +60,14 @@ def test_one_decay_per_head_is_the_same_for_all_channels(impl):
 
 
 @every_rule
-@both
+@every_impl
 def test_grouped_heads_are_repeated_ones(rule, per_channel, impl):
     a = make(70, q=2, k=1, v=4, per_channel=per_channel)
     repeated = a | {name: a[name].repeat_interleave(HEADS // a[name].shape[2], 2) for name in "qkv"}
     assert_close(rule(**a, impl=impl)[0], rule(**repeated, impl=impl)[0], FLOAT64)
 
 
-@both
+@every_impl
 @pytest.mark.parametrize("border", [20, 64, 70])
 def test_documents_are_separate_runs(impl, border):
     """The first continues the given state, and the last state is the last document's; borders in and between chunks."""
@@ -76,7 +83,7 @@ def test_documents_are_separate_runs(impl, border):
 
 
 @every_rule
-@both
+@every_impl
 @pytest.mark.parametrize("cut", [1, 64, 77])
 def test_goes_on_from_a_state(rule, per_channel, impl, cut):
     a, options = make(100, per_channel=per_channel), dict(output_final_state=True, impl=impl)
@@ -87,61 +94,75 @@ def test_goes_on_from_a_state(rule, per_channel, impl, cut):
     assert_close(end, last, FLOAT64)
 
 
-def test_normalizes_and_scales():
-    a = make(20, K=4)
-    plain = kda(**a | {n: a[n] / (a[n].square().sum(-1, keepdim=True) + 1e-6).sqrt() for n in "qk"}, scale=0.5)[0]
-    assert_close(kda(**a, use_qk_l2norm_in_kernel=True)[0], plain, FLOAT64)
+@every_impl
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0])
+def test_normalizes_and_scales(impl, scale):
+    """It changes what follows from q and k, and their gradients, as the same operations outside would."""
+    a = make(70, K=4, q=2, k=1, state=True)
+
+    def outside(q, k, impl, **others):
+        q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+        return kda(q * (0.5 if scale is None else scale), k, scale=1.0, impl=impl, **others)
+
+    inside = functools.partial(kda, use_qk_l2norm_in_kernel=True, scale=scale)
+    for found, wanted in zip(run(inside, a, impl), run(outside, a, "chunked"), strict=True):
+        assert_close(found, wanted, FLOAT64, floor=0.01)
 
 
+@every_fast
 @every_rule
-@every_case
-def test_float32_is_close_to_float64(rule, per_channel, options):
-    make_one = dict(**options, per_channel=per_channel)
-    (outputs, gradients), (expected, expected_gradients) = (
-        run(rule, make(127, **make_one, dtype=torch.float32), "chunked"),
-        run(rule, make(127, **make_one), "reference"),
-    )
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_close_to_float64(impl, rule, per_channel, case):
+    outputs, gradients = run(rule, make(150, **CASES[case], per_channel=per_channel, dtype=torch.float32), impl)
+    expected, expected_gradients = by_reference(rule, 150, case, per_channel)
     assert all(o.dtype == torch.float32 for o in outputs)
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, FLOAT32, floor=0.01)
 
 
+@every_fast
 @every_rule
-def test_the_error_does_not_grow_with_the_length(rule, per_channel):
+def test_the_error_does_not_grow_with_the_length(impl, rule, per_channel):
     """Weak decays: the state remembers thousands of steps."""
-    single = make(4096, K=16, decay=0.0, per_channel=per_channel, dtype=torch.float32)
-    found, expected = rule(**single)[0], rule(**{k: t.double() for k, t in single.items()})[0]
-    parts = zip(found.split(512, 1), expected.split(512, 1), strict=True)
+    single = make(32768, K=16, q=2, k=1, v=2, decay=0.0, per_channel=per_channel, dtype=torch.float32)
+    single = {k: t[:1] for k, t in single.items()}
+    found = rule(**single, impl=impl)[0]
+    expected = rule(**{k: t.double() for k, t in single.items()}, impl="chunked")[0]
+    parts = zip(found.split(2048, 1), expected.split(2048, 1), strict=True)
     errors = [(f.double() - e).norm() / e.norm() for f, e in parts]
     assert max(errors) < 1e-6 and errors[-1] < 2 * errors[1]
 
 
+@every_fast
 @every_rule
-def test_very_strong_decays_forget_and_stay_finite(rule, per_channel):
+def test_very_strong_decays_forget_and_stay_finite(impl, rule, per_channel):
     """A product of exp(-sum) and exp(sum), as flash-linear-attention's naive chunks have it, is infinity times zero."""
     a = make(130, per_channel=per_channel, dtype=torch.float32)
     a["g"] -= 1e4
-    outputs, gradients = run(rule, a, "chunked")
+    outputs, gradients = run(rule, a, impl)
     assert all(t.isfinite().all() for t in (*outputs, *gradients))
     kept = a["beta"][..., None] * (a["q"] * a["k"]).sum(-1, keepdim=True) * a["v"] / 5**0.5
     assert_close(outputs[0], kept, FLOAT32)
 
 
-def test_an_infinite_decay_is_a_new_document():
+@every_fast
+def test_an_infinite_decay_is_a_new_document(impl):
     a = make(100)
     a["g"][:, 30] = -torch.inf
     ids = (torch.arange(100) >= 30).long().expand(2, -1)
-    assert_close(kda(**a)[0], kda(**make(100), document_ids=ids)[0], FLOAT64)
+    assert_close(kda(**a, impl=impl)[0], kda(**make(100), document_ids=ids, impl=impl)[0], FLOAT64)
 
 
+@every_fast
 @every_rule
 @pytest.mark.parametrize("seed", range(6))
-def test_a_value_that_is_not_finite_reaches_what_it_reaches_in_the_reference(rule, per_channel, seed):
+def test_a_value_that_is_not_finite_reaches_what_it_reaches_in_the_reference(impl, rule, per_channel, seed):
     rng = random.Random(seed)
     a = make(130, documents=True, state=True, per_channel=per_channel)
     name = rng.choice([k for k, t in a.items() if t.is_floating_point()])
     a[name].view(-1)[rng.randrange(a[name].numel())] = rng.choice([float("nan"), float("inf")])
-    for found, wanted in zip(run(rule, a, "chunked"), run(rule, a, "reference"), strict=True):
+    a["use_qk_l2norm_in_kernel"] = rng.random() < 0.5
+    for found, wanted in zip(run(rule, a, impl), run(rule, a, "reference"), strict=True):
         for f, w in zip(found, wanted, strict=True):
             assert torch.equal(f.isfinite(), w.isfinite()), name
             assert_close(f.nan_to_num(0, 0, 0), w.nan_to_num(0, 0, 0), FLOAT64)
@@ -151,7 +172,7 @@ def test_a_value_that_is_not_finite_reaches_what_it_reaches_in_the_reference(rul
 def test_gradients_by_finite_differences_twice(monkeypatch, rule, per_channel):
     monkeypatch.setattr(chunked, "CHUNK", 4)
     monkeypatch.setattr(chunked, "SMALL", 1)
-    a = make(6, K=2, q=1, k=2, v=1, state=True, per_channel=per_channel)
+    a = {k: t[:1] for k, t in make(5, K=2, V=2, q=1, k=2, v=1, state=True, per_channel=per_channel).items()}
     names = [k for k, t in a.items() if t.is_floating_point()]
 
     def all_of(*tensors):
@@ -169,32 +190,47 @@ def test_solve_unit_lower_reads_only_below_the_diagonal():
     assert torch.autograd.gradgradcheck(solve_unit_lower, (a.requires_grad_(), b.requires_grad_()))
 
 
+@every_fast
 @every_rule
-def test_autocast_changes_nothing(rule, per_channel):
+def test_autocast_changes_nothing(impl, rule, per_channel):
     """Neither a forward pass inside, nor a backward pass inside, whose products torch would make bfloat16."""
     a = make(70, K=8, per_channel=per_channel, state=True, dtype=torch.float32)
-    plain = run(rule, a, "chunked")
-    inside = run(rule, a, "chunked", lambda: torch.autocast("cpu", torch.bfloat16))
+    plain = run(rule, a, impl)
+    inside = run(rule, a, impl, lambda: torch.autocast("cpu", torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        throughout = run(rule, a, "chunked")
+        throughout = run(rule, a, impl)
     for found in (inside, throughout):
         assert all(torch.equal(x, y) for f, p in zip(found, plain, strict=True) for x, y in zip(f, p, strict=True))
 
 
+@every_fast
 @every_rule
-def test_bfloat16_in_and_out_and_float32_between(rule, per_channel):
+def test_bfloat16_in_and_out_and_float32_between(impl, rule, per_channel):
     a = make(100, per_channel=per_channel)
     half = {k: t.bfloat16() for k, t in a.items()}
-    o, last = rule(**half, output_final_state=True)
+    o, last = rule(**half, output_final_state=True, impl=impl)
     assert o.dtype == torch.bfloat16 and last.dtype == torch.float32
     expected, state = rule(**{k: t.double() for k, t in half.items()}, output_final_state=True)
     assert_close(last, state, FLOAT32)
     assert_close(o, expected, BFLOAT16)
 
 
+@every_fast
 @every_rule
-def test_torch_compile_takes_it(rule, per_channel):
-    assert_compiles(rule, make(70, documents=True, state=True, per_channel=per_channel, dtype=torch.float32))
+def test_torch_compile_takes_it(impl, rule, per_channel):
+    assert_compiles(rule, make(70, documents=True, state=True, per_channel=per_channel, dtype=torch.float32), impl)
+
+
+@needs_compiler
+def test_the_number_of_threads_changes_no_bit():
+    a, threads, found = make(200, q=2, documents=True, dtype=torch.float32), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([*(t.detach() for results in run(kda, a, "cpu") for t in results)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
 
 
 # --- other people's code
@@ -210,7 +246,8 @@ PATHS = {
 
 @pytest.mark.parametrize("name, family, rule, per_channel", [(k, *v) for k, v in PATHS.items()], ids=PATHS)
 @pytest.mark.parametrize("decay", [0.01, 1.0, 100.0])
-def test_is_the_torch_path_of_transformers(name, family, rule, per_channel, decay):
+@every_impl
+def test_is_the_torch_path_of_transformers(name, family, rule, per_channel, decay, impl):
     if "chunk" in name and decay > 1:
         pytest.skip("its differences of float32 sums have no digits left there")
     theirs = inspect.unwrap(getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name))
@@ -220,17 +257,18 @@ def test_is_the_torch_path_of_transformers(name, family, rule, per_channel, deca
         return theirs(q, k, v, use_qk_l2norm_in_kernel=True, **options)
 
     options = dict(a, use_qk_l2norm_in_kernel=True)
-    (outputs, gradients), (expected, expected_gradients) = run(rule, options, "auto"), run(as_theirs, a, "auto")
+    (outputs, gradients), (expected, expected_gradients) = run(rule, options, impl), run(as_theirs, a, "auto")
     assert_close(outputs, expected, FLOAT32)
     assert_close(gradients, expected_gradients, 3 * FLOAT32, floor=0.01)
 
 
+@every_impl
 @pytest.mark.parametrize("decay", [1.0, 100.0])
-def test_is_the_naive_recurrence_of_flash_linear_attention(decay):
+def test_is_the_naive_recurrence_of_flash_linear_attention(decay, impl):
     naive = pytest.importorskip("fla.ops.kda.naive", reason="flash-linear-attention is not installed")
     a = make(70, q=2, k=2, decay=decay, state=True, dtype=torch.float32)
     expected, state = naive.naive_recurrent_kda(**a, output_final_state=True)
-    o, last = kda(**a, output_final_state=True)
+    o, last = kda(**a, output_final_state=True, impl=impl)
     assert_close(o, expected, FLOAT32)
     assert_close(last, state, FLOAT32)
 
@@ -251,7 +289,7 @@ def test_is_the_naive_recurrence_of_flash_linear_attention(decay):
         (dict(q="q"), "q must be a tensor; got str"),
         (dict(scale="large"), "scale must be a number or None; got str"),
         (dict(output_final_state=1), "output_final_state must be True or False; got int"),
-        (dict(impl="fast"), "impl is 'auto' or one of 'chunked', 'reference'; got 'fast'"),
+        (dict(impl="fast"), "impl is 'auto' or one of 'cpu', 'chunked', 'reference'; got 'fast'"),
         (dict(v=torch.ones(2, 9, HEADS, 3, dtype=torch.int64)), "v must be floating-point"),
     ],
 )

@@ -1,0 +1,189 @@
+// The memory of one thread, and the tensors of a call. README.md has the derivation.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "../matrix.h"
+
+constexpr int STEPS = 64;  // steps per chunk
+constexpr int BLOCK = 16;  // steps per block: pairs inside one are summed each by itself
+constexpr int BLOCKS = STEPS / BLOCK;
+constexpr int FEW = 6;     // steps of a call for which no chunk is made (ours)
+constexpr double EPSILON = 1e-6;  // under the root of an L2 norm
+
+// The arguments of a call. `state` is the first state, and the last when done; backward it is the gradient of the last
+// state, and of the first when done. Gradients have H heads each.
+struct Rule {
+    int64_t batch, length, heads, heads_q, heads_k, heads_v, keys, values, per_channel, normalize, threads;
+    double scale;
+    const void *q, *k, *v, *g, *beta;  // [batch, T, heads of each, K or V]; g [batch, T, H, K or 1]; beta [batch, T, H]
+    const int64_t* document_ids;       // [batch, T] or null
+    void *state, *chunk_states;        // [batch, H, K, V]; [batch, H, chunks, K, padded V], the state before each chunk
+    void* o;                           // [batch, T, H, V]; backward: its gradient
+    void *dq, *dk, *dv, *dg, *dbeta;   // [batch, T, H, K, V, K or 1, or none]
+};
+
+// A task has one batch entry and one head. Blocks of steps are [STEPS][padded K or V], with zeros beyond K, V and the
+// last step: a step of zeros changes nothing.
+template <typename T> struct Head {
+    static constexpr int W = WIDTH<T>;
+    const Rule& rule;
+    const int64_t L, H, K, V, Kp, Vp, chunks;
+    const bool per_channel, backward, few, in_place;  // few: no chunk is made; in_place: S is in the result
+    int64_t b = 0, h = 0;
+    bool starts[STEPS];              // whether a document starts there
+    T beta[STEPS], dbeta[STEPS];
+    T length_q[STEPS], length_k[STEPS];  // the inverse lengths of q and k as they were given
+    T into_1[STEPS], out_1[STEPS];   // one decay per head: from the chunk's start to t, from t to its end
+    std::vector<Vec<T>> memory;
+    T *S, *next;                     // the state (backward: its gradient) before and after the chunk [K][Vp]
+    T *q, *k, *v, *g;                // the arguments; g is -infinity where a document starts
+    T *erase, *ask;                  // -k and q, decayed from the chunk's start
+    T *keys, *keys_T;                // k decayed to the end of what is done; backward: after each block
+    T *A, *P;                        // pairs of steps t, s: of -k_t and k_s (s < t), of q_t and k_s (s <= t)
+    T *w, *u, *o;                    // v minus what the state answers, that times beta, and the result
+    T *chunk_decay;                  // [Kp]
+    T *step, *into, *out, *near_k, *near_q, *start, *block_decay, *decay;  // of pairs.h
+    T *ST, *DT, *UT, *dO, *du, *dR, *dA, *dP, *dask, *derase, *dkeys, *dq, *dk, *dg, *dlog_cd;  // backward
+    T *dnear_k, *dnear_q, *dinto, *dout, *kept;
+
+    Head(const Rule& r, bool back)
+        : rule(r), L(r.length), H(r.heads), K(r.keys), V(r.values), Kp(padded<T>(r.keys)), Vp(padded<T>(r.values)),
+          chunks((r.length + STEPS - 1) / STEPS), per_channel(r.per_channel),
+          backward(back), few(r.length <= FEW && !back), in_place(few && Vp == V) {
+        int64_t steps = few ? BLOCK : STEPS, k_steps = steps * Kp, v_steps = steps * Vp, pairs = steps * steps;
+        std::vector<std::pair<T**, int64_t>> places = {{&S, K * Vp}, {&q, k_steps}, {&k, k_steps}, {&v, v_steps},
+                                                       {&g, k_steps}, {&o, v_steps}, {&chunk_decay, Kp}};
+        if (!few)
+            places.insert(places.end(), {{&next, K * Vp}, {&erase, k_steps}, {&ask, k_steps}, {&keys_T, k_steps},
+                                         {&keys, backward ? BLOCKS * k_steps : k_steps}, {&A, pairs}, {&P, pairs},
+                                         {&w, v_steps}, {&u, v_steps}});
+        if (!few && per_channel)
+            places.insert(places.end(), {{&step, k_steps}, {&into, k_steps}, {&out, k_steps}, {&near_k, k_steps},
+                                         {&near_q, k_steps}, {&start, BLOCKS * Kp}, {&block_decay, BLOCKS * Kp}});
+        if (!few && !per_channel) places.push_back({&decay, pairs});
+        if (backward)
+            places.insert(places.end(),
+                          {{&ST, Vp * Kp}, {&DT, Vp * Kp}, {&UT, v_steps}, {&dO, v_steps}, {&du, v_steps},
+                           {&dR, v_steps}, {&dA, pairs}, {&dP, pairs}, {&dask, k_steps}, {&derase, k_steps},
+                           {&dkeys, k_steps}, {&dq, k_steps}, {&dk, k_steps}, {&dg, k_steps}, {&dlog_cd, Kp},
+                           {&dnear_k, k_steps}, {&dnear_q, k_steps}, {&dinto, k_steps}, {&dout, k_steps},
+                           {&kept, BLOCK * BLOCK * W}});
+        int64_t total = 0;
+        for (auto& [_, size] : places) total += padded<T>(size);
+        memory.assign(total / W, Vec<T>{});
+        T* at = (T*)memory.data();
+        for (auto& [place, size] : places) *place = at, at += padded<T>(size);
+    }
+    T* stage(int blocks) { return keys + (backward ? (blocks - 1) * STEPS * Kp : 0); }
+
+    int64_t row(int64_t t) { return (b * L + t) * H + h; }
+    template <typename U> U* at(void* base, int64_t t, int64_t size) { return (U*)base + row(t) * size; }
+    const T* argument(const void* base, int64_t t, int64_t heads, int64_t size) {
+        return (const T*)base + ((b * L + t) * heads + h / (H / heads)) * size;
+    }
+    T* chunk_state(int64_t chunk) { return (T*)rule.chunk_states + ((b * H + h) * chunks + chunk) * K * Vp; }
+
+    void begin(int64_t task) {
+        b = task / H, h = task % H;
+        if (in_place) S = (T*)rule.state + task * K * V;
+        for (int64_t n = 0; n < K && !in_place; n++) {
+            memcpy(S + n * Vp, (T*)rule.state + (task * K + n) * V, sizeof(T) * V);
+            for (int64_t p = V; p < Vp; p++) S[n * Vp + p] = 0;
+        }
+    }
+    void end() {
+        for (int64_t n = 0; n < K && !in_place; n++)
+            memcpy((T*)rule.state + ((b * H + h) * K + n) * V, S + n * Vp, sizeof(T) * V);
+    }
+    // Loads rows, and prefetches those of the chunk that follows.
+    void load_rows(const void* from, int64_t t0, int steps, int rows, int64_t heads, int64_t size, T* to) {
+        int64_t wide = padded<T>(size), ahead = backward ? -STEPS : STEPS;
+        for (int t = 0; t < steps; t++) {
+            const T *at = argument(from, t0 + t, heads, size), *next = argument(from, t0 + t + ahead, heads, size);
+            for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+            memcpy(to + t * wide, at, sizeof(T) * size);
+            for (int64_t i = size; i < wide; i++) to[t * wide + i] = 0;
+        }
+        memset(to + steps * wide, 0, sizeof(T) * (rows - steps) * wide);
+    }
+    void store_rows(const T* from, int steps, int64_t t0, int64_t size, void* to) {
+        for (int t = 0; t < steps; t++) memcpy(at<T>(to, t0 + t, size), from + t * padded<T>(size), sizeof(T) * size);
+    }
+    void store_numbers(const T* from, int steps, int64_t t0, void* to) {
+        for (int t = 0; t < steps; t++) *at<T>(to, t0 + t, 1) = from[t];
+    }
+    // Loads the arguments of the chunk at t0; returns the number of its steps. `rows`: that, in whole blocks.
+    int load_chunk(int64_t t0, int& rows) {
+        int steps = L - t0 < STEPS ? L - t0 : STEPS;
+        rows = (steps + BLOCK - 1) / BLOCK * BLOCK;
+        load_rows(rule.q, t0, steps, rows, rule.heads_q, K, q);
+        load_rows(rule.k, t0, steps, rows, rule.heads_k, K, k);
+        load_rows(rule.v, t0, steps, rows, rule.heads_v, V, v);
+        if (per_channel) load_rows(rule.g, t0, steps, rows, H, K, g);
+        else load_rows(rule.g, t0, steps, rows, H, 1, g);
+        for (int t = 0; t < rows; t++) {
+            beta[t] = t < steps ? *argument(rule.beta, t0 + t, H, 1) : 0;
+            const int64_t* ids = rule.document_ids ? rule.document_ids + b * L + t0 + t : nullptr;
+            starts[t] = ids && t < steps && t0 + t > 0 && ids[0] != ids[-1];
+            int64_t wide = per_channel ? Kp : W;
+            if (starts[t])
+                for (int64_t c = 0; c < wide; c++) g[t * wide + c] = -INFINITY;
+            length_k[t] = normalize(k + t * Kp, 1), length_q[t] = normalize(q + t * Kp, rule.scale);
+        }
+        return steps;
+    }
+    T log_of(int t) { return g[t * W]; }  // with one decay per head
+    // Divides a row by its length, if asked; returns the inverse of it, or 1.
+    T normalize(T* x, T scale) {
+        T inverse = 1;
+        if (rule.normalize) {
+            Vec<T> squares{};
+            for (int64_t c = 0; c < Kp; c += W) squares += load<T>(x + c) * load<T>(x + c);
+            T sum = EPSILON;
+            for (int i = 0; i < W; i++) sum += squares[i];
+            inverse = 1 / std::sqrt(sum);
+        }
+        T factor = inverse * scale;
+        for (int64_t c = 0; c < Kp; c += W) store(x + c, load<T>(x + c) * factor);
+        return inverse;
+    }
+    // Makes of the gradient of a row that `normalize` left at x that of the row before it.
+    void denormalize(const T* x, T inverse, T scale, T* dx) {
+        Vec<T> along{};
+        if (rule.normalize)
+            for (int64_t c = 0; c < Kp; c += W) along += load<T>(x + c) * load<T>(dx + c);
+        T sum = 0;
+        for (int i = 0; i < W; i++) sum += along[i];
+        sum = scale != 0 ? sum / scale : 0;
+        for (int64_t c = 0; c < Kp; c += W) {
+            Vec<T> d = load<T>(dx + c) * scale;
+            store(dx + c, rule.normalize ? (d - load<T>(x + c) * sum) * inverse : d);
+        }
+    }
+};
+
+// to [columns][row_to] = from [rows][columns]^T; both counts are whole vectors
+template <typename T>
+static void transpose_tile(int64_t rows, int64_t columns, const T* from, int64_t row_from, T* to, int64_t row_to) {
+    constexpr int W = WIDTH<T>;
+    for (int64_t i = 0; i < rows; i += W)
+        for (int64_t j = 0; j < columns; j += W) {
+            Vec<T> v[W];
+            for (int k = 0; k < W; k++) v[k] = load<T>(from + (i + k) * row_from + j);
+            transpose_square<T>(v);
+            for (int k = 0; k < W; k++) store(to + (j + k) * row_to + i, v[k]);
+        }
+}
+
+template <typename T> static T sum_of_lanes(Vec<T> v) {
+    T total[1] = {};
+    add_lane_sums<T, 1>(&v, total);
+    return total[0];
+}
+
+template <typename T> static T dot(int64_t n, const T* a, const T* b) {  // n: whole vectors
+    Vec<T> sum{};
+    for (int64_t i = 0; i < n; i += WIDTH<T>) sum += load<T>(a + i) * load<T>(b + i);
+    return sum_of_lanes<T>(sum);
+}
