@@ -11,6 +11,7 @@ import torch
 # Name of an implementation -> a function of the device type and the dtype of the states that returns why it cannot run
 # there, or None if it can. The order is that in which "auto" tries them.
 Implementations = dict[str, Callable[[str, torch.dtype], str | None]]
+FOR_GPUS = ("triton", "fla")  # "auto" skips them on a CPU, where there is only Triton's interpreter, for tests
 
 
 def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementations: Implementations) -> str:
@@ -29,8 +30,8 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
         return impl
     rejected, reason = "", None
     for name, why_unavailable in implementations.items():
-        if name == "triton" and device == "cpu":
-            continue  # on a CPU there is only Triton's interpreter, which is for tests
+        if name in FOR_GPUS and device == "cpu":
+            continue
         if (reason := why_unavailable(device, dtype)) is None:
             _print_once(f"{operator} runs on this {device} by its implementation {name!r}{rejected}.")
             return name

@@ -7,6 +7,7 @@ DeltaNet, arXiv 2412.06464). Arguments and results are those of flash-linear-att
 batch · T time · H heads, those of beta · K keys and V values of a head
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from kernels.checks import check_dense, check_documents, check_flags, check_tensors
 from kernels.delta_rule.chunked import delta_rule_chunked
 from kernels.delta_rule.cpu import delta_rule_cpu, why_unavailable
+from kernels.delta_rule.fla import delta_rule_fla, why_no_fla
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import Implementations, always_available, choose
 
@@ -39,7 +41,7 @@ def kda(
     """Return o [batch, T, H, V] in the dtype of v, and the final state [batch, H, K, V] if asked, else None.
 
     S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t; in float32, or in
-    float64 if v is, the state too.
+    float64 if v is, the state too. flash-linear-attention's kernels multiply float32 in TF32 and 16 bits as they are.
 
     Args:
         q: [batch, T, heads, K]. The heads of q, k and v divide H each, and H / heads consecutive ones share one: this
@@ -53,7 +55,8 @@ def kda(
         output_final_state: whether the state after the last step is returned too.
         use_qk_l2norm_in_kernel: whether q and k are divided by their length first.
         document_ids: integers [batch, T]; the state starts anew where the id changes.
-        impl: "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "fla" (flash-linear-attention's kernels), "cpu" (compiled), "chunked" (PyTorch operators), "reference", or
+            "auto": the first that runs.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, or an `impl` that cannot run.
@@ -101,10 +104,12 @@ def _run(
     if scale is not None and not isinstance(scale, (int, float)):
         raise ValueError(f"scale must be a number or None; got {type(scale).__name__}.")
     dtype, out_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32, v.dtype
-    implementation = _choose(operator, impl, v.device.type, dtype)
-    q, k, v, g, beta = (t.to(dtype) for t in (q, k, v, g, beta))
+    implementation = _choose(operator, impl, v.device.type, dtype, k.shape[-1])
+    factor_dtype = out_dtype if implementation == "fla" else dtype  # of q, k and v
+    q, k, v = (t.to(factor_dtype) for t in (q, k, v))
+    g, beta = g.to(dtype), beta.to(dtype)
     if initial_state is None:
-        S = v.new_zeros(v.shape[0], beta.shape[2], k.shape[-1], v.shape[-1])
+        S = beta.new_zeros(v.shape[0], beta.shape[2], k.shape[-1], v.shape[-1])
     else:
         S = initial_state.to(dtype)
     if document_ids is not None:  # numbered by change, because an id that comes back is another document
@@ -136,12 +141,8 @@ def _of_normalized(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
     return run
 
 
-IMPLEMENTATIONS: Implementations = {
-    "cpu": why_unavailable,
-    "chunked": always_available,
-    "reference": always_available,
-}
 RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "fla": delta_rule_fla,
     "cpu": delta_rule_cpu,
     "chunked": _of_normalized(delta_rule_chunked),
     "reference": _of_normalized(delta_rule_reference),
@@ -149,8 +150,14 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not trace into it
-def _choose(operator: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    return choose(operator, impl, device, dtype, IMPLEMENTATIONS)
+def _choose(operator: str, impl: str, device: str, dtype: torch.dtype, keys: int) -> str:
+    implementations: Implementations = {
+        "fla": functools.partial(why_no_fla, operator=operator, keys=keys),
+        "cpu": why_unavailable,
+        "chunked": always_available,
+        "reference": always_available,
+    }
+    return choose(operator, impl, device, dtype, implementations)
 
 
 def _check(

@@ -50,10 +50,19 @@ def why_unavailable(device: str, dtype: torch.dtype) -> str | None:
     return why_no_library(device, dtype, compiled_library)
 
 
-def _call(name: str, scale: float, normalize: bool, tensors: dict[str, Tensor | None]) -> None:
-    q, k, v, g, beta = (tensors[argument] for argument in ARGUMENTS)
+def _call(
+    name: str,
+    arguments: tuple[Tensor, ...],
+    document_ids: Tensor | None,
+    scale: float,
+    normalize: bool,
+    **others: Tensor | None,
+) -> None:
+    q, k, v, g, beta = arguments = tuple(t.contiguous() for t in arguments)
     batch, length, heads = beta.shape
     sizes = batch, length, heads, q.shape[2], k.shape[2], v.shape[2], k.shape[3], v.shape[3]
+    ids = None if document_ids is None else document_ids.long().contiguous()
+    tensors = dict(zip(ARGUMENTS, arguments, strict=True)) | others | {"document_ids": ids}
     addresses = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     rule = _Rule(*sizes, g.shape[3] > 1 or k.shape[3] == 1, normalize, torch.get_num_threads(), scale, **addresses)
     suffix = "double" if v.dtype == torch.float64 else "float"
@@ -83,21 +92,12 @@ def rule_forward(
     Returns:
         o; the last S; the states before each chunk (empty unless `keep`).
     """
-    inputs = _inputs(q, k, v, g, beta, document_ids)
     last = S.clone(memory_format=torch.contiguous_format)
     o = allocate((*beta.shape, v.shape[3]), v)
     chunk_states = allocate(_chunk_states_shape(S, beta.shape[1]) if keep else (0,), v)
-    results = dict(state=last, chunk_states=chunk_states if keep else None, o=o)
-    _call("forward", scale, normalize, inputs | results)
+    kept = chunk_states if keep else None
+    _call("forward", (q, k, v, g, beta), document_ids, scale, normalize, state=last, chunk_states=kept, o=o)
     return o, last, chunk_states
-
-
-def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, document_ids: Tensor | None
-) -> dict[str, Tensor | None]:
-    tensors = (t.contiguous() for t in (q, k, v, g, beta))
-    ids = None if document_ids is None else document_ids.long().contiguous()
-    return dict(zip(ARGUMENTS, tensors, strict=True)) | {"document_ids": ids}
 
 
 def _fake_forward(
@@ -133,11 +133,11 @@ def rule_backward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g, beta and S."""
-    inputs = _inputs(q, k, v, g, beta, document_ids)
     dS = dS.clone(memory_format=torch.contiguous_format)
     gradients = [allocate((*beta.shape, t.shape[3]), t) for t in (q, k, v, g)] + [allocate(beta.shape, beta)]
-    results = {f"d{name}": t for name, t in zip(ARGUMENTS, gradients, strict=True)}
-    _call("backward", scale, normalize, inputs | results | dict(state=dS, chunk_states=chunk_states, o=do.contiguous()))
+    others = dict(state=dS, chunk_states=chunk_states, o=do.contiguous())
+    others |= {f"d{name}": t for name, t in zip(ARGUMENTS, gradients, strict=True)}
+    _call("backward", (q, k, v, g, beta), document_ids, scale, normalize, **others)
     for i, t in enumerate((q, k, v)):  # heads that shared one add up
         if t.shape[2] != beta.shape[2]:
             gradients[i] = gradients[i].unflatten(2, (t.shape[2], -1)).sum(3)

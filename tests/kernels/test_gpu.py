@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU, on the cases of the other tests; they are skipped where there is none."""
+"""The kernels for GPUs on a real one, on the cases of the other tests; they are skipped where there is none."""
 
 import importlib.util
 from typing import Any
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from kernels.chunk_scan import cases as chunk_cases
 from kernels.chunk_scan import chunk_scan
+from kernels.delta_rule import cases as rule_cases
+from kernels.delta_rule import gated_delta_rule, kda
+from kernels.delta_rule.fla import why_no_fla
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
@@ -106,3 +109,38 @@ def test_chunk_scan_is_flash_linear_attentions():
     a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=chunk_cases.HEADS, dtype=torch.float32).items()}
     y, _ = chunk_simple_gla(a["C"], a["B"], a["x"] * a["dt"][..., None], g=a["dt"] * a["A"], scale=1.0)
     assert_close(chunk_scan(a["x"], a["dt"], a["A"], a["B"], a["C"], impl="triton"), y, 1e-2)
+
+
+RULES = [("kda", kda, True), ("gated_delta_rule", gated_delta_rule, False)]
+TF32 = 3e-3  # theirs multiplies float32 in TF32
+
+
+@pytest.mark.parametrize("impl", ["fla", "chunked"])
+@pytest.mark.parametrize("name, rule, per_channel", RULES, ids=[name for name, *_ in RULES])
+@pytest.mark.parametrize("case", rule_cases.CASES)
+@pytest.mark.parametrize("length", [1, 150])
+def test_every_case_of_the_delta_rules(impl, name, rule, per_channel, case, length):
+    """Heads of 64 keys: flash-linear-attention's are made for powers of two."""
+    options = rule_cases.CASES[case] | dict(K=64, V=32, per_channel=per_channel)
+    if impl == "fla" and (reason := why_no_fla("cuda", torch.float32, operator=name, keys=64)):
+        pytest.skip(reason)
+    expected, expected_gradients = run(rule, rule_cases.make(length, **options), "reference")
+    a = {k: on_gpu(v) for k, v in rule_cases.make(length, **options, dtype=torch.float32).items()}
+    outputs, gradients = run(rule, a, impl)
+    tolerance = TF32 if impl == "fla" else FLOAT32
+    assert_close([o.cpu() for o in outputs], expected, tolerance)
+    assert_close([g.cpu() for g in gradients], expected_gradients, tolerance, floor=0.1)
+
+
+@pytest.mark.parametrize("name, rule, per_channel", RULES, ids=[name for name, *_ in RULES])
+@torch.no_grad()
+def test_steps_of_the_delta_rules_without_gradients(name, rule, per_channel):
+    """By `fused_recurrent_*`, which multiplies float32 as it is."""
+    if reason := why_no_fla("cuda", torch.float32, operator=name, keys=64):
+        pytest.skip(reason)
+    for length in (1, 40):
+        options = dict(K=64, V=32, q=2, k=1, documents=True, state=True, per_channel=per_channel)
+        expected = rule(**rule_cases.make(length, **options), output_final_state=True, impl="reference")
+        a = {k: on_gpu(v) for k, v in rule_cases.make(length, **options, dtype=torch.float32).items()}
+        found = rule(**a, output_final_state=True, impl="fla")
+        assert_close([t.cpu() for t in found], expected, FLOAT32)

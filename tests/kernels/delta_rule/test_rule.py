@@ -289,7 +289,7 @@ def test_is_the_naive_recurrence_of_flash_linear_attention(decay, impl):
         (dict(q="q"), "q must be a tensor; got str"),
         (dict(scale="large"), "scale must be a number or None; got str"),
         (dict(output_final_state=1), "output_final_state must be True or False; got int"),
-        (dict(impl="fast"), "impl is 'auto' or one of 'cpu', 'chunked', 'reference'; got 'fast'"),
+        (dict(impl="fast"), "impl is 'auto' or one of 'fla', 'cpu', 'chunked', 'reference'; got 'fast'"),
         (dict(v=torch.ones(2, 9, HEADS, 3, dtype=torch.int64)), "v must be floating-point"),
     ],
 )
