@@ -2,6 +2,7 @@
 
     python -m kernels.bench                                          # all cases, then ours over growing lengths
     python -m kernels.bench selective_scan --size L=4096 batch=1     # one of them, at another size
+    python -m kernels.bench delta_rule                               # both delta rules
     python -m kernels.bench --json bench.json --plot bench.png       # everything that is printed, and more digits
 
 Every implementation runs in a process of its own, one after another. Its output and gradients are compared with float64
@@ -20,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.baselines import (
+from kernels.baselines import CASES, GROUPS
+from kernels.bench_case import (
     BASELINES,
-    CASES,
     GPU_ONLY,
     BenchmarkCase,
     Cost,
@@ -194,7 +195,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", choices=CASES, help="default: all")
+    parser.add_argument("name", nargs="?", choices=[*CASES, *GROUPS], help="default: all")
     parser.add_argument(
         "--size", nargs="+", type=_size_item, default=[], metavar="L=4096", help="where it is not the standard one"
     )
@@ -207,8 +208,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # the process of one implementation
     args = parser.parse_args(words)
     args.size = dict(args.size)
-    if args.size and (not args.name or args.size.keys() - CASES[args.name]({}).size):
-        known = format_size(CASES[args.name]({}).size) if args.name else "none"
+    args.cases = GROUPS.get(args.name, (args.name,)) if args.name else tuple(CASES)
+    if args.size and (not args.name or args.size.keys() - CASES[args.cases[0]]({}).size):
+        known = format_size(CASES[args.cases[0]]({}).size) if args.name else "none"
         parser.error(f"--size goes with a name, and has parts of its size: {known}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
@@ -225,7 +227,7 @@ def main(words: list[str] | None = None) -> None:
     machine = describe_machine(("torch", "triton", *BASELINES)) | {"not_measured": not_measured}
     rates, rows = ceilings(args.seconds), []
     print(format_opening(machine, rates), flush=True)
-    for case in [args.name] if args.name else CASES:
+    for case in args.cases:
         rows += print_table(compare(case, args.size, args.seconds, rates))
         if args.scaling:
             rows += print_table(scale(case, args.size, args.seconds, rates))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels import bench
-from kernels.baselines import BASELINES, CASES, why_not_measured
+from kernels.baselines import CASES, GROUPS
+from kernels.bench_case import BASELINES, why_not_measured
 from kernels.bench_report import format_row
 from kernels.machine import PeakMemory
 from kernels.selective_scan import selective_scan
@@ -16,6 +17,8 @@ TINY = {
     "selective_scan": dict(batch=1, D=8, N=4, L=32),
     "hedgemamba": dict(batch=1, heads=2, P=4, N=8, L=200),
     "chunk_scan": dict(batch=1, H=2, P=8, N=16, L=100),
+    "kda": dict(batch=1, H=2, K=8, V=4, T=100),
+    "gated_delta_rule": dict(batch=1, H=2, K=8, V=4, T=100),
     "selective_state_update": dict(batch=1, D=8, N=4),
 }
 
@@ -134,12 +137,20 @@ def test_peak_sees_what_is_freed_again():
         (["--size", "L=4"], "goes with a name"),
         (["chunk_scan", "--size", "D=4"], "parts of its size"),
         (["chunk_scan", "--size", "L"], "invalid"),
+        (["delta_rule", "--size", "L=4"], "parts of its size: batch=1 H=8 K=64 V=64 T=2048"),
     ],
 )
 def test_wrong_arguments_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert message in capsys.readouterr().err
+
+
+def test_a_group_names_cases_of_the_same_sizes():
+    for group, cases in GROUPS.items():
+        assert bench.parse_arguments([group]).cases == cases and group not in CASES
+        assert all(CASES[case]({}).size == CASES[cases[0]]({}).size for case in cases)
+    assert bench.parse_arguments(["kda"]).cases == ("kda",) and bench.parse_arguments([]).cases == tuple(CASES)
 
 
 def test_baselines_that_multiply_in_tf32_get_a_time():
