@@ -18,28 +18,53 @@ from convert.data.text import Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed windows. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document."""
+    """Packed documents. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document or
+    is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is)."""
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
+    lengths: Tensor | None = None
 
     def to(self, device: Any) -> "Batch":
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device))
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), lengths)
 
     def split(self, num_sequences: int) -> list["Batch"]:
         """Micro-batches of at most so many sequences."""
-        parts = (t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids))
-        return [Batch(*part) for part in zip(*parts, strict=True)]
+        parts = [t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids)]
+        lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
+        return [Batch(*part) for part in zip(*parts, lengths, strict=True)]
 
     def with_noise(self, share: float, seed: tuple[int, int]) -> "Batch":
         """That share of the input tokens, drawn from `seed`, replaced by tokens from elsewhere in the batch. Labels
-        stay."""
+        and padding stay."""
         if not share:
             return self
-        rng, ids = np.random.default_rng(seed), self.input_ids
-        elsewhere = ids.flatten()[torch.from_numpy(rng.permutation(ids.numel()))].view_as(ids)
-        return replace(self, input_ids=torch.where(torch.from_numpy(rng.random(ids.shape) < share), elsewhere, ids))
+        rng, elsewhere = np.random.default_rng(seed), self.input_ids.clone()
+        real = self.input_ids[self.padding_mask]
+        elsewhere[self.padding_mask] = real[torch.from_numpy(rng.permutation(real.numel()))]
+        is_replaced = torch.from_numpy(rng.random(self.input_ids.shape) < share)
+        return replace(self, input_ids=torch.where(is_replaced, elsewhere, self.input_ids))
+
+    @property
+    def padding_mask(self) -> Tensor:
+        """[B, T], False at padding."""
+        if self.lengths is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return self.input_ids.numel() if self.lengths is None else int(self.lengths.sum())
+
+    def unpadded(self) -> list[tuple[slice, int]]:
+        """Rows and how many of their tokens are none of padding: all rows at once, or one by one where some are
+        padded."""
+        if self.lengths is None:
+            return [(slice(None), self.input_ids.shape[1])]
+        return [(slice(i, i + 1), length) for i, length in enumerate(self.lengths.tolist())]
 
     @property
     def num_targets(self) -> int:

@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.core.errors import UserError
 from convert.core.fields import checked
@@ -16,6 +17,7 @@ from convert.core.network import hub_offline, is_hub_reachable
 from convert.core.places import path_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SAMPLED = "teacher:"  # and a file of prompts
 HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
 
 # What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
@@ -37,12 +39,14 @@ unittest urllib uuid warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of text. `files` are read in order; `hub` is (name, configuration) of a data set for `datasets`."""
+    """A source of text or of conversations. `files` are read in order; `hub` is (name, configuration) of a data set for
+    `datasets`. `is_sampled`: the teacher completes the prompts in the files, or without files those of the tasks."""
 
     spec: str
     root: Path = Path()
     files: tuple[Path, ...] = ()
     hub: tuple[str, str | None] | None = None
+    is_sampled: bool = False
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """(key, text) pairs. The key decides the split, so it depends on no absolute path."""
@@ -50,13 +54,20 @@ class Corpus:
             yield from _hub_documents(*self.hub)
         for file in self.files:
             key = file.relative_to(self.root).as_posix()
-            text = _read_text(file)
             if file.suffix == ".jsonl":
-                for number, line in enumerate(text.split("\n"), 1):
-                    if line.strip():
-                        yield f"{key}:{number}", _json_text(file, number, line)
-            elif text.strip():
+                yield from ((f"{key}:{number}", _json_text(row, where)) for number, where, row in _json_rows(file))
+            elif (text := _read_text(file)).strip():
                 yield key, text
+
+    def rows(self) -> Iterator[tuple[str, str, Any]]:
+        """(key, where it stands, value) of every line of the .jsonl files, or row of the hub data set."""
+        if self.hub:
+            for number, row in _hub_rows(*self.hub):
+                yield f"{number}", f"Row {number} of {self.hub[0]}", row
+        for file in self.files:
+            if file.suffix == ".jsonl":
+                key = file.relative_to(self.root).as_posix()
+                yield from ((f"{key}:{number}", where, row) for number, where, row in _json_rows(file))
 
     def places(self) -> list[Path]:
         """The files and folders on this machine that hold the text: a run's folder must be apart from them."""
@@ -64,10 +75,12 @@ class Corpus:
             return [Path(self.hub[0])]
         if self.spec == "stdlib":
             return [self.root]
+        if not self.files:
+            return []
         inside = {file.parent for file in self.files if file.parent != self.root} | {
             file for file in self.files if file.is_symlink()
         }
-        return [path_of(self.spec, "--data"), *inside]
+        return [path_of(self.spec.removeprefix(SAMPLED), "--data"), *inside]
 
     def fingerprint(self) -> str:
         """A hash that changes when any of the text does; for a hub data set, when its name or configuration does."""
@@ -85,18 +98,37 @@ def check_exists(spec: str | Path) -> None:
     if spec.startswith("hub:"):
         if not spec[4:].partition(":")[0]:
             raise UserError(f"A hub data set is written hub:NAME or hub:NAME:CONFIG; got {spec!r}.")
-    elif spec != "stdlib" and not path_of(spec, "--data").exists():
+    elif spec.startswith(SAMPLED):
+        if not spec.endswith(".jsonl") or not path_of(spec.removeprefix(SAMPLED), "--data").is_file():
+            raise UserError(
+                f"Prompts for the teacher are a file, written teacher:FILE.jsonl; there is none at {spec!r}."
+            )
+    elif spec not in ("stdlib", "teacher") and not path_of(spec, "--data").exists():
         raise UserError(
-            f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME."
+            f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME;"
+            " training steps also take 'teacher' and teacher:FILE.jsonl."
         )
+
+
+def whole_name(spec: str) -> str:
+    """The name of data, with a path in it written in full."""
+    head = SAMPLED if spec.startswith(SAMPLED) else ""
+    place = Path(spec.removeprefix(head)).expanduser()
+    return spec if spec in ("stdlib", "teacher") or not place.exists() else f"{head}{place.absolute()}"
 
 
 @checked
 def corpus(spec: str | Path) -> Corpus:
-    """The text that `spec` names: "stdlib", a file or folder of .txt/.md/.py/.jsonl, or "hub:NAME[:CONFIG]". Raises
-    UserError where there is none; nothing is read yet."""
+    """The data that `spec` names: "stdlib", a file or folder of .txt/.md/.py/.jsonl, "hub:NAME[:CONFIG]", or what the
+    teacher writes after the prompts of a file ("teacher:FILE.jsonl") or of the tasks ("teacher"). Raises UserError
+    where there is none; nothing is read yet."""
     spec = str(spec)
     check_exists(spec)
+    if spec == "teacher":
+        return Corpus(spec, is_sampled=True)
+    if spec.startswith(SAMPLED):
+        file = path_of(spec.removeprefix(SAMPLED), "--data")
+        return Corpus(spec, file.parent, (file,), is_sampled=True)
     if spec == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [p for name in STDLIB for p in (root / f"{name}.py", root / name) if p.exists()]
@@ -129,22 +161,52 @@ def _read_text(file: Path) -> str:
     return text
 
 
-def _json_text(file: Path, number: int, line: str) -> str:
-    where = f"Line {number} of {file}"
-    row = parse_json(line, where, parse_int=float)  # a number may have thousands of digits: only the text counts
+def _json_rows(file: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place in words and value of every line that is not blank."""
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
+        if line.strip():
+            where = f"Line {number} of {file}"
+            # a number may have thousands of digits: only texts count
+            yield number, where, parse_json(line, where, parse_int=float)
+
+
+def _json_text(row: Any, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
         raise UserError(f'{where} must be a string or an object with a "text" field.')
+    check_characters(text, where)
+    return text
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raises UserError where the text holds half of a surrogate pair, which JSON can write and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(
             f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Mend or remove it."
         ) from None
-    return text
 
 
 def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
+    empty = 0
+    for number, row in _hub_rows(name, config):
+        if "text" not in row:
+            raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
+        if row["text"] is None:  # a stream is long: what was read so far is worth more than the row
+            empty += 1
+        elif isinstance(row["text"], str):
+            yield f"{number}", row["text"]
+        else:
+            raise UserError(
+                f"The 'text' of data set {name} must be strings; row {number} has a {type(row['text']).__name__}."
+            )
+    if empty:
+        print(f"{empty:,} rows of {name} have no text (null); they were left out.")
+
+
+def _hub_rows(name: str, config: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and columns of every row, streamed."""
     try:
         import datasets
     except ImportError:
@@ -153,22 +215,7 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
     try:
         with hub_offline(datasets.config, when=unreachable):
             rows = datasets.load_dataset(name, config, split="train", streaming=True)
-        empty = 0
-        for number, row in enumerate(rows):
-            if "text" not in row:
-                raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
-            if row["text"] is None:  # a stream is long: what was read so far is worth more than the row
-                empty += 1
-            elif isinstance(row["text"], str):
-                yield f"{number}", row["text"]
-            else:
-                raise UserError(
-                    f"The 'text' of data set {name} must be strings; row {number} has a {type(row['text']).__name__}."
-                )
-        if empty:
-            print(f"{empty:,} rows of {name} have no text (null); they were left out.")
-    except UserError:
-        raise
+        yield from enumerate(rows)
     except (
         OSError,
         ValueError,

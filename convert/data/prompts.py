@@ -45,29 +45,35 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def chat_text(tokenizer: Any, message: str) -> str:
-    """A user's message in the chat template, up to where the answer begins. Models that can think first are asked not
-    to: a short answer would end inside the thought."""
-    try:
-        with _seconds(RENDER_SECONDS), _memory(RENDER_BYTES):
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-    except Exception as error:  # a template is a stranger's program: whatever it does wrong is its own fault
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"The chat template must render a message; this tokenizer's ends with {type(error).__name__}: {reason}."
-            " Correct chat_template in tokenizer_config.json (or chat_template.jinja), or remove it."
-        ) from error
-    if not isinstance(text, str) or not text.strip() or len(text) > LONGEST + len(message):
+    """A user's message in the chat template, up to where the answer begins."""
+    return rendered(tokenizer, [{"role": "user", "content": message}], add_generation_prompt=True)
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """Messages in the chat template, up to where an answer begins if `add_generation_prompt`."""
+    text = in_template(tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    longest = LONGEST + sum(len(message["content"]) for message in messages)
+    if not isinstance(text, str) or not text.strip() or len(text) > longest:
         found = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
         raise UserError(
             f"The chat template must render a message as text; this tokenizer's gives {found}. Correct chat_template in"
             " tokenizer_config.json (or chat_template.jinja), or remove it."
         )
     return text
+
+
+def in_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    """What apply_chat_template makes of the messages within limits of time and memory. Models that can think first are
+    asked not to: a short answer would end inside the thought."""
+    try:
+        with _seconds(RENDER_SECONDS), _memory(RENDER_BYTES):
+            return tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
+    except Exception as error:  # a template is a stranger's program: whatever it does wrong is its own fault
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"The chat template must render a message; this tokenizer's ends with {type(error).__name__}: {reason}."
+            " Correct chat_template in tokenizer_config.json (or chat_template.jinja), or remove it."
+        ) from error
 
 
 @contextmanager

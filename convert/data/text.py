@@ -4,10 +4,11 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,15 +21,28 @@ from convert.core.places import cache_folder
 from convert.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out
 from convert.data.prompts import leading
 
-ARRAYS = ("train", "train_starts", "held_out", "held_out_starts")
+PARTS = ("train", "held_out")
+GROUP = 64  # documents
+
+
+class Document(NamedTuple):
+    """A document as token ids. The key decides its split; `completions` says of each token whether an assistant wrote
+    it (None: plain text)."""
+
+    key: str
+    ids: list[int]
+    text_bytes: int
+    completions: list[bool] | None = None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of whole documents, one after another. `starts`: where each begins."""
+    """Token ids of whole documents, one after another. `starts`: where each begins. `completions`: whether an assistant
+    wrote the token; None of plain text."""
 
     ids: np.ndarray
     starts: np.ndarray
+    completions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,9 +71,47 @@ def tokenize(
 
     A damaged cache is set aside and rebuilt."""
     limit = limit if source.hub else None
-    key = hashlib.sha256(f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 2".encode()).hexdigest()[
-        :20
-    ]
+    key = f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 2"
+    return cached(key, source.spec, tokenizer, lambda: _documents(source, tokenizer), limit)
+
+
+def _documents(source: Corpus, tokenizer: Any) -> Iterator[list[Document]]:
+    """Documents in groups that are tokenised at once, each ended by the end token."""
+    front, group = leading(tokenizer), []
+    for key, text in source.documents():
+        group.append((key, text))
+        if len(group) == GROUP:
+            yield _tokenized(group, tokenizer, front)
+            group = []
+    if group:
+        yield _tokenized(group, tokenizer, front)
+
+
+def _tokenized(group: list[tuple[str, str]], tokenizer: Any, front: list[int]) -> list[Document]:
+    found = tokenizer([text for _, text in group], verbose=False, add_special_tokens=False)["input_ids"]
+    documents = []
+    for (key, text), ids in zip(group, found, strict=True):
+        ids = front + ids
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids = ids + [tokenizer.eos_token_id]
+        documents.append(Document(key, ids, len(text.encode())))
+    return documents
+
+
+def cached(
+    key: str,
+    name: str,
+    tokenizer: Any,
+    documents: Callable[[], Iterator[list[Document]]],
+    limit: int | None = None,
+    *,
+    doing: str = "tokenise",
+) -> TokenData:
+    """The documents as arrays on disk, which are written once for this key and then read. `limit`: tokens for training
+    after which no more groups of documents are taken; `name` is what the data are called, `doing` the progress bar.
+
+    A damaged cache is set aside and written anew."""
+    key = hashlib.sha256(key.encode()).hexdigest()[:20]
     folder = cache_folder() / "tokens" / key
     if folder.exists() and (damage := _cache_damage(folder)):
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.damaged-"))
@@ -67,7 +119,7 @@ def tokenize(
         print(f"The token cache {folder} is damaged ({damage}); it was moved to {aside.name} and is rebuilt.")
     if not folder.exists():
         try:
-            _write_cache(source, tokenizer, limit, folder)
+            _write_cache(name, tokenizer, documents(), limit, folder, doing)
         except OSError as error:
             raise UserError(
                 f"The tokens must be cached, and {folder.parent} cannot take them ({error}). Free some space, or set"
@@ -75,40 +127,41 @@ def tokenize(
             ) from error
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     train, held_out = (
-        Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_starts.npy"))
-        for part in ("train", "held_out")
+        Tokens(
+            np.load(folder / f"{part}.npy", mmap_mode="r"),
+            np.load(folder / f"{part}_starts.npy"),
+            np.load(folder / f"{part}_completions.npy") if f"{part}_completions" in meta["sha256"] else None,
+        )
+        for part in PARTS
     )
     return TokenData(train, held_out, fingerprint=key, text_bytes=meta["text_bytes"])
 
 
-def _write_cache(source: Corpus, tokenizer: Any, limit: int | None, folder: Path) -> None:
+def _write_cache(
+    name: str, tokenizer: Any, documents: Iterator[list[Document]], limit: int | None, folder: Path, doing: str
+) -> None:
     """Tokens go to disk as they come: a data set may be larger than the memory."""
     largest = max(tokenizer.get_vocab().values())  # ids may be larger than their number
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
     try:
-        starts, text_bytes = _write_raw(source, tokenizer, limit, aside, dtype)
+        starts, text_bytes = _write_raw(documents, limit, aside, dtype, doing)
         if not text_bytes:
-            raise UserError(f"The data {source.spec!r} holds no text.")
-        raw = {
-            part: np.memmap(aside / part, dtype, "r") if ends[-1] else np.empty(0, dtype)
-            for part, ends in starts.items()
-        }
-        if all(len(ids) for ids in raw.values()):
-            arrays = dict(raw) | {f"{part}_starts": np.array(ends[:-1]) for part, ends in starts.items()}
-        else:  # too few documents to split by document: the last sixteenth of the tokens is held out
-            part = "train" if len(raw["train"]) else "held_out"
-            stream, begins = raw[part], np.array(starts[part][:-1])
-            cut = int(len(stream) * (1 - HELD_OUT_SHARE))
-            arrays = {"train": stream[:cut], "train_starts": begins[begins < cut]}
-            arrays |= {"held_out": stream[cut:], "held_out_starts": np.concatenate([[0], begins[begins > cut] - cut])}
-        for name, array in arrays.items():
-            np.save(aside / f"{name}.npy", array)
-        for part in raw:
-            (aside / part).unlink()
-        digests = {name: sha256(aside / f"{name}.npy") for name in arrays}
-        meta = {"source": source.spec, "text_bytes": text_bytes, "sha256": digests}
+            raise UserError(f"The data {name!r} holds no text.")
+        raw = {part: _raw(aside / part, dtype, ends) for part, ends in starts.items()}
+        arrays: dict[str, np.ndarray] = {}
+        for part, tokens in zip(PARTS, _split(raw["train"], raw["held_out"], name), strict=True):
+            arrays |= {part: tokens.ids, f"{part}_starts": tokens.starts}
+            if tokens.completions is not None:
+                arrays[f"{part}_completions"] = tokens.completions
+        for array, values in arrays.items():
+            np.save(aside / f"{array}.npy", values)
+        for file in aside.iterdir():
+            if not file.suffix:
+                file.unlink()
+        digests = {array: sha256(aside / f"{array}.npy") for array in arrays}
+        meta = {"source": name, "text_bytes": text_bytes, "sha256": digests}
         write_text(aside / "meta.json", json.dumps(sealed(meta)))
         if not folder.exists():  # another process may have finished first, with the same content
             aside.rename(folder)
@@ -116,41 +169,55 @@ def _write_cache(source: Corpus, tokenizer: Any, limit: int | None, folder: Path
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_raw(
-    source: Corpus, tokenizer: Any, limit: int | None, aside: Path, dtype: type
-) -> tuple[dict[str, list[int]], int]:
-    """Write files `train` and `held_out` of bare ids; return where their documents start and where the last one ends,
-    and the bytes of text read."""
-    starts, text_bytes = {"train": [0], "held_out": [0]}, 0
-    keys: list[str] = []
-    texts: list[str] = []
-    front = leading(tokenizer)
-    with ExitStack() as stack:
-        files = {part: stack.enter_context((aside / part).open("wb")) for part in starts}
-        bar = stack.enter_context(tqdm(total=limit, unit="tok", unit_scale=True, desc="tokenise", delay=3))
+def _raw(file: Path, dtype: type, ends: list[int]) -> Tokens:
+    """What _write_raw has written."""
+    ids = np.memmap(file, dtype, "r") if ends[-1] else np.empty(0, dtype)
+    completions = np.fromfile(f"{file}_completions", bool)
+    return Tokens(ids, np.array(ends[:-1]), completions if len(completions) == len(ids) else None)
 
-        def flush() -> None:
-            found = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"] if texts else []
-            for key, ids in zip(keys, found, strict=True):
-                ids = front + ids
-                if ids[-1:] != [tokenizer.eos_token_id]:
-                    ids = ids + [tokenizer.eos_token_id]
+
+def _split(train: Tokens, held_out: Tokens, name: str) -> tuple[Tokens, Tokens]:
+    """Both parts as they are or, where too few documents leave one empty, the last sixteenth of the tokens held out: of
+    conversations, whole ones."""
+    if len(train) and len(held_out):
+        return train, held_out
+    whole = train if len(train) else held_out
+    cut = int(len(whole) * (1 - HELD_OUT_SHARE))
+    if whole.completions is None:
+        later = np.concatenate([[0], whole.starts[whole.starts > cut] - cut])
+        return Tokens(whole.ids[:cut], whole.starts[whole.starts < cut]), Tokens(whole.ids[cut:], later)
+    if len(whole.starts) < 2:
+        raise UserError(f"Conversations must be two or more, one of them held out; {name!r} has one. Give more.")
+    first = min(max(1, int(np.searchsorted(whole.starts, cut))), len(whole.starts) - 1)
+    cut = int(whole.starts[first])
+    return (
+        Tokens(whole.ids[:cut], whole.starts[:first], whole.completions[:cut]),
+        Tokens(whole.ids[cut:], whole.starts[first:] - cut, whole.completions[cut:]),
+    )
+
+
+def _write_raw(
+    documents: Iterator[list[Document]], limit: int | None, aside: Path, dtype: type, doing: str
+) -> tuple[dict[str, list[int]], int]:
+    """Write files `train` and `held_out` of bare ids, and of conversations who wrote them; return where their documents
+    start and where the last one ends, and the bytes of text read."""
+    starts, text_bytes = {part: [0] for part in PARTS}, 0
+    with ExitStack() as stack:
+        files, masks = (
+            {part: stack.enter_context((aside / f"{part}{end}").open("wb")) for part in PARTS}
+            for end in ("", "_completions")
+        )
+        bar = stack.enter_context(tqdm(total=limit, unit="tok", unit_scale=True, desc=doing, delay=3))
+        for group in documents:
+            for key, ids, size, completions in group:
                 part = "held_out" if is_held_out(key) else "train"
                 files[part].write(np.array(ids, dtype).tobytes())
+                masks[part].write(np.array(completions or (), bool).tobytes())
                 starts[part].append(starts[part][-1] + len(ids))
+                text_bytes += size
                 bar.update(len(ids))
-            keys.clear()
-            texts.clear()
-
-        for key, text in source.documents():
-            keys.append(key)
-            texts.append(text)
-            text_bytes += len(text.encode())
-            if len(keys) == 64:
-                flush()
-                if limit and starts["train"][-1] >= limit:
-                    break
-        flush()
+            if limit and starts["train"][-1] >= limit:
+                break
     return starts, text_bytes
 
 
@@ -159,7 +226,8 @@ def _cache_damage(folder: Path) -> str | None:
         meta = unsealed(parse_json((folder / "meta.json").read_bytes(), "meta.json"))
         if not isinstance(meta["text_bytes"], int):
             return "meta.json changed"
-        changed = [f"{name}.npy" for name in ARRAYS if sha256(folder / f"{name}.npy") != meta["sha256"][name]]
+        digests = {name: meta["sha256"][name] for part in PARTS for name in (part, f"{part}_starts")} | meta["sha256"]
+        changed = [f"{name}.npy" for name, digest in digests.items() if sha256(folder / f"{name}.npy") != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(changed)} changed" if changed else None

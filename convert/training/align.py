@@ -39,7 +39,7 @@ def align(
     blocks = list(layers_of(teacher))
 
     def learn_from(batch: Batch, whole: Batch) -> Tensor:
-        scale = batch.input_ids.numel() / whole.input_ids.numel() / len(slots)
+        num_tokens = whole.num_tokens * len(slots)
         documents, losses = documents_of(batch.position_ids), []
 
         def learn(layer: int) -> Callable[[nn.Module, tuple, dict, tuple], None]:
@@ -48,7 +48,15 @@ def align(
                 with torch.enable_grad(), autocast(x.device, settings.precision):
                     cos, sin = kwargs["position_embeddings"]
                     y, _ = slots[layer].mixer(x, Context(cos, sin, None, documents))
-                    loss = objective.on_attention(y.float(), output[0].float(), scale)
+                    parts = [
+                        objective.on_attention(
+                            y[rows, :length].float(),
+                            output[0][rows, :length].float(),
+                            batch.input_ids[rows, :length].numel() / num_tokens,
+                        )
+                        for rows, length in batch.unpadded()
+                    ]
+                    loss = torch.stack(parts).sum()
                 if loss.requires_grad:  # in a hybrid, nothing of a layer may be trained
                     backward(loss)
                 losses.append(loss.detach())

@@ -47,11 +47,15 @@ def distill(
             scale = 1 / max(1, whole.num_targets)
             layers = None
             if uses_layers:
-                layers = objective.on_layers(
-                    [output.float() for output in outputs],
-                    [output.float() for output in teacher_outputs],
-                    batch.input_ids.numel() / whole.input_ids.numel(),
-                )
+                parts = [
+                    objective.on_layers(
+                        [output[rows, :length].float() for output in outputs],
+                        [output[rows, :length].float() for output in teacher_outputs],
+                        batch.input_ids[rows, :length].numel() / whole.num_tokens,
+                    )
+                    for rows, length in batch.unpadded()
+                ]
+                layers = torch.stack(parts).sum()
             if not uses_logits and layers is not None:
                 backward(layers)
                 return layers.detach()
