@@ -42,7 +42,10 @@ class Task:
 
     `grade` says which share of the answer a prediction has. A task is part of every evaluation unless it is
     `on_request`; one that `executes_code` grades by running what models wrote, if the user allows it.
-    `example(number, seed, characters)` makes one example at a length, where a task has lengths."""
+    `example(number, seed, characters)` makes one example at a length, where a task has lengths.
+
+    `training_prompts(count, seed)` makes prompts of the same kind to train on, or as many as there are. None is the
+    prompt of an item, whatever count and seed: they come from other files, words, numbers or characters."""
 
     name: str
     about: str
@@ -56,6 +59,12 @@ class Task:
     on_request: bool = False
     executes_code: bool = False
     example: Callable[[int, int, int], Item] | None = None
+    training_prompts: Callable[[int, int], list[str]] | None = None
+
+
+def prompts_of(items: Callable[[int, int], list[Item]]) -> Callable[[int, int], list[str]]:
+    """The prompts of these items, each once."""
+    return lambda count, seed: list(dict.fromkeys(item.prompt for item in items(count, seed)))
 
 
 def ranked(rng: random.Random, right: str, wrong: list[str]) -> tuple[tuple[str, ...], int]:

@@ -3,6 +3,7 @@ form."""
 
 import calendar
 import contextlib
+import functools
 import html.entities
 import json
 import random
@@ -10,9 +11,10 @@ import re
 import unicodedata
 import zoneinfo
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from convert.core.errors import UserError
-from convert.evaluation.tasks.base import LETTERS, Item, Task, ranked
+from convert.evaluation.tasks.base import LETTERS, Item, Task, prompts_of, ranked
 
 # none begins with another
 WORDS = (
@@ -22,6 +24,15 @@ WORDS = (
     " glass honey iron jungle knife ladder market north ocean pepper quiet road salt train umbrella violin water blue"
     " doctor earth friend gold horse king light morning night plane ring stone tower wood"
 ).split()
+TRAINING_WORDS = (  # for prompts to train on: none of the words above
+    "ant bear cave drum elbow fence grape hat ink jar knot leaf moon nest oak pear quilt rope sand tent urn vase wolf"
+    " yard zebra arrow bridge cherry donkey ear flute goat hill ivory jelly kite lamp mask nail onion pond shoe"
+    " towel"
+).split()
+CHARACTERS = "%&*+/<=>?@[]^{|}~£¥§©°±¶¿×÷€Ωπλ→∞√"
+TRAINING_CHARACTERS = "!#$(),-.:;_`¡¢¦ª«¬®²³µ·»¼½¾ΔΣαβγδ←↑↓≈≠≤≥"
+ENTITIES = "amp lt gt copy reg euro pound yen cent sect deg para times divide plusmn micro rarr".split()
+TRAINING_ENTITIES = "iexcl laquo raquo frac12 frac14 sup2 sup3 middot iquest alpha beta gamma delta larr uarr".split()
 AREAS = ("Africa", "America", "Asia", "Australia", "Europe")
 LETTER = r"([B-D]|A(?! (?!is\b|because\b)[a-z]))(?!['’]?[A-Za-z])"  # "A river" is no answer, "C'est" neither
 STATED = re.compile(r"(?i:\banswer)\W*(?i:is\b)?\W*" + LETTER)
@@ -44,8 +55,8 @@ def _time_zone(rng: random.Random) -> tuple[str, str, list[str]]:
     return f"In which part of the world is the time zone of {city}?", area, [other for other in AREAS if other != area]
 
 
-def _character(rng: random.Random) -> tuple[str, str, list[str]]:
-    right, *wrong = rng.sample("%&*+/<=>?@[]^{|}~£¥§©°±¶¿×÷€Ωπλ→∞√", 4)
+def _character(rng: random.Random, characters: str = CHARACTERS) -> tuple[str, str, list[str]]:
+    right, *wrong = rng.sample(characters, 4)
     return (
         f"What is the name of the character {right} in Unicode?",
         unicodedata.name(right),
@@ -60,36 +71,28 @@ def _calendar(rng: random.Random) -> tuple[str, str, list[str]]:
     return f"Which {kind} comes right after {names[at]}?", right, [n for n in names if n not in (right, names[at])]
 
 
-def _entity(rng: random.Random) -> tuple[str, str, list[str]]:
-    known = (
-        "amp",
-        "lt",
-        "gt",
-        "copy",
-        "reg",
-        "euro",
-        "pound",
-        "yen",
-        "cent",
-        "sect",
-        "deg",
-        "para",
-        "times",
-        "divide",
-        "plusmn",
-        "micro",
-        "rarr",
-    )
+def _entity(rng: random.Random, known: Sequence[str] = ENTITIES) -> tuple[str, str, list[str]]:
     right, *wrong = rng.sample(known, 4)
     char = {name: chr(html.entities.name2codepoint[name]) for name in (right, *wrong)}
     return f"Which character does the HTML entity &{right}; stand for?", char[right], [char[w] for w in wrong]
 
 
-def _facts(count: int, seed: int) -> list[Item]:
+FACTS: dict[str, Callable[[random.Random], tuple[str, str, list[str]]]] = {
+    "time zones": _time_zone,
+    "characters": _character,
+    "calendar": _calendar,
+    "entities": _entity,
+}
+TRAINING_FACTS = {
+    "characters": functools.partial(_character, characters=TRAINING_CHARACTERS),
+    "entities": functools.partial(_entity, known=TRAINING_ENTITIES),
+}
+
+
+def _facts(count: int, seed: int, kinds: Mapping[str, Callable] = FACTS) -> list[Item]:
     """Make every example in four orders: each option stands once at each letter."""
     rng, items = random.Random(f"facts {seed}"), []
     seen: set[str] = set()
-    kinds = {"time zones": _time_zone, "characters": _character, "calendar": _calendar, "entities": _entity}
     for attempt in range(20 * count):
         number = len(seen)
         if number == count:
@@ -119,7 +122,8 @@ def letter(text: str) -> str | None:
     return match[1] if match else None
 
 
-def _sums(count: int, seed: int) -> list[Item]:
+def _sums(count: int, seed: int, first: tuple[int, int] = (2, 60)) -> list[Item]:
+    """Ask for a sum, difference or product; `first`: the least and the largest first number."""
     rng = random.Random(f"sums {seed}")
     items: list[Item] = []
     seen: set[tuple[int, str, int]] = set()
@@ -127,7 +131,7 @@ def _sums(count: int, seed: int) -> list[Item]:
         number = len(items)
         if number == count:
             break
-        a, b = rng.randint(2, 60), rng.randint(2, 39)
+        a, b = rng.randint(*first), rng.randint(2, 39)
         sign = rng.choice("+-*") if a < 13 and b < 13 else rng.choice("+-")
         if (a, sign, b) in seen:
             continue
@@ -164,7 +168,7 @@ def _result(text: str) -> str | None:
     return None
 
 
-def _forms(count: int, seed: int) -> list[Item]:
+def _forms(count: int, seed: int, words: Sequence[str] = WORDS) -> list[Item]:
     """Ask for an exact form of common words: capitals, repetition, order, a list, JSON."""
     rng = random.Random(f"forms {seed}")
     items: list[Item] = []
@@ -173,7 +177,7 @@ def _forms(count: int, seed: int) -> list[Item]:
         number = len(items)
         if number == count:
             break
-        a, b, c, d = rng.sample(WORDS, 4)
+        a, b, c, d = rng.sample(words, 4)
         kinds = {
             "capitals": (f"Write the word {a} in capital letters.", a.upper(), [a, a.title(), b.upper()]),
             "repetition": (
@@ -224,7 +228,25 @@ CHAT = (
         16,
         chat=True,
         lettered=True,
+        training_prompts=prompts_of(functools.partial(_facts, kinds=TRAINING_FACTS)),
     ),
-    Task("sums", "sums of small numbers", _sums, _result, 24, chat=True),
-    Task("forms", "an answer in exactly the form asked for", _forms, _form, 40, stop=(), chat=True),
+    Task(
+        "sums",
+        "sums of small numbers",
+        _sums,
+        _result,
+        24,
+        chat=True,
+        training_prompts=prompts_of(functools.partial(_sums, first=(61, 99))),
+    ),
+    Task(
+        "forms",
+        "an answer in exactly the form asked for",
+        _forms,
+        _form,
+        40,
+        stop=(),
+        chat=True,
+        training_prompts=prompts_of(functools.partial(_forms, words=TRAINING_WORDS)),
+    ),
 )

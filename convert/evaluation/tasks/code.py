@@ -1,5 +1,5 @@
 """Tasks from files of Python's standard library that no training here has seen: predict a name, closing brackets, the
-next line's indentation.
+next line's indentation. Their training prompts come from the files that training sees.
 
 Prompts end with a word and answers begin with a space, a bracket or a line break: no tokenizer joins the two.
 """
@@ -10,6 +10,7 @@ import keyword
 import random
 import re
 import tokenize
+from collections.abc import Callable
 
 from convert.data.corpus import corpus, is_held_out
 from convert.evaluation.tasks.base import Item, Task, ranked
@@ -23,9 +24,35 @@ INDENT = re.compile(r"[ \t]*\n+( *)\S")
 @functools.cache
 def unseen() -> tuple[tuple[str, str], ...]:
     """(path, text) of the held-out files that are long enough to ask about."""
+    return _files(held_out=True)
+
+
+@functools.cache
+def _files(held_out: bool) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (key, text) for key, text in corpus("stdlib").documents() if is_held_out(key) and len(text) > 3 * CONTEXT
+        (key, text)
+        for key, text in corpus("stdlib").documents()
+        if is_held_out(key) == held_out and len(text) > 3 * CONTEXT
     )
+
+
+def _seen(kind: str, place: re.Pattern) -> Callable[[int, int], list[str]]:
+    """Make training prompts: what stands before such a place of a file that is not held out. A prompt that a held-out
+    file has too (a licence) is none."""
+
+    def prompts(count: int, seed: int) -> list[str]:
+        rng, held_out = random.Random(f"training {kind} {seed}"), "\0".join(text for _, text in unseen())
+        found: dict[str, None] = {}
+        for _ in range(20 * count):
+            if len(found) == count:
+                break
+            _, text = rng.choice(_files(held_out=False))
+            match = place.search(text, rng.randrange(CONTEXT, len(text)))
+            if match and (prompt := _before(text, match.start())) not in held_out:
+                found[prompt] = None
+        return list(found)
+
+    return prompts
 
 
 def _before(text: str, at: int) -> str:
@@ -128,7 +155,29 @@ def _first_name(text: str) -> str | None:
 
 
 CODE = (
-    Task("names", "the name that comes next in an unseen file", _names, _first_name, 12),
-    Task("brackets", "all brackets that must be closed", _brackets, _closing, 6),
-    Task("indentation", "how far the next line is indented", _indentation, _width, 8, stop=()),
+    Task(
+        "names",
+        "the name that comes next in an unseen file",
+        _names,
+        _first_name,
+        12,
+        training_prompts=_seen("names", re.compile(r"(?<=[^ \n]) (?=[A-Za-z_]\w{3})")),
+    ),
+    Task(
+        "brackets",
+        "all brackets that must be closed",
+        _brackets,
+        _closing,
+        6,
+        training_prompts=_seen("brackets", re.compile(r"(?<=\w)(?=[)\]}]{2,}\n)")),
+    ),
+    Task(
+        "indentation",
+        "how far the next line is indented",
+        _indentation,
+        _width,
+        8,
+        stop=(),
+        training_prompts=_seen("indentation", re.compile(r"(?<=\w)(?=\n *\w)")),
+    ),
 )

@@ -1,10 +1,11 @@
 """Tasks that a state of constant size may fail at, in Python: copying, recall among several keys, one fact in a long
 text."""
 
+import functools
 import random
 import re
 
-from convert.evaluation.tasks.base import Item, Task, ranked
+from convert.evaluation.tasks.base import Item, Task, prompts_of, ranked
 from convert.evaluation.tasks.code import unseen
 
 NUMBER = re.compile(r"\s*(-?\d+)")
@@ -12,15 +13,25 @@ LISTED = re.compile(r"([^\])]*)[\])]")
 KNOWN = (
     "name value path text data list key item file line type result message string object index size count time args"
 ).split()
+TRAINING_KNOWN = (  # for prompts to train on: none of the names above
+    "index value_type start stop step width height source target left right first last parent child node label level"
+    " mode flags buffer"
+).split()
 NEEDLE_LENGTHS = (500, 1000, 2000, 4000)  # characters
 DEPTHS = (0.1, 0.5, 0.9)
 
 
-def words(rng: random.Random, count: int) -> list[str]:
+CONSONANTS = "bdfgklmnprstvz"
+TRAINING_CONSONANTS = CONSONANTS + "hjw"  # a word to train on has one of the last three
+
+
+def words(rng: random.Random, count: int, consonants: str = CONSONANTS) -> list[str]:
     """Different words of three syllables that mean nothing."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))] = None
+        word = "".join(rng.choice(consonants) + rng.choice("aeiou") for _ in range(3))
+        if consonants == CONSONANTS or not set(word) <= set(CONSONANTS + "aeiou"):
+            found[word] = None
     return list(found)
 
 
@@ -28,13 +39,15 @@ def _numbers(rng: random.Random, count: int) -> list[str]:
     return [str(n) for n in rng.sample(range(10, 100), count)]
 
 
-def _copying(count: int, seed: int) -> list[Item]:
+def _copying(
+    count: int, seed: int, names: list[str] = KNOWN, consonants: str = CONSONANTS, stream: str = "copying"
+) -> list[Item]:
     """Ask for a list once more, from its second word on: arguments with names that code is full of, or words that mean
     nothing. The wrong choices have words exchanged, or one too many."""
-    rng, items = random.Random(f"copying {seed}"), []
+    rng, items = random.Random(f"{stream} {seed}"), []
     for number in range(count):
         known, length = (True, 3 + number // 2 % 2) if number % 2 == 0 else (False, 4 + 2 * (number // 2 % 2))
-        listed = rng.sample(KNOWN, length) if known else [f"'{word}'" for word in words(rng, length)]
+        listed = rng.sample(names, length) if known else [f"'{word}'" for word in words(rng, length, consonants)]
         begin, again, end = (
             ("def run(", "):\n    return run(", ")") if known else ("names = [", "]\nassert names == [", "]")
         )
@@ -54,12 +67,12 @@ def _copied(text: str) -> str | None:
     return ", ".join(part.strip() for part in found[1].split(",")) if (found := LISTED.match(text)) else None
 
 
-def _keys(count: int, seed: int) -> list[Item]:
+def _keys(count: int, seed: int, consonants: str = CONSONANTS, stream: str = "keys") -> list[Item]:
     """Ask for the number that belongs to one of several keys; the wrong choices belong to others."""
-    rng, items = random.Random(f"keys {seed}"), []
+    rng, items = random.Random(f"{stream} {seed}"), []
     for number in range(count):
         pairs = 4 << number % 3
-        keys, values = words(rng, pairs), _numbers(rng, pairs)
+        keys, values = words(rng, pairs, consonants), _numbers(rng, pairs)
         wanted = rng.randrange(pairs)
         table = ", ".join(f"'{key}': {value}" for key, value in zip(keys, values, strict=True))
         prompt = f"ages = {{{table}}}\nassert ages['{keys[wanted]}'] =="
@@ -91,8 +104,27 @@ def _number(text: str) -> str | None:
     return match[1] if (match := NUMBER.match(text)) else None
 
 
+_copying_to_train_on = functools.partial(
+    _copying, names=TRAINING_KNOWN, consonants=TRAINING_CONSONANTS, stream="training copying"
+)
+_keys_to_train_on = functools.partial(_keys, consonants=TRAINING_CONSONANTS, stream="training keys")
+
 RECALL = (
-    Task("copying", "a list of unknown words once more", _copying, _copied, 64),
-    Task("keys", "the number that belongs to a key, among several", _keys, _number, 6),
+    Task(
+        "copying",
+        "a list of unknown words once more",
+        _copying,
+        _copied,
+        64,
+        training_prompts=prompts_of(_copying_to_train_on),
+    ),
+    Task(
+        "keys",
+        "the number that belongs to a key, among several",
+        _keys,
+        _number,
+        6,
+        training_prompts=prompts_of(_keys_to_train_on),
+    ),
     Task("needle", "one assignment in a long text", needles, _number, 6),
 )

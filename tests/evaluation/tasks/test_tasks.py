@@ -36,6 +36,27 @@ def test_names_and_brackets_come_from_files_that_no_training_sees():
         assert not any(item.prompt in seen for item in TASKS[name].items(12, 0))
 
 
+@pytest.mark.parametrize("task", [t for t in TASKS.values() if t.training_prompts], ids=lambda task: task.name)
+def test_training_prompts_are_of_no_held_out_example(task):
+    """Whatever the seeds are. What is asked is compared, since options may stand in another order."""
+    from convert.data.corpus import corpus, is_held_out
+
+    def asked(prompt: str) -> str:
+        return prompt.split("\n")[0] if task.chat else prompt
+
+    prompts = [prompt for seed in (0, 1) for prompt in task.training_prompts(200, seed)]
+    assert len(prompts) >= 200 and task.training_prompts(200, 0) == prompts[: len(task.training_prompts(200, 0))]
+    examples = {asked(item.prompt) for seed in range(2) for item in task.items(60, seed)}
+    assert not examples & {asked(prompt) for prompt in prompts}
+    if task.name in ("names", "brackets", "indentation"):
+        held_out = "".join(text for key, text in corpus("stdlib").documents() if is_held_out(key))
+        assert not any(prompt in held_out for prompt in prompts)
+
+
+def test_every_task_but_the_long_one_has_training_prompts():
+    assert [task.name for task in TASKS.values() if task.training_prompts is None] == ["needle"]
+
+
 def test_options_stand_once_at_each_letter():
     items = TASKS["facts"].items(8, 0)
     for question in range(8):
