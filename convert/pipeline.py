@@ -143,7 +143,7 @@ def _steps(
                 domain=run.domain,
                 teacher=run.teacher,
                 data=run.data,
-                training=recipe.trainings[-1],
+                training=recipe.measured_by,
                 tokens=recipe.tokens,
                 held_out=held_out,
                 monitor=monitor,

@@ -18,7 +18,7 @@ from convert.models.devices import pick_device
 from convert.models.saving import fingerprint
 from convert.planning import plan as planning
 from convert.planning.plan import Plan
-from convert.planning.validate import named_teachers
+from convert.planning.validate import check_data, named_teachers
 from convert.recipes.base import Recipe
 from convert.recipes.targets import default_recipe
 from convert.runs.ledger import check_out
@@ -29,7 +29,7 @@ from convert.steps.base import Step
 class Run:
     """One run: what is done to which teacher, on which data, and where.
 
-    `load_teacher` and `prepare` give the teacher and the data of a name, for the steps that have their own."""
+    `load_teacher` gives the teacher of a name, and `prepare` the data of a step, for the steps that have their own."""
 
     domain: Domain
     recipe: Recipe
@@ -39,12 +39,12 @@ class Run:
     plan: Plan
     settings: dict[str, Any]
     load_teacher: Callable[[str], Teacher]
-    prepare: Callable[[str], Data]
+    prepare: Callable[[Step], Data]
 
     def held_out(self) -> list[Any]:
         """Return the batches that every headline metric of the run is measured on."""
-        last = self.recipe.trainings[-1]
-        return self.domain.held_out(self.data, self.recipe.tokens, last.seq_len, last.micro_tokens)
+        by = self.recipe.measured_by
+        return self.domain.held_out(self.data, self.recipe.tokens, by.seq_len, by.micro_tokens)
 
 
 def prepared(
@@ -72,6 +72,7 @@ def prepared(
     folder = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
     device, spec = pick_device(device), source.data if data is None else str(data)
     corpora = {name: domain.corpus(name) for name in (spec, *_own(recipe, "own_data"))}
+    check_data(domain, recipe, spec)
     plan = _planned(domain, source, config, recipe, spec, device, folder, trust_remote_code)
     check_out(folder, fresh)
     named = [domain.resolve(name) for name in _own(recipe, "own_teacher")]
@@ -81,16 +82,22 @@ def prepared(
     def load(name: str) -> Teacher:
         return domain.load_teacher(domain.resolve(name), device, trust_remote_code)
 
-    loaded, tokens = load(teacher), recipe.tokens
+    loaded = load(teacher)
 
-    def prepare(name: str) -> Data:
-        return domain.prepare(corpora[name], loaded, tokens)
+    def prepare(step: Step) -> Data:
+        """The step's own data; its own teacher, where it has one, makes what is made."""
+        if step.own_data is None or (settings := step.training) is None:
+            raise ValueError(f"step {step.name} has no data of its own")
+        its_teacher = loaded if step.own_teacher is None else load(step.own_teacher)
+        return domain.prepare(corpora[step.own_data], its_teacher, settings.tokens, settings.seq_len)
 
-    run = Run(domain, recipe, loaded, prepare(spec), folder, plan, {}, load, prepare)
+    data_of_run = domain.prepare(corpora[spec], loaded, recipe.tokens, recipe.measured_by.seq_len)
+    run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare)
     run.held_out()  # too little data is said now,
     domain.check(loaded)  # and so is a teacher that cannot be asked anything
-    for settings in recipe.trainings:
-        domain.batches(run.data, settings.seq_len, settings.num_sequences, settings.seed)
+    for step in recipe.steps:
+        if step.own_data is None and (settings := step.training) is not None:
+            domain.batches(run.data, settings.seq_len, settings.num_sequences, settings.seed, settings.masking)
     return dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
 
 
@@ -145,8 +152,8 @@ def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
     teach in this run, and for data that are too short."""
     found: dict[str, str] = {}
     if step.own_data is not None and (settings := step.training) is not None:
-        data = run.prepare(step.own_data)
-        run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed)
+        data = run.prepare(step)
+        run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed, settings.masking)
         found["data_fingerprint"] = data.fingerprint
     if step.own_teacher is not None:
         teacher = run.load_teacher(step.own_teacher)
@@ -177,8 +184,7 @@ def whole_steps(domain: Domain, recipe: Recipe) -> list[dict[str, Any]]:
     steps = recipe.describe()
     for step, described in zip(recipe.steps, steps, strict=True):
         if step.own_data is not None:
-            place = Path(step.own_data).expanduser()
-            described["data"] = str(place.absolute()) if place.exists() else step.own_data
+            described["data"] = domain.whole_data(step.own_data)
         if step.own_teacher is not None:
             described["teacher"] = whole_name(step.own_teacher, domain.resolve(step.own_teacher))
     return steps

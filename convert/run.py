@@ -121,13 +121,11 @@ def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, re
         from convert.domains import domain_of
         from convert.models.devices import pick_device
         from convert.planning import plan as planning
-        from convert.planning.validate import named_teachers
+        from convert.planning.validate import check_data, named_teachers
 
     text = corpus(source.data if args.data is None else args.data)  # refuses a folder without text
-    for step in recipe.steps:
-        if step.own_data is not None:
-            corpus(step.own_data)
     domain = domain_of(args.teacher)
+    check_data(domain, recipe, text.spec)
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)
     plan = planning.make_plan(domain, source.name, config, recipe, text.spec, device, teachers)

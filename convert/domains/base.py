@@ -57,6 +57,10 @@ class Corpus(Protocol):
     @property
     def spec(self) -> str: ...
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the teacher makes the data before the run."""
+
     def places(self) -> list[Path]:
         """Return the files and folders of this machine that the data set is made of."""
 
@@ -136,6 +140,14 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Find a data set on the disk. Raises UserError where there is none."""
 
     @abstractmethod
+    def whole_data(self, spec: str) -> str:
+        """Return the name of data as the settings of a run hold it, from wherever it is repeated."""
+
+    @abstractmethod
+    def check_data(self, corpus: C, masking: str) -> None:
+        """Raise UserError for data that a training step with this masking cannot use."""
+
+    @abstractmethod
     def monitor_rules(self, rules: Sequence[str]) -> Sequence[Any]:
         """Read the rules of --stop-when. Raises UserError for a rule that says nothing."""
 
@@ -150,12 +162,13 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Load a teacher, refusing what cannot be one before its weights are read."""
 
     @abstractmethod
-    def prepare(self, corpus: C, teacher: T, limit: int) -> D:
-        """Make the data set into what batches are made of; `limit` in units."""
+    def prepare(self, corpus: C, teacher: T, limit: int, seq_len: int) -> D:
+        """Make the data set into what batches are made of, sequences of `seq_len`; `limit` in units."""
 
     @abstractmethod
-    def batches(self, data: D, seq_len: int, num_sequences: int, seed: int) -> Batches:
-        """Return the training batches."""
+    def batches(self, data: D, seq_len: int, num_sequences: int, seed: int, masking: str = "all") -> Batches:
+        """Return the training batches; `masking` says what in them is learnt. Raises UserError where the data have too
+        little of it."""
 
     @abstractmethod
     def held_out(self, data: D, budget: int, seq_len: int, micro_tokens: int) -> list[Any]:

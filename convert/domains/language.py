@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from convert.data import chat
 from convert.data.batches import Batch, Batches, held_out_batches
-from convert.data.corpus import Corpus, corpus
-from convert.data.text import TokenData, tokenize
+from convert.data.corpus import Corpus, corpus, whole_name
+from convert.data.packing import PackedBatches
+from convert.data.text import TokenData
 from convert.domains.base import Domain
 from convert.mixers.projections import refusal
 from convert.models import from_scratch
@@ -82,6 +84,12 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def corpus(self, spec: str) -> Corpus:
         return corpus(spec)
 
+    def whole_data(self, spec: str) -> str:
+        return whole_name(spec)
+
+    def check_data(self, corpus: Corpus, masking: str) -> None:
+        chat.check(corpus, masking)
+
     def monitor_rules(self, rules: Sequence[str]) -> "list[Rule]":
         from convert.evaluation.monitor import Rule
 
@@ -92,11 +100,18 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
         return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
 
-    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int) -> TokenData:
-        return tokenize(corpus, teacher.tokenizer, limit=limit)
+    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int, seq_len: int) -> TokenData:
+        from convert.evaluation.completions import prepare
 
-    def batches(self, data: TokenData, seq_len: int, num_sequences: int, seed: int) -> Batches:
-        return Batches(data.train, seq_len, num_sequences, seed)
+        return prepare(corpus, teacher, limit, seq_len)
+
+    def batches(
+        self, data: TokenData, seq_len: int, num_sequences: int, seed: int, masking: str = "all"
+    ) -> Batches | PackedBatches:
+        chat.check_masking(data.train.completions is not None, masking, "the data")
+        if data.train.completions is None:
+            return Batches(data.train, seq_len, num_sequences, seed)
+        return PackedBatches(data.train, seq_len, num_sequences, seed, masking)
 
     def held_out(self, data: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
         from convert.evaluation import final_metrics

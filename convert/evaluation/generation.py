@@ -94,9 +94,10 @@ def generate(
     stop: Callable[[str], bool] | None = None,
     choose: Callable[[Tensor], Tensor] | None = None,
     streamer: Streamer | None = None,
+    keep_end: bool = False,
 ) -> list[list[int]]:
     """What the model writes after each of these prompts (token ids), in one left-padded batch, up to the first token
-    that ends a text; that token is left out.
+    that ends a text; that token is left out unless `keep_end`.
 
     `stop`: whether a text so far is complete. `choose`: as in `steps`; greedy by default. The settings published with a
     model (beams, penalties, watermarks) play no part: a penalty for repetition would punish copying."""
@@ -120,7 +121,8 @@ def generate(
     if streamer is not None:
         streamer.end()
     last = {pad, *ends}
-    return [row[: next((n for n, token in enumerate(row) if token in last), len(row))] for row in written.tolist()]
+    lengths = [next((n for n, token in enumerate(row) if token in last), len(row)) for row in written.tolist()]
+    return [row[: n + 1 if keep_end else n] for n, row in zip(lengths, written.tolist(), strict=True)]
 
 
 def continuations(
@@ -131,11 +133,12 @@ def continuations(
     return tokenizer.batch_decode(generate(model, tokenizer, ids, new_tokens), skip_special_tokens=True)
 
 
-def drawn(temperature: float) -> Callable[[Tensor], Tensor]:
-    """Tokens drawn from all of the vocabulary at this temperature (above 0), for `choose`."""
+def drawn(temperature: float, generator: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
+    """Tokens drawn from all of the vocabulary at this temperature (above 0), for `choose`. `generator`: of the random
+    numbers; torch's own by default."""
 
     def choose(logits: Tensor) -> Tensor:
-        return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
     return choose
 

@@ -22,7 +22,7 @@ from convert.core.files import write_json
 from convert.core.places import path_of
 from convert.data.corpus import corpus
 from convert.data.prompts import chat_text, has_chat_template
-from convert.data.text import tokenize
+from convert.evaluation.completions import prepare
 from convert.evaluation.final_metrics import final_metrics, held_out
 from convert.evaluation.lm_eval import find, run_harness
 from convert.evaluation.scoring import SCORING_METHODS, Answer, fitting, graded, prompt_ids
@@ -313,12 +313,12 @@ def _most(earlier: list[Row], later: list[Row]) -> list[Row]:
 
 def _measured_again(student: PreTrainedModel, teacher: Teacher, report: LanguageReport) -> LanguageReport:
     """The report with its final metrics measured anew."""
-    settings, training = report.settings, report.settings.training
-    tokens = sum(step.tokens for step in training)
-    text = tokenize(corpus(settings.data), teacher.tokenizer, limit=tokens)
+    settings, by = report.settings, report.settings.measured_by
+    tokens = sum(step.tokens for step in settings.training)
+    text = prepare(corpus(settings.data), teacher, tokens, by.seq_len)
     if text.fingerprint != settings.data_fingerprint:
         console.print(
             f"The data {settings.data} changed since the run, so its held-out text is another one.", style="yellow"
         )
-    batches = held_out(text, tokens, training[-1].seq_len, training[-1].micro_tokens)
+    batches = held_out(text, tokens, by.seq_len, by.micro_tokens)
     return dataclasses.replace(report, **vars(final_metrics(student, teacher, text, batches)))

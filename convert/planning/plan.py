@@ -176,10 +176,11 @@ def show(plan: Plan, console: Console) -> None:
         ]
         table.add_row(row.name, row.what, *(trains if row.tokens else ["", "", count(row.frozen), *looks]))
     console.print(table, soft_wrap=False)
-    total = sum(row.seconds for row in plan.steps)
+    total, sampling = sum(row.seconds for row in plan.steps), sum(row.sampling_seconds for row in plan.steps)
+    before = f"{duration(sampling)} of sampling before, " if sampling else ""
     console.print(
         f"teacher {count(plan.parameters_teacher)} parameters, student {count(plan.parameters_student)}; about"
-        f" {duration(total)} of training, {size(plan.disk_bytes)} of disk"
+        f" {duration(total)} of training, {before}{size(plan.disk_bytes)} of disk"
     )
     for line in plan.assumptions:
         console.print(f"assumes {line}", style="dim")

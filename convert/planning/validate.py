@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
+from convert.core.errors import UserError
 from convert.domains.base import Domain
 from convert.recipes.base import Recipe
 from convert.steps.base import Outline
@@ -33,6 +34,16 @@ def problems(
             found += wrong
         at = step.after(at)
     return tuple(found)
+
+
+def check_data(domain: Domain, recipe: Recipe, data: str) -> None:
+    """Raise UserError where a training step cannot use its data, its own or the run's `data`."""
+    for step in recipe.steps:
+        if step.training is not None:
+            try:
+                domain.check_data(domain.corpus(step.own_data or data), step.training.masking)
+            except UserError as error:
+                raise UserError(f"Step {step.name}: {error}") from None
 
 
 def named_teachers(domain: Domain, recipe: Recipe, trust_remote_code: bool) -> dict[str, PreTrainedConfig]:

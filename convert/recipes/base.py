@@ -34,6 +34,12 @@ class Recipe:
         return tuple(step.training for step in self.steps if step.training is not None)
 
     @property
+    def measured_by(self) -> Settings:
+        """The settings whose sequences a run is measured by: those of the last training step on the run's data."""
+        on_its_data = [step.training for step in self.steps if step.training is not None and step.own_data is None]
+        return (on_its_data or self.trainings)[-1]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all training steps together."""
         return sum(settings.tokens for settings in self.trainings)

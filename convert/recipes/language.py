@@ -25,6 +25,8 @@ DECAY_RATE = {"mamba": 1e-3, "mamba2": 3e-3}  # ours, measured on neox-nano: exp
 ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 HYBRID_N = 4  # one layer in four keeps attention (7 of 28: When Perplexity Lies, arXiv 2603.26556)
+INSTRUCT_SHARE = 1 / 3  # of the tokens after alignment (250 M beside 500 M: When Perplexity Lies)
+INSTRUCT_SEQ_LEN = 4096  # tokens at most (When Perplexity Lies); four times as many as before it otherwise (ours)
 SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 
 
@@ -51,6 +53,7 @@ class Budget(Checked):
     edit_lr: Annotated[float, Range(0, 10)] = 1e-4
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     examples: Annotated[int, Range(1, 100_000)] = 16  # of each task at the end (ours)
+    instruct_seq_len: Annotated[int, Range(2, 2**24)] | None = None  # of instruction distillation; None: as before it
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
 
 
@@ -96,6 +99,7 @@ def budget(
         checkpointing=size > 3e8,
         seed=seed,
         latent_shape="native" if is_native else "exact",
+        instruct_seq_len=min(INSTRUCT_SEQ_LEN, 4 * seq_len, host.max_position_embeddings),
         starts_linear=is_linear,
     )
 
@@ -110,6 +114,22 @@ def _distill(budget: Budget, tokens: int) -> Train:
     """HedgeMamba's stage 2, which is by cross-entropy there and by forward KL here (ours: LOG.md)."""
     settings = _settings(budget, tokens, budget.distill_lr, budget.objective, budget.trains, budget.schedule)
     return Train("distill", "distill", dataclasses.replace(settings, noise=budget.noise))
+
+
+def _instruct(budget: Budget, tokens: int) -> Train:
+    """GenDistill's stage 3b: what the teacher writes, in longer sequences; only its completions are learnt."""
+    seq_len = budget.instruct_seq_len or budget.seq_len
+    batch = seq_len * max(1, budget.batch_tokens // seq_len)
+    longer = dataclasses.replace(
+        budget,
+        seq_len=seq_len,
+        batch_tokens=batch,
+        micro_tokens=min(batch, max(seq_len, budget.micro_tokens)),
+        noise=0.0,
+    )
+    step = _distill(longer, tokens)
+    settings = dataclasses.replace(step.settings, masking="completions")
+    return dataclasses.replace(step, name="instruct", settings=settings, data="teacher")
 
 
 def _smaller_batches(budget: Budget, settings: Settings) -> Settings:
@@ -197,13 +217,15 @@ def to_hybrid_gdn(budget: Budget) -> Recipe:
 
 def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
     """GenDistill's stages, for a mixer in all layers but every fourth: alignment by layer, then forward KL without
-    cross-entropy, with embeddings, head and kept attention frozen."""
+    cross-entropy, with embeddings, head and kept attention frozen, on text and at last on the teacher's completions."""
     first = int(budget.tokens * ALIGN_SHARE)
+    last = int((budget.tokens - first) * INSTRUCT_SHARE)
     seen = min(CALIBRATION, budget.tokens)
     edit = Swap("edit", mixer, options, EveryNth(HYBRID_N), calibration=seen)
     align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
-    distill = _distill(dataclasses.replace(budget, trains="all_but_kept_attention"), budget.tokens - first)
-    steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill
+    budget = dataclasses.replace(budget, trains="all_but_kept_attention")
+    distill = _distill(budget, budget.tokens - first - last)
+    steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill, _instruct(budget, last)
     return Recipe(target, steps, budget.examples)
 
 

@@ -1,6 +1,6 @@
 """The report that a person reads: the tables at the end of a run, report.md, and the model card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich import box
 from rich.table import Table
@@ -46,7 +46,7 @@ def step_rows(report: Report, tokens: Callable[[StepResult], str] = lambda step:
 
 def facts(report: R, sections: Sections[R]) -> list[str]:
     """What a run has to say beside its tables, a sentence each."""
-    lines = [*_handover(report), *_kept(report.layers), *sections.facts(report)]
+    lines = [*_handover(report), *_kept(report.layers), *_learnt(report), *sections.facts(report)]
     for step in report.stages:
         if step.skipped:
             lines.append(f"Step {step.name}: {step.skipped} steps had no finite gradient and were skipped.")
@@ -56,6 +56,15 @@ def facts(report: R, sections: Sections[R]) -> list[str]:
         " export checked in a clean process."
     )
     return lines
+
+
+def _learnt(report: Report) -> Iterator[str]:
+    """Sentences on training steps that had data of their own, or did not learn every token."""
+    for step in report.settings.steps:
+        data, masking = step.get("data"), (step.get("settings") or {}).get("masking", "all")
+        if data is not None or masking != "all":
+            targets = "every token is a target" if masking == "all" else f"only {masking} are targets"
+            yield f"Step {step['name']} trained on {data or report.settings.data}; {targets}."
 
 
 def _handover(report: Report) -> list[str]:

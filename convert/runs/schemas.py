@@ -57,12 +57,17 @@ class Settings:
     @property
     def training(self) -> list[TrainingSettings]:
         """The settings of the training steps, in order."""
-        names = TrainingSettings.__dataclass_fields__
-        return [
-            TrainingSettings(**{name: step["settings"][name] for name in names})
-            for step in self.steps
-            if step.get("settings") is not None
-        ]
+        return [_training_settings(step) for step in self.steps if step.get("settings") is not None]
+
+    @property
+    def measured_by(self) -> TrainingSettings:
+        """The settings whose sequences the run was measured by: those of the last training step on its data."""
+        trained = [step for step in self.steps if step.get("settings") is not None]
+        return _training_settings(([step for step in trained if step.get("data") is None] or trained)[-1])
+
+
+def _training_settings(step: dict[str, Any]) -> TrainingSettings:
+    return TrainingSettings(**{name: step["settings"][name] for name in TrainingSettings.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Session:
     """What a run hands to each of its steps.
 
-    `training` are the settings of the last training step, by whose sequences a run measures; `tokens` are those of all
-    training steps together. `start()` makes the student from before the step once more. `load_teacher` and `prepare`
-    give the teacher and the data of a name, for a training step that does not use the run's."""
+    `training` are the settings of the last training step on the run's data, by whose sequences a run measures; `tokens`
+    are those of all training steps together. `start()` makes the student from before the step once more. `load_teacher`
+    gives the teacher of a name, and `prepare` the data of a training step, for one that does not use the run's."""
 
     domain: Domain
     teacher: Teacher
@@ -38,17 +38,18 @@ class Session:
     folder: "StepFolder"
     start: Callable[[], PreTrainedModel]
     load_teacher: Callable[[str], Teacher]
-    prepare: Callable[[str], Data]
+    prepare: "Callable[[Step], Data]"
 
     def sequences(self, tokens: int) -> list[Any]:
-        """Return so many tokens of training text, one sequence a batch, as the last training step has them."""
+        """Return so many tokens of the run's training data, one sequence a batch."""
         batches = self.domain.batches(self.data, self.training.seq_len, 1, self.training.seed)
         return [batches(i) for i in range(max(1, tokens // self.training.seq_len))]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step will cost: a row of the plan. Sizes are in parameters, tokens, bytes and seconds."""
+    """What a step will cost: a row of the plan. Sizes are in parameters, tokens, bytes and seconds. `sampling_seconds`:
+    what the teacher takes to make the step's data, before the first step."""
 
     name: str
     what: str
@@ -57,6 +58,7 @@ class StepPlan:
     frozen: int
     peak_bytes: int
     seconds: float
+    sampling_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
 from convert.training.trial import problem_of_functions
 
+SAMPLING = 8  # times the forward pass of a text that writing it takes, token by token in batches (ours, neox-nano)
 TINY: dict[str, Any] = {
     "tokens": 3 * 128,
     "seq_len": 64,
@@ -33,7 +34,7 @@ class Train(Step, Checked):
     """Train the student by a stage: `align` (layer by layer) or `distill` (the whole model).
 
     `data`, `teacher`: as for the command, where this step needs others than the run's; the teacher must have the
-    vocabulary of the run's."""
+    vocabulary of the run's. The data may also be `teacher`: what the step's teacher writes."""
 
     name: Name
     stage: Literal["align", "distill"]
@@ -126,19 +127,22 @@ class Train(Step, Checked):
         per_token = 2 * num_teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
         updates = sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
         scan = updates / context.scan_rate() if updates else 0.0
+        is_sampled = self.data is not None and context.domain.corpus(self.data).is_sampled
         plan = StepPlan(
             self.name,
-            self._what(),
+            self._what() + (", which writes the data first" if is_sampled else ""),
             s.tokens,
             trainable + owned,
             total - trainable,
             4 * (held + total + 3 * (trainable + owned)) + activations + logits,
             s.num_steps * s.batch_tokens * (per_token / context.rate + scan),
+            s.tokens * SAMPLING * 2 * num_teacher / context.rate if is_sampled else 0.0,
         )
         return student, plan
 
     def _what(self) -> str:
-        own = [f"on {self.data}"] * (self.data is not None) + [f"from {self.teacher}"] * (self.teacher is not None)
+        own = ["targets are completions"] * (self.settings.masking == "completions")
+        own += [f"on {self.data}"] * (self.data is not None) + [f"from {self.teacher}"] * (self.teacher is not None)
         return ", ".join([f"{self.stage}: {self.settings.objective}", f"trains {name_of(self.settings.trains)}", *own])
 
     # --- in a run
@@ -148,7 +152,7 @@ class Train(Step, Checked):
         `skipped` steps, and `seconds` of training before a crash."""
         started, s = time.monotonic(), self.settings
         teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
-        data = session.data if self.data is None else session.prepare(self.data)
+        data = session.data if self.data is None else session.prepare(self)
 
         def measure(student: PreTrainedModel) -> dict[str, float]:
             numbers = session.monitor(student)
@@ -160,7 +164,7 @@ class Train(Step, Checked):
         student = STAGES[self.stage](
             student,
             teacher.model,
-            session.domain.batches(data, s.seq_len, s.num_sequences, s.seed),
+            session.domain.batches(data, s.seq_len, s.num_sequences, s.seed, s.masking),
             s,
             track=session.track,
             keep=session.folder,

@@ -35,6 +35,8 @@ class Settings(Checked):
     clip: Annotated[float, Range(0, 1e9)] = 1.0
     # of matrix products; auto: bfloat16 where the device is fast at it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # which tokens of conversations are targets: all of them, or those that an assistant wrote; of text all are
+    masking: Literal["all", "completions"] = "all"
     # share of the input tokens replaced by others of the batch, for teacher and student alike
     noise: Annotated[float, Range(0, 1)] = 0.0
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time

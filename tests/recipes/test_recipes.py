@@ -70,6 +70,7 @@ def _another(name, old):
         "gate_start": "random",
         "shape": "native",
         "start": {"copied": "refitted", "refitted": "copied"}.get(old, "random"),
+        "masking": "completions" if old == "all" else "all",
     }
     if name in choices:
         return choices[name]
