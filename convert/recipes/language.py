@@ -26,7 +26,7 @@ ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 HYBRID_N = 4  # one layer in four keeps attention (7 of 28: When Perplexity Lies, arXiv 2603.26556)
 INSTRUCT_SHARE = 1 / 3  # of the tokens after alignment (250 M beside 500 M: When Perplexity Lies)
-INSTRUCT_SEQ_LEN = 4096  # tokens at most (When Perplexity Lies); four times as many as before it otherwise (ours)
+INSTRUCT_SEQ_LEN = 4096  # tokens (When Perplexity Lies), but at most four times those before it (ours)
 SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 
 
@@ -83,9 +83,9 @@ def budget(
         if value is not None:
             require(Budget.__dataclass_fields__[name].type, value, f"--{name.replace('_', '-')}")
     tokens = default.tokens if tokens is None else tokens
-    if seq_len is None:  # a short budget goes into more, shorter sequences
-        shortest = max(256, 1 << (max(tokens // 100, 1)).bit_length() - 1)
-        seq_len = min(default.seq_len, host.max_position_embeddings, shortest)
+    enough = 1 << (max(tokens // 100, 1)).bit_length() - 1  # a short budget goes into more, shorter sequences
+    if seq_len is None:
+        seq_len = min(default.seq_len, host.max_position_embeddings, max(256, enough))
     if batch_tokens is None:
         batch_tokens = seq_len * max(1, min(default.batch_tokens, tokens // 150) // seq_len)
     is_native = host.model_type in LLAMA_SHAPED and not getattr(host, "attention_bias", False)
@@ -99,7 +99,7 @@ def budget(
         checkpointing=size > 3e8,
         seed=seed,
         latent_shape="native" if is_native else "exact",
-        instruct_seq_len=min(INSTRUCT_SEQ_LEN, 4 * seq_len, host.max_position_embeddings),
+        instruct_seq_len=max(seq_len, min(INSTRUCT_SEQ_LEN, 4 * seq_len, host.max_position_embeddings, enough)),
         starts_linear=is_linear,
     )
 
