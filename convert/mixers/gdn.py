@@ -33,12 +33,12 @@ class GDN(Mixer):
         looks back, as its half-life ("calibrated": Taylor-Calibrate, arXiv 2606.16429). `gate_start`: "random", as any
         layer's, or "open": 1 as nearly as the layer's inputs allow, which a calibration tells (ours). `start`: whether
         the output projection is the teacher's ("copied"), or solved for the teacher's attention outputs ("refitted",
-        ours)."""
+        ours), which wants an open gate."""
 
         conv: Annotated[int, Range(1, 64)] = 4  # tokens (Qwen3.5)
         decay_start: Literal["mamba", "half-lives", "calibrated"] = "half-lives"
         gate_start: Literal["random", "open"] = "random"
-        start: Literal["copied", "refitted"] = "refitted"
+        start: Literal["copied", "refitted"] = "copied"
 
     class State(NamedTuple):
         conv: Tensor  # [B, conv - 1, 3 H K]: the last inputs of the convolution

@@ -211,7 +211,7 @@ def to_hybrid_kda(budget: Budget) -> Recipe:
 @checked
 def to_hybrid_gdn(budget: Budget) -> Recipe:
     """Attention -> Gated DeltaNet (arXiv 2412.06464) in three layers of four, as Qwen3.5 has it."""
-    options = MIXERS["gdn"].Options(decay_start="calibrated", gate_start="open")
+    options = MIXERS["gdn"].Options(decay_start="calibrated")  # measured on neox-nano
     return _hybrid("hybrid-gdn", "gdn", options, budget)
 
 

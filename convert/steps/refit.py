@@ -17,7 +17,7 @@ from convert.models.access import hidden_states, layers_of, slots_of
 from convert.models.positions import documents_of
 from convert.models.slot import attention_of
 
-RIDGE = 1e-3  # of the mean square of the channels (ours)
+RIDGE = 0.1  # of the mean square of the channels (ours: as good at once as 1e-3, and after 40 steps of align better)
 
 
 @torch.no_grad()

@@ -140,7 +140,8 @@ BAD_EDITS = [
     ("mla", "edit.calibration=0", "needs the layers' inputs"),
     ("hybrid-kda", "edit.start=refitted edit.calibration=0", "is refitted on some text"),
     ("hybrid-kda", "edit.decay_start=calibrated edit.calibration=0", "needs how far the layer's heads look back"),
-    ("hybrid-gdn", "edit.start=copied edit.calibration=0", "gate_start=open needs the layer's inputs"),
+    ("hybrid-gdn", "edit.calibration=0", "needs how far the layer's heads look back"),
+    ("hybrid-gdn", "edit.decay_start=mamba edit.gate_start=open edit.calibration=0", "needs the layer's inputs"),
 ]
 
 

@@ -67,7 +67,7 @@ def _another(name, old):
         "dt_rank": "7",
         "gate": "sigmoid" if old == "silu" else "head",
         "decay_start": "half-lives",
-        "gate_start": "random",
+        "gate_start": "open",
         "shape": "native",
         "start": {"copied": "refitted", "refitted": "copied"}.get(old, "random"),
         "masking": "completions" if old == "all" else "all",
