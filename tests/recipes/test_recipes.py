@@ -7,9 +7,11 @@ import pytest
 
 from convert import recipes
 from convert.core.errors import UserError
+from convert.domains.language import Language
 from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
 from convert.objectives.base import Objective
+from convert.planning.plan import make_plan
 from convert.recipes.base import tiny
 from convert.recipes.language import Budget
 from convert.recipes.overrides import with_setting
@@ -167,3 +169,22 @@ def test_values_without_sense_are_refused(setting):
 def test_a_seed_is_not_rounded():
     seed = 2**63 - 1
     assert with_setting(TARGETS["mla"].recipe(BUDGET), f"distill.seed={seed}").steps[-1].settings.seed == seed
+
+
+@pytest.mark.parametrize(
+    "teacher, tokens, seq_len", [("qwen3-0.6b", None, 4096), ("neox-nano", None, 1024), ("neox-nano", 20_000, 256)]
+)
+def test_a_hybrid_ends_with_instruction_distillation(teacher, tokens, seq_len):
+    """A third of what is left after alignment, in longer sequences where the budget has many of them; the plan tells
+    that the teacher samples first."""
+    config = read_config(resolve(teacher))
+    recipe = recipes.default_recipe(teacher, config, "hybrid-kda", tokens=tokens)
+    *_, distill, instruct = recipe.steps
+    assert instruct.data == "teacher" and instruct.settings.masking == "completions" and instruct.stage == "distill"
+    assert instruct.settings.trains == distill.settings.trains == "all_but_kept_attention"
+    assert instruct.settings.tokens == pytest.approx(distill.settings.tokens / 2, rel=1e-3)
+    assert instruct.settings.seq_len == seq_len and instruct.settings.batch_tokens % seq_len == 0
+    assert recipe.measured_by is distill.settings  # text is what perplexity is measured on
+    plan = make_plan(Language(), teacher, config, recipe, "stdlib", "cpu")
+    assert not plan.refusals and "teacher, which writes the data first" in plan.steps[-1].what
+    assert plan.steps[-1].sampling_seconds > 0 == plan.steps[-2].sampling_seconds
