@@ -229,7 +229,9 @@ def _has_marks(tokenizer: Any) -> bool:
 
 
 def _by_marks(tokenizer: Any, conversation: Conversation) -> list[Marked]:
-    found = in_template(tokenizer, conversation.as_dicts, return_dict=True, return_assistant_tokens_mask=True)
+    found = in_template(
+        tokenizer, conversation.as_dicts, return_dict=True, return_assistant_tokens_mask=True, enable_thinking=False
+    )
     ids, mask, special = found["input_ids"], [bool(m) for m in found["assistant_masks"]], special_ids(tokenizer)
     has_end = False  # whether the marked text so far has a special token
     for i, token in enumerate(ids):
@@ -244,9 +246,13 @@ def _by_prefixes(tokenizer: Any, conversation: Conversation) -> list[Marked]:
     whole = rendered(tokenizer, messages, add_generation_prompt=False)
     turns: list[tuple[str, int]] = []  # the text up to the end of an answer, and where the answer begins
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        before = rendered(tokenizer, messages[:i], add_generation_prompt=True)
         text = rendered(tokenizer, messages[: i + 1], add_generation_prompt=False) if i + 1 < len(messages) else whole
-        if not text.startswith(before):
+        prompts = (  # of an answer at once, or of one with a thought before it
+            rendered(tokenizer, messages[:i], add_generation_prompt=True, enable_thinking=thinks)
+            for thinks in (False, True)
+        )
+        before = next((prompt for prompt in prompts if text.startswith(prompt)), None)
+        if before is None:
             raise UserError(
                 "the chat template must begin an answer as its generation prompt does; this one does not, so nothing"
                 " tells the answer from its prompt. Give it {% generation %} marks."

@@ -49,9 +49,13 @@ def chat_text(tokenizer: Any, message: str) -> str:
     return rendered(tokenizer, [{"role": "user", "content": message}], add_generation_prompt=True)
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """Messages in the chat template, up to where an answer begins if `add_generation_prompt`."""
-    text = in_template(tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def rendered(
+    tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool, enable_thinking: bool = False
+) -> str:
+    """Messages in the chat template, up to where an answer begins if `add_generation_prompt`. Models that can think
+    first are asked not to: a short answer would end inside the thought."""
+    options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
+    text = in_template(tokenizer, messages, tokenize=False, **options)
     longest = LONGEST + sum(len(message["content"]) for message in messages)
     if not isinstance(text, str) or not text.strip() or len(text) > longest:
         found = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
@@ -63,11 +67,10 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_p
 
 
 def in_template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
-    """What apply_chat_template makes of the messages within limits of time and memory. Models that can think first are
-    asked not to: a short answer would end inside the thought."""
+    """What apply_chat_template makes of the messages within limits of time and memory."""
     try:
         with _seconds(RENDER_SECONDS), _memory(RENDER_BYTES):
-            return tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
+            return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template is a stranger's program: whatever it does wrong is its own fault
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

@@ -86,9 +86,10 @@ MARKS = {  # what the marks take in beside the content
 }
 THINKING = (  # as Qwen3: the generation prompt closes an empty thought, which earlier turns do not show
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
@@ -136,6 +137,10 @@ def test_a_template_that_drops_thoughts_gives_a_document_for_each_answer():
         ("it reads\n\ntext<|im_end|>", True),
         ("\n", False),
     ]
+    thought = conversation(TURNS[0], ("assistant", "<think>\nit reads</think>text"))
+    parts = [("<|im_start|>user\nthe scan<|im_end|>\n<|im_start|>assistant\n", False)]
+    parts += [("<think>\nit reads</think>text<|im_end|>", True), ("\n", False)]
+    assert marked(tokenizer, thought) == [of_parts(tokenizer, parts)]
     found = marked(tokenizer, conversation(*TURNS))
     assert found == [of_parts(tokenizer, first), of_parts(tokenizer, second)]
 
