@@ -43,8 +43,14 @@ SIGN = re.compile(r"(^|=|:|\bis|\bequals)\s*-\s+(?=\d)")  # "5 - 8 = - 3"
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:\.0+)?(?![\d.]*\d)")
 
 
+@functools.cache
+def _zones() -> list[str]:
+    """The time zones of AREAS; they are files, which takes long to find."""
+    return sorted(z for z in zoneinfo.available_timezones() if z.split("/")[0] in AREAS and z.count("/") == 1)
+
+
 def _time_zone(rng: random.Random) -> tuple[str, str, list[str]]:
-    zones = sorted(z for z in zoneinfo.available_timezones() if z.split("/")[0] in AREAS and z.count("/") == 1)
+    zones = _zones()
     if not zones:
         raise UserError(
             "The task facts asks about time zones, and this machine has no list of them; pip install tzdata."
