@@ -16,9 +16,7 @@ from kernels.bench_case import (
     measured,
     normal_generator,
 )
-from kernels.delta_rule import gated_delta_rule, kda
-
-Q = 64  # steps of a chunk, in which operations are counted: kernels/delta_rule/README.md
+from kernels.delta_rule import gated_delta_rule, kda, operations
 
 
 def kda_case(size: Size) -> BenchmarkCase:
@@ -56,7 +54,7 @@ def _case(size: Size, rule: Callable, fla: str, transformers: tuple[str, str], p
         "flash-linear-attention": lambda a: run(imported(f"fla.ops.{rule.__name__}", fla), a),
     }
     steps, decays = batch * T * H, K if per_channel else 1
-    forward = (2 * Q * (K + V) + 6 * K * V) * steps
+    forward = operations(K, V) * steps
     inputs = 2 * K + V + decays + 1
     return BenchmarkCase(
         size=size,

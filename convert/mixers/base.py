@@ -123,3 +123,7 @@ class Mixer(nn.Module, ABC):
         """State updates per token that each have a decay of their own: the work of an elementwise scan, which no matrix
         product does."""
         return 0
+
+    def rule_operations(self) -> int:
+        """Operations per token of a delta rule's chunks, forward: its products have sizes and a rate of their own."""
+        return 0

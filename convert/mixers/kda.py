@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import QKV, HeadNorm, ShortConv, TimeStep, open_gate, wide
-from kernels.delta_rule import kda
+from kernels.delta_rule import kda, operations
 
 NORM_EPS = 1e-6  # of `head_norm`, as Qwen3's
 
@@ -114,3 +114,6 @@ class KDA(Mixer):
 
     def decay_per_token(self, x_BTD: Tensor, context: Context) -> Tensor:
         return -self._log_decay(x_BTD).mean((0, 1)).flatten()
+
+    def rule_operations(self) -> int:
+        return self.shape.num_heads * operations(self.shape.head_dim, self.shape.head_dim)

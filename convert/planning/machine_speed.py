@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and scans, measured once and kept.
+"""How fast this machine multiplies matrices, scans and runs delta rules, measured once and kept.
 
 The file `machine-speed.json` in the cache folder holds each rate under the names of the processor, the version of
 torch and the number of threads. Another processor, version or number of threads is measured for itself, and so is
@@ -19,6 +19,7 @@ from convert.core.errors import UserError
 from convert.core.fields import broken
 from convert.core.files import parse_json, sealed, unsealed, write_json
 from convert.core.places import cache_folder
+from kernels.delta_rule import kda, operations
 from kernels.selective_scan import selective_scan
 
 NAME = "machine-speed.json"
@@ -65,6 +66,27 @@ def scan_rate(device: str) -> Rate:
         return _rate(lambda: selective_scan(u, delta, -A, B, B).sum().backward(), u.numel() * 64, u.device)
 
     return _kept("selective scans", device, measure)
+
+
+@functools.cache
+def delta_rule_rate(device: str) -> Rate:
+    """Operations per second of the delta rule with a decay per channel, forward and backward.
+
+    On a GPU they are those of the chunked form: it needs none of the minutes in which flash-linear-attention's kernels
+    tune themselves, and is the slower one."""
+
+    def measure() -> float:
+        where, K, T = torch.device(device), 64, 256
+        q, k, v, g = (torch.rand(1, T, 4, K, device=where, requires_grad=True) for _ in range(4))
+        beta = torch.rand(1, T, 4, device=where, requires_grad=True)
+        impl = "auto" if where.type == "cpu" else "chunked"
+
+        def call() -> None:
+            kda(q, k, v, -g, beta, use_qk_l2norm_in_kernel=True, impl=impl)[0].sum().backward()
+
+        return _rate(call, 3 * operations(K, K) * beta.numel(), where)
+
+    return _kept("delta rules", device, measure)
 
 
 def _kept(what: str, device: str, measure: Callable[[], float]) -> Rate:

@@ -20,7 +20,7 @@ from convert.domains.base import Domain
 from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
 from convert.models.access import slots_of
-from convert.planning.machine_speed import Rate, matmul_rate, scan_rate
+from convert.planning.machine_speed import Rate, delta_rule_rate, matmul_rate, scan_rate
 from convert.planning.validate import outline, problems
 from convert.recipes.base import Recipe
 from convert.steps import base
@@ -77,6 +77,7 @@ def make_plan(
         longest=max(settings.seq_len for settings in recipe.trainings),
         rate=speed.per_second * MATMUL_SHARE,
         scan_rate=lambda: scan_rate(device).per_second,
+        rule_rate=lambda: delta_rule_rate(device).per_second,
     )
     rows: list[StepPlan] = []
     for step in recipe.steps:
@@ -124,6 +125,9 @@ def _assumptions(
             f"scans with a decay per state at {scans.per_second / 1e6:,.0f} M state updates/s, forward and backward"
             f" ({scans.origin})"
         )
+    if any(slot.mixer.rule_operations() for slot in slots_of(student).values()):
+        rules = delta_rule_rate(device)
+        yield f"delta rules at {rules.per_second / 1e9:,.0f} GFLOP/s, forward and backward ({rules.origin})"
     names = {name for name in domain.outline(config)[1] if name and not STARTS[name].hands_on_all}
     if names and slots_of(student):
         yield (

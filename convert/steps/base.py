@@ -64,8 +64,8 @@ class StepPlan:
 @dataclass(frozen=True)
 class PlanContext:
     """What a step needs to plan itself. `rate` is floating-point operations per second in training, `scan_rate()`
-    state updates per second; `teachers` has the configuration of each teacher that a training step names.
-    Models are made on the meta device."""
+    state updates per second, `rule_rate()` operations per second of delta rules; `teachers` has the configuration of
+    each teacher that a training step names. Models are made on the meta device."""
 
     domain: Domain
     config: PreTrainedConfig
@@ -74,6 +74,7 @@ class PlanContext:
     longest: int  # training sequence of the recipe, in tokens
     rate: float
     scan_rate: Callable[[], float]
+    rule_rate: Callable[[], float]
 
 
 @dataclass(frozen=True)

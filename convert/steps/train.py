@@ -126,7 +126,9 @@ class Train(Step, Checked):
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
         per_token = 2 * num_teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
         updates = sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
+        operations = 3 * sum(slot.mixer.rule_operations() for slot in slots_of(student).values())
         scan = updates / context.scan_rate() if updates else 0.0
+        scan += operations / context.rule_rate() if operations else 0.0
         is_sampled = self.data is not None and context.domain.corpus(self.data).is_sampled
         plan = StepPlan(
             self.name,

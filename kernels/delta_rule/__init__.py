@@ -21,6 +21,7 @@ from kernels.delta_rule.fla import delta_rule_fla, why_no_fla
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import Implementations, always_available, choose
 
+CHUNK = 64  # steps of a chunk, in which operations are counted
 EPSILON = 1e-6  # under the root of an L2 norm, as in flash-linear-attention and transformers
 
 
@@ -84,6 +85,11 @@ def gated_delta_rule(
     _check(q, k, v, g, beta, initial_state, document_ids, ())
     options = initial_state, output_final_state, use_qk_l2norm_in_kernel, document_ids, impl
     return _run("gated_delta_rule", q, k, v, g[..., None], beta, scale, *options)
+
+
+def operations(keys: int, values: int) -> int:
+    """Return the multiplications and additions per step of a head in chunks, forward; backward needs twice as many."""
+    return 2 * CHUNK * (keys + values) + 6 * keys * values
 
 
 def _run(
