@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from convert.core.fields import Checked, Range
 from convert.mixers.base import AttentionShape, Context, Mixer, StateSize
 from convert.mixers.parts import HeadNorm, ShortConv, wide
-from kernels.delta_rule import gated_delta_rule
+from kernels.delta_rule import gated_delta_rule, operations
 
 NORM_EPS = 1e-6  # of the norm of heads where the teacher's attention has none, as Qwen3.5's
 
@@ -106,3 +106,6 @@ class GDN(Mixer):
 
     def decay_per_token(self, x_BTD: Tensor, context: Context) -> Tensor:
         return -self._log_decay(x_BTD).mean((0, 1))
+
+    def rule_operations(self) -> int:
+        return self.shape.num_heads * operations(self.shape.head_dim, self.shape.head_dim)
