@@ -119,6 +119,12 @@ class Mixer(nn.Module, ABC):
         after one token. One number for each decay of its own, in one dimension."""
         raise TypeError(f"{type(self).__name__} has no decay.")
 
+    def query_and_key_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """The parts that make queries and keys, and say what the state forgets and takes in: with them the weights
+        between tokens are decided, and not what is read. A part that makes values as well is among them. None for a
+        mixer that has no such division."""
+        return ()
+
     def scan_updates(self) -> int:
         """State updates per token that each have a decay of their own: the work of an elementwise scan, which no matrix
         product does."""

@@ -107,6 +107,9 @@ class KDA(Mixer):
         rate = wide(self.log_rate).exp()[:, None]
         return -rate * self.time_step(x_BTD).unflatten(-1, (self.shape.num_heads, -1))
 
+    def query_and_key_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return self.qkv.q, self.qkv.k, self.conv, self.time_step, self.log_rate, self.beta
+
     @torch.no_grad()
     def set_decay(self, rate: float) -> None:
         self.check_rate(rate)

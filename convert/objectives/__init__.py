@@ -2,7 +2,7 @@
 
 from convert.objectives.base import AttentionTerm, LayerTerm, LiveObjective, LogitTerm, Objective, Term
 from convert.objectives.divergences import BDKD, CrossEntropy, ForwardKL, ReverseKL
-from convert.objectives.features import CosineDistance, EnergyMSE, FeatureMatching
+from convert.objectives.features import CosineDistance, EnergyMSE, FeatureMatching, L2Distance
 from convert.objectives.mixtures import JensenShannon, SkewedForwardKL, SkewedReverseKL
 from convert.objectives.projectors import HiddenProjection
 from convert.objectives.taid import TAID
@@ -18,6 +18,7 @@ TERMS: tuple[type[Term], ...] = (
     TAID,
     CosineDistance,
     EnergyMSE,
+    L2Distance,
     FeatureMatching,
     HiddenProjection,
 )

@@ -45,6 +45,16 @@ class EnergyMSE(AttentionTerm):
 
 
 @dataclass(frozen=True)
+class L2Distance(AttentionTerm):
+    """The mean over tokens of the L2 distance of a mixer's output from the attention's, not squared. It is that of the
+    hidden states behind them, too, to which both add the same (MOHAWK, arXiv 2408.10189, whose hidden states are those
+    of whole blocks; GenDistill's stage 1, arXiv 2603.26556)."""
+
+    def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
+        return (student - teacher).norm(dim=-1).mean()
+
+
+@dataclass(frozen=True)
 class FeatureMatching(LayerTerm):
     """The cosine distance of the layers' outputs, the mean over layers (Attention Editing, arXiv 2604.05688; a weak
     term there: weights of 0.01 to 0.1). Student and teacher must have the same depth and width."""

@@ -52,6 +52,13 @@ def head(student: PreTrainedModel) -> list[nn.Parameter]:
     return list(student.get_output_embeddings().parameters())
 
 
+def queries_and_keys(student: PreTrainedModel) -> list[nn.Parameter]:
+    """What the new mixers name as making their queries and keys, and as saying what is forgotten and written
+    (GenDistill's stage 1, arXiv 2603.26556)."""
+    parts = [part for slot in slots_of(student).values() for part in slot.mixer.query_and_key_parts()]
+    return [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
+
+
 def all_but_embeddings(student: PreTrainedModel) -> list[nn.Parameter]:
     """Everything except the input and output embeddings (HedgeMamba's stage 2, arXiv 2604.14191)."""
     return _combined(student, "everything - embeddings - head")
@@ -69,7 +76,7 @@ def everything(student: PreTrainedModel) -> list[nn.Parameter]:
 
 
 PARTS = (feature_maps, mixers, kept_attention, mlps, norms, embeddings, head)
-SELECTORS = {f.__name__: f for f in (*PARTS, all_but_embeddings, all_but_kept_attention, everything)}
+SELECTORS = {f.__name__: f for f in (*PARTS, queries_and_keys, all_but_embeddings, all_but_kept_attention, everything)}
 ONE = "|".join(SELECTORS)
 # names of selectors, or a function of the user's own
 Trains = (

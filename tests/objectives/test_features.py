@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convert.core.errors import UserError
-from convert.objectives import CosineDistance, EnergyMSE, FeatureMatching
+from convert.objectives import CosineDistance, EnergyMSE, FeatureMatching, L2Distance
 from convert.objectives.features import cosine_distance, energy_mse
 from tests.conftest import tiny_teacher
 from tests.objectives.test_divergences import logits
@@ -36,12 +36,13 @@ def test_terms_are_the_functions_and_their_mean_over_layers():
     a, b = ([logits(2, 3, 8, seed=i) for i in range(n, n + 3)] for n in (0, 3))
     assert CosineDistance().loss(a[0], b[0], None) == cosine_distance(a[0], b[0])
     assert EnergyMSE().loss(a[0], b[0], None) == energy_mse(a[0], b[0])
+    torch.testing.assert_close(L2Distance().loss(a[0], b[0], None), (a[0] - b[0]).square().sum(-1).sqrt().mean())
     expected = sum(cosine_distance(x, y) for x, y in zip(a, b, strict=True)) / 3
     torch.testing.assert_close(FeatureMatching().loss(a, b, None), expected)
     assert FeatureMatching().loss(a, a, None).abs() < 1e-12
 
 
-@pytest.mark.parametrize("term", [CosineDistance(), EnergyMSE()])
+@pytest.mark.parametrize("term", [CosineDistance(), EnergyMSE(), L2Distance()])
 def test_gradients(term):
     a, b = logits(2, 3, 5).requires_grad_(), logits(2, 3, 5, seed=1)
     assert torch.autograd.gradcheck(lambda z: term.loss(z, b, None), (a,))

@@ -71,6 +71,17 @@ def test_expressions_that_cannot_be_read_are_refused(trains):
         dataclasses.replace(SETTINGS, trains=trains)
 
 
+def test_queries_and_keys_are_what_the_weights_between_tokens_depend_on():
+    """Values, the output's gate and its projection are left out, and so are kept attention and the rest."""
+    student = swap(tiny_teacher("qwen3"), "kda", layers=(0, 2))
+    chosen = {id(p) for p in SELECTORS["queries_and_keys"](student)}
+    for slot in student.slots().values():
+        named = dict(slot.mixer.named_parameters())
+        frozen = {name for name, p in named.items() if id(p) not in chosen}
+        assert frozen == {"qkv.v.weight", "gate_down.weight", "gate.weight", "gate.bias", "out.weight"}
+    assert len(chosen) == sum(len(list(slot.mixer.parameters())) - 5 for slot in student.slots().values())
+
+
 def test_a_selector_is_named_or_a_function():
     student = student_of("gpt_neox")
     by_name, by_function = (list(selected(student, one)) for one in ("mixers", SELECTORS["mixers"]))
