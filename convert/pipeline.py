@@ -186,7 +186,7 @@ def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> 
 
 
 def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, Any], track: Track) -> None:
-    """Track the student of a training step, and keep which layers a swap left alone beside the report."""
+    """Track the student of a training step, and keep which layers have attention beside the report."""
     if step.training is not None:
         facts = {"architecture": architecture(run.domain, student), run.domain.headline: result["headline_after"]}
         track.made(result["model"], facts)
@@ -237,7 +237,8 @@ def _kept_layers(domain: Domain, student: PreTrainedModel, steps: Sequence[StepR
     """The layers of a converted student that no mixer replaced, and what a measurement said of them."""
     mixers = domain.outline(student.config)[1]
     kept = [i for i, name in enumerate(mixers) if name is None] if any(mixers) else []
-    measured = next((step.layers for step in steps if step.layers and step.layers.kl_when_edited_alone), Layers())
+    rankings = (s.layers for s in steps if s.layers and (s.layers.kl_when_edited_alone or s.layers.when_given_back))
+    measured = next(rankings, Layers())
     return dataclasses.replace(measured, kept=kept)
 
 

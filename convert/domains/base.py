@@ -189,6 +189,10 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return the headline metric of a model on these batches."""
 
     @abstractmethod
+    def recall_loss(self, model: PreTrainedModel, teacher: T) -> float:
+        """Return how badly a model recalls which value belongs to which key, in nats; lower is better."""
+
+    @abstractmethod
     def monitor(self, teacher: T, batches: Sequence[Any], rules: Sequence[Any]) -> Monitor:
         """Return what is called whenever a training step measures."""
 

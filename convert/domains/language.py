@@ -134,6 +134,11 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
 
         return perplexity(model, list(batches))
 
+    def recall_loss(self, model: PreTrainedModel, teacher: Teacher) -> float:
+        from convert.evaluation import associative_recall
+
+        return associative_recall.recall_loss(model, teacher.tokenizer)
+
     def monitor(self, teacher: Teacher, batches: Sequence[Batch], rules: "Sequence[Rule]") -> "Monitor":
         from convert.evaluation.monitor import Monitor
 

@@ -109,3 +109,6 @@ class GDN(Mixer):
 
     def rule_operations(self) -> int:
         return self.shape.num_heads * operations(self.shape.head_dim, self.shape.head_dim)
+
+    def query_and_key_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return self.qkv, self.conv, self.log_rate, self.time_step, self.time_step_bias, self.beta

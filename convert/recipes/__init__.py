@@ -22,6 +22,7 @@ _HOMES = {  # module -> the names that are public here; each is imported when a 
     "objectives.base": ("Objective",),
     "steps.build": ("Build",),
     "steps.layers": ("EveryNth", "MostSensitive"),
+    "steps.select": ("Select",),
     "steps.set_decay": ("SetDecay",),
     "steps.swap": ("Swap",),
     "steps.train": ("Train",),

@@ -1,7 +1,8 @@
 """A recipe: what is done to a teacher, as frozen data."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from convert.core.errors import UserError
@@ -14,11 +15,15 @@ TINY_EXAMPLES = 2  # of each task
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in their order. `examples`: of each task, that teacher and student answer at the end."""
+    """Steps in their order. `examples`: of each task, that teacher and student answer at the end.
+
+    `variants`: name of a step that the recipe can have -> the function that adds it. A setting of such a step
+    (`with_setting`) adds it first."""
 
     target: Name
     steps: tuple[Step, ...]
     examples: Annotated[int, Range(1, 100_000)]
+    variants: Mapping[str, Callable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)

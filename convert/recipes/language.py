@@ -12,10 +12,11 @@ from convert.mixers import MIXERS
 from convert.mixers.projections import LLAMA_SHAPED
 from convert.models.from_scratch import Sizes
 from convert.objectives.base import Objective
+from convert.recipes import variants
 from convert.recipes.base import Recipe
 from convert.steps.base import Step
 from convert.steps.build import Build
-from convert.steps.layers import DEFAULT_N, EveryNth
+from convert.steps.layers import DEFAULT_N, EveryNth, Keep
 from convert.steps.set_decay import SetDecay
 from convert.steps.swap import Swap
 from convert.steps.train import Train
@@ -27,6 +28,9 @@ CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 HYBRID_N = 4  # one layer in four keeps attention (7 of 28: When Perplexity Lies, arXiv 2603.26556)
 INSTRUCT_SHARE = 1 / 3  # of the tokens after alignment (250 M beside 500 M: When Perplexity Lies)
 INSTRUCT_SEQ_LEN = 4096  # tokens (When Perplexity Lies), but at most four times those before it (ours)
+# (family, layers, width) -> the layers of that model that keep attention in hybrids: Qwen3-0.6B (When Perplexity Lies,
+# which found them by a beam search on associative recall and has the same ones for every mixer)
+HYBRID_LAYERS = {("qwen3", 28, 1024): (0, 2, 6, 11, 13, 18, 21)}
 SCRATCH_LR = 2e-3  # what the embedded teacher was trained at (ours)
 
 
@@ -55,6 +59,7 @@ class Budget(Checked):
     examples: Annotated[int, Range(1, 100_000)] = 16  # of each task at the end (ours)
     instruct_seq_len: Annotated[int, Range(2, 2**24)] | None = None  # of instruction distillation; None: as before it
     starts_linear: bool = False  # the teacher is linear attention already: nothing to align
+    hybrid_keep: Keep = EveryNth(HYBRID_N)  # which layers of a hybrid keep attention
 
 
 @checked
@@ -101,6 +106,7 @@ def budget(
         latent_shape="native" if is_native else "exact",
         instruct_seq_len=max(seq_len, min(INSTRUCT_SEQ_LEN, 4 * seq_len, host.max_position_embeddings, enough)),
         starts_linear=is_linear,
+        hybrid_keep=HYBRID_LAYERS.get((host.model_type, host.num_hidden_layers, host.hidden_size), default.hybrid_keep),
     )
 
 
@@ -216,26 +222,31 @@ def to_hybrid_gdn(budget: Budget) -> Recipe:
 
 
 def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
-    """GenDistill's stages, for a mixer in all layers but every fourth: alignment by layer, then forward KL without
-    cross-entropy, with embeddings, head and kept attention frozen, on text and at last on the teacher's completions."""
+    """GenDistill's stages, for a mixer in all layers but one in four: alignment by layer, then forward KL without
+    cross-entropy, with embeddings, head and kept attention frozen, on text and at last on the teacher's completions.
+    Variants align queries and keys first, or choose the layers that keep attention after alignment."""
     first = int(budget.tokens * ALIGN_SHARE)
     last = int((budget.tokens - first) * INSTRUCT_SHARE)
     seen = min(CALIBRATION, budget.tokens)
-    edit = Swap("edit", mixer, options, EveryNth(HYBRID_N), calibration=seen)
+    edit = Swap("edit", mixer, options, budget.hybrid_keep, calibration=seen)
     align = _settings(budget, first, budget.distill_lr, Objective.of("energy_mse"), "mixers", "wsd")
     budget = dataclasses.replace(budget, trains="all_but_kept_attention")
     distill = _distill(budget, budget.tokens - first - last)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill, _instruct(budget, last)
-    return Recipe(target, steps, budget.examples)
+    added = {"align_qk": variants.align_qk, "select": variants.selection("edit", edit.keep, HYBRID_N)}
+    return Recipe(target, steps, budget.examples, added)
 
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
     """Attention Editing's two stages: the error of each edited layer's attention output over its energy trains all of
-    the new mixers; then the whole model is distilled."""
+    the new mixers; then the whole model is distilled. A variant chooses the layers that keep attention after
+    alignment."""
     first = int(budget.tokens * ALIGN_SHARE)
     align = _settings(budget, first, budget.edit_lr, Objective.of("energy_mse"), "mixers", "wsd")
     distill = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
-    return Recipe(target, (edit, Train("align", "align", _smaller_batches(budget, align)), distill), budget.examples)
+    steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill
+    added = {"select": variants.selection("edit", edit.keep, DEFAULT_N)}
+    return Recipe(target, steps, budget.examples, added)
 
 
 @checked

@@ -21,14 +21,20 @@ FIXED = ("name", "mixer", "model", "options", "stage", "settings")  # what makes
 @checked
 def with_setting(recipe: Recipe, assignment: str) -> Recipe:
     """Return the recipe with `STEP.FIELD=VALUE` applied: a field of the step itself, of its settings or options, or of
-    its objective (a term's weight by the term's name, or a field of all terms that have it).
+    its objective (a term's weight by the term's name, or a field of all terms that have it). A step that is not there
+    is added, where the recipe has a variant with it.
 
     The text is read by the type of the field. Raises UserError where the step or the field does not exist, or the
     value does not fit."""
     found = parse_assignment(assignment)
     names = [step.name for step in recipe.steps]
+    if found.step not in names and found.step in recipe.variants:
+        recipe = recipe.variants[found.step](recipe)
+        names = [step.name for step in recipe.steps]
     if found.step not in names:
-        raise UserError(f"--set {found}: this recipe's steps are {', '.join(names)}; there is no {found.step!r}.")
+        others = [name for name in recipe.variants if name not in names]
+        more = f" (and it can have {', '.join(others)})" if others else ""
+        raise UserError(f"--set {found}: this recipe's steps are {', '.join(names)}{more}; there is no {found.step!r}.")
     step = recipe.steps[names.index(found.step)]
     changed = _replaced(step, found)
     return dataclasses.replace(recipe, steps=tuple(changed if s is step else s for s in recipe.steps))

@@ -96,6 +96,14 @@ def _kept(layers: Layers) -> list[str]:
     if not layers.kept:
         return []
     kept = ", ".join(map(str, layers.kept))
+    if (found := layers.when_given_back) is not None:
+        rows = sorted(enumerate(found.alone), key=lambda row: row[1])
+        costs = ", ".join(f"{layer} ({value:.3g})" for layer, value in rows)
+        measured = {"kl": "KL from the teacher", "recall": "Loss of associative recall"}[found.by]
+        return [
+            f"Layers that keep their attention, chosen after all were replaced: {kept}. {measured} in nats"
+            f" with none given back: {found.none:.3g}; with one layer given back: {costs}."
+        ]
     if layers.kl_when_edited_alone is None:
         return [f"Layers that keep their attention: {kept}."]
     ranking = sorted(enumerate(layers.kl_when_edited_alone), key=lambda row: -row[1])

@@ -5,7 +5,7 @@ while a run trains are here too.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -81,6 +81,23 @@ class Headline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How far a student was from its teacher, all of whose layers were replaced, with one layer given back. Lower is
+    better."""
+
+    by: Annotated[
+        Literal["kl", "recall"],
+        Key(
+            "What was measured: kl, the KL divergence from the teacher in nats per token, or recall, the loss of"
+            " associative recall in nats per prompt."
+        ),
+    ]
+    none: Annotated[Measured, Key("Its value with no layer given back.", "nats")]
+    alone: Annotated[list[Measured], Key("Its value with this layer alone given back, layer by layer.", "nats")]
+    order: Annotated[list[Whole], Key("Layers in the order in which they were chosen.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layers:
     """Which layers kept their attention."""
 
@@ -88,6 +105,9 @@ class Layers:
     kl_when_edited_alone: Annotated[
         list[Measured] | None,
         Key("KL divergence from the unedited model when only this layer is edited, layer by layer.", "nats per token"),
+    ] = None
+    when_given_back: Annotated[
+        Ranking | None, Key("Ranking of the layers once all were replaced, where that chose them.")
     ] = None
 
 
@@ -122,7 +142,7 @@ class StepResult:
     loss_last: Annotated[Measured | None, Key("Mean loss of the last twentieth of the step.")] = None
     skipped: Annotated[Count | None, Key("Optimizer steps skipped: their gradients were not finite.", "steps")] = None
     model: Annotated[Text | None, Key("Hash of the student's weights after a training step.")] = None
-    layers: Annotated[Layers | None, Key("Layers that a swap left alone.")] = None
+    layers: Annotated[Layers | None, Key("Layers that a swap left alone, or that got their attention back.")] = None
     handover: Annotated[Handover | None, Key("Hand-over check of a swap that must not change the function.")] = None
 
     def __post_init__(self) -> None:

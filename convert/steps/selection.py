@@ -1,9 +1,10 @@
-"""Which layers keep what they have: the ones whose replacement alone changes the model most.
+"""Which layers keep what they have, by measurement: those whose replacement alone changes the model most, or, once all
+are replaced and aligned, those that bring it closest to its teacher when they are given back.
 
-Ranking by the KL that one edited layer costs: HALO (arXiv 2601.22156), KL-guided selection
-(fla-org/hybrid-distillation)."""
+Ranking by KL: HALO (arXiv 2601.22156), KL-guided selection (fla-org/hybrid-distillation)."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -39,25 +40,57 @@ def restore_layers(student: ConvertedForCausalLM, parts: Parts) -> None:
 @torch.no_grad()
 def sensitivity(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
     """Return for each layer the KL in nats per token between the model with all of `before` in place, and the same with
-    the student's own part in this layer. The student is left as it came. Layers below the edited one are recalled, not
-    run again. In float32: half precision alone moves neox-nano by 1e-4 nats, and more in earlier layers."""
-    edited, change = parts_of(student), [0.0] * len(before)
+    the student's own part in this layer. The student is left as it came."""
+    return _kl_of_each(student, before, parts_of(student), tuple(before), batches)[:-1]
+
+
+@torch.no_grad()
+def kl_when_given_back(
+    student: ConvertedForCausalLM,
+    parts: Parts,
+    layers: Collection[int],
+    teacher: PreTrainedModel,
+    batches: list[Batch],
+) -> list[float]:
+    """Return for each of `layers` the KL in nats per token between the teacher and the student with the part of this
+    layer in place; the last number is that of the student as it is, and it is left so."""
+    return _kl_of_each(student, parts_of(student), parts, layers, batches, teacher)
+
+
+def _kl_of_each(
+    student: ConvertedForCausalLM,
+    at_rest: Parts,
+    exchanged: Parts,
+    layers: Collection[int],
+    batches: list[Batch],
+    teacher: PreTrainedModel | None = None,
+) -> list[float]:
+    """The KL from the teacher (None: the student with `at_rest` in place) of the student with `at_rest` in place but
+    for one of `layers`, which has what is `exchanged`; and at the end that of the student with none exchanged. Layers
+    below the exchanged one are recalled, not run again. In float32: half precision alone moves neox-nano by 1e-4 nats,
+    and more in earlier layers."""
+    found, kl = parts_of(student), [0.0] * (len(layers) + 1)
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    with tqdm(total=len(batches) * len(before), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:
+    head = student.get_output_embeddings()
+    goal = head if teacher is None else teacher.get_output_embeddings()
+    with tqdm(total=len(batches) * len(layers), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:
         try:
             for batch in (batch.to(student.device) for batch in batches):
-                restore_layers(student, before)
+                restore_layers(student, at_rest)
                 with layer_outputs(student) as outputs:
-                    reference = hidden_states(student, batch)
-                for layer in before:
-                    restore_layers(student, {layer: edited[layer]})
+                    resting = hidden_states(student, batch)
+                reference = resting if teacher is None else hidden_states(teacher, batch)
+                if teacher is not None:
+                    kl[-1] += _sum_of_kl(head, resting, goal, reference) / tokens
+                for i, layer in enumerate(layers):
+                    restore_layers(student, {layer: exchanged[layer]})
                     with _recalled(student, outputs[:layer]):
-                        change[layer] += _sum_of_kl(student, hidden_states(student, batch), reference) / tokens
-                    restore_layers(student, {layer: before[layer]})
+                        kl[i] += _sum_of_kl(head, hidden_states(student, batch), goal, reference) / tokens
+                    restore_layers(student, {layer: at_rest[layer]})
                     bar.update()
         finally:
-            restore_layers(student, edited)
-    return change
+            restore_layers(student, found)
+    return kl
 
 
 @contextmanager
@@ -73,8 +106,39 @@ def _recalled(student: ConvertedForCausalLM, outputs: list[Tensor]) -> Iterator[
             del block.forward
 
 
-def _sum_of_kl(student: ConvertedForCausalLM, hidden: Tensor, reference: Tensor) -> float:
-    total, head = 0.0, student.get_output_embeddings()
+def _sum_of_kl(head: nn.Module, hidden: Tensor, goal: nn.Module, reference: Tensor) -> float:
+    """The KL of the logits that the head makes of `hidden` from those that `goal` makes of `reference`, over tokens."""
+    total = 0.0
     for h, r in zip(hidden.flatten(0, 1).split(HEAD_CHUNK), reference.flatten(0, 1).split(HEAD_CHUNK), strict=True):
-        total += forward_kl(head(h).float(), head(r).float()).sum().item()
+        total += forward_kl(head(h).float(), goal(r).float()).sum().item()
     return total
+
+
+@torch.no_grad()
+def score_when_given_back(
+    student: ConvertedForCausalLM,
+    parts: Parts,
+    layers: Collection[int],
+    score: Callable[[PreTrainedModel], float],
+) -> list[float]:
+    """Return the score of the student with the part of each of `layers` in place, one at a time; the last number is
+    that of the student as it is, and it is left so."""
+    own, found = parts_of(student), []
+    try:
+        for layer in tqdm(layers, desc="rank layers", unit="layer", dynamic_ncols=True):
+            restore_layers(student, {layer: parts[layer]})
+            found.append(score(student))
+            restore_layers(student, {layer: own[layer]})
+    finally:
+        restore_layers(student, own)
+    return [*found, score(student)]
+
+
+def give_back(student: ConvertedForCausalLM, teacher: PreTrainedModel, layers: Collection[int]) -> None:
+    """Put copies of what the teacher has in these layers into their places."""
+    parts, host = parts_of(teacher), getattr(teacher.config, "host", teacher.config)
+    for layer in layers:
+        module, spec = parts[layer]
+        # attention asks its configuration how to compute: the copy must ask the student's
+        copied = copy.deepcopy(module, {id(host): student.config.host}).train(student.training)
+        restore_layers(student, {layer: (copied, copy.deepcopy(spec))})

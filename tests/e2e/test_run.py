@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ from convert.evaluation.runner import evaluate_run
 from convert.exporting import verify
 from convert.mixers import MIXERS
 from convert.run import main
+from convert.runs.checkpoint import StepFolder
+from convert.steps import selection
 from tests.e2e.conftest import _load, command
 
 
@@ -75,6 +79,34 @@ def test_softmax_targets(teacher, text, tmp_path, to, capsys):
         assert len(ranking) == 3 and report["layers"]["kept"] == [max(range(3), key=ranking.__getitem__)]
         assert json.loads((tmp_path / "run" / "layers.json").read_text()) == report["layers"]
         assert "cost most when edited alone" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_layers_chosen_after_alignment(teacher, text, tmp_path, monkeypatch):
+    """A run that is killed when a ranking was measured chooses by that ranking: what it keeps is the
+    teacher's own."""
+    settings = ["--set", "select.every=2", "--set", "select.greedy=true"]
+    arguments = command(teacher, text, tmp_path / "killed", *settings, to="hybrid-kda")
+    if not (child := os.fork()):
+        save = StepFolder.save
+        monkeypatch.setattr(StepFolder, "save", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL)))
+        main(arguments)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert (tmp_path / "killed" / "steps" / "2-select" / "checkpoint-1.pt").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(selection, "kl_when_given_back", None)  # nothing is measured again
+        assert main(arguments) == 0
+    report = json.loads((tmp_path / "killed" / "report.json").read_text())
+    (kept,), ranking = report["layers"]["kept"], report["layers"]["when_given_back"]
+    assert ranking["order"] == [kept] == [min(range(3), key=ranking["alone"].__getitem__)]
+    assert json.loads((tmp_path / "killed" / "layers.json").read_text()) == {"kept": [kept], "when_given_back": ranking}
+    assert "chosen after all were replaced" in (tmp_path / "killed" / "report.md").read_text()
+    config = json.loads((tmp_path / "killed" / "model" / "config.json").read_text())
+    assert [i for i, spec in enumerate(config["mixers"]) if spec is None] == [kept]
+    model = load_file(tmp_path / "killed" / "model" / "model.safetensors")
+    own = {k: v for k, v in model.items() if f"layers.{kept}.attention." in k}
+    expected = load_file(teacher / "model.safetensors")
+    assert own and all(torch.equal(v, expected[k.removeprefix("host.")]) for k, v in own.items())
 
 
 def test_the_export_is_checked_in_a_clean_process(teacher, text, tmp_path, monkeypatch):
