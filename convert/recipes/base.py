@@ -23,7 +23,7 @@ class Recipe:
     target: Name
     steps: tuple[Step, ...]
     examples: Annotated[int, Range(1, 100_000)]
-    variants: Mapping[str, Callable] = field(default_factory=dict)
+    variants: Mapping[str, Callable] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check(self)

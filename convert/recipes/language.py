@@ -194,10 +194,11 @@ def to_mamba2(budget: Budget) -> Recipe:
 def to_gate_swa(budget: Budget) -> Recipe:
     """Attention -> gated sliding-window attention with sinks, but for every fifth layer (Attention Editing, arXiv
     2604.05688): first each edited layer learns the attention output of its own, then the whole model the teacher's
-    distribution."""
+    distribution. A variant chooses the layers that keep attention after alignment."""
     window = min(budget.window, budget.seq_len // 2)  # or training would never see its end
     edit = Swap("edit", "gate-swa", MIXERS["gate-swa"].Options(window=window), EveryNth(DEFAULT_N))
-    return _edited("gate-swa", edit, budget)
+    added = {"select": variants.selection("edit", edit.keep, DEFAULT_N)}
+    return dataclasses.replace(_edited("gate-swa", edit, budget), variants=added)
 
 
 @checked
@@ -239,14 +240,12 @@ def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
     """Attention Editing's two stages: the error of each edited layer's attention output over its energy trains all of
-    the new mixers; then the whole model is distilled. A variant chooses the layers that keep attention after
-    alignment."""
+    the new mixers; then the whole model is distilled."""
     first = int(budget.tokens * ALIGN_SHARE)
     align = _settings(budget, first, budget.edit_lr, Objective.of("energy_mse"), "mixers", "wsd")
     distill = _distill(dataclasses.replace(budget, distill_lr=budget.edit_lr), budget.tokens - first)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill
-    added = {"select": variants.selection("edit", edit.keep, DEFAULT_N)}
-    return Recipe(target, steps, budget.examples, added)
+    return Recipe(target, steps, budget.examples)
 
 
 @checked

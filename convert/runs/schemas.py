@@ -88,12 +88,14 @@ class Ranking:
     by: Annotated[
         Literal["kl", "recall"],
         Key(
-            "What was measured: kl, the KL divergence from the teacher in nats per token, or recall, the loss of"
-            " associative recall in nats per prompt."
+            "What was measured: kl, the KL divergence from the teacher, or recall, the loss of associative recall over"
+            " the tokens of the right values."
         ),
     ]
-    none: Annotated[Measured, Key("Its value with no layer given back.", "nats")]
-    alone: Annotated[list[Measured], Key("Its value with this layer alone given back, layer by layer.", "nats")]
+    none: Annotated[Measured, Key("Its value with no layer given back.", "nats per token")]
+    alone: Annotated[
+        list[Measured], Key("Its value with this layer alone given back, layer by layer.", "nats per token")
+    ]
     order: Annotated[list[Whole], Key("Layers in the order in which they were chosen.")]
 
 

@@ -15,19 +15,18 @@ from convert.core.fields import Checked, Name, Range
 from convert.models.access import layers_of
 from convert.steps import selection
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
-from convert.steps.layers import EveryNth
 
 TINY_CALIBRATION = 3 * 128  # tokens
 MEASURES = {  # what is measured -> in words for the plan, and with its unit for the table
     "kl": ("the KL from the teacher", "KL from the teacher, nats per token"),
-    "recall": ("associative recall", "loss of associative recall, nats per prompt"),
+    "recall": ("associative recall", "loss of associative recall, nats per token"),
 }
 
 
 @dataclass(frozen=True)
 class Select(Step, Checked):
-    """Give one layer in `every` what the teacher has there, once all layers have been replaced and aligned. Each layer
-    in turn gets it back alone, and those with the lowest number keep it.
+    """Give one layer in `every`, and one at least, what the teacher has there, once all layers have been replaced and
+    aligned. Each layer in turn gets it back alone, and those with the lowest number keep it.
 
     `by`: the KL between teacher and student over `calibration` tokens of training text (KL-guided selection), or the
     domain's loss of associative recall (the quantity by which When Perplexity Lies, arXiv 2603.26556, chose its layers;
@@ -39,6 +38,10 @@ class Select(Step, Checked):
     by: Literal["kl", "recall"] = "kl"
     greedy: bool = False
     calibration: Annotated[int, Range(1, 2**20)] = 8192  # tokens (ours)
+
+    def _wanted(self, num_layers: int) -> int:
+        """The number of layers that get their attention back: one at least."""
+        return max(1, num_layers // self.every)
 
     # --- before a run
 
@@ -60,12 +63,8 @@ class Select(Step, Checked):
                 f"Step {self.name}: it chooses among all layers, and {which} of a step before it has kept some already."
                 " Set keep of that swap to none, or leave this step out."
             ]
-        num_layers = len(before.mixers)
-        if not 0 < len(EveryNth(self.every).layers(num_layers)) < num_layers:
-            return [
-                f"Step {self.name}: of {num_layers} layers one in 2 .. {num_layers} can be kept; got one in"
-                f" {self.every}. Set every."
-            ]
+        if self._wanted(len(before.mixers)) == len(before.mixers):
+            return [f"Step {self.name}: a model of one layer has none to choose from. Leave the step out."]
         return []
 
     def after(self, before: Outline) -> Outline:
@@ -76,12 +75,12 @@ class Select(Step, Checked):
         num_layers = len(layers_of(student))
         with torch.device("meta"):
             teacher = context.domain.empty_model(context.config)
-        kept = EveryNth(self.every).layers(num_layers)
-        selection.give_back(student, teacher, kept)
-        rounds = len(kept) if self.greedy else 1
+        wanted = self._wanted(num_layers)
+        selection.give_back(student, teacher, range(wanted))
+        rounds = wanted if self.greedy else 1
         tokens = self.calibration * (2 + num_layers / 2) * rounds
         words, _ = MEASURES[self.by]
-        what = f"give attention back to {len(kept)} of {num_layers} layers, by measurement of {words}"
+        what = f"give attention back to {wanted} of {num_layers} layers, by measurement of {words}"
         total = count(student)
         peak = 4 * (context.num_teacher + total)
         return student, StepPlan(self.name, what, 0, 0, total, peak, tokens * 2 * context.num_teacher / context.rate)
@@ -94,7 +93,7 @@ class Select(Step, Checked):
         ranking. A greedy choice goes on after the last round that was measured."""
         teacher = session.teacher.model
         num_layers = len(layers_of(student))
-        wanted = len(EveryNth(self.every).layers(num_layers))
+        wanted = self._wanted(num_layers)
         rounds: list[list[float]] = (session.folder.load() or {"rounds": []})["rounds"]
         chosen: list[int] = []
         while len(chosen) < wanted:

@@ -33,7 +33,6 @@ def test_a_choice_after_alignment_is_counted_with_the_layers_that_it_gives_back(
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (["select.every=9"], "of 6 layers one in 2 .. 6 can be kept; got one in 9"),
         (["select.every=2", "edit.keep=1"], r"keep .1. of a step before it has kept some already"),
         (["edit.keep=auto:3", "select.every=2"], "a measurement of a step before it has kept some already"),
     ],
