@@ -71,15 +71,22 @@ def test_expressions_that_cannot_be_read_are_refused(trains):
         dataclasses.replace(SETTINGS, trains=trains)
 
 
-def test_queries_and_keys_are_what_the_weights_between_tokens_depend_on():
-    """Values, the output's gate and its projection are left out, and so are kept attention and the rest."""
-    student = swap(tiny_teacher("qwen3"), "kda", layers=(0, 2))
+@pytest.mark.parametrize(
+    "mixer, others",
+    [
+        ("kda", {"qkv.v.weight", "gate_down.weight", "gate.weight", "gate.bias", "out.weight"}),
+        ("gdn", {"gate.weight", "norm.weight", "out.weight"}),
+    ],
+)
+def test_queries_and_keys_are_what_the_weights_between_tokens_depend_on(mixer, others):
+    """Values that are apart, the output's gate and its projection are left out, and so are kept attention and the
+    rest."""
+    student = swap(tiny_teacher("qwen3"), mixer, layers=(0, 2))
     chosen = {id(p) for p in SELECTORS["queries_and_keys"](student)}
     for slot in student.slots().values():
-        named = dict(slot.mixer.named_parameters())
-        frozen = {name for name, p in named.items() if id(p) not in chosen}
-        assert frozen == {"qkv.v.weight", "gate_down.weight", "gate.weight", "gate.bias", "out.weight"}
-    assert len(chosen) == sum(len(list(slot.mixer.parameters())) - 5 for slot in student.slots().values())
+        assert {name for name, p in slot.mixer.named_parameters() if id(p) not in chosen} == others
+    slots = student.slots().values()
+    assert len(chosen) == sum(len(list(slot.mixer.parameters())) - len(others) for slot in slots)
 
 
 def test_a_selector_is_named_or_a_function():
