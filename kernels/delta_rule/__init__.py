@@ -21,7 +21,6 @@ from kernels.delta_rule.fla import delta_rule_fla, why_no_fla
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import Implementations, always_available, choose
 
-CHUNK = 64  # steps of a chunk, in which operations are counted
 EPSILON = 1e-6  # under the root of an L2 norm, as in flash-linear-attention and transformers
 
 
@@ -88,8 +87,10 @@ def gated_delta_rule(
 
 
 def operations(keys: int, values: int) -> int:
-    """Return the multiplications and additions per step of a head in chunks, forward; backward needs twice as many."""
-    return 2 * CHUNK * (keys + values) + 6 * keys * values
+    """Return the multiplications and additions per step of a head, forward, in the chunks of the compiled rule
+    (README.md); backward needs twice as many."""
+    chunk = 32 if keys <= 64 and values <= 64 else 64
+    return 2 * chunk * (keys + values) + 6 * keys * values
 
 
 def _run(

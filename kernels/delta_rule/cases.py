@@ -15,6 +15,7 @@ CASES: dict[str, dict] = {
     "beta-of-0-1-and-2": dict(whole_beta=True),
     "more-values": dict(K=19, V=37, state=True),
     "more-keys": dict(K=33, V=16),
+    "large-heads": dict(K=70, V=66, k=2, state=True),
     "one-key": dict(K=1),
     "everything": dict(q=2, k=1, v=2, documents=True, state=True, decay=5.0),
 }

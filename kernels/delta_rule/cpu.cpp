@@ -89,9 +89,9 @@ template <typename T> static void forward(const Rule& r) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < r.batch * r.heads; task++) {
             m.begin(task);
-            for (int64_t t0 = 0; t0 < m.L; t0 += STEPS) {
+            for (int64_t t0 = 0; t0 < m.L; t0 += m.chunk) {
                 int rows, steps = m.load_chunk(t0, rows);
-                if (r.chunk_states) memcpy(m.chunk_state(t0 / STEPS), m.S, sizeof(T) * m.K * m.Vp);
+                if (r.chunk_states) memcpy(m.chunk_state(t0), m.S, sizeof(T) * m.K * m.Vp);
                 if (m.few || !forward_chunk(m, rows))
                     for (int t = 0; t < steps; t++) advance<T>(m, t, m.o + t * m.Vp, nullptr);
                 m.store_rows(m.o, steps, t0, m.V, r.o);
@@ -107,7 +107,7 @@ template <typename T> static bool backward_chunk(Head<T>& m, int rows, const T* 
     solve_chunk(m, rows, S);
     transpose<T>(K, V, S, Vp, m.ST, Kp);
     transpose<T>(K, V, m.S, Vp, m.DT, Kp);
-    transpose<T>(rows, V, m.u, Vp, m.UT, STEPS);
+    transpose_tile(rows, Vp, m.u, Vp, m.UT, STEPS);
     multiply<T>(rows, Vp, rows, m.P, 1, STEPS, m.dO, Vp, m.du, Vp, false, UPPER_A);
     multiply<T>(rows, Vp, K, last_keys(m, rows), Kp, 1, m.S, Vp, m.du, Vp, true);
     solve_backward(m, rows);
@@ -137,10 +137,10 @@ template <typename T> static void backward(const Rule& r) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < r.batch * r.heads; task++) {
             m.begin(task);
-            for (int64_t t0 = (m.L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
+            for (int64_t t0 = (m.L - 1) / m.chunk * m.chunk; t0 >= 0; t0 -= m.chunk) {
                 int rows, steps = m.load_chunk(t0, rows);
                 m.load_rows(r.o, t0, steps, rows, m.H, m.V, m.dO);
-                const T* S = m.chunk_state(t0 / STEPS);
+                const T* S = m.chunk_state(t0);
                 if (!backward_chunk(m, rows, S)) backward_by_steps(m, steps, S);
                 for (int t = 0; t < steps; t++) {
                     m.denormalize(m.q + t * m.Kp, m.length_q[t], r.scale, m.dq + t * m.Kp);
@@ -161,5 +161,5 @@ void forward_double(const Rule* r) { forward<double>(*r); }
 void backward_float(const Rule* r) { backward<float>(*r); }
 void backward_double(const Rule* r) { backward<double>(*r); }
 int lanes_of_float() { return WIDTH<float>; }
-int chunk_steps() { return STEPS; }
+int steps_of_chunk(int64_t keys, int64_t values) { return chunk_steps(keys, values); }
 }

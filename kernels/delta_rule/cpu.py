@@ -71,8 +71,8 @@ def _call(
 
 def _chunk_states_shape(S: Tensor, length: int) -> tuple[int, ...]:
     library = require_library(compiled_library())
-    width = lanes(library, S)
-    return *S.shape[:2], -(-length // library.chunk_steps()), S.shape[2], -(-S.shape[3] // width) * width
+    width, steps = lanes(library, S), library.steps_of_chunk(*map(ctypes.c_int64, S.shape[2:]))
+    return *S.shape[:2], -(-length // steps), S.shape[2], -(-S.shape[3] // width) * width
 
 
 def rule_forward(

@@ -5,7 +5,7 @@
 
 #include "../matrix.h"
 
-constexpr int STEPS = 64;  // steps per chunk
+constexpr int STEPS = 64;  // steps per chunk, at most
 constexpr int BLOCK = 16;  // steps per block: pairs inside one are summed each by itself
 constexpr int BLOCKS = STEPS / BLOCK;
 constexpr int FEW = 6;     // steps of a call for which no chunk is made (ours)
@@ -23,12 +23,15 @@ struct Rule {
     void *dq, *dk, *dv, *dg, *dbeta;   // [batch, T, H, K, V, K or 1, or none]
 };
 
+// Small heads have shorter chunks: what pairs of steps take is more of the work, and what a state takes is less (ours).
+static int chunk_steps(int64_t keys, int64_t values) { return keys <= 64 && values <= 64 ? 32 : STEPS; }
+
 // A task has one batch entry and one head. Blocks of steps are [STEPS][padded K or V], with zeros beyond K, V and the
 // last step: a step of zeros changes nothing.
 template <typename T> struct Head {
     static constexpr int W = WIDTH<T>;
     const Rule& rule;
-    const int64_t L, H, K, V, Kp, Vp, chunks;
+    const int64_t L, H, K, V, Kp, Vp, chunk, chunks;
     const bool per_channel, backward, few, in_place;  // few: no chunk is made; in_place: S is in the result
     int64_t b = 0, h = 0;
     bool starts[STEPS];              // whether a document starts there
@@ -49,7 +52,7 @@ template <typename T> struct Head {
 
     Head(const Rule& r, bool back)
         : rule(r), L(r.length), H(r.heads), K(r.keys), V(r.values), Kp(padded<T>(r.keys)), Vp(padded<T>(r.values)),
-          chunks((r.length + STEPS - 1) / STEPS), per_channel(r.per_channel),
+          chunk(chunk_steps(r.keys, r.values)), chunks((r.length + chunk - 1) / chunk), per_channel(r.per_channel),
           backward(back), few(r.length <= FEW && !back), in_place(few && Vp == V) {
         int64_t steps = few ? BLOCK : STEPS, k_steps = steps * Kp, v_steps = steps * Vp, pairs = steps * steps;
         std::vector<std::pair<T**, int64_t>> places = {{&S, K * Vp}, {&q, k_steps}, {&k, k_steps}, {&v, v_steps},
@@ -82,7 +85,7 @@ template <typename T> struct Head {
     const T* argument(const void* base, int64_t t, int64_t heads, int64_t size) {
         return (const T*)base + ((b * L + t) * heads + h / (H / heads)) * size;
     }
-    T* chunk_state(int64_t chunk) { return (T*)rule.chunk_states + ((b * H + h) * chunks + chunk) * K * Vp; }
+    T* chunk_state(int64_t t) { return (T*)rule.chunk_states + ((b * H + h) * chunks + t / chunk) * K * Vp; }
 
     void begin(int64_t task) {
         b = task / H, h = task % H;
@@ -98,7 +101,7 @@ template <typename T> struct Head {
     }
     // Loads rows, and prefetches those of the chunk that follows.
     void load_rows(const void* from, int64_t t0, int steps, int rows, int64_t heads, int64_t size, T* to) {
-        int64_t wide = padded<T>(size), ahead = backward ? -STEPS : STEPS;
+        int64_t wide = padded<T>(size), ahead = backward ? -chunk : chunk;
         for (int t = 0; t < steps; t++) {
             const T *at = argument(from, t0 + t, heads, size), *next = argument(from, t0 + t + ahead, heads, size);
             for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
@@ -115,7 +118,7 @@ template <typename T> struct Head {
     }
     // Loads the arguments of the chunk at t0; returns the number of its steps. `rows`: that, in whole blocks.
     int load_chunk(int64_t t0, int& rows) {
-        int steps = L - t0 < STEPS ? L - t0 : STEPS;
+        int steps = L - t0 < chunk ? L - t0 : chunk;
         rows = (steps + BLOCK - 1) / BLOCK * BLOCK;
         load_rows(rule.q, t0, steps, rows, rule.heads_q, K, q);
         load_rows(rule.k, t0, steps, rows, rule.heads_k, K, k);

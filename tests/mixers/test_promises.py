@@ -297,11 +297,11 @@ def test_state_updates_of_an_elementwise_scan():
 
 
 def test_operations_of_a_delta_rule():
-    """Twice 64 (K + V) and six times K V for each head; mixers without a delta rule have none."""
+    """Of small heads twice 32 (K + V) and six times K V each; mixers without a delta rule have none."""
     shape = SHAPES["mha"]
     found = {name: mixer_of(name, shape).rule_operations() for name in MIXERS}
     H, K = shape.num_heads, shape.head_dim
-    assert found == dict.fromkeys(MIXERS, 0) | dict.fromkeys(("kda", "gdn"), H * (2 * 64 * 2 * K + 6 * K * K))
+    assert found == dict.fromkeys(MIXERS, 0) | dict.fromkeys(("kda", "gdn"), H * (2 * 32 * 2 * K + 6 * K * K))
 
 
 def test_options_for_short_sequences():

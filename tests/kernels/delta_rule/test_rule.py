@@ -1,5 +1,6 @@
 """Both delta rules: every implementation equals the reference, the reference the formula, and both others' code."""
 
+import ctypes
 import functools
 import importlib
 import inspect
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import kernels.delta_rule.chunked as chunked
-from kernels.delta_rule import gated_delta_rule, kda
+from kernels.delta_rule import gated_delta_rule, kda, operations
 from kernels.delta_rule.cases import CASES, HEADS, make
+from kernels.delta_rule.cpu import compiled_library
 from kernels.products import solve_unit_lower
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
@@ -219,6 +221,13 @@ def test_bfloat16_in_and_out_and_float32_between(impl, rule, per_channel):
 @every_rule
 def test_torch_compile_takes_it(impl, rule, per_channel):
     assert_compiles(rule, make(70, documents=True, state=True, per_channel=per_channel, dtype=torch.float32), impl)
+
+
+@needs_compiler
+@pytest.mark.parametrize("keys, values", [(64, 64), (65, 64), (64, 65), (128, 128)])
+def test_operations_are_those_of_the_compiled_chunks(keys, values):
+    steps = compiled_library().steps_of_chunk(ctypes.c_int64(keys), ctypes.c_int64(values))
+    assert operations(keys, values) == 2 * steps * (keys + values) + 6 * keys * values
 
 
 @needs_compiler
