@@ -18,7 +18,7 @@ from convert.models.devices import pick_device
 from convert.models.saving import fingerprint
 from convert.planning import plan as planning
 from convert.planning.plan import Plan
-from convert.planning.validate import check_data, named_teachers
+from convert.planning.validate import named_corpora, named_teachers
 from convert.recipes.base import Recipe
 from convert.recipes.targets import default_recipe
 from convert.runs.ledger import check_out
@@ -71,11 +71,10 @@ def prepared(
         )
     folder = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
     device, spec = pick_device(device), source.data if data is None else str(data)
-    corpora = {name: domain.corpus(name) for name in (spec, *_own(recipe, "own_data"))}
-    check_data(domain, recipe, spec)
+    corpora = named_corpora(domain, recipe, spec)
     plan = _planned(domain, source, config, recipe, spec, device, folder, trust_remote_code)
     check_out(folder, fresh)
-    named = [domain.resolve(name) for name in _own(recipe, "own_teacher")]
+    named = [domain.resolve(name) for name in _named_teachers(recipe)]
     places = [("teacher", place) for each in (source, *named) for place in _places(each)]
     refuse_overlap(folder, places + [("data", place) for corpus in corpora.values() for place in corpus.places()])
 
@@ -125,9 +124,9 @@ def _planned(
     return plan
 
 
-def _own(recipe: Recipe, field: str) -> list[str]:
-    """Names of the teachers, or of the data, that steps name for themselves."""
-    return sorted({name for step in recipe.steps if (name := getattr(step, field)) is not None})
+def _named_teachers(recipe: Recipe) -> list[str]:
+    """The teachers that training steps name, each once."""
+    return list(dict.fromkeys(step.own_teacher for step in recipe.steps if step.own_teacher is not None))
 
 
 def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
-from convert.data.corpus import check_exists, corpus
+from convert.data.corpus import check_exists
 from convert.models.catalog import Source, resolve
 from convert.recipes.assignment import parse_assignment
 from convert.recipes.targets import TARGETS, default_recipe, target_named
@@ -121,14 +121,13 @@ def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, re
         from convert.domains import domain_of
         from convert.models.devices import pick_device
         from convert.planning import plan as planning
-        from convert.planning.validate import check_data, named_teachers
+        from convert.planning.validate import named_corpora, named_teachers
 
-    text = corpus(source.data if args.data is None else args.data)  # refuses a folder without text
-    domain = domain_of(args.teacher)
-    check_data(domain, recipe, text.spec)
+    domain, data = domain_of(args.teacher), source.data if args.data is None else args.data
+    named_corpora(domain, recipe, data)  # refuses a folder without text
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)
-    plan = planning.make_plan(domain, source.name, config, recipe, text.spec, device, teachers)
+    plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers)
     planning.show(plan, console)
     if plan.refusals:
         raise UserError(plan.refusals[0])

@@ -1,6 +1,7 @@
 """Every reason why a recipe cannot work on a teacher, from configurations alone."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -36,14 +37,18 @@ def problems(
     return tuple(found)
 
 
-def check_data(domain: Domain, recipe: Recipe, data: str) -> None:
-    """Raise UserError where a training step cannot use its data, its own or the run's `data`."""
+def named_corpora(domain: Domain, recipe: Recipe, data: str) -> dict[str, Any]:
+    """Find the run's data and those that training steps name. Raises UserError where there are none, or where a step
+    cannot use its own."""
+    names = [data, *(step.own_data for step in recipe.steps if step.own_data is not None)]
+    corpora = {name: domain.corpus(name) for name in dict.fromkeys(names)}
     for step in recipe.steps:
         if step.training is not None:
             try:
-                domain.check_data(domain.corpus(step.own_data or data), step.training.masking)
+                domain.check_data(corpora[step.own_data or data], step.training.masking)
             except UserError as error:
                 raise UserError(f"Step {step.name}: {error}") from None
+    return corpora
 
 
 def named_teachers(domain: Domain, recipe: Recipe, trust_remote_code: bool) -> dict[str, PreTrainedConfig]:

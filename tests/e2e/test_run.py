@@ -77,7 +77,8 @@ def test_softmax_targets(teacher, text, tmp_path, to, capsys):
     if to == "gate-swa":
         ranking = report["layers"]["kl_when_edited_alone"]
         assert len(ranking) == 3 and report["layers"]["kept"] == [max(range(3), key=ranking.__getitem__)]
-        assert json.loads((tmp_path / "run" / "layers.json").read_text()) == report["layers"]
+        known = {name: value for name, value in report["layers"].items() if value is not None}
+        assert json.loads((tmp_path / "run" / "layers.json").read_text()) == known
         assert "cost most when edited alone" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -165,8 +166,7 @@ def test_an_export_that_fails_its_check_is_not_called_model(check, words, teache
 
 def test_the_text_is_looked_for_once(teacher, text, tmp_path, monkeypatch):
     looked = []
-    for module in ("convert.run", "convert.domains.language"):
-        monkeypatch.setattr(f"{module}.corpus", lambda spec: looked.append(spec) or corpus(spec))
+    monkeypatch.setattr("convert.domains.language.corpus", lambda spec: looked.append(spec) or corpus(spec))
     assert main(command(teacher, text, tmp_path / "run", to="linear")) == 0
     assert looked == [str(text)]
 

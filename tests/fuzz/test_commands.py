@@ -176,16 +176,19 @@ def test_generations(folder, prompt, length, options):
     behaves(generate, [folder, prompt, "--max-new-tokens", length, *(word for option in options for word in option)])
 
 
+GRID = ["--teacher", "--tokens", "--seeds", "--limit", "--only", "--data", "--out"]
 EXPERIMENTS = {  # name -> options with a value, and what takes long there
     "generation_throughput": (["--tasks", "--limit"], ["answer"]),
-    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["run_recipe", "show"]),
+    "attention_editing": (["--tokens", "--seq-len", "--seeds", "--data", "--only", "--out"], ["report_of", "show"]),
     "compare": (["--out"], []),
+    "gendistill_axes": (GRID, ["run_command"]),
+    "hybrids": (GRID, ["run_command"]),
     "context": (["--lengths", "--minutes", "--needle-lengths", "--needles"], ["all_costs"]),
     "dashboards": (["--entity", "--project"], ["is_reachable"]),
     "hedgemamba_ablation": (["--teacher", "--mixer", "--tokens", "--seeds", "--out"], ["train"]),
     "mad": (["--mixers", "--tasks", "--seed", "--device", "--out"], ["ProcessPoolExecutor"]),
     "memory": (["--mixer"], ["in_a_process", "measure", "pythia"]),
-    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["run_recipe", "show"]),
+    "perplexity_lies": (["--teacher", "--seeds", "--limit", "--out"], ["report_of", "show"]),
     "pretrain_nano": (["--out", "--tokens"], ["train_tokenizer"]),
     "lm_eval_parity": (["--tasks", "--limit", "--out"], ["compare"]),
     "speed": (["--teacher", "--steps", "--profile"], ["where", "speeds"]),

@@ -1,5 +1,5 @@
-"""The table of experiments.gendistill_axes: both scoring methods side by side, pairs whose order flips between them,
-and what intervals say of the paper's findings."""
+"""The table of a grid of runs: both scoring methods side by side, pairs whose order flips between them, and what
+intervals say of findings."""
 
 import itertools
 import statistics
@@ -16,26 +16,24 @@ from convert.runs.keys import SCORINGS, Scoring
 DEFAULT = "default"
 SEEN = 0.1  # of the examples the teacher must have correct by generation, or no gap can be seen (ours)
 COLUMNS = (
-    "row", "axis", "change", "tokens", "seeds", "perplexity ratio", "by likelihood", "against the default",
-    "by generation", "against the default", "flips with rows",
+    "row", "axis", "change", "tokens", "seeds", "perplexity ratio", "cache at 8,192", "by likelihood",
+    "against the default", "by generation", "against the default", "of the teacher's", "flips with rows",
 )  # fmt: skip
-# the paper's finding, the row without it, and what the default has that the row has not
-FINDINGS = (
-    ("Data selection", "text all the way", "a last stage on completions of the teacher, instead of text,"),
-    ("Completion-only masking", "loss of all tokens", "a loss of completions alone, instead of all tokens,"),
-    ("Frozen attention", "kept attention trained", "kept attention that is frozen, instead of trained,"),
-)
+# a finding, the row without it, and what the default has that the row has not
+Findings = Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of one row found: `ratio` of perplexities, and what its student answered example by example."""
+    """What one run of one row found: `ratio` of perplexities, `cache` of the student's bytes to the teacher's at 8,192
+    tokens, and what its student answered example by example."""
 
     axis: str
     name: str
     seed: int
     tokens: int
     ratio: float
+    cache: float
     correct: Correct
     evaluation: Evaluation
 
@@ -100,7 +98,7 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
     numbers = {name: str(number) for number, name in enumerate(rows, 1)}
     for name, row in rows.items():
         first = next(iter(row.values()))
-        cells = [numbers[name], first.axis, name, count(first.tokens), str(len(row)), _ratio(row)]
+        cells = [numbers[name], first.axis, name, count(first.tokens), str(len(row)), _ratio(row), f"{first.cache:.1%}"]
         tasks = tasks_seen(first.evaluation)
         for scoring in ("likelihood", "generation"):
             scores = table_of([one.correct for one in row.values()], scoring, tasks)
@@ -108,12 +106,13 @@ def table_rows(results: Sequence[Result]) -> list[list[str]]:
             cells += [points(interval_of(scores)) if tasks else "", points(against, "+") if against else ""]
         pairs = [(f.worse if f.better == name else f.better, f.is_sure) for f in turned if name in (f.better, f.worse)]
         others = {numbers[other]: is_sure for other, is_sure in pairs}
+        cells.append(_kept(row, tasks))
         lines.append([*cells, ", ".join(n + "!" * others[n] for n in sorted(others, key=int))])
     return lines
 
 
-def lines_of(results: Sequence[Result]) -> list[str]:
-    """What the table says, in sentences: its tasks, every flip, and the paper's findings."""
+def lines_of(results: Sequence[Result], findings: Findings = ()) -> list[str]:
+    """What the table says, in sentences: its tasks, every flip, and whether findings hold."""
     rows, turned = by_row(results), flips(results)
     evaluation = results[0].evaluation
     if not (tasks := tasks_seen(evaluation)):
@@ -133,11 +132,11 @@ def lines_of(results: Sequence[Result]) -> list[str]:
         )
     if not turned:
         lines.append("No pair within an axis changes its order between the scoring methods.")
-    return lines + [_finding(rows, *finding) for finding in FINDINGS]
+    return lines + [_finding(rows, *finding) for finding in findings]
 
 
 def _finding(rows: dict[str, dict[int, Result]], title: str, without: str, what: str) -> str:
-    """Whether a finding of the paper holds here, by the interval of the difference by generation."""
+    """Whether a finding holds here, by the interval of the difference by generation."""
     found = {s: versus(rows[DEFAULT], rows[without], s) for s in SCORINGS} if {DEFAULT, without} <= set(rows) else {}
     written, ranked = found.get("generation"), found.get("likelihood")
     if written is None or ranked is None:
@@ -162,22 +161,36 @@ def _ratio(row: dict[int, Result]) -> str:
     return f"{statistics.mean(ratios):.3f}{spread}"
 
 
+def _kept(row: dict[int, Result], tasks: Sequence[str]) -> str:
+    """The student's score by generation over its teacher's, means over tasks and seeds."""
+    if not tasks:
+        return ""
+    pairs = [
+        [one.evaluation.row(task, model, "generation").score for model in ("student", "teacher")]
+        for one in row.values()
+        for task in tasks
+    ]
+    student, teacher = (statistics.mean(scores) for scores in zip(*pairs, strict=True))
+    return f"{student / teacher:.0%}"
+
+
 def print_table(results: Sequence[Result], console: Console) -> None:
     """Print the table."""
     table = Table(title="the default recipe, and one change at a time; ! marks a flip by both intervals")
     heads = ("row", "axis, change", "tokens", "seeds", "perplexity ratio", "by likelihood", "by generation", "flips")
     for column in heads:
         table.add_column(column, justify="left" if column == "axis, change" else "right", overflow="fold")
-    for number, axis, name, tokens, seeds, ratio, *scores, turned in table_rows(results):
-        ranked, written = ("\n".join(pair) for pair in (scores[:2], scores[2:]))
-        ratio = ratio.replace(" (", "\n(")
-        table.add_row(number, f"{axis}\n{name}", tokens, seeds, ratio, ranked, written, turned, end_section=True)
+    for number, axis, name, tokens, seeds, ratio, cache, *scores, kept, turned in table_rows(results):
+        ratio = ratio.replace(" (", "\n(") + f"\ncache {cache}"
+        ranked, written = "\n".join(scores[:2]), "\n".join([*scores[2:], f"{kept} of the teacher's" if kept else ""])
+        cells = number, f"{axis}\n{name}", tokens, seeds, ratio, ranked, written, turned
+        table.add_row(*cells, end_section=True)
     console.print(table, soft_wrap=False)
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result], findings: Findings = ()) -> str:
     """The table and what it says as Markdown."""
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *table_rows(results)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    sentences = "\n".join(f"* {line}" for line in lines_of(results))
+    sentences = "\n".join(f"* {line}" for line in lines_of(results, findings))
     return f"{table}\n\nA `!` marks a flip by both intervals.\n\n{sentences}\n"

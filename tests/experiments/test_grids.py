@@ -1,9 +1,8 @@
-"""The grid of the six axes: its rows are recipes, runs are read again, flips and findings follow from intervals."""
+"""Grids of runs: their rows are recipes, runs are read again, flips and findings follow from intervals."""
 
 import copy
 import json
 import shutil
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.planning.plan import make_plan
 from convert.runs import records
-from experiments import axes_table, variants
-from experiments.axes_table import DEFAULT, Result, flips, lines_of, markdown
-from experiments.gendistill_axes import AXES, ROWS, Row, chosen, recipe_of, run_grid
+from experiments import gendistill_axes, grid_table, hybrids, variants
+from experiments.gendistill_axes import FINDINGS, ROWS, longer
+from experiments.grid import TABLE, Grid, Row, recipe_of, run_grid
+from experiments.grid_table import DEFAULT, Result, flips, lines_of, markdown
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
 
@@ -25,30 +25,30 @@ BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward
 # --- rows
 
 
-def test_rows_have_names_of_their_own_and_all_six_axes():
-    assert set(AXES) == {"objective", "masking", "duration", "data", "frozen", "architecture"}
-    assert len({row.name for row in ROWS}) == len(ROWS) and ROWS[0].name == DEFAULT
-    assert {name for _, name, _ in axes_table.FINDINGS} < {row.name for row in ROWS}
+GRIDS = {"gendistill_axes": gendistill_axes.GRID, "hybrids": hybrids.GRID}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_is_a_recipe_that_can_be_planned_or_is_refused_for_what_is_not_there(row):
-    """A step or target that a row names may not exist: it is refused then, never skipped."""
-    names = [step.name for step in recipes.TARGETS["hybrid-kda"].recipe(BUDGET).steps]
-    known = {*names, variants.WHOLE_MODEL, *(["select"] if find_spec("convert.steps.select") else [])}
-    named = {*row.without, *(setting.split(".")[0] for setting in row.settings)}
-    if row.target not in recipes.TARGETS or not named <= known:
-        with pytest.raises(UserError, match=f"Row {row.name!r} of the axis {row.axis!r} cannot be made: .*[.]$"):
-            recipe_of(row, "neox-nano", 400_000, 0, 2)
-        return
+def test_the_axes_are_the_six_of_the_paper_and_its_findings_have_rows():
+    axes = gendistill_axes.GRID.axes
+    assert set(axes) == {"objective", "masking", "duration", "data", "frozen", "architecture"}
+    assert {name for _, name, _ in FINDINGS} < {row.name for row in ROWS}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_rows_have_names_of_their_own_and_the_default_comes_first(name):
+    rows = GRIDS[name].rows
+    assert len({row.name for row in rows}) == len(rows) and (rows[0].name, rows[0].axis) == (DEFAULT, "")
+
+
+@pytest.mark.parametrize(
+    "grid, row", [pytest.param(g, row, id=f"{n}-{row.name}") for n, g in GRIDS.items() for row in g.rows]
+)
+def test_every_row_is_a_change_that_can_be_planned(grid, row):
     recipe = recipe_of(row, "neox-nano", 400_000, 0, 2)
     config = read_config(resolve("neox-nano"))
-    plan = make_plan(Language(), "neox-nano", config, recipe, "stdlib", "cpu")
-    assert not plan.refusals
-    if row.name == DEFAULT:
-        return
-    default = recipe_of(ROWS[0], "neox-nano", 400_000, 0, 2)
-    assert recipe != default
+    assert not make_plan(Language(), "neox-nano", config, recipe, "stdlib", "cpu").refusals
+    default = recipe_of(grid.rows[0], "neox-nano", 400_000, 0, 2)
+    assert (recipe == default) == (row.name == DEFAULT)
     same_tokens = row.axis != "duration" and not row.without
     assert (recipe.tokens == default.tokens) == same_tokens
 
@@ -64,17 +64,16 @@ def test_a_change_of_the_whole_model_leaves_alignment_as_it_is():
 
 
 def test_rows_are_chosen_by_axis_and_durations_are_added():
-    assert [row.name for row in chosen("masking", "")] == [DEFAULT, "loss of all tokens"]
-    more = chosen("duration", "2,0.5")
-    assert [row.times for row in more] == [1, 0.25, 2, 0.5]
-    assert recipe_of(more[2], "neox-nano", 100_000, 0, 2).tokens == 200_000
-    assert chosen("", "") == list(ROWS) and chosen("masking", "3")[-1].axis == "duration"
-    for axes, times, words in (
-        ("colour", "", "no 'colour' among data"),
-        ("", "2,nan", "factors of the tokens with commas"),
-    ):
-        with pytest.raises(UserError, match=words):
-            chosen(axes, times)
+    grid = gendistill_axes.GRID
+    assert [row.name for row in grid.chosen("masking")] == [DEFAULT, "loss of all tokens"]
+    more = longer("2,0.5")
+    assert [row.times for row in more] == [2, 0.5] and not longer("")
+    assert recipe_of(more[0], "neox-nano", 100_000, 0, 2).tokens == 200_000
+    assert grid.chosen("") == list(ROWS)
+    with pytest.raises(UserError, match="no 'colour' among data"):
+        grid.chosen("colour")
+    with pytest.raises(UserError, match="factors of the tokens with commas"):
+        longer("2,nan")
 
 
 # --- a grid
@@ -100,14 +99,14 @@ def small(monkeypatch, finished_run, tmp_path):
 
 
 def grid(out, rows=LINEAR):
-    return run_grid("neox-nano", list(rows), 2048, 1, 2, None, out)
+    return run_grid(Grid(tuple(rows), FINDINGS), rows, "neox-nano", 2048, 1, 2, None, out)
 
 
 def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypatch):
     first = grid(small)
     assert [(result.name, result.seed) for result in first] == [(DEFAULT, 0), ("mixers alone trained", 0)]
     assert first[1].ratio == records.report(small / "frozen-mixers-alone-trained-0").perplexity.ratio
-    table = (small / "axes.md").read_text()
+    table = (small / TABLE).read_text()
     assert "| 2 | frozen | mixers alone trained |" in table and "Frozen attention: not measured yet" in table
     assert "mixers alone trained" in capsys.readouterr().out
 
@@ -115,12 +114,12 @@ def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypat
         raise AssertionError("a finished run is read")
 
     monkeypatch.setattr(variants, "run_recipe", again)
-    assert grid(small) == first and (small / "axes.md").read_text() == table
+    assert grid(small) == first and (small / TABLE).read_text() == table
     with pytest.raises(UserError, match="A folder holds one grid; .*default-0 was finished with another"):
         grid(small, [Row("linear", ("distill.lr=0.002",), name=DEFAULT), LINEAR[1]])
     with pytest.raises(UserError, match="Give the number of examples that the run was made with"):
-        run_grid("neox-nano", LINEAR, 2048, 1, 3, None, small)
-    assert (small / "axes.md").read_text() == table
+        run_grid(Grid(tuple(LINEAR)), LINEAR, "neox-nano", 2048, 1, 3, None, small)
+    assert (small / TABLE).read_text() == table
 
 
 def test_a_row_that_names_an_absent_field_is_refused_before_anything_runs(small):
@@ -141,7 +140,7 @@ def test_a_run_that_fails_or_is_stopped_leaves_the_table_of_what_is_there(small,
     monkeypatch.setattr(variants, "run_recipe", run)
     with pytest.raises(type(error), match=words):
         grid(small)
-    assert "| 1 |  | default |" in (small / "axes.md").read_text() and "by likelihood" in capsys.readouterr().out
+    assert "| 1 |  | default |" in (small / TABLE).read_text() and "by likelihood" in capsys.readouterr().out
 
 
 # --- the table, of made-up scores
@@ -162,7 +161,7 @@ def made_up(finished_run):
                 rng = np.random.default_rng(seed)  # the same examples are easy for every row
                 values = (rng.random(examples) < share).astype(float)
                 correct[scoring] = {row.task: dict(enumerate(values)) for row in evaluation.rows}
-            found.append(Result(axis, name, seed, 1000, 1.1 + seed / 100, correct, evaluation))
+            found.append(Result(axis, name, seed, 1000, 1.1 + seed / 100, 0.2, correct, evaluation))
         return found
 
     return results
@@ -179,7 +178,7 @@ def test_flips_are_marked_within_an_axis_alone(made_up):
     assert set(found) == {("objective", "ranks", DEFAULT), ("data", DEFAULT, "writes")}
     flip = found["objective", "ranks", DEFAULT]
     assert flip.is_sure and flip.likelihood.low > 0 > flip.generation.high
-    cells = {row[2]: row for row in axes_table.table_rows(results)}
+    cells = {row[2]: row for row in grid_table.table_rows(results)}
     assert [cells[n][-1] for n in (DEFAULT, "ranks", "better at both", "writes")] == ["2!, 4!", "1!", "", "1!"]
     assert cells["ranks"][5] == "1.110 (1.100 to 1.120)" and "keys" not in lines_of(results)[0]
     text = markdown(results)
@@ -199,14 +198,14 @@ def test_a_flip_within_the_noise_is_said_to_be_one(made_up):
 )
 def test_findings_are_decided_by_intervals_of_generation(made_up, default, other, verdict):
     results = [*made_up("", DEFAULT, 0.5, default), *made_up("frozen", "kept attention trained", 0.5, other)]
-    assert any(line.startswith(f"Frozen attention: {verdict}; ") for line in lines_of(results))
-    assert sum("not measured yet" in line for line in lines_of(results)) == 2
+    assert any(line.startswith(f"Frozen attention: {verdict}; ") for line in lines_of(results, FINDINGS))
+    assert sum("not measured yet" in line for line in lines_of(results, FINDINGS)) == 2
 
 
 def test_rows_are_compared_over_the_seeds_that_both_have(made_up):
     results = [*made_up("", DEFAULT, 0.5, 0.6), *made_up("frozen", "kept attention trained", 0.5, 0.5, seeds=1)]
-    assert any(line.endswith("(1 seed).") for line in lines_of(results))
-    assert any("interval of a single seed" in line for line in lines_of(results))
+    assert any(line.endswith("(1 seed).") for line in lines_of(results, FINDINGS))
+    assert any("interval of a single seed" in line for line in lines_of(results, FINDINGS))
 
 
 def test_a_teacher_that_writes_nothing_correct_shows_no_gap(made_up):
@@ -216,4 +215,4 @@ def test_a_teacher_that_writes_nothing_correct_shows_no_gap(made_up):
     assert lines_of(results) == [
         "The teacher has less than 10% correct by generation in every task, so no gap can be seen."
     ]
-    assert json.dumps(axes_table.table_rows(results))
+    assert json.dumps(grid_table.table_rows(results))
