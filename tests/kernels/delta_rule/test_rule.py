@@ -271,15 +271,25 @@ def test_is_the_torch_path_of_transformers(name, family, rule, per_channel, deca
     assert_close(gradients, expected_gradients, 3 * FLOAT32, floor=0.01)
 
 
-@every_impl
+NAIVE = {  # rule of flash-linear-attention -> ours, heads of q and k, whether it has a decay per channel
+    "kda": (kda, 2, True),
+    "gated_delta_rule": (gated_delta_rule, HEADS, False),
+}
+
+
+@pytest.mark.parametrize("name, rule, heads, per_channel", [(k, *v) for k, v in NAIVE.items()], ids=NAIVE)
 @pytest.mark.parametrize("decay", [1.0, 100.0])
-def test_is_the_naive_recurrence_of_flash_linear_attention(decay, impl):
-    naive = pytest.importorskip("fla.ops.kda.naive", reason="flash-linear-attention is not installed")
-    a = make(70, q=2, k=2, decay=decay, state=True, dtype=torch.float32)
-    expected, state = naive.naive_recurrent_kda(**a, output_final_state=True)
-    o, last = kda(**a, output_final_state=True, impl=impl)
-    assert_close(o, expected, FLOAT32)
-    assert_close(last, state, FLOAT32)
+@every_impl
+def test_is_the_naive_recurrence_of_flash_linear_attention(name, rule, heads, per_channel, decay, impl):
+    naive = pytest.importorskip(f"fla.ops.{name}.naive", reason="flash-linear-attention is not installed")
+    a = make(70, q=heads, k=heads, decay=decay, state=True, per_channel=per_channel, dtype=torch.float32)
+
+    def as_theirs(impl, **options):
+        return getattr(naive, f"naive_recurrent_{name}")(**options)
+
+    (outputs, gradients), (expected, expected_gradients) = run(rule, a, impl), run(as_theirs, a, "auto")
+    assert_close(outputs, expected, FLOAT32)
+    assert_close(gradients, expected_gradients, 3 * FLOAT32, floor=0.01)
 
 
 # --- what is refused
