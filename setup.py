@@ -95,6 +95,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist",
+            "filelock",
             "ruff",
             "mypy>=1.18",
             "gguf>=0.10",

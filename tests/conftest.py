@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # read when Triton is imported
@@ -115,10 +116,15 @@ def perturb(mixer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A folder of neox-nano as a linear model, after a few steps. Not to be changed."""
+    """A folder of neox-nano as a linear model, after a few steps, the same one in all processes of the suite. Not to be
+    changed."""
     from convert import recipes, run_recipe
 
-    out = tmp_path_factory.mktemp("runs") / "nano-linear"
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs" / "nano-linear"
     budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
-    run_recipe("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
+    with FileLock(f"{out.parent}.lock"):
+        if not (out.parent / "done").exists():
+            run_recipe("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
+            (out.parent / "done").touch()
     return out
