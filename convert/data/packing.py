@@ -60,9 +60,8 @@ class PackedBatches:
                 start, size = int(self.tokens.starts[document]), int(self.sizes[document])
                 here, targets = slice(at, at + size), slice(start + 1, start + size + 1)
                 ids[row, here] = self.tokens.ids[start : start + size]
-                labels[row, here] = np.where(
-                    self._is_target(targets.start, targets.stop), self.tokens.ids[targets], -100
-                )
+                wanted = self._is_target(targets.start, targets.stop)
+                labels[row, here][wanted] = self.tokens.ids[targets][wanted]  # others stay -100, which no id can be
                 positions[row, here] = np.arange(size)
                 at += size
             positions[row, at:] = np.arange(shape[1] - at)  # padding is a document of its own, behind all others

@@ -9,11 +9,12 @@ from convert.data.packing import PackedBatches, best_fit
 from convert.data.text import Tokens
 
 
-def conversations(sizes: list[int], prompts: list[int]) -> Tokens:
-    """Documents of these sizes; the first `prompts` tokens of each are no completion. Every id is unique."""
+def conversations(sizes: list[int], prompts: list[int], dtype: type = np.uint16) -> Tokens:
+    """Documents of these sizes; the first `prompts` tokens of each are no completion. Every id is unique. The dtype is
+    one of the token cache."""
     starts = np.cumsum([0, *sizes[:-1]])
     mask = np.concatenate([np.arange(size) >= prompt for size, prompt in zip(sizes, prompts, strict=True)])
-    return Tokens(np.arange(1, sum(sizes) + 1), starts, mask)
+    return Tokens(np.arange(1, sum(sizes) + 1, dtype=dtype), starts, mask)
 
 
 def documents_in(batch) -> list[list[tuple[int, int]]]:
@@ -30,12 +31,13 @@ def documents_in(batch) -> list[list[tuple[int, int]]]:
     return found
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 @pytest.mark.parametrize("masking", ["completions", "all"])
-def test_an_epoch_has_every_conversation_once_and_whole(masking):
+def test_an_epoch_has_every_conversation_once_and_whole(masking, dtype):
     rng = np.random.default_rng(0)
     sizes = rng.integers(2, 31, 200).tolist()
     prompts = [int(rng.integers(1, size)) for size in sizes]
-    tokens = conversations(sizes, prompts)
+    tokens = conversations(sizes, prompts, dtype)
     batches = PackedBatches(tokens, 30, 1, seed=3, masking=masking)
     found = [document for step in range(len(batches.rows)) for document in documents_in(batches(step))]
     expected = []
