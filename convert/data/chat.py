@@ -77,8 +77,8 @@ def check_masking(has_completions: bool, masking: str, name: str) -> None:
     """Raises UserError where only completions are to be learnt from text that has none."""
     if masking == "completions" and not has_completions:
         raise UserError(
-            f"masking=completions needs conversations; {name} is plain text. Set masking=all, or give rows of {KINDS},"
-            " or data=teacher."
+            f"masking=completions needs conversations; {name} does not begin with a row of {KINDS}. Set masking=all for"
+            " plain text; for prompts that the teacher completes, data=teacher:FILE.jsonl."
         )
 
 
@@ -218,7 +218,9 @@ def _concatenated(tokenizer: Any, conversation: Conversation) -> Marked:
     found = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
     front, ids = leading(tokenizer), found["input_ids"]
     mask = [start >= len(prompt) for start, _ in found["offset_mapping"]]
-    return front + ids + [tokenizer.eos_token_id], [False] * len(front) + mask + [True]
+    if ids[-1:] != [tokenizer.eos_token_id]:  # a completion may bring its own
+        ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
+    return front + ids, [False] * len(front) + mask
 
 
 def _has_marks(tokenizer: Any) -> bool:

@@ -25,7 +25,7 @@ from convert.core.errors import UserError
 from convert.core.fields import Checked, Range, broken
 from convert.core.places import cache_folder
 from convert.data.chat import Conversation, chat_tokens, conversations, is_chat
-from convert.data.corpus import Corpus
+from convert.data.corpus import Corpus, is_held_out
 from convert.data.prompts import encode, has_chat_template, leading, rendered
 from convert.data.text import Document, TokenData, cached, tokenize, tokenizer_fingerprint
 from convert.evaluation.generation import drawn, generate
@@ -144,7 +144,7 @@ def _documents(
     file: Path, teacher: Teacher, prompts: Sequence[Prompt], limit: int, how: Sampling
 ) -> Iterator[list[Document]]:
     """Prompts with their completions, a batch at a time, without the empty ones and the loops."""
-    sampled = kept = tokens = 0
+    sampled = kept = tokens = 0  # tokens: of those to train on
     with _alone(file):
         known = _known(file, len(prompts), teacher.model.config.vocab_size)
         for turn, places in _batches(prompts, teacher, limit, how):
@@ -159,7 +159,7 @@ def _documents(
                 if text.strip() and writing([ids])["repetition"] <= how.loops:
                     mask = [False] * len(prompts[i].ids) + [True] * len(ids)
                     documents.append(Document(prompts[i].key, prompts[i].ids + ids, len(text.encode()), mask))
-                    tokens += len(mask)
+                    tokens += 0 if is_held_out(prompts[i].key) else len(mask)
             kept += len(documents)
             if sampled >= min(HOPELESS, len(prompts) * how.rounds) and not kept:
                 raise UserError(

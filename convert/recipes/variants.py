@@ -21,7 +21,9 @@ def selection(swap: str, keep: Keep, every: int) -> Callable[[Recipe], Recipe]:
             return (dataclasses.replace(edit, keep=()) if edit.keep == keep else edit,)
 
         recipe = _with(recipe, swap, everywhere)
-        return _with(recipe, "align", lambda align: (align, Select("select", every)))
+        added = Select("select", every)
+        added = dataclasses.replace(added, calibration=min(added.calibration, recipe.tokens))
+        return _with(recipe, "align", lambda align: (align, added))
 
     return select
 

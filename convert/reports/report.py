@@ -64,7 +64,15 @@ def _learnt(report: Report) -> Iterator[str]:
         data, masking = step.get("data"), (step.get("settings") or {}).get("masking", "all")
         if data is not None or masking != "all":
             targets = "every token is a target" if masking == "all" else f"only {masking} are targets"
-            yield f"Step {step['name']} trained on {data or report.settings.data}; {targets}."
+            yield f"Step {step['name']} trained on {_source(data or report.settings.data)}; {targets}."
+
+
+def _source(data: str) -> str:
+    """The data of a step in words: `teacher` is no name of data."""
+    kind, _, file = data.partition(":")
+    if kind != "teacher":
+        return data
+    return "what its teacher wrote after " + (f"the prompts of {file}" if file else "training prompts of the tasks")
 
 
 def _handover(report: Report) -> list[str]:

@@ -73,6 +73,11 @@ class Train(Step, Checked):
             found.append(f"Step {self.name}: every step needs tokens; it has {s.tokens}. Raise --tokens.")
         if not before.is_student:
             found.append(f"Step {self.name}: a stage trains a student; swap a mixer in before it.")
+        if s.masking != "all" and self.stage == "align":
+            found.append(
+                f"Step {self.name}: align compares attention outputs of every token, so masking={s.masking} would"
+                " change nothing. Set masking=all."
+            )
         return found + self._bad_objective() + self._bad_teacher(before)
 
     def _bad_objective(self) -> list[str]:
@@ -132,7 +137,7 @@ class Train(Step, Checked):
         is_sampled = self.data is not None and context.domain.corpus(self.data).is_sampled
         plan = StepPlan(
             self.name,
-            self._what() + (", which writes the data first" if is_sampled else ""),
+            self._what(is_sampled),
             s.tokens,
             trainable + owned,
             total - trainable,
@@ -142,9 +147,14 @@ class Train(Step, Checked):
         )
         return student, plan
 
-    def _what(self) -> str:
+    def _what(self, is_sampled: bool) -> str:
         own = ["targets are completions"] * (self.settings.masking == "completions")
-        own += [f"on {self.data}"] * (self.data is not None) + [f"from {self.teacher}"] * (self.teacher is not None)
+        if is_sampled and self.data is not None:
+            _, _, file = self.data.partition(":")
+            own.append("on what the teacher writes first" + f" after the prompts of {file}" * bool(file))
+        elif self.data is not None:
+            own.append(f"on {self.data}")
+        own += [f"from {self.teacher}"] * (self.teacher is not None)
         return ", ".join([f"{self.stage}: {self.settings.objective}", f"trains {name_of(self.settings.trains)}", *own])
 
     # --- in a run

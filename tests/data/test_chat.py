@@ -10,6 +10,7 @@ from convert.core.errors import UserError
 from convert.data import corpus as sources
 from convert.data.chat import Conversation, chat_tokens, check, conversations, is_chat, marked
 from convert.data.corpus import corpus
+from convert.data.packing import PackedBatches
 from tests.data.conftest import make_tokenizer
 
 # The formats of Qwen2.5 (with its default system prompt), Llama 3 and Mistral, and the parts of a conversation with
@@ -148,7 +149,10 @@ def test_a_template_that_drops_thoughts_gives_a_document_for_each_answer():
 def test_without_a_template_a_prompt_goes_on_with_its_completion():
     tokenizer = chatty(None, [])
     row = conversation(("user", "the state "), ("assistant", "of a scan"), is_plain=True)
-    assert marked(tokenizer, row) == [of_parts(tokenizer, [("the state ", False), ("of a scan<end>", True)])]
+    expected = [of_parts(tokenizer, [("the state ", False), ("of a scan<end>", True)])]
+    assert marked(tokenizer, row) == expected
+    ended = conversation(("user", "the state "), ("assistant", "of a scan<end>"), is_plain=True)
+    assert marked(tokenizer, ended) == expected
     with pytest.raises(UserError, match=r"Line 1 of a has messages, and the teacher has no chat template.*Give rows"):
         marked(tokenizer, conversation(*TURNS))
 
@@ -228,7 +232,7 @@ def test_what_is_no_conversation(tmp_path, folder):
     text, mixed = corpus(str(folder)), write(tmp_path / "d", ROW).parent
     assert not is_chat(text) and not is_chat(corpus("stdlib")) and is_chat(corpus(str(mixed)))
     check(text, "all")
-    with pytest.raises(UserError, match="masking=completions needs conversations; .* is plain text. Set masking=all"):
+    with pytest.raises(UserError, match="masking=completions needs conversations; .* does not begin with a row of"):
         check(text, "completions")
     (mixed / "README.md").write_text("about")
     with pytest.raises(UserError, match=r"begins with a row of messages and has README.md. Move the .jsonl files"):
@@ -260,6 +264,10 @@ def test_conversations_are_cached_with_their_masks(tmp_path, cache, capsys):
         for start, end in zip(tokens.starts.tolist(), ends, strict=True):
             stored.append((tokens.ids[start:end].tolist(), tokens.completions[start:end].tolist()))
     assert sorted(stored) == sorted(expected) and len(found.held_out.starts) >= 1
+    packed = PackedBatches(found.train, 128, 1)
+    labels = np.concatenate([packed(step).labels.numpy().ravel() for step in range(len(packed.rows))])
+    learnt = found.train.ids[found.train.completions]
+    assert sorted(labels[labels != -100]) == sorted(learnt)  # what an assistant wrote, and nothing else
     tokenizer.chat_template = CHATML.replace("helper", "scan")
     assert chat_tokens(source, tokenizer).fingerprint != found.fingerprint
     tokenizer.chat_template = CHATML

@@ -55,7 +55,10 @@ def test_from_the_teacher_killed_in_sampling(teacher, text, tmp_path, monkeypatc
     ledger = json.loads((tmp_path / "killed" / "ledger.json").read_text())
     for step in (report["settings"]["steps"][-1], ledger["steps"][-1]):
         assert step["data"] == "teacher" and step["settings"]["masking"] == "completions" and step["data_fingerprint"]
-    line = "Step instruct trained on teacher; only completions are targets."
+    line = (
+        "Step instruct trained on what its teacher wrote after training prompts of the tasks; only completions are"
+        " targets."
+    )
     assert line in (tmp_path / "killed" / "report.md").read_text()
 
 

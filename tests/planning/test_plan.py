@@ -211,6 +211,11 @@ SELECTORS = (print, len, list, lambda s: [], lambda s: [s], lambda s: s.state_di
 LOSSES = (print, len, lambda a, b: a - b, lambda a, b: (a - b).square().mean().detach(), lambda a, b: 1.0)
 
 
+def test_masks_of_conversations_are_refused_where_every_token_is_compared():
+    (reason,) = refused("hybrid-kda", "align.masking=completions")
+    assert reason.startswith("Step align: align compares attention outputs of every token")
+
+
 @pytest.mark.parametrize("function", SELECTORS)
 def test_selectors_that_choose_no_parameters_are_refused(function, capsys):
     (reason,) = planned(trains=function).refusals

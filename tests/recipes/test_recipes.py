@@ -219,5 +219,5 @@ def test_a_hybrid_ends_with_instruction_distillation(teacher, tokens, seq_len):
     assert instruct.settings.seq_len == seq_len and instruct.settings.batch_tokens % seq_len == 0
     assert recipe.measured_by is distill.settings  # text is what perplexity is measured on
     plan = make_plan(Language(), teacher, config, recipe, "stdlib", "cpu")
-    assert not plan.refusals and "teacher, which writes the data first" in plan.steps[-1].what
+    assert not plan.refusals and "on what the teacher writes first" in plan.steps[-1].what
     assert plan.steps[-1].sampling_seconds > 0 == plan.steps[-2].sampling_seconds
