@@ -13,6 +13,7 @@ from convert.cli import number_of_tokens, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.files import write_text
+from convert.data.corpus import corpus
 from convert.evaluation.pairs import Examples
 from convert.models.catalog import resolve
 from convert.pipeline import finished
@@ -68,9 +69,11 @@ def options(about: str | None, grid: Grid) -> argparse.ArgumentParser:
 
 
 def run_command(grid: Grid, rows: Sequence[Row], args: argparse.Namespace, folder: str) -> list[Result]:
-    """Run the rows as the command says."""
-    tokens = number_of_tokens(args.tokens)
-    out = args.out or Path("runs") / folder / f"{resolve(args.teacher).name}-{args.tokens}"
+    """Run the rows as the command says. Raises UserError at once for what would end every run."""
+    tokens, source = number_of_tokens(args.tokens), resolve(args.teacher)
+    if args.data is not None:
+        corpus(args.data)
+    out = args.out or Path("runs") / folder / f"{source.name}-{args.tokens}"
     return run_grid(grid, rows, args.teacher, tokens, args.seeds, args.limit, args.data, out)
 
 

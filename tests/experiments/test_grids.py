@@ -16,7 +16,7 @@ from convert.planning.plan import make_plan
 from convert.runs import records
 from experiments import gendistill_axes, grid_table, hybrids, variants
 from experiments.gendistill_axes import FINDINGS, ROWS, longer
-from experiments.grid import TABLE, Grid, Row, recipe_of, run_grid
+from experiments.grid import TABLE, Grid, Row, options, recipe_of, run_command, run_grid
 from experiments.grid_table import DEFAULT, Result, flips, lines_of, markdown
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
@@ -88,6 +88,17 @@ LINEAR = [
 def test_a_step_that_is_not_there_cannot_be_left_out():
     with pytest.raises(UserError, match="steps are linear, align, distill; there is no 'last' to leave out"):
         recipe_of(Row("linear", without=("last",)), "neox-nano", 400_000, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "option, words", [("--data", "There is no data at 'nowhere'"), ("--teacher", "Unknown teacher")]
+)
+def test_what_would_end_every_run_is_said_once(option, words, tmp_path):
+    grid = hybrids.GRID
+    args = options("about", grid).parse_args([option, "nowhere", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=f"^{words}"):
+        run_command(grid, grid.rows, args, "hybrids")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
