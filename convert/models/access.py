@@ -46,6 +46,11 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     ).last_hidden_state
 
 
+def first_output(output: Tensor | tuple) -> Tensor:
+    """What a decoder layer, or its attention, gives the rest of the model [B, T, D]: some return it in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
     """A list that fills with the output [B, T, D] of each decoder layer while the model runs inside the block.
@@ -55,7 +60,7 @@ def layer_outputs(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.append(first_output(output))
 
     hooks = [block.register_forward_hook(hook) for block in layers_of(model)] if wanted else []
     try:

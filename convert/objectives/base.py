@@ -28,8 +28,8 @@ NOTHING = "0"  # the text of an objective without terms
 
 @dataclass(frozen=True)
 class Term(Checked):
-    """One summand of a loss. Subclass LogitTerm, LayerTerm or AttentionTerm, which say what is compared, as a frozen
-    dataclass whose fields are the term's settings; nothing else has to know the new class.
+    """One summand of a loss. Subclass LogitTerm, LayerTerm, AttentionTerm or BlockTerm, which say what is compared, as a
+    frozen dataclass whose fields are the term's settings; nothing else has to know the new class.
 
     A term may own parameters and state: `build` returns them as one module, which the stage optimises (with the rate of
     everything else and without weight decay), saves in its checkpoints, and drops at its end. `loss` gets that module
@@ -92,6 +92,18 @@ class AttentionTerm(Term):
 
     def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
         """The loss [] of one layer, a mean over sequences, from two outputs [B, T, D] in float32."""
+        raise NotImplementedError
+
+
+class BlockTerm(Term):
+    """A term that compares the outputs of a decoder layer with a mixer and of the teacher's decoder layer, on the same
+    input: the hidden states behind attention, residuals, norms and MLP."""
+
+    compares = "block outputs on the same input"
+
+    def loss(self, student: Tensor, teacher: Tensor, inputs: Tensor, owned: nn.Module | None) -> Tensor:
+        """The loss [] of one layer, a mean over sequences, from two outputs and their common input, [B, T, D] in
+        float32."""
         raise NotImplementedError
 
 
@@ -231,6 +243,10 @@ class LiveObjective(nn.Module):
     def on_attention(self, student: Tensor, teacher: Tensor, scale: float) -> Tensor:
         """The sum of the AttentionTerms for one layer, times `scale`: that layer's and these sequences' share."""
         return self._on_features(AttentionTerm, student, (student, teacher), scale)
+
+    def on_block(self, student: Tensor, teacher: Tensor, inputs: Tensor, scale: float) -> Tensor:
+        """The sum of the BlockTerms for one layer, times `scale`: that layer's and these sequences' share."""
+        return self._on_features(BlockTerm, student, (student, teacher, inputs), scale)
 
     def _on_features(self, kind: type[Term], like: Tensor, compared: tuple, scale: float) -> Tensor:
         total = like.new_zeros(())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.errors import UserError
-from convert.objectives.base import AttentionTerm, LayerTerm
+from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -25,6 +25,11 @@ def energy_mse(student: Tensor, teacher: Tensor) -> Tensor:
     micro-batch never cuts a sequence, so the losses of micro-batches add up to that of the whole batch."""
     error, energy = (student - teacher).square().mean((-2, -1)), teacher.square().mean((-2, -1))
     return (error / (energy + 1e-12)).mean()
+
+
+def l2_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of the L2 distance, not squared, both [..., D] (MOHAWK, arXiv 2408.10189)."""
+    return (student - teacher).norm(dim=-1).mean()
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,30 @@ class EnergyMSE(AttentionTerm):
 
 @dataclass(frozen=True)
 class L2Distance(AttentionTerm):
-    """The mean over tokens of the L2 distance of a mixer's output from the attention's, not squared. It is that of the
-    hidden states behind them, too, to which both add the same (MOHAWK, arXiv 2408.10189, whose hidden states are those
-    of whole blocks; GenDistill's stage 1, arXiv 2603.26556)."""
+    """The mean over tokens of the L2 distance of a mixer's output from the attention's, not squared (GenDistill's stage
+    1, arXiv 2603.26556). It is that of the hidden states behind them, too, to which both add the same."""
 
     def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
-        return (student - teacher).norm(dim=-1).mean()
+        return l2_distance(student, teacher)
+
+
+@dataclass(frozen=True)
+class BlockL2Distance(BlockTerm):
+    """The mean over tokens of the L2 distance of a decoder layer's output from the teacher's, not squared: the
+    hidden-state alignment of MOHAWK (arXiv 2408.10189), stage 2 of GenDistill (arXiv 2603.26556). Where attention and
+    MLP read the same input (GPT-NeoX's parallel residual) and mixers alone are trained, it equals L2Distance."""
+
+    def loss(self, student: Tensor, teacher: Tensor, inputs: Tensor, owned: nn.Module | None) -> Tensor:
+        return l2_distance(student, teacher)
+
+
+@dataclass(frozen=True)
+class BlockEnergyMSE(BlockTerm):
+    """The squared error of a decoder layer's output over the energy of what the teacher's layer adds to its input: 1
+    for a student whose layer adds nothing. The residual stream, which is the same in both, has no part in it (ours)."""
+
+    def loss(self, student: Tensor, teacher: Tensor, inputs: Tensor, owned: nn.Module | None) -> Tensor:
+        return energy_mse(student - inputs, teacher - inputs)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
-from convert.mixers.base import Context
-from convert.models.access import hidden_states, layers_of, slots_of
+from convert.models.access import first_output, hidden_states, layers_of, slots_of
 from convert.models.positions import documents_of
-from convert.models.slot import attention_of
+from convert.models.slot import Call, attention_of
+from convert.objectives.base import AttentionTerm, BlockTerm
 from convert.training.backward import backward
 from convert.training.loop import BatchOfStep, Keeper, Measure, Tracker, train
 from convert.training.precision import autocast
@@ -30,30 +30,35 @@ def align(
     keep: Keeper | None = None,
     measure: Measure | None = None,
 ) -> PreTrainedModel:
-    """Each new mixer learns its layer's attention output from the teacher's own input to it; returns the student.
+    """Each layer with a mixer learns from the teacher's own input to it: the mixer the attention's output, or the whole
+    decoder layer its output, or both, as the objective says; returns the student.
 
     One pass of the teacher trains all layers; each layer's graph is freed before the next one's is made."""
     check_objective("align", settings.objective)
     objective = settings.objective.build(student, teacher)
     slots = slots_of(student)
-    blocks = list(layers_of(teacher))
+    blocks = [(layers_of(teacher)[layer], layers_of(student)[layer]) for layer in slots]
+    compared: list[tuple[nn.Module, nn.Module, bool]] = []  # the teacher's module, the student's, whether whole layers
+    if objective.has(AttentionTerm):
+        compared += [(attention_of(theirs), attention_of(ours), False) for theirs, ours in blocks]
+    if objective.has(BlockTerm):
+        compared += [(theirs, ours, True) for theirs, ours in blocks]
 
     def learn_from(batch: Batch, whole: Batch) -> Tensor:
         num_tokens = whole.num_tokens * len(slots)
-        documents, losses = documents_of(batch.position_ids), []
+        call, losses = Call(document_ids=documents_of(batch.position_ids)), []
 
-        def learn(layer: int) -> Callable[[nn.Module, tuple, dict, tuple], None]:
-            def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        def loss_of(y: Tensor, target: Tensor, x: Tensor, is_block: bool) -> Tensor:
+            share = y.shape[:2].numel() / num_tokens
+            return objective.on_block(y, target, x, share) if is_block else objective.on_attention(y, target, share)
+
+        def learn(ours: nn.Module, is_block: bool) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 with torch.enable_grad(), autocast(x.device, settings.precision):
-                    cos, sin = kwargs["position_embeddings"]
-                    y, _ = slots[layer].mixer(x, Context(cos, sin, None, documents))
+                    y = first_output(ours(x, position_embeddings=kwargs["position_embeddings"], call=call))
                     parts = [
-                        objective.on_attention(
-                            y[rows, :length].float(),
-                            output[0][rows, :length].float(),
-                            batch.input_ids[rows, :length].numel() / num_tokens,
-                        )
+                        loss_of(*(t[rows, :length].float() for t in (y, first_output(output), x)), is_block)
                         for rows, length in batch.unpadded()
                     ]
                     loss = torch.stack(parts).sum()
@@ -63,7 +68,10 @@ def align(
 
             return hook
 
-        hooks = [attention_of(blocks[layer]).register_forward_hook(learn(layer), with_kwargs=True) for layer in slots]
+        hooks = [
+            theirs.register_forward_hook(learn(ours, is_block), with_kwargs=True)
+            for theirs, ours, is_block in compared
+        ]
         try:
             with torch.no_grad(), autocast(batch.input_ids.device, settings.precision):
                 hidden_states(teacher, batch)

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
-from convert.objectives.base import AttentionTerm, LayerTerm, LogitTerm, Objective
+from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, Objective
 from convert.training.selectors import Trains
 
-COMPARED = {"align": (AttentionTerm,), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
+COMPARED = {"align": (AttentionTerm, BlockTerm), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
 
 
 @dataclass(frozen=True)

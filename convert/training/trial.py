@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import shown
-from convert.objectives.base import LayerTerm, LogitTerm, Term
+from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, Term
 from convert.training.selectors import selected
 from convert.training.settings import Settings
 
@@ -65,4 +65,5 @@ def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher:
         return term.loss(logits, logits.detach() if term.needs_teacher else None, targets, owned)
     if isinstance(term, LayerTerm):
         return term.loss(outputs(student, True), outputs(teacher, False), owned)
-    return term.loss(outputs(student, True)[0], outputs(teacher, False)[0], owned)
+    inputs = [torch.zeros(1, TOKENS, student.config.hidden_size, device=device)] * isinstance(term, BlockTerm)
+    return term.loss(outputs(student, True)[0], outputs(teacher, False)[0], *inputs, owned)

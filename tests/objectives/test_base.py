@@ -37,7 +37,7 @@ def test_white_space_and_the_form_of_numbers_do_not_matter(line):
 
 def test_every_term_is_known_by_its_name():
     names = "cross_entropy forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl bdkd taid"
-    names += " cosine_distance energy_mse l2_distance feature_matching hidden_projection"
+    names += " cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching hidden_projection"
     assert [name_of(term) for term in TERMS] == names.split()
     for term in TERMS:
         assert Objective.of(name_of(term)) == Objective(((1.0, term()),))
@@ -131,8 +131,8 @@ def test_a_term_of_the_users_own_needs_no_table():
 
 def test_kinds_and_the_need_of_a_teacher():
     live = Objective.of("cross_entropy + feature_matching").build(None, None)
-    logit, layer, attention = (kind for kind in Term.__subclasses__())
-    assert live.has(logit) and live.has(layer) and not live.has(attention)
+    logit, layer, attention, block = (kind for kind in Term.__subclasses__())
+    assert live.has(logit) and live.has(layer) and not live.has(attention) and not live.has(block)
     assert live.needs_teacher() and live.needs_teacher(layer) and not live.needs_teacher(logit)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convert.core.errors import UserError
-from convert.objectives import CosineDistance, EnergyMSE, FeatureMatching, L2Distance
+from convert.objectives import BlockEnergyMSE, BlockL2Distance, BlockTerm, CosineDistance, EnergyMSE, FeatureMatching, L2Distance
 from convert.objectives.features import cosine_distance, energy_mse
 from tests.conftest import tiny_teacher
 from tests.objectives.test_divergences import logits
@@ -37,15 +37,24 @@ def test_terms_are_the_functions_and_their_mean_over_layers():
     assert CosineDistance().loss(a[0], b[0], None) == cosine_distance(a[0], b[0])
     assert EnergyMSE().loss(a[0], b[0], None) == energy_mse(a[0], b[0])
     torch.testing.assert_close(L2Distance().loss(a[0], b[0], None), (a[0] - b[0]).square().sum(-1).sqrt().mean())
+    assert BlockL2Distance().loss(a[0], b[0], a[1], None) == L2Distance().loss(a[0], b[0], None)
     expected = sum(cosine_distance(x, y) for x, y in zip(a, b, strict=True)) / 3
     torch.testing.assert_close(FeatureMatching().loss(a, b, None), expected)
     assert FeatureMatching().loss(a, a, None).abs() < 1e-12
 
 
-@pytest.mark.parametrize("term", [CosineDistance(), EnergyMSE(), L2Distance()])
+def test_the_error_of_a_block_is_over_the_energy_of_what_the_teachers_adds():
+    term, x, t = BlockEnergyMSE(), 100 * logits(2, 3, 8), logits(2, 3, 8, seed=1)
+    torch.testing.assert_close(term.loss(x, x + t, x, None), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(term.loss(x + t / 2, x + t, x, None), torch.tensor(0.25, dtype=torch.float64))
+    assert term.loss(x + t, x + t, x, None) == 0
+
+
+@pytest.mark.parametrize("term", [CosineDistance(), EnergyMSE(), L2Distance(), BlockEnergyMSE(), BlockL2Distance()])
 def test_gradients(term):
-    a, b = logits(2, 3, 5).requires_grad_(), logits(2, 3, 5, seed=1)
-    assert torch.autograd.gradcheck(lambda z: term.loss(z, b, None), (a,))
+    a, b, x = logits(2, 3, 5).requires_grad_(), logits(2, 3, 5, seed=1), logits(2, 3, 5, seed=2)
+    inputs = [x] * isinstance(term, BlockTerm)
+    assert torch.autograd.gradcheck(lambda z: term.loss(z, b, *inputs, None), (a,))
 
 
 def test_feature_matching_needs_layers_of_one_shape():

@@ -26,6 +26,7 @@ KL = Objective.of("forward_kl")
 STAGES = {
     "cosine": (align, Objective.of("cosine_distance")),
     "energy": (align, Objective.of("energy_mse")),
+    "blocks": (align, Objective.of("block_energy_mse + 0.5*block_l2_distance + energy_mse")),
     "kl": (distill, KL),
     "all terms": (
         distill,

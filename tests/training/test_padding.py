@@ -32,6 +32,8 @@ def padded(fill: int) -> Batch:
     [
         ("align", "energy_mse"),
         ("align", "cosine_distance"),
+        ("align", "block_energy_mse"),
+        ("align", "block_l2_distance"),
         ("distill", "forward_kl + 0.5*feature_matching"),
     ],
 )

@@ -27,10 +27,12 @@ def test_schedules():
 @pytest.mark.parametrize(
     "stage, objective, words",
     [
-        ("align", "forward_kl", "align compares attention outputs; its objective cannot be forward_kl, which compares"),
+        ("align", "forward_kl", "align compares attention outputs and block outputs on the same input; its objective cannot be forward_kl, which"),
         ("align", "feature_matching", "cannot be feature_matching, which compares layer outputs"),
         ("distill", "energy_mse", "distill compares logits and layer outputs; its objective cannot be energy_mse"),
         ("distill", "forward_kl + energy_mse", "cannot be energy_mse"),
+        ("distill", "block_energy_mse", "cannot be block_energy_mse, which compares block outputs on the same input"),
+        ("supervised", "block_l2_distance", "supervised compares logits; its objective cannot be block_l2_distance"),
         ("supervised", "hidden_projection", "supervised compares logits; its objective cannot be hidden_projection"),
         ("distill", "0", "a loss needs a term; the objective of distill has none"),
     ],
@@ -43,6 +45,7 @@ def test_a_stage_refuses_terms_that_it_cannot_compute(stage, objective, words):
 def test_a_stage_takes_the_terms_it_can_compute():
     for stage, objective in [
         ("align", "cosine_distance"),
+        ("align", "block_l2_distance + 0.5*energy_mse"),
         ("distill", "taid + feature_matching"),
         ("supervised", "cross_entropy"),
     ]:
