@@ -28,8 +28,8 @@ NOTHING = "0"  # the text of an objective without terms
 
 @dataclass(frozen=True)
 class Term(Checked):
-    """One summand of a loss. Subclass LogitTerm, LayerTerm, AttentionTerm or BlockTerm, which say what is compared, as a
-    frozen dataclass whose fields are the term's settings; nothing else has to know the new class.
+    """One summand of a loss. Subclass LogitTerm, LayerTerm, AttentionTerm or BlockTerm, which say what is compared, as
+    a frozen dataclass whose fields are the term's settings; nothing else has to know the new class.
 
     A term may own parameters and state: `build` returns them as one module, which the stage optimises (with the rate of
     everything else and without weight decay), saves in its checkpoints, and drops at its end. `loss` gets that module

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
-from convert.models.access import slots_of
-from convert.objectives import Objective
+from convert.models.access import layers_of, slots_of
+from convert.objectives import AttentionTerm, BlockTerm, Objective
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
@@ -117,11 +117,15 @@ class Train(Step, Checked):
             reason = problem_of_functions(s, student, teacher)
         if reason and (reason := problem_of_functions(s, student, teacher)):  # what needs memory is tried with some
             raise UserError(reason)
-        owned = count(s.objective.build(student, teacher))
+        objective = s.objective.build(student, teacher)
+        owned = count(objective)
         num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.teacher else 0)
         chosen = {id(p): p.numel() for p in selected(student, s.trains)}
         trainable, total = sum(chosen.values()), count(student)
-        mixers = sum(p.numel() for slot in slots_of(student).values() for p in slot.parameters())
+        slots = slots_of(student)
+        compared: list[torch.nn.Module] = list(slots.values()) if objective.has(AttentionTerm) else []
+        compared += [layers_of(student)[layer] for layer in slots] if objective.has(BlockTerm) else []
+        passes = len(compared) / max(1, len(slots)) if layerwise else 1  # mixers run for each kind of term
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size
         # floats a layer keeps for its backward pass, per token (ours)
@@ -129,9 +133,11 @@ class Train(Step, Checked):
         kept_layers = 1 if layerwise or s.checkpointing else layers
         activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
-        per_token = 2 * num_teacher + (6 * mixers if layerwise else (8 if s.checkpointing else 6) * total)
-        updates = sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
-        operations = 3 * sum(slot.mixer.rule_operations() for slot in slots_of(student).values())
+        per_token = 2 * num_teacher + (
+            6 * sum(map(count, compared)) if layerwise else (8 if s.checkpointing else 6) * total
+        )
+        updates = passes * sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
+        operations = 3 * passes * sum(slot.mixer.rule_operations() for slot in slots_of(student).values())
         scan = updates / context.scan_rate() if updates else 0.0
         scan += operations / context.rule_rate() if operations else 0.0
         is_sampled = self.data is not None and context.domain.corpus(self.data).is_sampled

@@ -1,4 +1,5 @@
-"""The stage `align`: each new mixer learns the attention it replaced, on the teacher's own inputs.
+"""The stage `align`: each new mixer learns the attention it replaced, on the teacher's own inputs. What is compared is
+its output, or that of the whole decoder layer around it.
 
 B batch · T tokens · D width
 """
@@ -48,7 +49,7 @@ def align(
         num_tokens = whole.num_tokens * len(slots)
         call, losses = Call(document_ids=documents_of(batch.position_ids)), []
 
-        def loss_of(y: Tensor, target: Tensor, x: Tensor, is_block: bool) -> Tensor:
+        def loss_of(is_block: bool, y: Tensor, target: Tensor, x: Tensor) -> Tensor:
             share = y.shape[:2].numel() / num_tokens
             return objective.on_block(y, target, x, share) if is_block else objective.on_attention(y, target, share)
 
@@ -57,10 +58,10 @@ def align(
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 with torch.enable_grad(), autocast(x.device, settings.precision):
                     y = first_output(ours(x, position_embeddings=kwargs["position_embeddings"], call=call))
-                    parts = [
-                        loss_of(*(t[rows, :length].float() for t in (y, first_output(output), x)), is_block)
-                        for rows, length in batch.unpadded()
-                    ]
+                    target, parts = first_output(output), []
+                    for rows, length in batch.unpadded():
+                        real = (t[rows, :length].float() for t in (y, target, x))
+                        parts.append(loss_of(is_block, *real))
                     loss = torch.stack(parts).sum()
                 if loss.requires_grad:  # in a hybrid, nothing of a layer may be trained
                     backward(loss)
@@ -69,8 +70,7 @@ def align(
             return hook
 
         hooks = [
-            theirs.register_forward_hook(learn(ours, is_block), with_kwargs=True)
-            for theirs, ours, is_block in compared
+            theirs.register_forward_hook(learn(ours, is_block), with_kwargs=True) for theirs, ours, is_block in compared
         ]
         try:
             with torch.no_grad(), autocast(batch.input_ids.device, settings.precision):

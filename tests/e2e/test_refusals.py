@@ -84,6 +84,8 @@ def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypat
             ["--set", "distill.objective=energy_mse"],
             "distill compares logits and layer outputs; its objective cannot be energy_mse",
         ),
+        (["--set", "distill.block_l2_distance=1"], "cannot be block_l2_distance, which compares block outputs"),
+        (["--set", "align.objective=block_mse"], "There is no term 'block_mse'. Nearest: block_energy_mse"),
         (["--set", "handover.conv=0"], "conv must be within 1 .. 64; got '0'"),
         (["--set", "forget.rate=-1"], "rate must be within 0 .. 10; got '-1'"),
         (["--seed", "-1"], "--seed must be a whole number within 0 .. 9,223,372,036,854,775,807; got '-1'"),

@@ -64,6 +64,18 @@ def _check_cache_bytes(cache):
         assert all(cache["formula"][who][length] == measured for length, measured in cache[who].items())
 
 
+def test_align_by_block_outputs(teacher, text, tmp_path):
+    """With a term on attention outputs beside it, and a layer that keeps its attention."""
+    objective = "block_l2_distance + 0.5*energy_mse"
+    more = ["--set", f"align.objective={objective}", "--set", "edit.window=16", "--set", "edit.keep=1"]
+    assert main(command(teacher, text, tmp_path / "run", *more, to="gate-swa")) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["stages"][0]["loss_first"] > 0
+    terms = report["settings"]["steps"][1]["settings"]["objective"]
+    assert terms == recipes.Objective.of(objective).plain()
+    assert next(s for s in report["settings"]["steps"] if s["name"] == "distill")["settings"]["objective"] != terms
+
+
 @pytest.mark.parametrize("to", ["mla", "gate-swa"])
 def test_softmax_targets(teacher, text, tmp_path, to, capsys):
     """Calibrated, or one layer kept by measurement; the same report."""

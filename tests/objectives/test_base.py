@@ -37,7 +37,9 @@ def test_white_space_and_the_form_of_numbers_do_not_matter(line):
 
 def test_every_term_is_known_by_its_name():
     names = "cross_entropy forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl bdkd taid"
-    names += " cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching hidden_projection"
+    names += (
+        " cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching hidden_projection"
+    )
     assert [name_of(term) for term in TERMS] == names.split()
     for term in TERMS:
         assert Objective.of(name_of(term)) == Objective(((1.0, term()),))

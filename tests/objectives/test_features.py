@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from convert.core.errors import UserError
-from convert.objectives import BlockEnergyMSE, BlockL2Distance, BlockTerm, CosineDistance, EnergyMSE, FeatureMatching, L2Distance
+from convert.objectives import (
+    BlockEnergyMSE,
+    BlockL2Distance,
+    BlockTerm,
+    CosineDistance,
+    EnergyMSE,
+    FeatureMatching,
+    L2Distance,
+)
 from convert.objectives.features import cosine_distance, energy_mse
 from tests.conftest import tiny_teacher
 from tests.objectives.test_divergences import logits

@@ -233,6 +233,14 @@ def test_functions_and_terms_of_the_users_own_are_planned():
     assert not planned(trains=lambda student: student.parameters(), objective=own).refusals
 
 
+def test_whole_layers_take_longer_to_align_than_their_mixers():
+    attention, block, both = (
+        planned(objective=Objective.of(text)).steps[1]
+        for text in ("energy_mse", "block_energy_mse", "energy_mse + block_energy_mse")
+    )
+    assert attention.seconds < block.seconds < both.seconds and attention.peak_bytes == both.peak_bytes
+
+
 # --- hybrids, students from scratch, data and teachers of a step's own
 
 

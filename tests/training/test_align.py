@@ -62,7 +62,9 @@ def test_the_weighted_terms_add_up():
 
 
 def test_objectives_of_other_stages_are_refused():
-    with pytest.raises(UserError, match="align compares attention outputs and block .*; its objective cannot be forward_kl"):
+    with pytest.raises(
+        UserError, match="align compares attention outputs and block .*; its objective cannot be forward_kl"
+    ):
         align(
             student_of("llama"), tiny_teacher("llama"), batches(),
             dataclasses.replace(SETTINGS, objective=Objective.of("cosine_distance + forward_kl")),

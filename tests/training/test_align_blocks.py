@@ -35,7 +35,9 @@ def test_the_loss_is_zero_where_the_mixer_is_the_attention(family, changes):
         if part is not None:
             perturb(attention_of(block).mixer if part == "mixer" else getattr(block, part))
         log = Logged()
-        align(student, tiny_teacher(family, **changes), batches(), dataclasses.replace(ONE, objective=BLOCKS), track=log)
+        align(
+            student, tiny_teacher(family, **changes), batches(), dataclasses.replace(ONE, objective=BLOCKS), track=log
+        )
         losses += log.losses
     assert losses[0] < 1e-10 and min(losses[1:]) > 1e-5
     assert documents_of(batches()(0).position_ids) is not None
@@ -119,7 +121,9 @@ def test_blocks_and_attention_add_up():
     losses = {}
     for text in ("block_energy_mse", "energy_mse", "2*block_energy_mse + 0.5*energy_mse"):
         log, student = Logged(), swap(tiny_teacher("llama"), "linear")
-        align(student, tiny_teacher("llama"), batches(), dataclasses.replace(ONE, objective=Objective.of(text)), track=log)
+        align(
+            student, tiny_teacher("llama"), batches(), dataclasses.replace(ONE, objective=Objective.of(text)), track=log
+        )
         losses[text] = log.losses[0]
     first, second, both = losses.values()
     assert both == pytest.approx(2 * first + 0.5 * second, rel=1e-6) and min(first, second) > 0

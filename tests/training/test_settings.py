@@ -27,7 +27,11 @@ def test_schedules():
 @pytest.mark.parametrize(
     "stage, objective, words",
     [
-        ("align", "forward_kl", "align compares attention outputs and block outputs on the same input; its objective cannot be forward_kl, which"),
+        (
+            "align",
+            "forward_kl",
+            "align compares attention outputs and block outputs on the same input; its objective cannot be forward_kl",
+        ),
         ("align", "feature_matching", "cannot be feature_matching, which compares layer outputs"),
         ("distill", "energy_mse", "distill compares logits and layer outputs; its objective cannot be energy_mse"),
         ("distill", "forward_kl + energy_mse", "cannot be energy_mse"),
