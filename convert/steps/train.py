@@ -75,7 +75,7 @@ class Train(Step, Checked):
             found.append(f"Step {self.name}: a stage trains a student; swap a mixer in before it.")
         if s.masking != "all" and self.stage == "align":
             found.append(
-                f"Step {self.name}: align compares attention outputs of every token, so masking={s.masking} would"
+                f"Step {self.name}: align compares outputs of every token, so masking={s.masking} would"
                 " change nothing. Set masking=all."
             )
         return found + self._bad_objective() + self._bad_teacher(before)
