@@ -166,7 +166,7 @@ def _steps(
         if stop.requested:
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
         if step.training is not None:
-            tokens_before += step.training.num_steps * step.training.batch_tokens
+            tokens_before += result["tokens"]
             steps_before += step.training.num_steps
     return student or folders[-1].student(read), results
 

@@ -125,6 +125,11 @@ class Train(Step, Checked):
         slots = slots_of(student)
         compared: list[torch.nn.Module] = list(slots.values()) if objective.has(AttentionTerm) else []
         compared += [layers_of(student)[layer] for layer in slots] if objective.has(BlockTerm) else []
+        if layerwise and not chosen.keys() & {id(p) for module in compared for p in module.parameters()}:
+            raise UserError(
+                f"trains of align must choose from what its objective compares; {name_of(s.trains)} has nothing of it."
+                " Set trains=mixers."
+            )
         passes = len(compared) / max(1, len(slots)) if layerwise else 1  # mixers run for each kind of term
         config = host_config(student)
         layers, width = config.num_hidden_layers, config.hidden_size
@@ -136,8 +141,8 @@ class Train(Step, Checked):
         per_token = 2 * num_teacher + (
             6 * sum(map(count, compared)) if layerwise else (8 if s.checkpointing else 6) * total
         )
-        updates = passes * sum(slot.mixer.scan_updates() for slot in slots_of(student).values())
-        operations = 3 * passes * sum(slot.mixer.rule_operations() for slot in slots_of(student).values())
+        updates = passes * sum(slot.mixer.scan_updates() for slot in slots.values())
+        operations = 3 * passes * sum(slot.mixer.rule_operations() for slot in slots.values())
         scan = updates / context.scan_rate() if updates else 0.0
         scan += operations / context.rule_rate() if operations else 0.0
         is_sampled = self.data is not None and context.domain.corpus(self.data).is_sampled
@@ -197,7 +202,7 @@ class Train(Step, Checked):
         losses = [row["train/loss"] for row in rows]
         few = max(1, len(losses) // 20)
         return student, {
-            "tokens": s.num_steps * s.batch_tokens,
+            "tokens": rows[-1]["tokens"] - session.track.tokens_before,
             "loss_first": sum(losses[:few]) / few,
             "loss_last": sum(losses[-few:]) / few,
             "skipped": rows[-1]["train/skipped"],

@@ -79,6 +79,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
+    tokens: int = 0  # padding is none
     seconds: float = 0.0  # of training, in all processes so far
 
 
@@ -104,7 +105,7 @@ def train(
     clipped = [*trained, *objective.parameters()]
     at = _restore(keep.load(), trained, objective, made)
     track.resume(at.step)
-    first_step, first_second, started = at.step, at.seconds, time.monotonic()
+    first_token, first_second, started = at.tokens, at.seconds, time.monotonic()
     saved_at = started
     student.train()
     with _recomputing(student, settings.checkpointing), _progress_bar(at.step, settings) as bar:
@@ -123,9 +124,9 @@ def train(
             sizes = _norms(student) if at.step % max(1, settings.num_steps // NORMS) == 0 else {}
             for optimizer in made:
                 optimizer.zero_grad()
-            at.step += 1
+            at.step, at.tokens = at.step + 1, at.tokens + batch.num_tokens
             at.seconds = first_second + time.monotonic() - started
-            speed = (at.step - first_step) * settings.batch_tokens / (at.seconds - first_second)
+            speed = (at.tokens - first_token) / (at.seconds - first_second)
             numbers = {
                 "train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "speed/tokens_per_s": speed,
                 "train/skipped": at.skipped, "train/seconds": at.seconds,
@@ -134,7 +135,7 @@ def train(
             if measure and _is_measurement_due(at.step, settings):
                 numbers |= measure(student)
                 student.train()
-            track.log(at.step, at.step * settings.batch_tokens, numbers)
+            track.log(at.step, at.tokens, numbers)
             _refuse_hopeless(at, rate)
             is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
             if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
@@ -194,7 +195,7 @@ def _restore(
             torch.set_rng_state(generator.cpu())
         elif kind == device.type:
             torch.get_device_module(device).set_rng_state(generator.cpu(), device)
-    return Progress(state["step"], state["skipped"], state["bad_in_a_row"], state["seconds"])
+    return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
 
 
 @contextmanager

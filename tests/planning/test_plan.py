@@ -215,6 +215,16 @@ def test_masks_of_conversations_are_refused_where_every_token_is_compared():
     assert reason.startswith("Step align: align compares outputs of every token")
 
 
+@pytest.mark.parametrize("trains", ["mlps", "norms + head"])
+def test_what_alignment_does_not_reach_is_no_part_to_train(trains):
+    (reason,) = refused("hybrid-kda", f"align.trains={trains}")
+    assert reason.startswith("Step align: trains of align must choose from what its objective compares; " + trains)
+    config, recipe = config_and_recipe("hybrid-kda")
+    blocks = recipes.with_setting(recipe, "align.objective=block_l2_distance")
+    found = make_plan("x", config, recipes.with_setting(blocks, f"align.trains={trains}"), "stdlib", "cpu").refusals
+    assert not found
+
+
 @pytest.mark.parametrize("function", SELECTORS)
 def test_selectors_that_choose_no_parameters_are_refused(function, capsys):
     (reason,) = planned(trains=function).refusals
