@@ -97,17 +97,20 @@ def run_grid(
     grid: Grid, rows: Sequence[Row], name: str, tokens: int, seeds: int, limit: int, data: str | None, out: Path
 ) -> list[Result]:
     """Run every row with every seed, the first seed of all rows first, and write the table after each run, with the
-    finished runs of the grid's other rows. A row whose run fails is left out of the table, and named at the end."""
+    finished runs of other rows and seeds in the folder. A row whose run fails is left out of the table, and named at
+    the end."""
 
-    def places(some: Iterable[Row]) -> Iterator[tuple[Path, Row, int]]:
+    def places(some: Iterable[Row], seeds: int) -> Iterator[tuple[Path, Row, int]]:
         for seed, row in itertools.product(range(seeds), some):
             yield folder_of(out, f"{row.axis}-{row.name}".strip("-"), seed), row, seed
 
     def make(row: Row, seed: int) -> tuple[Row, Recipe]:
         return row, recipe_of(row, name, tokens, seed, limit)
 
-    wanted = {place: make(row, seed) for place, row, seed in places(rows)}
-    others = [each for each in places(grid.rows) if each[0] not in wanted and (each[0] / "report.json").exists()]
+    wanted = {place: make(row, seed) for place, row, seed in places(rows, seeds)}
+    ends = (report.parent.name.rpartition("-")[2] for report in out.glob("*/report.json"))
+    ever = places(grid.rows, 1 + max((int(seed) for seed in ends if seed.isdecimal()), default=-1))
+    others = [each for each in ever if each[0] not in wanted and (each[0] / "report.json").exists()]
     known = wanted | {place: make(row, seed) for place, row, seed in others}
     examples, results, failures = Examples(load_teacher(name), limit), {}, {}
     for place, (row, recipe) in known.items():

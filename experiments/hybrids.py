@@ -29,14 +29,14 @@ GRID = Grid(
         _row("layers", "by KL before alignment", KDA, "edit.keep=auto:4"),
         _row("layers", "by KL after alignment", KDA, "select.by=kl"),
         _row("layers", "by recall after alignment", KDA, "select.by=recall"),
-        _row("start", "kda: decays g6", KDA, "edit.decay_start=g6"),
-        _row("start", "kda: half-lives of 8 to 512", KDA, "edit.decay_start=half-lives"),
-        _row("start", "kda: look-backs", KDA, "edit.decay_start=calibrated"),
-        _row("start", "kda: look-backs, o refitted", KDA, "edit.decay_start=calibrated", "edit.start=refitted"),
-        _row("start", "kda: sigmoid gate", KDA, "edit.gate=sigmoid"),
-        _row("start", "kda: queries and keys first", KDA, "align_qk.objective=l2_distance"),
-        _row("start", "gdn: Mamba's decays", GDN, "edit.decay_start=mamba"),
-        _row("start", "gdn: o refitted, gate open", GDN, "edit.start=refitted", "edit.gate_start=open"),
+        _row("start", "kda, decays g6", KDA, "edit.decay_start=g6"),
+        _row("start", "kda, half-lives of 8 to 512", KDA, "edit.decay_start=half-lives"),
+        _row("start", "kda, look-backs", KDA, "edit.decay_start=calibrated"),
+        _row("start", "kda, look-backs, o refitted", KDA, "edit.decay_start=calibrated", "edit.start=refitted"),
+        _row("start", "kda, sigmoid gate", KDA, "edit.gate=sigmoid"),
+        _row("start", "kda, queries and keys first", KDA, "align_qk.objective=l2_distance"),
+        _row("start", "gdn, decays as in Mamba", GDN, "edit.decay_start=mamba"),
+        _row("start", "gdn, o refitted, gate open", GDN, "edit.start=refitted", "edit.gate_start=open"),
     )
 )
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from kernels.bench_case import (
     BenchmarkCase,
@@ -44,14 +43,11 @@ def _case(size: Size, rule: Callable, fla: str, transformers: tuple[str, str], p
             beta=normal(batch, T, H).sigmoid(),
         )
 
-    def run(call: Callable[..., tuple[Tensor, Tensor | None]], a: Tensors, **options: str) -> Tensor:
-        return call(**a, **options)[0]
-
     implementations: dict[str, Run] = {
-        "ours": lambda a: run(rule, a),
-        "ours, torch operators": lambda a: run(rule, a, impl="chunked"),
+        "ours": lambda a: rule(**a)[0],
+        "ours, torch operators": lambda a: rule(**a, impl="chunked")[0],
         "transformers": lambda a: from_transformers(*transformers)(*a.values())[0],
-        "flash-linear-attention": lambda a: run(imported(f"fla.ops.{rule.__name__}", fla), a),
+        "flash-linear-attention": lambda a: imported(f"fla.ops.{rule.__name__}", fla)(**a)[0],
     }
     steps, decays = batch * T * H, K if per_channel else 1
     forward = operations(K, V) * steps

@@ -1,6 +1,6 @@
 """Sections of the page of language models: scores, caches, speeds and continuations, of one run or of several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -194,35 +194,26 @@ def _cost_lines(runs: Sequence[LanguageRun], number: Callable[[ContextCost], flo
 
 def _needle_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:
     """What was found by generation / by likelihood, by length and depth."""
-    cells: dict[tuple[int, float], dict[str, str]] = {}
-    heads = []
-    for label, run, model in _models(runs):
-        needles = [needle for needle in run.context.needles if needle.model == model]
-        heads += [label] if needles else []
-        for needle in needles:
-            found = f"{needle.generation:.0%} / {needle.likelihood:.0%}"
-            cells.setdefault((needle.length, needle.depth), {})[label] = found
-    rows = [
-        [f"{length:,}", f"{depth:.0%}", *(by_label.get(head, "") for head in heads)]
-        for (length, depth), by_label in cells.items()
-    ]
-    return [["tokens", "depth", *heads], *rows]
+    scores = {label: [n for n in run.context.needles if n.model == model] for label, run, model in _models(runs)}
+    return _by_place(["tokens", "depth"], scores, lambda n: (f"{n.length:,}", f"{n.depth:.0%}"))
 
 
 def _probe_rows(runs: Sequence[LanguageRun]) -> list[list[str]]:
     """Scores on the probes by generation / by likelihood, by task and length."""
-    cells: dict[tuple[str, int], dict[str, str]] = {}
-    heads = []
-    for label, run, model in _models(runs):
-        probes = [probe for probe in run.context.probes if probe.model == model]
-        heads += [label] if probes else []
-        for probe in probes:
-            found = f"{probe.generation:.0%} / {probe.likelihood:.0%}"
-            cells.setdefault((probe.task, probe.length), {})[label] = found
-    rows = [
-        [task, f"{length:,}", *(by_label.get(head, "") for head in heads)] for (task, length), by_label in cells.items()
-    ]
-    return [["probe", "tokens", *heads], *rows]
+    scores = {label: [p for p in run.context.probes if p.model == model] for label, run, model in _models(runs)}
+    return _by_place(["probe", "tokens"], scores, lambda p: (p.task, f"{p.length:,}"))
+
+
+def _by_place(
+    heads: list[str], scores: Mapping[str, Sequence[Any]], place: Callable[[Any], tuple[str, str]]
+) -> list[list[str]]:
+    """A head, and a row for each place that any of the models has a score at."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for label, found in scores.items():
+        for score in found:
+            cells.setdefault(place(score), {})[label] = f"{score.generation:.0%} / {score.likelihood:.0%}"
+    labels = [label for label, found in scores.items() if found]
+    return [[*heads, *labels], *([*at, *(cell.get(label, "") for label in labels)] for at, cell in cells.items())]
 
 
 def _models(runs: Sequence[LanguageRun]) -> list[tuple[str, LanguageRun, ModelName]]:

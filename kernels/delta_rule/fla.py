@@ -46,10 +46,8 @@ def _why_not_imported(operator: str) -> str | None:
 
 def _is_refused() -> bool:
     """Return whether their backward pass of `gated_delta_rule` raises (fla/ops/common/chunk_o.py, 0.6.0)."""
-    found = importlib.import_module(
-        "triton"
-    ).__version__  # no statement, from which an export would be thought to need it
-    version = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
+    triton = importlib.import_module("triton")  # an import statement would make every export need it
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
     hopper = torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
     return hopper and (3, 4, 0) <= version < (3, 7, 1) and importlib.util.find_spec("tilelang") is None
 

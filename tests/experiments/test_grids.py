@@ -109,8 +109,8 @@ def small(monkeypatch, finished_run, tmp_path):
     return tmp_path
 
 
-def grid(out, rows=LINEAR):
-    return run_grid(Grid(tuple(rows), FINDINGS), rows, "neox-nano", 2048, 1, 2, None, out)
+def grid(out, rows=LINEAR, ask=None):
+    return run_grid(Grid(tuple(rows), FINDINGS), ask or rows, "neox-nano", 2048, 1, 2, None, out)
 
 
 def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypatch):
@@ -126,6 +126,10 @@ def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypat
 
     monkeypatch.setattr(variants, "run_recipe", again)
     assert grid(small) == first and (small / TABLE).read_text() == table
+    assert grid(small, ask=LINEAR[:1]) == first  # what is finished stays in the table, also where it is not asked for,
+    shutil.copytree(small / "default-0", small / "default-1")
+    assert len(grid(small)) == 3  # and of another seed
+    shutil.rmtree(small / "default-1")
     with pytest.raises(UserError, match="A folder holds one grid; .*default-0 was finished with another"):
         grid(small, [Row("linear", ("distill.lr=0.002",), name=DEFAULT), LINEAR[1]])
     with pytest.raises(UserError, match="Give the number of examples that the run was made with"):
