@@ -1,0 +1,108 @@
+"""Outputs of the stages of an image classifier, whatever its family.
+
+B images · C channels · H height · W width · N tokens · D width of a token · K classes
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.models.vision.inputs import model_inputs, preprocessing_of
+
+STAGES = 4  # what an isotropic model is cut into (One-for-All KD, arXiv 2310.19444)
+
+
+class Features(NamedTuple):
+    """Outputs of the stages, maps [B, C, H, W] or tokens [B, N, D], and logits [B, K]."""
+
+    stages: tuple[Tensor, ...]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """Shape of a stage's output. A map has no special tokens; `height` and `width` are those of the grid."""
+
+    is_map: bool
+    width_of_features: int
+    height: int
+    width: int
+    special_tokens: int = 0  # before the grid's: class and distillation tokens
+
+
+def features(model: PreTrainedModel, images: Tensor) -> Features:
+    """Outputs of a model for images [B, C, H, W] with values from 0 to 1, which it sees in its own normalisation."""
+    found = model(pixel_values=model_inputs(model, images), output_hidden_states=True)
+    return Features(tuple(found.hidden_states[i] for i in _chosen(found.hidden_states)), found.logits)
+
+
+def logits(model: PreTrainedModel, images: Tensor) -> Tensor:
+    """Logits [B, K] alone, for the same images as `features`."""
+    return model(pixel_values=model_inputs(model, images)).logits
+
+
+def _chosen(hidden: Sequence[Tensor]) -> list[int]:
+    """The numbers of the hidden states that are stages: the last of each of the last four resolutions, or the ends of
+    the quarters of a model that has one resolution. Hidden states begin with the embedding where there are more than
+    four."""
+    first = 1 if len(hidden) > STAGES else 0
+    blocks = range(first, len(hidden))
+    if len(blocks) <= STAGES:
+        return list(blocks)
+    last_of = {_resolution(hidden[i]): i for i in blocks}
+    if len(last_of) > 1:
+        return sorted(last_of.values())[-STAGES:]
+    return [first + math.ceil(len(blocks) * quarter / STAGES) - 1 for quarter in range(1, STAGES + 1)]
+
+
+def _resolution(hidden: Tensor) -> tuple[int, ...]:
+    return tuple(hidden.shape[2:]) if hidden.dim() == 4 else (hidden.shape[1],)
+
+
+@torch.no_grad()
+def stage_shapes(model: PreTrainedModel) -> tuple[StageShape, ...]:
+    """Shapes of the stages, found by a pass of one empty image; the model may be on the meta device.
+
+    Raises UserError for a model whose outputs are neither maps nor square grids of tokens."""
+    wanted = preprocessing_of(model.config)
+    is_training = model.training
+    image = torch.zeros(1, wanted.channels, wanted.height, wanted.width, device=model.device)
+    found = features(model.eval(), image)
+    model.train(is_training)
+    return tuple(_shape(stage, model.config.model_type) for stage in found.stages)
+
+
+def _shape(stage: Tensor, family: str) -> StageShape:
+    if stage.dim() == 4:
+        return StageShape(True, *stage.shape[1:])
+    if stage.dim() != 3:
+        raise UserError(
+            f"Stages of a classifier must be maps or tokens; those of {family} have shape {tuple(stage.shape)}."
+        )
+    side = math.isqrt(stage.shape[1])
+    return StageShape(False, stage.shape[2], side, side, stage.shape[1] - side * side)
+
+
+def tokens_of(stage: Tensor, shape: StageShape) -> Tensor:
+    """A stage's output as tokens [B, H W, D] without special ones."""
+    if shape.is_map:
+        return stage.flatten(2).transpose(1, 2)
+    return stage[:, shape.special_tokens :]
+
+
+def map_of(stage: Tensor, shape: StageShape) -> Tensor:
+    """A stage's output as a map [B, C, H, W], without special tokens."""
+    if shape.is_map:
+        return stage
+    return tokens_of(stage, shape).transpose(1, 2).unflatten(2, (shape.height, shape.width))
+
+
+def pooled(stage: Tensor, shape: StageShape) -> Tensor:
+    """A stage's output as one vector [B, D] of each image: the mean over places."""
+    return tokens_of(stage, shape).mean(1)
