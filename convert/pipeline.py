@@ -144,7 +144,7 @@ def _steps(
                 teacher=run.teacher,
                 data=run.data,
                 training=recipe.measured_by,
-                tokens=recipe.tokens,
+                tokens=recipe.units,
                 held_out=held_out,
                 monitor=monitor,
                 track=track,

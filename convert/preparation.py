@@ -43,8 +43,7 @@ class Run:
 
     def held_out(self) -> list[Any]:
         """Return the batches that every headline metric of the run is measured on."""
-        by = self.recipe.measured_by
-        return self.domain.held_out(self.data, self.recipe.tokens, by.seq_len, by.micro_tokens)
+        return self.domain.held_out(self.data, self.recipe.units, self.recipe.measured_by)
 
 
 def prepared(
@@ -88,15 +87,15 @@ def prepared(
         if step.own_data is None or (settings := step.training) is None:
             raise ValueError(f"step {step.name} has no data of its own")
         its_teacher = loaded if step.own_teacher is None else load(step.own_teacher)
-        return domain.prepare(corpora[step.own_data], its_teacher, settings.tokens, settings.seq_len)
+        return domain.prepare(corpora[step.own_data], its_teacher, settings.units, settings)
 
-    data_of_run = domain.prepare(corpora[spec], loaded, recipe.tokens, recipe.measured_by.seq_len)
+    data_of_run = domain.prepare(corpora[spec], loaded, recipe.units, recipe.measured_by)
     run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare)
     run.held_out()  # too little data is said now,
     domain.check(loaded)  # and so is a teacher that cannot be asked anything
     for step in recipe.steps:
         if step.own_data is None and (settings := step.training) is not None:
-            domain.batches(run.data, settings.seq_len, settings.num_sequences, settings.seed, settings.masking)
+            domain.batches(run.data, settings)
     return dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
 
 
@@ -152,7 +151,7 @@ def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
     found: dict[str, str] = {}
     if step.own_data is not None and (settings := step.training) is not None:
         data = run.prepare(step)
-        run.domain.batches(data, settings.seq_len, settings.num_sequences, settings.seed, settings.masking)
+        run.domain.batches(data, settings)
         found["data_fingerprint"] = data.fingerprint
     if step.own_teacher is not None:
         teacher = run.load_teacher(step.own_teacher)

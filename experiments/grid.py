@@ -90,7 +90,7 @@ def result_of(row: Row, recipe: Recipe, place: Path, report: LanguageReport, exa
     correct = examples.answered(place, report.evaluation)
     bytes_of, ratio = report.cache_bytes.formula, report.perplexity.ratio
     cache = bytes_of.student[LENGTH] / bytes_of.teacher[LENGTH]
-    return Result(row.axis, row.name, recipe.seed, recipe.tokens, ratio, cache, correct, report.evaluation)
+    return Result(row.axis, row.name, recipe.seed, recipe.units, ratio, cache, correct, report.evaluation)
 
 
 def run_grid(

@@ -48,13 +48,13 @@ def settings(
         ("cosine_distance", "feature_maps") if stage == "align" else ("forward_kl", "all_but_embeddings")
     )
     return Settings(
-        steps * batch_tokens,
-        1e-4,
-        Objective.of(objective),
-        trains,
-        seq_len,
-        batch_tokens,
-        batch_tokens,
+        tokens=steps * batch_tokens,
+        lr=1e-4,
+        objective=Objective.of(objective),
+        trains=trains,
+        seq_len=seq_len,
+        batch_tokens=batch_tokens,
+        micro_tokens=batch_tokens,
         loss_chunk=loss_chunk,
     )
 

@@ -123,7 +123,7 @@ def main() -> None:
         args.to,
         tokens=None if args.tokens is None else number_of_tokens(args.tokens),
     )
-    out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.tokens}")
+    out = args.out or Path(f"runs/sweep-{source.name}-{args.to}-{recipe.units}")
     if args.print:
         print(json.dumps(definition(recipe), indent=1))
     elif args.online:

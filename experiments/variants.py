@@ -69,7 +69,7 @@ def _for_every_step(recipe: Recipe, setting: str) -> list[str]:
 def only(recipe: Recipe, name: str) -> Recipe:
     """The recipe with all tokens given to one of its training steps."""
     kept = [step for step in recipe.steps if step.training is None or step.name == name]
-    kept[-1] = dataclasses.replace(kept[-1], settings=dataclasses.replace(kept[-1].settings, tokens=recipe.tokens))
+    kept[-1] = dataclasses.replace(kept[-1], settings=dataclasses.replace(kept[-1].settings, tokens=recipe.units))
     return dataclasses.replace(recipe, steps=tuple(kept))
 
 

@@ -36,6 +36,10 @@ class Batch:
         lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
         return [Batch(*part) for part in zip(*parts, lengths, strict=True)]
 
+    def parts(self, num_tokens: int) -> list["Batch"]:
+        """Micro-batches of at most so many tokens, or of one sequence."""
+        return self.split(max(1, num_tokens // self.input_ids.shape[1]))
+
     def with_noise(self, share: float, seed: tuple[int, int]) -> "Batch":
         """That share of the input tokens, drawn from `seed`, replaced by tokens from elsewhere in the batch. Labels
         and padding stay."""
@@ -58,6 +62,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return self.input_ids.numel() if self.lengths is None else int(self.lengths.sum())
+
+    @property
+    def num_units(self) -> int:
+        """What training counts."""
+        return self.num_tokens
 
     def unpadded(self) -> list[tuple[slice, int]]:
         """Rows and how many of their tokens are none of padding: all rows at once, or one by one where some are

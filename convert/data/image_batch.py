@@ -20,12 +20,13 @@ class ImageBatch:
     def to(self, device: Any) -> "ImageBatch":
         return ImageBatch(self.images.to(device), self.targets.to(device))
 
-    def split(self, size: int) -> list["ImageBatch"]:
+    def parts(self, size: int) -> list["ImageBatch"]:
         """Micro-batches of at most so many images."""
         return [ImageBatch(*part) for part in zip(self.images.split(size), self.targets.split(size), strict=True)]
 
     @property
-    def num_images(self) -> int:
+    def num_units(self) -> int:
+        """What training counts."""
         return len(self.images)
 
     @property

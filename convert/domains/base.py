@@ -144,8 +144,8 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return the name of data as the settings of a run hold it, from wherever it is repeated."""
 
     @abstractmethod
-    def check_data(self, corpus: C, masking: str) -> None:
-        """Raise UserError for data that a training step with this masking cannot use."""
+    def check_data(self, corpus: C, settings: Any) -> None:
+        """Raise UserError for data that a training step of these settings cannot use."""
 
     @abstractmethod
     def monitor_rules(self, rules: Sequence[str]) -> Sequence[Any]:
@@ -162,17 +162,17 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Load a teacher, refusing what cannot be one before its weights are read."""
 
     @abstractmethod
-    def prepare(self, corpus: C, teacher: T, limit: int, seq_len: int) -> D:
-        """Make the data set into what batches are made of, sequences of `seq_len`; `limit` in units."""
+    def prepare(self, corpus: C, teacher: T, limit: int, settings: Any) -> D:
+        """Make the data set into what batches are made of, for steps of these settings; `limit` in units."""
 
     @abstractmethod
-    def batches(self, data: D, seq_len: int, num_sequences: int, seed: int, masking: str = "all") -> Batches:
-        """Return the training batches; `masking` says what in them is learnt. Raises UserError where the data have too
-        little of it."""
+    def batches(self, data: D, settings: Any) -> Batches:
+        """Return the training batches of a stage. Raises UserError where the data have too little for it."""
 
     @abstractmethod
-    def held_out(self, data: D, budget: int, seq_len: int, micro_tokens: int) -> list[Any]:
-        """Return the batches that the headline metric of a run is measured on, always the same ones."""
+    def held_out(self, data: D, budget: int, settings: Any) -> list[Any]:
+        """Return the batches that the headline metric of a run is measured on, always the same ones; `budget` in
+        units."""
 
     @abstractmethod
     def probe(self, data: D, length: int) -> Any:

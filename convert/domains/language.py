@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from convert.reports.sections import Sections
     from convert.runs.evaluation_schemas import Evaluation
     from convert.runs.language_schemas import LanguageMetrics, LanguageReport
+    from convert.training.settings import Settings
 
 
 class Language(Domain[Source, Teacher, Corpus, TokenData]):
@@ -87,8 +88,8 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def whole_data(self, spec: str) -> str:
         return whole_name(spec)
 
-    def check_data(self, corpus: Corpus, masking: str) -> None:
-        chat.check(corpus, masking)
+    def check_data(self, corpus: Corpus, settings: "Settings") -> None:
+        chat.check(corpus, settings.masking)
 
     def monitor_rules(self, rules: Sequence[str]) -> "list[Rule]":
         from convert.evaluation.monitor import Rule
@@ -100,23 +101,22 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
         return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
 
-    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int, seq_len: int) -> TokenData:
+    def prepare(self, corpus: Corpus, teacher: Teacher, limit: int, settings: "Settings") -> TokenData:
         from convert.evaluation.completions import prepare
 
-        return prepare(corpus, teacher, limit, seq_len)
+        return prepare(corpus, teacher, limit, settings.seq_len)
 
-    def batches(
-        self, data: TokenData, seq_len: int, num_sequences: int, seed: int, masking: str = "all"
-    ) -> Batches | PackedBatches:
-        chat.check_masking(data.train.completions is not None, masking, "the data")
+    def batches(self, data: TokenData, settings: "Settings") -> Batches | PackedBatches:
+        s = settings
+        chat.check_masking(data.train.completions is not None, s.masking, "the data")
         if data.train.completions is None:
-            return Batches(data.train, seq_len, num_sequences, seed)
-        return PackedBatches(data.train, seq_len, num_sequences, seed, masking)
+            return Batches(data.train, s.seq_len, s.num_sequences, s.seed)
+        return PackedBatches(data.train, s.seq_len, s.num_sequences, s.seed, s.masking)
 
-    def held_out(self, data: TokenData, budget: int, seq_len: int, micro_tokens: int) -> list[Batch]:
+    def held_out(self, data: TokenData, budget: int, settings: "Settings") -> list[Batch]:
         from convert.evaluation import final_metrics
 
-        return final_metrics.held_out(data, budget, seq_len, micro_tokens)
+        return final_metrics.held_out(data, budget, settings.seq_len, settings.micro_tokens)
 
     def probe(self, data: TokenData, length: int) -> Batch:
         length = min(length, len(data.held_out) - 1)

@@ -74,7 +74,7 @@ def make_plan(
         config=config,
         num_teacher=num_teacher,
         teachers=teachers,
-        longest=max(settings.seq_len for settings in recipe.trainings),
+        longest=max(settings.longest for settings in recipe.trainings),
         rate=speed.per_second * MATMUL_SHARE,
         scan_rate=lambda: scan_rate(device).per_second,
         rule_rate=lambda: delta_rule_rate(device).per_second,

@@ -16,7 +16,7 @@ def outline(
 ) -> Outline:
     """Return what is known of the student before the first step: it is the teacher."""
     host, mixers = domain.outline(config)
-    longest = max((settings.seq_len for settings in recipe.trainings), default=0)
+    longest = max((settings.longest for settings in recipe.trainings), default=0)
     return Outline(domain, host, host, mixers, is_student=False, is_measured=False, longest=longest, teachers=teachers)
 
 
@@ -45,7 +45,7 @@ def named_corpora(domain: Domain, recipe: Recipe, data: str) -> dict[str, Any]:
     for step in recipe.steps:
         if step.training is not None:
             try:
-                domain.check_data(corpora[step.own_data or data], step.training.masking)
+                domain.check_data(corpora[step.own_data or data], step.training)
             except UserError as error:
                 raise UserError(f"Step {step.name}: {error}") from None
     return corpora

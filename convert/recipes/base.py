@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from convert.core.errors import UserError
 from convert.core.fields import Name, Range, check, checked
 from convert.steps.base import Step
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
 TINY_EXAMPLES = 2  # of each task
 
@@ -34,20 +34,20 @@ class Recipe:
             )
 
     @property
-    def trainings(self) -> tuple[Settings, ...]:
+    def trainings(self) -> tuple[StageSettings, ...]:
         """The settings of the steps that train, in their order."""
         return tuple(step.training for step in self.steps if step.training is not None)
 
     @property
-    def measured_by(self) -> Settings:
+    def measured_by(self) -> StageSettings:
         """The settings whose sequences a run is measured by: those of the last training step on the run's data."""
         on_its_data = [step.training for step in self.steps if step.training is not None and step.own_data is None]
         return (on_its_data or self.trainings)[-1]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all training steps together."""
-        return sum(settings.tokens for settings in self.trainings)
+    def units(self) -> int:
+        """Tokens, or images, of all training steps together."""
+        return sum(settings.units for settings in self.trainings)
 
     @property
     def seed(self) -> int:

@@ -153,15 +153,15 @@ def _settings(
     budget: Budget, tokens: int, lr: float, objective: Objective, trains: Any, schedule: Literal["wsd", "cosine"]
 ) -> Settings:
     return Settings(
-        tokens,
-        lr,
-        objective,
-        trains,
-        budget.seq_len,
-        budget.batch_tokens,
-        budget.micro_tokens,
-        budget.seed,
-        schedule,
+        tokens=tokens,
+        lr=lr,
+        objective=objective,
+        trains=trains,
+        seq_len=budget.seq_len,
+        batch_tokens=budget.batch_tokens,
+        micro_tokens=budget.micro_tokens,
+        seed=budget.seed,
+        schedule=schedule,
         checkpointing=budget.checkpointing,
         evaluate_every=budget.tokens // 4,
     )

@@ -22,7 +22,7 @@ def selection(swap: str, keep: Keep, every: int) -> Callable[[Recipe], Recipe]:
 
         recipe = _with(recipe, swap, everywhere)
         added = Select("select", every)
-        added = dataclasses.replace(added, calibration=min(added.calibration, recipe.tokens))
+        added = dataclasses.replace(added, calibration=min(added.calibration, recipe.units))
         return _with(recipe, "align", lambda align: (align, added))
 
     return select

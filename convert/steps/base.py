@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from convert.domains.base import Data, Domain, Monitor, Teacher
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
 if TYPE_CHECKING:
     from convert.runs.checkpoint import StepFolder
@@ -30,7 +30,7 @@ class Session:
     domain: Domain
     teacher: Teacher
     data: Data
-    training: Settings
+    training: Any
     tokens: int
     held_out: Sequence[Any]
     monitor: Monitor
@@ -42,7 +42,8 @@ class Session:
 
     def sequences(self, tokens: int) -> list[Any]:
         """Return so many tokens of the run's training data, one sequence a batch."""
-        batches = self.domain.batches(self.data, self.training.seq_len, 1, self.training.seed)
+        one_by_one = dataclasses.replace(self.training, batch_tokens=self.training.seq_len, masking="all")
+        batches = self.domain.batches(self.data, one_by_one)
         return [batches(i) for i in range(max(1, tokens // self.training.seq_len))]
 
 
@@ -115,7 +116,7 @@ class Step(ABC):
     name: str
 
     @property
-    def training(self) -> Settings | None:
+    def training(self) -> StageSettings | None:
         """The settings of a step that trains; None for the others."""
         return None
 

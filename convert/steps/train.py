@@ -187,7 +187,7 @@ class Train(Step, Checked):
         student = STAGES[self.stage](
             student,
             teacher.model,
-            session.domain.batches(data, s.seq_len, s.num_sequences, s.seed, s.masking),
+            session.domain.batches(data, s),
             s,
             track=session.track,
             keep=session.folder,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import Interrupted, UserError
-from convert.data.batches import Batch
 from convert.mixers.mamba_block import project_gradients
 from convert.models.access import slots_of
 from convert.objectives.base import LiveObjective
 from convert.training.optimizer import Optimizers, optimizers_of, update
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
 
-BatchOfStep = Callable[[int], Batch]  # the batch of a step, a function of nothing else; its length may change
-LearnFrom = Callable[[Batch, Batch], Tensor]  # see train()
+BatchOfStep = Callable[[int], Any]  # the batch of a step, a function of nothing else; its size may change
+LearnFrom = Callable[[Any, Any], Tensor]  # see train()
 Measure = Callable[[PreTrainedModel], dict[str, float]]
 
 
@@ -79,7 +78,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
-    tokens: int = 0  # padding is none
+    units: int = 0  # tokens, of which padding is none, or images
     seconds: float = 0.0  # of training, in all processes so far
 
 
@@ -87,7 +86,7 @@ def train(
     student: PreTrainedModel,
     learn_from: LearnFrom,
     batches: BatchOfStep,
-    settings: Settings,
+    settings: StageSettings,
     objective: LiveObjective,
     *,
     track: Tracker | None,
@@ -98,20 +97,20 @@ def train(
     """Train the student in place and return it, frozen and in evaluation mode.
 
     `learn_from(batch, whole)` accumulates the gradients of a micro-batch's part of the loss of the whole batch, and
-    returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` tokens."""
+    returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` units."""
     track, keep = track or Silent(), keep or Silent()
     made = optimizers_of(student, settings, objective, optimizers)
     trained = [p for p in student.parameters() if p.requires_grad]
     clipped = [*trained, *objective.parameters()]
     at = _restore(keep.load(), trained, objective, made)
     track.resume(at.step)
-    first_token, first_second, started = at.tokens, at.seconds, time.monotonic()
+    first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
     student.train()
     with _recomputing(student, settings.checkpointing), _progress_bar(at.step, settings) as bar:
         while at.step < settings.num_steps:
             rate = settings.rate(at.step)
-            batch = batches(at.step).with_noise(settings.noise, (settings.seed, at.step))
+            batch = settings.altered(batches(at.step), at.step)
             loss = _accumulate(learn_from, student, batch, settings)
             norm = torch.nn.utils.clip_grad_norm_(clipped, settings.clip).item()
             if math.isfinite(loss) and math.isfinite(norm):
@@ -124,18 +123,18 @@ def train(
             sizes = _norms(student) if at.step % max(1, settings.num_steps // NORMS) == 0 else {}
             for optimizer in made:
                 optimizer.zero_grad()
-            at.step, at.tokens = at.step + 1, at.tokens + batch.num_tokens
+            at.step, at.units = at.step + 1, at.units + batch.num_units
             at.seconds = first_second + time.monotonic() - started
-            speed = (at.tokens - first_token) / (at.seconds - first_second)
+            speed = (at.units - first_unit) / (at.seconds - first_second)
             numbers = {
-                "train/loss": loss, "train/grad_norm": norm, "train/lr": rate, "speed/tokens_per_s": speed,
+                "train/loss": loss, "train/grad_norm": norm, "train/lr": rate, f"speed/{settings.unit}_per_s": speed,
                 "train/skipped": at.skipped, "train/seconds": at.seconds,
             } | sizes  # fmt: skip
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
                 numbers |= measure(student)
                 student.train()
-            track.log(at.step, at.tokens, numbers)
+            track.log(at.step, at.units, numbers)
             _refuse_hopeless(at, rate)
             is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
             if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
@@ -210,11 +209,10 @@ def _recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
             student.activation_checkpointing_disable()
 
 
-def _accumulate(learn_from: LearnFrom, student: PreTrainedModel, batch: Batch, settings: Settings) -> float:
+def _accumulate(learn_from: LearnFrom, student: PreTrainedModel, batch: Any, settings: StageSettings) -> float:
     """The gradients of a batch, micro-batch by micro-batch; its loss."""
     device = next(student.parameters()).device
-    parts = batch.split(max(1, settings.micro_tokens // batch.input_ids.shape[1]))
-    loss = sum(learn_from(part.to(device), batch).item() for part in parts)
+    loss = sum(learn_from(part.to(device), batch).item() for part in batch.parts(settings.micro_units))
     project_gradients(student)
     return loss
 
@@ -232,10 +230,10 @@ def _norms(student: PreTrainedModel) -> dict[str, float]:
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
-def _is_measurement_due(step: int, settings: Settings) -> bool:
+def _is_measurement_due(step: int, settings: StageSettings) -> bool:
     """Whether this step's tokens completed another `evaluate_every`."""
-    tokens, every = step * settings.batch_tokens, settings.evaluate_every
-    return bool(every) and tokens // every > (tokens - settings.batch_tokens) // every
+    units, every = step * settings.batch_units, settings.evaluate_every
+    return bool(every) and units // every > (units - settings.batch_units) // every
 
 
 def _refuse_hopeless(at: Progress, rate: float) -> None:
@@ -247,11 +245,11 @@ def _refuse_hopeless(at: Progress, rate: float) -> None:
         )
 
 
-def _progress_bar(step: int, settings: Settings) -> tqdm:
-    total, done = settings.num_steps * settings.batch_tokens, step * settings.batch_tokens
-    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
+def _progress_bar(step: int, settings: StageSettings) -> tqdm:
+    total, done = settings.num_steps * settings.batch_units, step * settings.batch_units
+    return tqdm(total=total, initial=done, unit=settings.abbreviation, unit_scale=True, dynamic_ncols=True)
 
 
-def _show(bar: tqdm, loss: float, at: Progress, settings: Settings) -> None:
-    bar.update(settings.batch_tokens)
+def _show(bar: tqdm, loss: float, at: Progress, settings: StageSettings) -> None:
+    bar.update(settings.batch_units)
     bar.set_postfix_str(f"loss {loss:.4f}" + (f", {at.skipped} skipped" if at.skipped else ""), refresh=False)

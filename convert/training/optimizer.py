@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.training.selectors import name_of, selected
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
 Optimizers = Callable[[PreTrainedModel], Sequence[Optimizer]]  # makes them for the parameters that require gradients
 
 
 def optimizers_of(
-    student: PreTrainedModel, settings: Settings, objective: nn.Module, make: Optimizers | None = None
+    student: PreTrainedModel, settings: StageSettings, objective: nn.Module, make: Optimizers | None = None
 ) -> list[Optimizer]:
     """The optimizers of what `settings.trains` chooses, which is then all that requires gradients; AdamW, or what
     `make(student)` returns. Parameters that terms of the objective own join the last one, without weight decay."""
@@ -25,7 +25,7 @@ def optimizers_of(
     return optimizers
 
 
-def choose(student: PreTrainedModel, settings: Settings) -> None:
+def choose(student: PreTrainedModel, settings: StageSettings) -> None:
     """Let the chosen parameters, and no others, require gradients."""
     chosen = {id(p) for p in selected(student, settings.trains)}
     if not chosen:
@@ -36,7 +36,7 @@ def choose(student: PreTrainedModel, settings: Settings) -> None:
         p.requires_grad_(id(p) in chosen)
 
 
-def adamw(student: PreTrainedModel, settings: Settings) -> AdamW:
+def adamw(student: PreTrainedModel, settings: StageSettings) -> AdamW:
     """AdamW over the parameters that require gradients, with weight decay on the matrices of linear layers alone."""
     matrices = {id(module.weight) for module in student.modules() if isinstance(module, nn.Linear)}
     trained = [p for p in student.parameters() if p.requires_grad]

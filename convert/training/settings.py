@@ -1,8 +1,9 @@
 """The settings of one stage of training, and which terms of an objective each stage can compute."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
@@ -12,17 +13,17 @@ from convert.training.selectors import Trains
 COMPARED = {"align": (AttentionTerm, BlockTerm), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
 
 
-@dataclass(frozen=True)
-class Settings(Checked):
-    """The settings of one stage. Sizes are in tokens; shares are of the stage's steps."""
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Checked):
+    """The settings that a stage has whatever it is trained on. Shares are of the stage's steps. A unit is a token or an
+    image."""
 
-    tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
+    unit: ClassVar[str]  # the plural
+    abbreviation: ClassVar[str]
+
     lr: Annotated[float, Range(0, 10)]
     objective: Objective
     trains: Trains
-    seq_len: Annotated[int, Range(2, 2**24)]
-    batch_tokens: Annotated[int, Range(2, 2**27)]
-    micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: Annotated[float, Range(0, 1)] = 0.1  # 10 / 80 / 10: MOHAWK's and GenDistill's
@@ -35,26 +36,39 @@ class Settings(Checked):
     clip: Annotated[float, Range(0, 1e9)] = 1.0
     # of matrix products; auto: bfloat16 where the device is fast at it
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # which tokens of conversations are targets: all of them, or those that an assistant wrote; of text all are
-    masking: Literal["all", "completions"] = "all"
-    # share of the input tokens replaced by others of the batch, for teacher and student alike
-    noise: Annotated[float, Range(0, 1)] = 0.0
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third more time
-    # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
-    loss_chunk: Annotated[int, Range(1, 2**27)] = 512
-    # tokens between two measurements on held-out data; 0: none
+    # units between two measurements on held-out data; 0: none
     evaluate_every: Annotated[int, Range(0, 1e18)] = 0
     save_every: Annotated[float, Range(0, 1e12)] = 60.0  # seconds between two checkpoints
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps."""
-        return math.ceil(self.tokens / self.batch_tokens)
+    @abstractmethod
+    def units(self) -> int:
+        """Units of the whole stage."""
 
     @property
-    def num_sequences(self) -> int:
-        """Sequences in a batch."""
-        return self.batch_tokens // self.seq_len
+    @abstractmethod
+    def batch_units(self) -> int:
+        """Units of an optimizer step."""
+
+    @property
+    @abstractmethod
+    def micro_units(self) -> int:
+        """Units of one forward and backward pass; the rest of a batch is accumulated."""
+
+    @property
+    def longest(self) -> int:
+        """Units of the longest sequence; 0 where there are no sequences."""
+        return 0
+
+    def altered(self, batch: Any, step: int) -> Any:
+        """The batch as a step trains on it."""
+        return batch
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(self.units / self.batch_units)
 
     def rate(self, step: int) -> float:
         """The learning rate of one step, counted from 0."""
@@ -66,6 +80,49 @@ class Settings(Checked):
                 self.floor + (1 - self.floor) * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup))) / 2
             )
         return self.lr * min(1.0, max(self.floor, (1 - step / self.num_steps) / self.decay if self.decay else 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """The settings of one stage on text. Sizes are in tokens."""
+
+    unit, abbreviation = "tokens", "tok"
+
+    tokens: Annotated[int, Range(0, 1e14)]  # more than any text holds (ours)
+    seq_len: Annotated[int, Range(2, 2**24)]
+    batch_tokens: Annotated[int, Range(2, 2**27)]
+    micro_tokens: Annotated[int, Range(1, 2**27)]  # of one forward and backward; the rest of a batch is accumulated
+    # which tokens of conversations are targets: all of them, or those that an assistant wrote; of text all are
+    masking: Literal["all", "completions"] = "all"
+    # share of the input tokens replaced by others of the batch, for teacher and student alike
+    noise: Annotated[float, Range(0, 1)] = 0.0
+    # tokens whose logits are held at once; they fit a CPU's cache, 1.4 times the speed of 2,048
+    loss_chunk: Annotated[int, Range(1, 2**27)] = 512
+
+    @property
+    def units(self) -> int:
+        return self.tokens
+
+    @property
+    def batch_units(self) -> int:
+        return self.batch_tokens
+
+    @property
+    def micro_units(self) -> int:
+        return self.micro_tokens
+
+    @property
+    def longest(self) -> int:
+        return self.seq_len
+
+    def altered(self, batch: Any, step: int) -> Any:
+        """The batch with noise."""
+        return batch.with_noise(self.noise, (self.seed, step))
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in a batch."""
+        return self.batch_tokens // self.seq_len
 
 
 def check_objective(stage: str, objective: Objective, has_teacher: bool = True) -> None:

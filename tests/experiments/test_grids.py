@@ -50,7 +50,7 @@ def test_every_row_is_a_change_that_can_be_planned(grid, row):
     default = recipe_of(grid.rows[0], "neox-nano", 400_000, 0, 2)
     assert (recipe == default) == (row.name == DEFAULT)
     same_tokens = row.axis != "duration" and not row.without
-    assert (recipe.tokens == default.tokens) == same_tokens
+    assert (recipe.units == default.units) == same_tokens
 
 
 def test_a_change_of_the_whole_model_leaves_alignment_as_it_is():
@@ -68,7 +68,7 @@ def test_rows_are_chosen_by_axis_and_durations_are_added():
     assert [row.name for row in grid.chosen("masking")] == [DEFAULT, "loss of all tokens"]
     more = longer("2,0.5")
     assert [row.times for row in more] == [2, 0.5] and not longer("")
-    assert recipe_of(more[0], "neox-nano", 100_000, 0, 2).tokens == 200_000
+    assert recipe_of(more[0], "neox-nano", 100_000, 0, 2).units == 200_000
     assert grid.chosen("") == list(ROWS)
     with pytest.raises(UserError, match="no 'colour' among data"):
         grid.chosen("colour")

@@ -27,11 +27,11 @@ def test_every_recipe_serialises_and_spends_its_tokens(target):
     assert recipe.target == target
     plain = json.loads(json.dumps(recipe.describe()))
     assert len({step["name"] for step in plain}) == len(plain)
-    assert recipe.tokens == BUDGET.tokens
+    assert recipe.units == BUDGET.tokens
     last = max(i for i, step in enumerate(recipe.steps) if step.training is None)
     after = sum(step.training.tokens for step in recipe.steps[last + 1 :])
-    assert after >= recipe.tokens / 2  # at least half of the tokens fall after the last step that trains nothing
-    assert tiny(recipe).tokens == 384 * len(recipe.trainings)
+    assert after >= recipe.units / 2  # at least half of the tokens fall after the last step that trains nothing
+    assert tiny(recipe).units == 384 * len(recipe.trainings)
 
 
 FIXED = ("name", "mixer", "model", "stage", "options", "settings")
@@ -103,7 +103,7 @@ def test_queries_and_keys_are_aligned_first_on_request():
     recipe = with_setting(recipe, "select.every=2")
     assert [step.name for step in recipe.steps] == ["edit", "align_qk", "align", "select", "distill", "instruct"]
     first, second = recipe.steps[1].settings, recipe.steps[2].settings
-    assert first.tokens == second.tokens and recipe.tokens == BUDGET.tokens
+    assert first.units == second.units and recipe.units == BUDGET.tokens
     assert (first.trains, str(first.objective), second.trains) == ("queries_and_keys", "l2_distance", "mixers")
 
 

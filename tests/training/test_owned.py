@@ -19,13 +19,13 @@ OWNING = dataclasses.replace(SETTINGS, objective=Objective.of("taid(alpha=0.1) +
 TEACHER = dict(hidden_size=48, num_hidden_layers=5)  # neither the student's width nor its depth
 
 
-def run(settings: loop.Settings, **kwargs: object) -> ConvertedForCausalLM:
+def run(settings: loop.StageSettings, **kwargs: object) -> ConvertedForCausalLM:
     student, teacher = student_of("gpt_neox", "mamba2"), tiny_teacher("gpt_neox", **TEACHER)
     torch.manual_seed(0)  # as a run does before each step: projections are drawn
     return distill(student, teacher, batches(), settings, **kwargs)
 
 
-def state_after(step: int, settings: loop.Settings = OWNING) -> dict:
+def state_after(step: int, settings: loop.StageSettings = OWNING) -> dict:
     keep = Kept(step)
     with pytest.raises(Interrupted):
         run(settings, track=keep, keep=keep)

@@ -46,7 +46,10 @@ def test_padding_changes_no_weight(stage, objective, mixer):
         perturb(slot.mixer)  # or a mixer that starts as the attention has nothing to learn
     found = []
     for fill, micro in ((5, 64), (77, 64), (5, 24)):
-        settings = Settings(48, 1e-2, Objective.of(objective), "mixers", 24, 48, micro, precision="float32")
+        settings = Settings(
+            tokens=48, lr=1e-2, objective=Objective.of(objective), trains="mixers", seq_len=24, batch_tokens=48,
+            micro_tokens=micro, precision="float32",
+        )  # fmt: skip
         student = STAGES[stage](copy.deepcopy(start), teacher, lambda _, fill=fill: padded(fill), settings)
         found.append(torch.cat([p.flatten() for p in student.parameters()]))
     moved = torch.cat([p.flatten() for p in start.parameters()])
