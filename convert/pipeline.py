@@ -18,11 +18,10 @@ from convert.core.errors import Interrupted, files_in_words
 from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json, write_text
 from convert.core.provenance import commit, versions
-from convert.domains import domain_of
 from convert.domains.base import Domain
 from convert.models.saving import fingerprint, load_student, save_student
 from convert.planning import plan as planning
-from convert.preparation import Run, prepared, whole_name, whole_steps
+from convert.preparation import Run, domain_for, prepared, whole_name, whole_steps
 from convert.recipes.base import Recipe
 from convert.reports import report as reports
 from convert.reports import scores
@@ -57,7 +56,7 @@ def run_recipe(
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured.
     `stop_when`: rules like "generation<0.2", looked at whenever a stage measures."""
     started, teacher = time.monotonic(), str(teacher)
-    rules = domain_of(teacher).monitor_rules(stop_when)
+    rules = domain_for(teacher, recipe).monitor_rules(stop_when)
     run = prepared(
         teacher,
         recipe,
@@ -121,7 +120,7 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     recipe, teacher = run.recipe, run.teacher.model
     folders = [StepFolder(run.out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
-    read = functools.partial(load_student, teacher=teacher)
+    read = functools.partial(load_student, teacher=teacher, empty=run.domain.empty_model)
     held_out = run.held_out()
     monitor = run.domain.monitor(run.teacher, held_out[: max(1, len(held_out) // 4)], rules)
     results: list[dict[str, Any]] = []
@@ -254,7 +253,7 @@ def finished(out: Path, teacher: str, recipe: Recipe, data: str | None) -> Repor
     if not (out / "report.json").exists():
         return None
     found = records.report(out)
-    domain = domain_of(teacher)
+    domain = domain_for(teacher, recipe)
     source = domain.resolve(teacher)
     asked = {
         "teacher": whole_name(teacher, source),

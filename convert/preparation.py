@@ -20,7 +20,7 @@ from convert.planning import plan as planning
 from convert.planning.plan import Plan
 from convert.planning.validate import named_corpora, named_teachers
 from convert.recipes.base import Recipe
-from convert.recipes.targets import default_recipe
+from convert.recipes.targets import TARGETS, default_recipe
 from convert.runs.ledger import check_out
 from convert.steps.base import Step
 
@@ -58,7 +58,7 @@ def prepared(
     has_rules: bool,
 ) -> Run:
     """Return a run that can begin. Raises UserError for whatever would stop it: the cheapest reasons come first."""
-    domain = domain_of(teacher)
+    domain = domain_for(teacher, recipe)
     source = domain.resolve(teacher)
     config = domain.read_config(source, trust_remote_code)
     if isinstance(recipe, str):
@@ -97,6 +97,12 @@ def prepared(
         if step.own_data is None and (settings := step.training) is not None:
             domain.batches(run.data, settings)
     return dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
+
+
+def domain_for(teacher: str, recipe: str | Recipe) -> Domain:
+    """The domain of a run. Raises UserError for a target of another domain than its teacher's."""
+    target = TARGETS.get(recipe if isinstance(recipe, str) else recipe.target)
+    return domain_of(teacher, target and target.domain)
 
 
 def _planned(

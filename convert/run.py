@@ -6,9 +6,9 @@ python -m convert.run neox-nano --to mamba
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, whole_number
+from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, real_number, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.data.corpus import check_exists
@@ -19,6 +19,7 @@ from convert.recipes.targets import TARGETS, default_recipe, target_named
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from convert.domains.base import Domain
     from convert.recipes.base import Recipe
 
 
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m convert.run", description="Convert a trained Transformer into a cheaper architecture."
     )
     parser.add_argument(
-        "teacher", help="an alias (neox-nano, pythia-1b, ...), a hub id, a local folder, a run folder or a .gguf file"
+        "teacher",
+        help="an alias (neox-nano, pythia-1b, vit-nano, ...), a hub id, a local folder, a run folder or a .gguf file",
     )
     parser.add_argument(
         "--to",
@@ -38,11 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", help="the run folder; default runs/TEACHER-TARGET")
     parser.add_argument(
-        "--data", help="stdlib, a file or folder of text, or hub:NAME[:CONFIG]; the default depends on the teacher"
+        "--data",
+        help="text: stdlib, a file or folder, or hub:NAME[:CONFIG]; images: digits, fashion-mnist, a folder with a"
+        " folder for each class, or hub:NAME[:CONFIG]; the default depends on the teacher",
     )
-    parser.add_argument("--tokens", help="in all training steps together: 20000, 500k, 12M, 1B")
-    parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="tokens in a training sequence")
-    parser.add_argument("--batch-tokens", type=whole_number(2, 2**27), help="tokens in a training step")
+    parser.add_argument("--tokens", help="text: in all training steps together: 20000, 500k, 12M, 1B")
+    parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="text: tokens in a training sequence")
+    parser.add_argument("--batch-tokens", type=whole_number(2, 2**27), help="text: tokens in a training step")
+    parser.add_argument("--images", help="images: seen in training, each as often as it comes round: 60000, 2M")
+    parser.add_argument(
+        "--labels", type=real_number(1e-6, 1), help="images: share whose label may be used, of each class; default 1"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     parser.add_argument(
@@ -80,30 +88,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Refuse at once what needs no model to refuse; then plan, or run the whole conversion."""
-    source = resolve(args.teacher)
-    target_named(args.to)
-    tokens = None if args.tokens is None else number_of_tokens(args.tokens)
-    if args.tiny and any(size is not None for size in (tokens, args.seq_len, args.batch_tokens)):
-        raise UserError("--tiny chooses the sizes itself; leave out --tokens, --seq-len and --batch-tokens.")
-    if args.data is not None:
+    source, target = resolve(args.teacher), target_named(args.to)
+    sizes = _sizes(args, target.domain)
+    if args.tiny and sizes:
+        raise UserError(
+            f"--tiny chooses the sizes itself; leave out {', '.join('--' + name.replace('_', '-') for name in sizes)}."
+        )
+    if args.data is not None and target.domain == "language":
         check_exists(args.data)
     for assignment in args.settings:
         parse_assignment(assignment)
     with heavy_imports():
         from convert import recipes
-        from convert.models.loading import read_config
-        from convert.recipes import language  # noqa: F401  # the functions that make the recipes
+        from convert.domains import domain_of
 
-    config = read_config(source, trust_remote_code=args.trust_remote_code)
-    recipe = default_recipe(
-        source.name, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens,
-        seed=args.seed,
-    )  # fmt: skip
+    domain = domain_of(args.teacher, target.domain)
+    config = domain.read_config(source, args.trust_remote_code)
+    recipe = default_recipe(source.name, config, args.to, seed=args.seed, **sizes)
     recipe = recipes.tiny(recipe) if args.tiny else recipe
     for assignment in args.settings:
         recipe = recipes.with_setting(recipe, assignment)
     if args.plan:
-        _plan(args, source, config, recipe)
+        _plan(args, domain, source, config, recipe)
         return
     with heavy_imports():
         from convert.pipeline import run_recipe
@@ -115,15 +121,29 @@ def convert(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _plan(args: argparse.Namespace, source: Source, config: PreTrainedConfig, recipe: Recipe) -> None:
+def _sizes(args: argparse.Namespace, domain: str) -> dict[str, Any]:
+    """The sizes that were given. Raises UserError for one of another domain."""
+    of = {"language": ("tokens", "seq_len", "batch_tokens"), "vision": ("images", "labels")}
+    given = {name: getattr(args, name) for names in of.values() for name in names if getattr(args, name) is not None}
+    for name in given:
+        if name not in of[domain]:
+            kind, other = ("images", "text") if domain == "vision" else ("text", "images")
+            options = ", ".join("--" + known.replace("_", "-") for known in of[domain])
+            raise UserError(
+                f"--{name.replace('_', '-')} is an option of {other}, and {args.to} learns from {kind}. Those of {kind}"
+                f" are {options}."
+            )
+    return {name: number_of_tokens(v) if name in ("tokens", "images") else v for name, v in given.items()}
+
+
+def _plan(args: argparse.Namespace, domain: Domain, source: Source, config: PreTrainedConfig, recipe: Recipe) -> None:
     """Print the plan; raises UserError with its first refusal, if there is one."""
     with heavy_imports():
-        from convert.domains import domain_of
         from convert.models.devices import pick_device
         from convert.planning import plan as planning
         from convert.planning.validate import named_corpora, named_teachers
 
-    domain, data = domain_of(args.teacher), source.data if args.data is None else args.data
+    data = source.data if args.data is None else args.data
     named_corpora(domain, recipe, data)  # refuses a folder without text
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)

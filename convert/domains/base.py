@@ -136,6 +136,14 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Make the configuration of a student of a family, with the teacher's inputs and outputs."""
 
     @abstractmethod
+    def describe_student(self, model: str, options: Any, config: PreTrainedConfig) -> str:
+        """Say in a few words what `build` makes."""
+
+    @abstractmethod
+    def build(self, model: str, options: Any, teacher: T) -> PreTrainedModel:
+        """Make a student of a family, on the teacher's device."""
+
+    @abstractmethod
     def corpus(self, spec: str) -> C:
         """Find a data set on the disk. Raises UserError where there is none."""
 

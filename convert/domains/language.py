@@ -19,7 +19,8 @@ from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
 
 if TYPE_CHECKING:
-    from convert.evaluation.monitor import Monitor, Rule
+    from convert.evaluation.monitor import Monitor
+    from convert.evaluation.rules import Rule
     from convert.reports.sections import Sections
     from convert.runs.evaluation_schemas import Evaluation
     from convert.runs.language_schemas import LanguageMetrics, LanguageReport
@@ -82,6 +83,15 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def build_config(self, model: str, sizes: Any, teacher: PreTrainedConfig) -> PreTrainedConfig:
         return from_scratch.build_config(model, sizes, self.outline(teacher)[0])
 
+    def describe_student(self, model: str, options: Any, config: PreTrainedConfig) -> str:
+        return f"a {model} of {config.num_hidden_layers} layers, width {config.hidden_size}"
+
+    def build(self, model: str, options: Any, teacher: Teacher) -> PreTrainedModel:
+        with torch.device(teacher.model.device):
+            built = self.empty_model(self.build_config(model, options, teacher.model.config))
+        built.generation_config = teacher.model.generation_config
+        return built
+
     def corpus(self, spec: str) -> Corpus:
         return corpus(spec)
 
@@ -92,9 +102,10 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         chat.check(corpus, settings.masking)
 
     def monitor_rules(self, rules: Sequence[str]) -> "list[Rule]":
-        from convert.evaluation.monitor import Rule
+        from convert.evaluation.monitor import METRICS
+        from convert.evaluation.rules import Rule
 
-        return [Rule.of(rule) for rule in rules]
+        return [Rule.of(rule, METRICS) for rule in rules]
 
     # --- models and data of a run
 

@@ -1,22 +1,16 @@
-"""Monitoring of training: perplexity on some held-out text and a few examples by generation while a stage trains, and
-the rules that end a run.
+"""Monitoring of training: perplexity on some held-out text and a few examples by generation while a stage trains.
 
 A loss can fall while what the student writes gets worse.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
 
 from transformers import PreTrainedModel
 
-from convert.core.console import console
-from convert.core.errors import UserError
-from convert.core.fields import Checked, Range, Text, checked, shown
 from convert.data.batches import Batch
 from convert.data.prompts import has_chat_template
 from convert.evaluation.perplexity import perplexity
+from convert.evaluation.rules import Rule, first_that_holds
 from convert.evaluation.scoring import Answer, by_generation, fitting
 from convert.evaluation.statistics import gap
 from convert.evaluation.tasks import TASKS, Item, Task
@@ -25,39 +19,8 @@ from convert.models.loading import Teacher
 MONITORED = ("names", "indentation", "copying", "sums", "forms")  # tasks with short answers (ours)
 EXAMPLES = 8  # of each task
 SEED = 1  # other examples than at the end of a run
+METRICS = ("perplexity", "generation", "generation_gap")  # that a rule may ask for
 SHOWN = 2  # examples of each task in the table of generations
-
-
-@dataclass(frozen=True)
-class Rule(Checked):
-    """A rule such as `generation<0.2`: the run stops when it holds at a measurement."""
-
-    text: Text
-    name: Literal["perplexity", "generation", "generation_gap"]
-    sign: Literal["<", ">"]
-    bound: Annotated[float, Range(-1e9, 1e9)]
-
-    @staticmethod
-    @checked
-    def of(text: str) -> "Rule":
-        """Read a rule; UserError where it is none."""
-        found = re.fullmatch(
-            r"\s*(perplexity|generation|generation_gap)\s*([<>])\s*(-?[0-9]{0,9}\.?[0-9]{1,9})\s*", text
-        )
-        if not found:
-            raise UserError(
-                "--stop-when takes perplexity, generation or generation_gap, < or >, and a number, as generation<0.2;"
-                f" got {shown(text)}."
-            )
-        name, sign, bound = cast(tuple[Any, Any, str], found.groups())
-        return Rule(text, name, sign, float(bound))
-
-    def holds(self, numbers: dict[str, float]) -> bool:
-        """Whether the rule holds for these measurements; it does not where its number was not measured."""
-        value = numbers.get(f"held_out/{self.name}")
-        if value is None:  # no example fits this model
-            return False
-        return value < self.bound if self.sign == "<" else value > self.bound
 
 
 class Monitor:
@@ -99,9 +62,7 @@ class Monitor:
                 "held_out/generation": sum(shares) / len(shares),
                 "held_out/generation_gap": sum(gaps) / len(gaps),
             }
-        self.stopped_by = next((rule for rule in self.rules if rule.holds(numbers)), None)
-        if self.stopped_by:
-            console.print(f"The run stops here, by --stop-when {self.stopped_by.text}.", style="yellow")
+        self.stopped_by = first_that_holds(self.rules, numbers)
         return numbers
 
     def _examples(self) -> list[tuple[Task, list[Item]]]:

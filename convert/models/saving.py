@@ -1,11 +1,12 @@
 """The students of finished steps on disk: weights and configuration, whether converted or of one family."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from convert.models import student as _registers  # noqa: F401  # AutoConfig knows "converted" by it
 
@@ -16,12 +17,15 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
     student.config.save_pretrained(folder)
 
 
-def load_student(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
-    """Read a student back, frozen, on the teacher's device and with its kind of attention."""
+def load_student(
+    folder: Path, teacher: PreTrainedModel, empty: Callable[[PreTrainedConfig], PreTrainedModel]
+) -> PreTrainedModel:
+    """Read a student back, frozen, on the teacher's device and with its kind of attention. `empty` makes the model of a
+    configuration."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config._attn_implementation = teacher.config._attn_implementation
     with torch.device(teacher.device):
-        student = AutoModelForCausalLM.from_config(config)
+        student = empty(config)
     load_model(student, str(folder / "model.safetensors"))
     student.generation_config = teacher.generation_config
     return student.requires_grad_(False).eval()

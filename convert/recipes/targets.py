@@ -10,29 +10,34 @@ import difflib
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.core.errors import UserError
+from convert.models.vision.catalog import CLASSIFIERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from convert.recipes.base import Recipe
-    from convert.recipes.language import Budget
+    from convert.recipes.language import Budget as LanguageBudget
+    from convert.recipes.vision import Budget as ImageBudget
 
 
 @dataclass(frozen=True)
 class Target:
     """What a teacher becomes, in a line, and where its recipe is made: the function `maker` of
-    `convert.recipes.DOMAIN`, which also has the `budget` of that domain's teachers."""
+    `convert.recipes.DOMAIN`, which also has the `budget` of that domain's teachers. `student`: the known model that an
+    image classifier teaches."""
 
     about: str
     domain: str
     maker: str
+    student: str | None = None
 
-    def recipe(self, budget: Budget) -> Recipe:
+    def recipe(self, budget: LanguageBudget | ImageBudget) -> Recipe:
         """The recipe of this target within a budget."""
-        return getattr(self.module, self.maker)(budget)
+        maker = getattr(self.module, self.maker)
+        return maker(budget) if self.student is None else maker(budget, self.student)
 
     @property
     def module(self) -> ModuleType:
@@ -49,7 +54,7 @@ TARGETS = {
     "hybrid-kda": Target("Kimi Delta Attention in three layers of four", "language", "to_hybrid_kda"),
     "hybrid-gdn": Target("Gated DeltaNet in three layers of four", "language", "to_hybrid_gdn"),
     "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "language", "to_scratch"),
-}
+} | {name: Target(known.about, "vision", "one_for_all", name) for name, known in CLASSIFIERS.items()}
 
 
 def target_named(name: str) -> Target:
@@ -65,12 +70,11 @@ def default_recipe(
     config: PreTrainedConfig,
     target: str,
     *,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    batch_tokens: int | None = None,
     seed: int = 0,
+    **sizes: Any,
 ) -> Recipe:
-    """The recipe of a target with the defaults for this teacher (its name and configuration), but for what is given.
+    """The recipe of a target with the defaults for this teacher (its name and configuration), but for what is given:
+    `sizes` are tokens, seq_len and batch_tokens for language, images and labels for images.
     Raises UserError where a size is out of bounds or the target is unknown."""
     maker = target_named(target)
-    return maker.recipe(maker.module.budget(teacher, config, tokens, seq_len, batch_tokens, seed))
+    return maker.recipe(maker.module.budget(teacher, config, **sizes, seed=seed))

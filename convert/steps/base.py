@@ -4,6 +4,7 @@ A step is a frozen dataclass with a `name` and the methods of `Step`. A new kind
 """
 
 import dataclasses
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from convert.core.errors import UserError
 from convert.domains.base import Data, Domain, Monitor, Teacher
 from convert.training.settings import StageSettings
 
@@ -45,6 +47,34 @@ class Session:
         one_by_one = dataclasses.replace(self.training, batch_tokens=self.training.seq_len, masking="all")
         batches = self.domain.batches(self.data, one_by_one)
         return [batches(i) for i in range(max(1, tokens // self.training.seq_len))]
+
+    def measure(self, student: PreTrainedModel) -> dict[str, float]:
+        """Measure the student while a step trains; the numbers are logged."""
+        numbers = self.monitor(student)
+        self.track.generations(self.monitor.generations)
+        if self.monitor.stopped_by is not None and self.folder.stop is not None:
+            self.folder.stop.requested = True
+        return numbers
+
+    def trained(self, name: str, started: float) -> dict[str, Any]:
+        """Return what the ledger says of a training step that began at `started` (time.monotonic) in this process: its
+        `tokens`, `loss_first` and `loss_last` (means over a twentieth of the steps), `skipped` steps, and `seconds` of
+        training before a crash. Raises UserError where its lines are gone."""
+        rows = self.track.rows(name)
+        if not rows:
+            raise UserError(
+                f"{self.track.file} has no line of step {name}, which was trained. Put back a copy, or start again with"
+                " --fresh."
+            )
+        losses = [row["train/loss"] for row in rows]
+        few = max(1, len(losses) // 20)
+        return {
+            "tokens": rows[-1]["tokens"] - self.track.tokens_before,
+            "loss_first": sum(losses[:few]) / few,
+            "loss_last": sum(losses[-few:]) / few,
+            "skipped": rows[-1]["train/skipped"],
+            "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
+        }
 
 
 @dataclass(frozen=True)

@@ -35,21 +35,17 @@ class Build(Step, Checked):
         if self.problems(before):
             return dataclasses.replace(before, is_student=True)
         config = before.domain.build_config(self.model, self.options, before.teacher)
-        mixers = (None,) * config.num_hidden_layers
+        mixers = (None,) * getattr(config, "num_hidden_layers", 0)
         return dataclasses.replace(before, host=config, mixers=mixers, is_student=True, is_measured=False)
 
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         config = context.domain.build_config(self.model, self.options, context.config)
         with torch.device("meta"):
             student = context.domain.empty_model(config)
-        what = f"build a {self.model} of {config.num_hidden_layers} layers, width {config.hidden_size}"
+        what = f"build {context.domain.describe_student(self.model, self.options, config)}"
         return student, StepPlan(self.name, what, 0, 0, count(student), 0, 0.0)
 
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Draw the weights. The run has seeded the generator."""
-        teacher = session.teacher.model
-        config = session.domain.build_config(self.model, self.options, teacher.config)
-        with torch.device(teacher.device):
-            built = session.domain.empty_model(config)
-        built.generation_config = teacher.generation_config
+        """Draw the weights, or read those that the student starts from. The run has seeded the generator."""
+        built = session.domain.build(self.model, self.options, session.teacher)
         return built.requires_grad_(False).eval(), {}

@@ -171,18 +171,10 @@ class Train(Step, Checked):
     # --- in a run
 
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Train. The result has `tokens`, `loss_first` and `loss_last` (means over a twentieth of the steps),
-        `skipped` steps, and `seconds` of training before a crash."""
+        """Train. The result is what `Session.trained` says."""
         started, s = time.monotonic(), self.settings
         teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
         data = session.data if self.data is None else session.prepare(self)
-
-        def measure(student: PreTrainedModel) -> dict[str, float]:
-            numbers = session.monitor(student)
-            session.track.generations(session.monitor.generations)
-            if session.monitor.stopped_by is not None and session.folder.stop is not None:
-                session.folder.stop.requested = True
-            return numbers
 
         student = STAGES[self.stage](
             student,
@@ -191,23 +183,9 @@ class Train(Step, Checked):
             s,
             track=session.track,
             keep=session.folder,
-            measure=measure,
+            measure=session.measure,
         )
-        rows = session.track.rows(self.name)
-        if not rows:
-            raise UserError(
-                f"{session.track.file} has no line of step {self.name}, which was trained. Put back a copy, or start"
-                " again with --fresh."
-            )
-        losses = [row["train/loss"] for row in rows]
-        few = max(1, len(losses) // 20)
-        return student, {
-            "tokens": rows[-1]["tokens"] - session.track.tokens_before,
-            "loss_first": sum(losses[:few]) / few,
-            "loss_last": sum(losses[-few:]) / few,
-            "skipped": rows[-1]["train/skipped"],
-            "seconds": max(0.0, rows[-1]["train/seconds"] - (time.monotonic() - started)),
-        }
+        return student, session.trained(self.name, started)
 
     # --- as data
 

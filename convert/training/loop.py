@@ -101,8 +101,9 @@ def train(
     track, keep = track or Silent(), keep or Silent()
     made = optimizers_of(student, settings, objective, optimizers)
     trained = [p for p in student.parameters() if p.requires_grad]
+    buffers = _running_statistics(student)
     clipped = [*trained, *objective.parameters()]
-    at = _restore(keep.load(), trained, objective, made)
+    at = _restore(keep.load(), trained, buffers, objective, made)
     track.resume(at.step)
     first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
@@ -138,7 +139,7 @@ def train(
             _refuse_hopeless(at, rate)
             is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
             if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
-                keep.save(at.step, _state(at, trained, objective, made))
+                keep.save(at.step, _state(at, trained, buffers, objective, made))
                 saved_at = time.monotonic()
             if is_stopped:
                 raise Interrupted(
@@ -157,12 +158,17 @@ def train(
 
 
 def _state(
-    at: Progress, trained: Sequence[nn.Parameter], objective: LiveObjective, optimizers: Sequence[Optimizer]
+    at: Progress,
+    trained: Sequence[nn.Parameter],
+    buffers: Sequence[Tensor],
+    objective: LiveObjective,
+    optimizers: Sequence[Optimizer],
 ) -> dict:
     """What a checkpoint holds."""
     return asdict(at) | {
         "rng": _generators(trained[0].device),
         "parameters": [p.detach() for p in trained],
+        "buffers": list(buffers),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
@@ -178,13 +184,19 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore(
-    state: dict | None, trained: Sequence[nn.Parameter], objective: LiveObjective, optimizers: Sequence[Optimizer]
+    state: dict | None,
+    trained: Sequence[nn.Parameter],
+    buffers: Sequence[Tensor],
+    objective: LiveObjective,
+    optimizers: Sequence[Optimizer],
 ) -> Progress:
     """Go on from a checkpoint, or from the start where there is none."""
     if state is None:
         return Progress()
     for p, saved in zip(trained, state["parameters"], strict=True):
         p.copy_(saved)
+    for buffer, saved in zip(buffers, state["buffers"], strict=True):
+        buffer.copy_(saved)
     objective.load_state_dict(state["objective"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -215,6 +227,12 @@ def _accumulate(learn_from: LearnFrom, student: PreTrainedModel, batch: Any, set
     loss = sum(learn_from(part.to(device), batch).item() for part in batch.parts(settings.micro_units))
     project_gradients(student)
     return loss
+
+
+def _running_statistics(student: PreTrainedModel) -> list[Tensor]:
+    """The buffers that training changes: means, variances and counts of batch norms."""
+    norms = (m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from convert.core.fields import Checked, Name, Place, Range, Text, broken, check
 from convert.data.batches import Batches
 from convert.data.corpus import corpus
 from convert.data.text import Tokens, tokenize
-from convert.evaluation.monitor import Rule
+from convert.evaluation.rules import Rule
 from convert.exporting.hub import export
 from convert.models.catalog import NANO, resolve
 from convert.models.swap import swap
@@ -233,8 +233,8 @@ WRONG_CALLS = {
     "statistics of no layer": lambda: swap(tiny_teacher("llama"), "mamba", stats=[]),
     "options as a dictionary": lambda: swap(tiny_teacher("llama"), "mamba", {"conv": 4}),
     "a teacher as student": lambda: export(tiny_teacher("llama"), None, "x", card=""),
-    "a rule of nan": lambda: Rule.of("generation<nan"),
-    "a rule of nothing": lambda: Rule.of(None),
+    "a rule of nan": lambda: Rule.of("generation<nan", ("generation",)),
+    "a rule of nothing": lambda: Rule.of(None, ("generation",)),
     "half a limit": lambda: evaluate_run("neox-nano", limit=0.5),
     "tasks in a list": lambda: evaluate_run("neox-nano", tasks=["names"]),
     "no tasks": lambda: evaluate_run("neox-nano", tasks=""),

@@ -9,7 +9,8 @@ from convert.core.errors import Interrupted, UserError
 from convert.data.batches import held_out_batches
 from convert.data.corpus import corpus
 from convert.data.text import tokenize
-from convert.evaluation.monitor import SHOWN, Monitor, Rule
+from convert.evaluation.monitor import METRICS, SHOWN, Monitor
+from convert.evaluation.rules import Rule
 from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 from convert.runs.tracking import Track
@@ -27,7 +28,7 @@ def batches(teacher, tmp_path, monkeypatch):
 
 
 def test_a_student_that_is_its_teacher_has_no_gap(teacher, batches):
-    monitor = Monitor(teacher, batches, [Rule.of("generation_gap>0.05"), Rule.of("perplexity < 2")])
+    monitor = Monitor(teacher, batches, [Rule.of("generation_gap>0.05", METRICS), Rule.of("perplexity < 2", METRICS)])
     numbers = monitor(teacher.model)
     assert (
         numbers["held_out/generation_gap"] == 0
@@ -41,7 +42,7 @@ def test_a_student_that_is_its_teacher_has_no_gap(teacher, batches):
 
 
 def test_a_rule_that_holds_is_named(teacher, batches):
-    monitor = Monitor(teacher, batches, [Rule.of("generation<0.01"), Rule.of("generation > .01")])
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.01", METRICS), Rule.of("generation > .01", METRICS)])
     monitor(teacher.model)
     assert monitor.stopped_by.text == "generation > .01"
 
@@ -49,7 +50,7 @@ def test_a_rule_that_holds_is_named(teacher, batches):
 @pytest.mark.parametrize("text", ["loss<1", "generation=1", "generation<", "generation<a", ""])
 def test_other_rules_are_refused(text):
     with pytest.raises(UserError, match="--stop-when takes perplexity, generation or generation_gap"):
-        Rule.of(text)
+        Rule.of(text, METRICS)
 
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
@@ -91,6 +92,6 @@ def test_rules_of_a_recipe_that_never_measures_are_refused(tmp_path):
 
 def test_a_rule_about_perplexity_needs_no_examples(teacher, batches, monkeypatch):
     monkeypatch.setattr(Monitor, "_examples", lambda self: [])
-    monitor = Monitor(teacher, batches, [Rule.of("generation<0.9"), Rule.of("perplexity>1")])
+    monitor = Monitor(teacher, batches, [Rule.of("generation<0.9", METRICS), Rule.of("perplexity>1", METRICS)])
     monitor(teacher.model)
     assert monitor.stopped_by.text == "perplexity>1"

@@ -1,0 +1,178 @@
+"""Image classifiers: the domain of images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.data.image_batch import ImageBatch
+from convert.data.image_batches import ImageBatches, held_out_images
+from convert.data.image_sets import ImageData, ImageSet, image_set, read_images, whole_name
+from convert.domains.base import Domain
+from convert.models.catalog import Source, resolve
+from convert.models.vision.catalog import CLASSIFIERS
+from convert.models.vision.families import StudentOptions, student_config
+from convert.models.vision.inputs import preprocessing_of
+from convert.models.vision.loading import ImageTeacher, load_teacher, read_config
+from convert.models.vision.start import started, starting_config
+
+if TYPE_CHECKING:
+    from convert.evaluation.image_monitor import ErrorMonitor
+    from convert.evaluation.rules import Rule
+    from convert.reports.sections import Sections
+    from convert.runs.evaluation_schemas import Evaluation
+    from convert.runs.vision_schemas import VisionMetrics, VisionReport
+    from convert.training.image_settings import ImageSettings
+
+
+class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
+    """Top-1 error on held-out images is the headline metric; training counts images."""
+
+    name = "vision"
+    unit = "images"
+    headline = "error"
+
+    @property
+    def report_type(self) -> "type[VisionReport]":
+        from convert.runs.vision_schemas import VisionReport
+
+        return VisionReport
+
+    @property
+    def sections(self) -> "Sections":
+        from convert.reports.vision import VISION
+
+        return VISION
+
+    # --- before a run
+
+    def resolve(self, teacher: str) -> Source:
+        return resolve(teacher)
+
+    def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+        return read_config(source, trust_remote_code=trust_remote_code)
+
+    def outline(self, config: PreTrainedConfig) -> tuple[PreTrainedConfig, tuple[str | None, ...]]:
+        return config, ()
+
+    def problem(self, config: PreTrainedConfig) -> str | None:
+        return None  # reading it has refused what is no classifier
+
+    def problem_of_pair(self, run: PreTrainedConfig, step: PreTrainedConfig) -> str | None:
+        if run.num_labels == step.num_labels:
+            return None
+        return (
+            f"Teachers of one run share their classes; the run's has {run.num_labels:,}, this one {step.num_labels:,}."
+        )
+
+    def problem_of_loaded_pair(self, run: ImageTeacher, step: ImageTeacher) -> str | None:
+        return self.problem_of_pair(run.model.config, step.model.config)
+
+    def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return AutoModelForImageClassification.from_config(config)
+
+    def build_config(self, model: str, sizes: StudentOptions, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        if sizes.start is None:
+            return student_config(model, sizes, teacher)
+        return starting_config(model, sizes, teacher)
+
+    def describe_student(self, model: str, options: StudentOptions, config: PreTrainedConfig) -> str:
+        wanted = preprocessing_of(config)
+        start = f" from {options.start}" if options.start else ""
+        return f"{CLASSIFIERS[model].about}{start}, {wanted.channels} x {wanted.height} x {wanted.width}"
+
+    def build(self, model: str, options: StudentOptions, teacher: ImageTeacher) -> PreTrainedModel:
+        config = self.build_config(model, options, teacher.model.config)
+        with torch.device(teacher.model.device):
+            student = self.empty_model(config)
+        return student if options.start is None else started(model, options, config, student)
+
+    def corpus(self, spec: str) -> ImageSet:
+        return image_set(spec)
+
+    def whole_data(self, spec: str) -> str:
+        return whole_name(spec)
+
+    def check_data(self, corpus: ImageSet, settings: "ImageSettings") -> None:
+        pass
+
+    def monitor_rules(self, rules: Sequence[str]) -> "list[Rule]":
+        from convert.evaluation.image_monitor import METRICS
+        from convert.evaluation.rules import Rule
+
+        return [Rule.of(rule, METRICS) for rule in rules]
+
+    # --- models and data of a run
+
+    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> ImageTeacher:
+        return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+
+    def prepare(self, corpus: ImageSet, teacher: ImageTeacher, limit: int, settings: "ImageSettings") -> ImageData:
+        wanted = preprocessing_of(teacher.model.config)
+        data = read_images(corpus, size=(wanted.height, wanted.width), labels=settings.labels, seed=settings.seed)
+        if len(data.class_names) != teacher.model.config.num_labels:
+            raise UserError(
+                f"A teacher must know the classes of the data; {corpus.spec} has {len(data.class_names):,}, and"
+                f" {teacher.source.name} {teacher.model.config.num_labels:,}. Give other --data, or a teacher that was"
+                " trained on these."
+            )
+        if data.channels > wanted.channels:
+            raise UserError(
+                f"A teacher must take the channels that images have; those of {corpus.spec} have {data.channels}, and"
+                f" {teacher.source.name} takes {wanted.channels}."
+            )
+        return data
+
+    def batches(self, data: ImageData, settings: "ImageSettings") -> ImageBatches:
+        learns_without_labels = any(term.needs_teacher for _, term in settings.objective.terms)
+        images = data.train if learns_without_labels else data.train.labelled()
+        return ImageBatches(images, len(data.class_names), settings.batch_images, settings.seed, settings)
+
+    def held_out(self, data: ImageData, budget: int, settings: "ImageSettings") -> list[ImageBatch]:
+        return held_out_images(data, max(64, settings.micro_images))
+
+    def probe(self, data: ImageData, length: int) -> ImageBatch:
+        return held_out_images(data, length)[0]
+
+    def check(self, teacher: ImageTeacher) -> None:
+        pass
+
+    # --- measurements
+
+    def measure(self, model: PreTrainedModel, batches: Sequence[ImageBatch]) -> float:
+        from convert.evaluation.classification import error
+
+        return error(model, batches)
+
+    def recall_loss(self, model: PreTrainedModel, teacher: ImageTeacher) -> float:
+        raise UserError("Associative recall is measured on text; an image classifier has none.")
+
+    def monitor(self, teacher: ImageTeacher, batches: Sequence[ImageBatch], rules: "Sequence[Rule]") -> "ErrorMonitor":
+        from convert.evaluation.image_monitor import ErrorMonitor
+
+        return ErrorMonitor(batches, rules)
+
+    def final_metrics(
+        self, student: PreTrainedModel, teacher: ImageTeacher, data: ImageData, batches: Sequence[ImageBatch]
+    ) -> "VisionMetrics":
+        from convert.evaluation import vision_metrics
+
+        return vision_metrics.final_metrics(student, teacher, data, list(batches))
+
+    def evaluate(
+        self, models: Mapping[str, PreTrainedModel], teacher: ImageTeacher, examples: int, folder: Path
+    ) -> "Evaluation":
+        raise NotImplementedError
+
+    def try_it(self, run: Path) -> str:
+        return f"python -m convert.export {run} --format onnx"
+
+    def export(
+        self, student: PreTrainedModel, teacher: ImageTeacher, folder: Path, cards: tuple[str, str], data: ImageData
+    ) -> dict[str, Any]:
+        from convert.exporting.images import export_and_verify
+
+        return export_and_verify(student, folder, cards, data)

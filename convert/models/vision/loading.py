@@ -1,0 +1,110 @@
+"""Loading an image classifier: configuration, preprocessing and weights."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from convert.core import manifest
+from convert.core.errors import UserError
+from convert.core.fields import shown
+from convert.core.files import parse_json
+from convert.core.network import is_hub_reachable
+from convert.models.catalog import Source
+from convert.models.devices import check_device
+from convert.models.failures import explained
+from convert.models.loading import quiet, weight_files
+from convert.models.vision.catalog import CLASSIFIERS
+from convert.models.vision.families import known_config, preprocessing_from
+from convert.models.vision.inputs import FIELD, preprocessing_of, set_preprocessing
+from convert.models.vision.mixer import MlpMixerConfig
+
+FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type} - {"timm_wrapper"}
+LARGEST = 2**24  # bytes of a JSON file
+MOST_CLASSES = 2**20  # ours
+
+
+@dataclass(frozen=True)
+class ImageTeacher:
+    """A loaded classifier, frozen and in eval mode. Its configuration has the preprocessing. `dtype` is that of the
+    weights on disk."""
+
+    source: Source
+    model: PreTrainedModel
+    dtype: torch.dtype
+
+
+def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Configuration of a classifier, with its preprocessing. Known names need no network.
+
+    Raises UserError for a model that is no image classifier of a family that transformers knows."""
+    if source.kind == "alias":
+        return known_config(source.name)
+    local = not (source.is_remote and is_hub_reachable())
+    with explained(source):
+        raw = _json(source, "config.json", local)
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(
+                f"A teacher of images is an image classifier of a family that transformers knows; the config.json of"
+                f" {source.where} has model_type {shown(family)}."
+            )
+        config = AutoConfig.for_model(family, **{key: value for key, value in raw.items() if key != "model_type"})
+        if not 2 <= config.num_labels <= MOST_CLASSES:
+            raise UserError(f"A classifier has two classes or more; that of {source.where} has {config.num_labels}.")
+        if getattr(config, FIELD, None) is None:
+            processor = _json(source, "preprocessor_config.json", local)
+            set_preprocessing(config, preprocessing_from(processor, config, source.where))
+        preprocessing_of(config)
+    return config
+
+
+def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool = False) -> ImageTeacher:
+    """Load a classifier. Raises UserError where its files or the device cannot be used."""
+    place = check_device(device)
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if source.kind == "alias" and CLASSIFIERS[source.name].hub is None:
+        raise UserError(
+            f"A teacher has weights; {source.name} has none that are published. It can be a student; train it, and give"
+            " the folder of the run."
+        )
+    local = not (source.is_remote and is_hub_reachable())
+    if not source.is_remote:
+        manifest.check_model(Path(source.where))
+        weight_files(Path(source.where), False)
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else a bot of the hub is asked, in public, to convert pickles
+    with explained(source), quiet(bars=source.is_remote):
+        model, found = AutoModelForImageClassification.from_pretrained(
+            source.where, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, local_files_only=local,
+        )  # fmt: skip
+    if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
+        raise UserError(
+            f"Weights must fit config.json; in {source.where} {len(wrong)} tensors are missing or misshapen, first"
+            f" {wrong[0]}."
+        )
+    model.requires_grad_(False).to(place).eval()
+    return ImageTeacher(source, model, config.dtype or torch.float32)
+
+
+def _json(source: Source, name: str, local: bool) -> dict[str, Any]:
+    """A JSON file beside the weights, as data."""
+    file = Path(
+        cached_file(source.where, name, local_files_only=local) if source.is_remote else Path(source.where, name)
+    )
+    if not file.is_file():
+        raise UserError(f"A classifier's folder holds {name}; {source.where} has none.")
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} must be a small JSON file; it has {file.stat().st_size:,} bytes.")
+    try:
+        found = parse_json(file.read_bytes(), str(file))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}. Copy or download it again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} must hold a JSON object.")
+    return found

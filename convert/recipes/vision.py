@@ -1,0 +1,77 @@
+"""The recipes of image classifiers: any architecture teaches any by One-for-All distillation (arXiv 2310.19444)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from transformers import PreTrainedConfig
+
+from convert.core.fields import Checked, Range, Text, checked, require
+from convert.models.vision.catalog import CLASSIFIERS, CONVOLUTIONAL
+from convert.models.vision.families import StudentOptions
+from convert.objectives import Objective
+from convert.recipes.base import Recipe
+from convert.steps.build import Build
+from convert.steps.train_images import TrainImages
+from convert.training.image_settings import ImageSettings
+
+IMAGENET_IMAGES = 1_281_167
+OBJECTIVE = Objective.of("cross_entropy + one_for_all")
+
+
+@dataclass(frozen=True)
+class Budget(Checked):
+    """What the defaults depend on. `images` is what the student sees in all."""
+
+    images: Annotated[int, Range(1, 1e12)]
+    batch_images: Annotated[int, Range(1, 2**20)]
+    labels: Annotated[float, Range(1e-6, 1)] = 1.0
+    is_small: bool = False  # images of at most 64 x 64: digits, clothes
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    examples: Annotated[int, Range(1, 100_000)] = 100_000  # of the held-out images, that both models classify
+
+
+@checked
+def budget(
+    teacher: Text,
+    config: PreTrainedConfig,
+    images: int | None = None,
+    labels: float | None = None,
+    seed: int = 0,
+) -> Budget:
+    """Return the defaults for a teacher, by its name and configuration, but for what is given."""
+    given = {"images": images, "labels": labels, "seed": seed}
+    for name, value in given.items():
+        if value is not None:
+            require(Budget.__dataclass_fields__[name].type, value, f"--{name}")
+    is_small = max(config.preprocessing["height"], config.preprocessing["width"]) <= 64
+    default = Budget(60_000, 64, is_small=True) if is_small else Budget(300 * IMAGENET_IMAGES, 1024)
+    return Budget(images or default.images, default.batch_images, 1.0 if labels is None else labels, is_small, seed)
+
+
+@checked
+def one_for_all(budget: Budget, student: Text) -> Recipe:
+    """A student of any family learns from labels and from the teacher's logits, at its end and behind each stage.
+
+    Settings of large images are the official code's for ImageNet, where it trains convolutional students by SGD (rate
+    0.1 for 256 images, weight decay 1e-4) and the others by AdamW (rate 5e-4 for 512, weight decay 0.05); those of
+    small images are ours."""
+    convolutional = CLASSIFIERS[student].family in CONVOLUTIONAL
+    batch = budget.batch_images
+    if budget.is_small:
+        settings = ImageSettings(
+            images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels, lr=2e-3,
+            objective=OBJECTIVE, trains="everything", seed=budget.seed, schedule="cosine", weight_decay=0.05,
+            beta2=0.999, clip=5.0, precision="float32", crop=0.1, evaluate_every=max(1, budget.images // 10),
+        )  # fmt: skip
+    else:
+        settings = ImageSettings(
+            images=budget.images, batch_images=batch, micro_images=min(batch, 128), labels=budget.labels,
+            lr=0.1 * batch / 256 if convolutional else 5e-4 * batch / 512,
+            optimizer="sgd" if convolutional else "adamw",
+            weight_decay=1e-4 if convolutional else 0.05, clip=5.0, objective=OBJECTIVE, trains="everything",
+            seed=budget.seed, schedule="cosine", beta2=0.999, warmup=0.0 if convolutional else 20 / 300,
+            flip=True, randaugment=0.0 if convolutional else 9.0, mixup=0.0 if convolutional else 0.8,
+            cutmix=0.0 if convolutional else 1.0, evaluate_every=IMAGENET_IMAGES,
+        )  # fmt: skip
+    steps = Build("build", student, StudentOptions()), TrainImages("distill", settings)
+    return Recipe(student, steps, budget.examples)
