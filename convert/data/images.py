@@ -36,6 +36,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def labelled(self) -> "Images":
+        """Those whose label may be used."""
+        chosen = torch.nonzero(self.known).flatten()
+        return Images(self.pixels, self.rows[chosen.numpy()], self.labels[chosen], self.known[chosen])
+
     def read(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         """uint8 [n, C, H, W]: the images with these indices, from 0 to N - 1."""
         return torch.from_numpy(self.pixels[self.rows[np.asarray(indices, np.int64)]])
