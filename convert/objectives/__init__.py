@@ -11,13 +11,12 @@ from convert.objectives.features import (
     FeatureMatching,
     L2Distance,
 )
-from convert.objectives.layer_heads import OneForAllLayers
 from convert.objectives.mixtures import JensenShannon, SkewedForwardKL, SkewedReverseKL
 from convert.objectives.one_for_all import OneForAll
 from convert.objectives.projectors import HiddenProjection
 from convert.objectives.stage_distances import AttentionTransfer, Hints, Relational
 from convert.objectives.taid import TAID
-from convert.objectives.terms import AttentionTerm, BlockTerm, HeadTerm, LayerTerm, LogitTerm, StageTerm, Term
+from convert.objectives.terms import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, StageTerm, Term
 
 TERMS: tuple[type[Term], ...] = (
     CrossEntropy,
@@ -36,7 +35,6 @@ TERMS: tuple[type[Term], ...] = (
     BlockL2Distance,
     FeatureMatching,
     HiddenProjection,
-    OneForAllLayers,
     OneForAll,
     Hints,
     AttentionTransfer,
@@ -47,7 +45,6 @@ __all__ = [
     "TERMS",
     "AttentionTerm",
     "BlockTerm",
-    "HeadTerm",
     "LayerTerm",
     "LiveObjective",
     "LogitTerm",

@@ -20,7 +20,6 @@ from convert.objectives.stages import Features, StageShape
 from convert.objectives.terms import (
     AttentionTerm,
     BlockTerm,
-    HeadTerm,
     LayerTerm,
     LogitTerm,
     StageTerm,
@@ -181,14 +180,6 @@ class LiveObjective(nn.Module):
     def on_layers(self, student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float) -> Tensor:
         """The sum of the LayerTerms, times `scale`: the share of the whole batch that these sequences are."""
         return self._on_features(LayerTerm, student[0], (student, teacher), scale)
-
-    def branches(self, depth: int) -> list[tuple[float, HeadTerm, nn.Module | None, int, int]]:
-        """Weight, term, what it owns, number of the branch and of the layer: for each layer of each HeadTerm."""
-        return [
-            (weight, term, owned, branch, layer)
-            for weight, term, owned in self._of(HeadTerm)
-            for branch, layer in enumerate(term.layers(depth))
-        ]
 
     def on_attention(self, student: Tensor, teacher: Tensor, scale: float) -> Tensor:
         """The sum of the AttentionTerms for one layer, times `scale`: that layer's and these sequences' share."""

@@ -75,31 +75,6 @@ class LayerTerm(Term):
         raise NotImplementedError
 
 
-class HeadTerm(Term):
-    """A term that compares what the student's output embeddings make of decoder layers' outputs with the teacher's
-    distribution over the next token."""
-
-    compares = "layer outputs through the head"
-
-    def layers(self, depth: int) -> Sequence[int]:
-        """The numbers of the decoder layers that it looks at, of a student of this depth."""
-        raise NotImplementedError
-
-    def reference(self, teacher: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What it needs of the teacher's logits [N, V] in float32 and the next tokens [N]: tensors with a row for each
-        token. It is all that is kept of the teacher for a whole micro-batch."""
-        raise NotImplementedError
-
-    def hidden(self, output: Tensor, branch: int, owned: nn.Module | None) -> Tensor:
-        """What the head gets for the output [N, D] of the layer `layers(depth)[branch]`."""
-        raise NotImplementedError
-
-    def loss(self, student: Tensor, reference: Sequence[Tensor], owned: nn.Module | None) -> Tensor:
-        """The loss [N] of N tokens of one layer, from the head's logits [N, V] in float32. Called on one chunk of
-        tokens after another, and layer by layer."""
-        raise NotImplementedError
-
-
 class AttentionTerm(Term):
     """A term that compares the outputs of a mixer and of the attention it replaces, on the same input."""
 

@@ -16,13 +16,19 @@ def backward(*roots: Tensor, gradients: tuple[Tensor | None, ...] | None = None)
         torch.autograd.backward(roots, gradients)
 
 
-def gradient_through_head(
-    hidden_ND: Tensor, head: Callable[[Tensor], Tensor], loss_of_logits: Callable[[Tensor, slice], Tensor], chunk: int
-) -> tuple[Tensor, Tensor]:
-    """sum(loss_of_logits(head(hidden), rows)) and its gradient [N, D], without ever holding the logits of more than
-    `chunk` tokens. Gradients of the head accumulate as a plain backward's would.
+def backward_through_head(
+    hidden_ND: Tensor,
+    head: nn.Module,
+    loss_of_logits: Callable[[Tensor, slice], Tensor],
+    chunk: int,
+    also: Tensor | None = None,
+) -> Tensor:
+    """Backpropagate sum(loss_of_logits(head(hidden), rows)) without ever holding the logits of more than `chunk`
+    tokens.
 
-    `loss_of_logits(logits, rows)` gets a chunk's logits and the slice of its rows."""
+    `loss_of_logits(logits, rows)` gets a chunk's logits and the slice of its rows. Gradients of the head and of what
+    made `hidden_ND` accumulate as a plain backward's would. `also`: another loss from the same graph. Returns the
+    loss."""
     leaf = hidden_ND.detach().requires_grad_(hidden_ND.requires_grad)
     total = torch.zeros((), device=hidden_ND.device)
     for start in range(0, len(leaf), chunk):
@@ -30,14 +36,10 @@ def gradient_through_head(
         loss = loss_of_logits(head(leaf[rows]).float(), rows)
         backward(loss)
         total += loss.detach()
-    return total, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # of no tokens there is none
-
-
-def backward_through_head(
-    hidden_ND: Tensor, head: nn.Module, loss_of_logits: Callable[[Tensor, slice], Tensor], chunk: int
-) -> Tensor:
-    """Backpropagate the loss of `gradient_through_head` into what made `hidden_ND`, too. Returns the loss."""
-    total, gradient = gradient_through_head(hidden_ND, head, loss_of_logits, chunk)
+    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # of no tokens there is none
+    if also is not None:
+        backward(hidden_ND, also, gradients=(gradient, None))
+        return total + also.detach()
     if hidden_ND.requires_grad:
         backward(hidden_ND, gradients=(gradient,))
     return total

@@ -7,14 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
-from convert.objectives.base import AttentionTerm, BlockTerm, HeadTerm, LayerTerm, LogitTerm, Objective
+from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, Objective
 from convert.training.selectors import Trains
 
-COMPARED = {
-    "align": (AttentionTerm, BlockTerm),
-    "distill": (LogitTerm, LayerTerm, HeadTerm),
-    "supervised": (LogitTerm,),
-}
+COMPARED = {"align": (AttentionTerm, BlockTerm), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
 
 
 @dataclass(frozen=True, kw_only=True)

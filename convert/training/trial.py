@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import shown
 from convert.models.vision.features import Features, stage_shapes
-from convert.objectives.base import BlockTerm, HeadTerm, LayerTerm, LogitTerm, StageTerm, Term, build_term
+from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, StageTerm, Term, build_term
 from convert.training.selectors import selected
 from convert.training.settings import Settings
 
@@ -44,7 +44,7 @@ def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedMo
         return str(error)
     except Exception as error:  # of the user's code
         return f"an objective compares {term.compares}; {shown(term)} fails with {shown(error)}."
-    shape = (TOKENS,) if isinstance(term, LogitTerm | HeadTerm) else ()
+    shape = (TOKENS,) if isinstance(term, LogitTerm) else ()
     if not (isinstance(loss, Tensor) and loss.shape == shape and loss.requires_grad):
         what = f"one number for each {'image' if _sees_images(student) else 'token'}" if shape else "one number"
         return f"an objective must give {what} to minimise, by its first argument; {shown(term)} gives {shown(loss)}."
@@ -83,11 +83,6 @@ def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher:
         ours = logits(student, True)
         targets = torch.eye(*ours.shape, device=device) if _sees_images(student) else ours.new_zeros(TOKENS).long()
         return term.loss(ours, ours.detach() if term.needs_teacher else None, targets, owned)
-    if isinstance(term, HeadTerm):
-        hidden = term.hidden(outputs(student, True)[0][0], 0, owned)
-        seen = hidden.sum(-1, keepdim=True).expand(-1, teacher.config.vocab_size)
-        targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
-        return term.loss(seen, term.reference(seen.detach(), targets), owned)
     if isinstance(term, LayerTerm):
         return term.loss(outputs(student, True), outputs(teacher, False), owned)
     inputs = [torch.zeros(1, TOKENS, student.config.hidden_size, device=device)] * isinstance(term, BlockTerm)

@@ -40,7 +40,7 @@ def test_white_space_and_the_form_of_numbers_do_not_matter(line):
 def test_every_term_is_known_by_its_name():
     names = "cross_entropy forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl bdkd taid"
     names += " dist cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching"
-    names += " hidden_projection one_for_all_layers one_for_all hints attention_transfer relational"
+    names += " hidden_projection one_for_all hints attention_transfer relational"
     assert [name_of(term) for term in TERMS] == names.split()
     for term in TERMS:
         assert Objective.of(name_of(term)) == Objective(((1.0, term()),))
@@ -100,9 +100,7 @@ def test_fields():
     objective = Objective.of("forward_kl + reverse_kl + cross_entropy").with_field("temperature", 2)
     assert str(objective) == "forward_kl(temperature=2) + reverse_kl(temperature=2) + cross_entropy"
     assert objective.field_names() == ["temperature", "label_smoothing"]
-    with pytest.raises(
-        UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature, label_smoothing"
-    ):
+    with pytest.raises(UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature, label_smoothing"):
         objective.with_field("alpha", 1)
     with pytest.raises(UserError, match="temperature must be within"):
         objective.with_field("temperature", 0)
@@ -139,7 +137,7 @@ def test_a_term_of_the_users_own_needs_no_table():
 
 def test_kinds_and_the_need_of_a_teacher():
     live = Objective.of("cross_entropy + feature_matching").build(None, None)
-    logit, layer, _, attention, block, stage = (kind for kind in Term.__subclasses__())
+    logit, layer, attention, block, stage = (kind for kind in Term.__subclasses__())
     assert live.has(logit) and live.has(layer) and not any(live.has(kind) for kind in (attention, block, stage))
     assert live.needs_teacher() and live.needs_teacher(layer) and not live.needs_teacher(logit)
 
