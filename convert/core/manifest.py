@@ -27,6 +27,7 @@ WAYS_OUT = {  # how a file can be had again
     "answers.jsonl": f"{REMOVE}: the examples are evaluated again",
     "evaluation.json": f"{REMOVE}, and evaluate again",
     "context.json": f"{REMOVE}, and measure again with experiments.context",
+    "similarity.json": f"{REMOVE}: the report is then without it",
     "nano": "Install the project again",
 }
 

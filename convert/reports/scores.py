@@ -14,7 +14,9 @@ STICKY = 0.5  # stickiness above which a model is said to follow the label (ours
 
 
 def show(found: Evaluation, console: Console) -> None:
-    """Print the scores by task, and what they say in a line."""
+    """Print the scores by task, and what they say in a line; nothing where there is no task."""
+    if not found.rows:
+        return
     models = list(dict.fromkeys(row.model for row in found.rows))
     table = Table(box=box.SIMPLE_HEAD, title="examples answered correctly, in %", title_justify="left")
     table.add_column("task")

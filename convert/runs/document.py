@@ -14,9 +14,16 @@ from convert.runs.evaluation_schemas import AnswerRow, Evaluation
 from convert.runs.keys import VERSION, CheckedAs, Key
 from convert.runs.language_schemas import Context, LanguageReport
 from convert.runs.schemas import GenerationRow, MetricRow
+from convert.runs.vision_schemas import VisionMetrics
 
 FILES = (
     ("report.json", LanguageReport, "What a finished run measured. `python -m convert.run` writes it at the end."),
+    (
+        "report.json of images",
+        VisionMetrics,
+        "What it holds in the place of perplexity, agreement, kl, measured_tokens, cache_bytes, contexts, half_lives"
+        " and continuations.",
+    ),
     (
         "evaluation.json",
         Evaluation,

@@ -17,13 +17,14 @@ from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.keys import VERSION
 from convert.runs.language_schemas import Context, LanguageReport
 from convert.runs.schemas import GenerationRow, MetricRow
+from convert.runs.vision_schemas import VisionReport
 
 Kind = TypeVar("Kind")
-REPORTS = {"language": LanguageReport}  # domain -> what its report.json holds
+REPORTS: dict[str, type] = {"language": LanguageReport, "vision": VisionReport}  # domain -> what its report.json holds
 
 
-def report(run: Path) -> LanguageReport:
-    """Report of a finished run."""
+def report(run: Path) -> Any:
+    """Report of a finished run, of the type that its domain has."""
     if not (run / "report.json").exists():
         raise UserError(
             f"A finished run has a report.json; {run} has none. Give run folders, or finish it by repeating its"
@@ -32,7 +33,7 @@ def report(run: Path) -> LanguageReport:
     found, where, way_out = _content(run, "report.json")
     domain = found.get("domain") if isinstance(found, dict) else None
     kind = REPORTS.get(domain, LanguageReport) if isinstance(domain, str) else LanguageReport
-    read = checked(found, kind, where, way_out)
+    read: Any = checked(found, kind, where, way_out)
     if read.domain not in REPORTS:
         raise UserError(f"{where} is damaged: domain should be one of {', '.join(REPORTS)}. {way_out}")
     return read

@@ -33,7 +33,7 @@ class StepSettings:
     )
 
 
-def _some_training(steps: list[StepSettings]) -> list[StepSettings]:
+def some_training(steps: list[Any]) -> list[Any]:
     """A run trains in at least one step."""
     require(any(step.settings is not None for step in steps), "a training step is missing")
     return steps
@@ -50,7 +50,7 @@ class Settings:
     data_fingerprint: Annotated[Text, Key("Hash of the tokenized data.")]
     steps: Annotated[
         list[dict[str, Any]],
-        CheckedAs(Annotated[list[StepSettings], AfterValidator(_some_training)]),
+        CheckedAs(Annotated[list[StepSettings], AfterValidator(some_training)]),
         Key("Every setting of every step, in order; of a training step at least these."),
     ]
 
@@ -199,11 +199,11 @@ class Export:
 class Report:
     """What every finished run tells."""
 
-    domain: Annotated[Text, Key("What was converted: language. It decides which further keys there are.")]
+    domain: Annotated[Text, Key("What was converted: language or vision. It decides which further keys there are.")]
     teacher: Annotated[Text, Key("Short name of the teacher.")]
     target: Annotated[Text, Key("Name of the target.")]
     headline: Annotated[Headline, Key("The number by which student and teacher are compared.")]
-    unit: Annotated[Text, Key("What training counts: tokens, for language.")]
+    unit: Annotated[Text, Key("What training counts: tokens for language, images for vision.")]
     evaluation: Annotated[Evaluation, Key("Scores by task at the end of the run; the keys of evaluation.json.")]
     seed: Annotated[Whole, Key("Seed of training.")]
     device: Annotated[Text, Key("Device that the student was measured on, such as cpu or cuda:0.")]
@@ -245,6 +245,9 @@ class MetricRow:
     ] = None
     perplexity: Annotated[
         Measured | None, Field(alias="held_out/perplexity"), Key("Language: perplexity of the student, when measured.")
+    ] = None
+    error: Annotated[
+        Measured | None, Field(alias="held_out/error"), Key("Images: top-1 error of the student, when measured.", "%")
     ] = None
     generation: Annotated[
         Measured | None,
