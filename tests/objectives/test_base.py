@@ -100,7 +100,9 @@ def test_fields():
     objective = Objective.of("forward_kl + reverse_kl + cross_entropy").with_field("temperature", 2)
     assert str(objective) == "forward_kl(temperature=2) + reverse_kl(temperature=2) + cross_entropy"
     assert objective.field_names() == ["temperature", "label_smoothing"]
-    with pytest.raises(UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature, label_smoothing"):
+    with pytest.raises(
+        UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature, label_smoothing"
+    ):
         objective.with_field("alpha", 1)
     with pytest.raises(UserError, match="temperature must be within"):
         objective.with_field("temperature", 0)

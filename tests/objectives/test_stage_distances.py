@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from convert.objectives import Objective
 from convert.objectives.stage_distances import angles, attention_map, relative_distances
 from convert.objectives.stages import Features, StageShape, map_of, pooled, tokens_of
 from tests.objectives.test_divergences import logits
-from tests.objectives.test_one_for_all import SMALL, Model, built, maps, output, tokens
+from tests.objectives.test_one_for_all import SMALL, Model, built, maps, output, shapes_of, tokens
 
 VIT = tokens((12,) * 4, (4,) * 4, 1)
 
@@ -123,3 +124,21 @@ def test_one_image_has_no_relations_and_equal_ones_no_angles():
         loss = live.on_stages(Features(stages, ours.logits), ours, torch.zeros(batch, 5), 1.0)
         loss.backward()
         assert loss == 0 and torch.isfinite(stages[-1].grad).all()
+
+
+@pytest.mark.parametrize("text", ["attention_transfer", "relational", "dist", "one_for_all(gamma=1.3, stages=4)"])
+def test_losses_stay_float32_under_autocast(text):
+    live = Objective.of(text).build(Model(SMALL), Model(SMALL), shapes_of)
+    ours, theirs = (
+        Features(tuple(stage.float() for stage in found.stages), found.logits.float())
+        for found in (outputs(SMALL, 4), outputs(SMALL, 4, 9))
+    )
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            targets = torch.eye(4, 5)
+            found.append(
+                live.on_stages(ours, theirs, targets, 1.0) + live.on_logits(*ours[1:], theirs.logits, targets, 1)
+            )
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=1e-2 if "one_for_all" in text else 1e-6, atol=0)  # projectors are bfloat16
