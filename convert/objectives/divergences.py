@@ -50,13 +50,17 @@ def balanced_kl(student_NV: Tensor, teacher_NV: Tensor, stress: float) -> Tensor
 
 @dataclass(frozen=True)
 class CrossEntropy(LogitTerm):
-    """The negative log-likelihood of the text's next token, or of an image's class where it is known."""
+    """The negative log-likelihood of the text's next token, or of an image's class where it is known: its mean over a
+    batch is that over the images whose class is known."""
 
     needs_teacher: ClassVar[bool] = False
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
-        return cross_entropy(student, targets, self.label_smoothing)
+        loss = cross_entropy(student, targets, self.label_smoothing)
+        if targets.dim() == 1:
+            return loss
+        return loss * (len(targets) / (targets.sum(-1) > 0).sum().clamp(min=1))
 
 
 @dataclass(frozen=True)

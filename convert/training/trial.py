@@ -11,12 +11,12 @@ from convert.core.fields import shown
 from convert.models.vision.features import Features, stage_shapes
 from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, StageTerm, Term, build_term
 from convert.training.selectors import selected
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
 TOKENS = 2  # of the tensors that terms are tried on; images where models classify those
 
 
-def problem_of_functions(settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+def problem_of_functions(settings: StageSettings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
     """Why the selector and the terms of these settings cannot train this student, in a sentence; None if they can.
 
     Both models may be on the meta device, without memory."""
