@@ -9,6 +9,7 @@ from setuptools.command.editable_wheel import editable_wheel
 HERE = Path(__file__).resolve().parent
 MOVED = ("kernels", "experiments")  # top-level in the repository, inside `convert` in a wheel
 SOURCES = (".py", ".cpp", ".h")
+IMAGES = ["kornia>=0.9", "scikit-learn", "pillow"]
 
 
 def relocated(source: str) -> str:
@@ -103,6 +104,7 @@ setup(
             "peft",
             "hypothesis",
             "triton>=3.5.0; sys_platform == 'linux'",
+            *IMAGES,
         ],
         "smollm2": [
             "gguf>=0.10",
@@ -112,6 +114,7 @@ setup(
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME
+        "images": IMAGES,  # data, augmentation
         "cuda": ["mamba-ssm", "causal-conv1d", "triton>=3.5.0"],  # needs a CUDA torch; peers to measure against
     },
 )

@@ -13,8 +13,8 @@ from typing import Any
 from convert.core.errors import UserError
 from convert.core.fields import checked
 from convert.core.files import parse_json, sha256
-from convert.core.network import hub_offline, is_hub_reachable
 from convert.core.places import path_of
+from convert.data.hub import hub_data
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SAMPLED = "teacher:"  # and a file of prompts
@@ -207,25 +207,8 @@ def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
 
 def _hub_rows(name: str, config: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and columns of every row, streamed."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("Hub data sets need the `datasets` package: pip install -e '.[data]'.") from None
-    unreachable = not is_hub_reachable()
-    try:
-        with hub_offline(datasets.config, when=unreachable):
-            rows = datasets.load_dataset(name, config, split="train", streaming=True)
+    with hub_data(name, config, "Without network use --data stdlib or --data FOLDER.", split="train") as rows:
         yield from enumerate(rows)
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetNotFoundError,
-    ) as error:  # ValueError: no such configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = "the local cache lacks it and the hub gives no answer" if unreachable else reason
-        raise UserError(
-            f"The data set {name!r} could not be read ({reason}). Without network use --data stdlib or --data FOLDER."
-        ) from None
 
 
 def is_held_out(key: str) -> bool:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from convert.core.errors import UserError
 from convert.core.fields import Range, checked
-from convert.core.files import parse_json, sealed, sha256, unsealed, write_text
-from convert.core.places import cache_folder
+from convert.data import array_cache
 from convert.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out
 from convert.data.prompts import leading
 
@@ -112,20 +109,9 @@ def cached(
 
     A damaged cache is set aside and written anew."""
     key = hashlib.sha256(key.encode()).hexdigest()[:20]
-    folder = cache_folder() / "tokens" / key
-    if folder.exists() and (damage := _cache_damage(folder)):
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.damaged-"))
-        folder.rename(aside)
-        print(f"The token cache {folder} is damaged ({damage}); it was moved to {aside.name} and is rebuilt.")
-    if not folder.exists():
-        try:
-            _write_cache(name, tokenizer, documents(), limit, folder, doing)
-        except OSError as error:
-            raise UserError(
-                f"The tokens must be cached, and {folder.parent} cannot take them ({error}). Free some space, or set"
-                " CONVERT_CACHE."
-            ) from error
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    folder, meta = array_cache.kept(
+        "tokens", key, lambda folder: _write_cache(name, tokenizer, documents(), limit, folder, doing)
+    )
     train, held_out = (
         Tokens(
             np.load(folder / f"{part}.npy", mmap_mode="r"),
@@ -139,34 +125,23 @@ def cached(
 
 def _write_cache(
     name: str, tokenizer: Any, documents: Iterator[list[Document]], limit: int | None, folder: Path, doing: str
-) -> None:
+) -> dict[str, Any]:
     """Tokens go to disk as they come: a data set may be larger than the memory."""
     largest = max(tokenizer.get_vocab().values())  # ids may be larger than their number
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.writing-"))
-    try:
-        starts, text_bytes = _write_raw(documents, limit, aside, dtype, doing)
-        if not text_bytes:
-            raise UserError(f"The data {name!r} holds no text.")
-        raw = {part: _raw(aside / part, dtype, ends) for part, ends in starts.items()}
-        arrays: dict[str, np.ndarray] = {}
-        for part, tokens in zip(PARTS, _split(raw["train"], raw["held_out"], name), strict=True):
-            arrays |= {part: tokens.ids, f"{part}_starts": tokens.starts}
-            if tokens.completions is not None:
-                arrays[f"{part}_completions"] = tokens.completions
-        for array, values in arrays.items():
-            np.save(aside / f"{array}.npy", values)
-        for file in aside.iterdir():
-            if not file.suffix:
-                file.unlink()
-        digests = {array: sha256(aside / f"{array}.npy") for array in arrays}
-        meta = {"source": name, "text_bytes": text_bytes, "sha256": digests}
-        write_text(aside / "meta.json", json.dumps(sealed(meta)))
-        if not folder.exists():  # another process may have finished first, with the same content
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    starts, text_bytes = _write_raw(documents, limit, folder, dtype, doing)
+    if not text_bytes:
+        raise UserError(f"The data {name!r} holds no text.")
+    raw = {part: _raw(folder / part, dtype, ends) for part, ends in starts.items()}
+    for part, tokens in zip(PARTS, _split(raw["train"], raw["held_out"], name), strict=True):
+        np.save(folder / f"{part}.npy", tokens.ids)
+        np.save(folder / f"{part}_starts.npy", tokens.starts)
+        if tokens.completions is not None:
+            np.save(folder / f"{part}_completions.npy", tokens.completions)
+    for file in folder.iterdir():
+        if not file.suffix:
+            file.unlink()
+    return {"source": name, "text_bytes": text_bytes}
 
 
 def _raw(file: Path, dtype: type, ends: list[int]) -> Tokens:
@@ -219,15 +194,3 @@ def _write_raw(
             if limit and starts["train"][-1] >= limit:
                 break
     return starts, text_bytes
-
-
-def _cache_damage(folder: Path) -> str | None:
-    try:
-        meta = unsealed(parse_json((folder / "meta.json").read_bytes(), "meta.json"))
-        if not isinstance(meta["text_bytes"], int):
-            return "meta.json changed"
-        digests = {name: meta["sha256"][name] for part in PARTS for name in (part, f"{part}_starts")} | meta["sha256"]
-        changed = [f"{name}.npy" for name, digest in digests.items() if sha256(folder / f"{name}.npy") != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{', '.join(changed)} changed" if changed else None

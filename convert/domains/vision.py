@@ -10,7 +10,8 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from convert.core.errors import UserError
 from convert.data.image_batch import ImageBatch
 from convert.data.image_batches import ImageBatches, held_out_images
-from convert.data.image_sets import ImageData, ImageSet, image_set, read_images, whole_name
+from convert.data.image_sets import ImageSet, image_set, whole_name
+from convert.data.images import ImageData, read_images
 from convert.domains.base import Domain
 from convert.models.catalog import Source, resolve
 from convert.models.vision.catalog import CLASSIFIERS
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from convert.runs.evaluation_schemas import Evaluation
     from convert.runs.vision_schemas import VisionMetrics, VisionReport
     from convert.training.image_settings import ImageSettings
+
+
+HELD_OUT = 10_000  # images at most that a run measures on (ours; ImageNet's 50,000 would take 30 GB)
 
 
 class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
@@ -132,10 +136,10 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
         return ImageBatches(images, len(data.class_names), settings.batch_images, settings.seed, settings)
 
     def held_out(self, data: ImageData, budget: int, settings: "ImageSettings") -> list[ImageBatch]:
-        return held_out_images(data, max(64, settings.micro_images))
+        return held_out_images(data, max(64, settings.micro_images), HELD_OUT)
 
     def probe(self, data: ImageData, length: int) -> ImageBatch:
-        return held_out_images(data, length)[0]
+        return held_out_images(data, length, length)[0]
 
     def check(self, teacher: ImageTeacher) -> None:
         pass

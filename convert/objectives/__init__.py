@@ -1,6 +1,7 @@
 """What a stage of training minimises. `Objective.of` knows the classes in TERMS by name; others need no entry."""
 
-from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LiveObjective, LogitTerm, Objective, Term
+from convert.objectives.base import LiveObjective, Objective
+from convert.objectives.correlation import DIST
 from convert.objectives.divergences import BDKD, CrossEntropy, ForwardKL, ReverseKL
 from convert.objectives.features import (
     BlockEnergyMSE,
@@ -11,8 +12,11 @@ from convert.objectives.features import (
     L2Distance,
 )
 from convert.objectives.mixtures import JensenShannon, SkewedForwardKL, SkewedReverseKL
+from convert.objectives.one_for_all import OneForAll
 from convert.objectives.projectors import HiddenProjection
+from convert.objectives.stage_distances import AttentionTransfer, Hints, Relational
 from convert.objectives.taid import TAID
+from convert.objectives.terms import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, StageTerm, Term
 
 TERMS: tuple[type[Term], ...] = (
     CrossEntropy,
@@ -23,6 +27,7 @@ TERMS: tuple[type[Term], ...] = (
     SkewedReverseKL,
     BDKD,
     TAID,
+    DIST,
     CosineDistance,
     EnergyMSE,
     L2Distance,
@@ -30,6 +35,10 @@ TERMS: tuple[type[Term], ...] = (
     BlockL2Distance,
     FeatureMatching,
     HiddenProjection,
+    OneForAll,
+    Hints,
+    AttentionTransfer,
+    Relational,
 )
 
 __all__ = [
@@ -40,6 +49,7 @@ __all__ = [
     "LiveObjective",
     "LogitTerm",
     "Objective",
+    "StageTerm",
     "Term",
     *(term.__name__ for term in TERMS),
 ]

@@ -7,16 +7,28 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from convert.core.errors import UserError
-from convert.core.fields import Checked, Range, Text, require, shown
+from convert.core.fields import Range, Text, require, shown
+from convert.objectives.stages import Features, StageShape
+from convert.objectives.terms import (
+    AttentionTerm,
+    BlockTerm,
+    LayerTerm,
+    LogitTerm,
+    StageTerm,
+    Term,
+    name_of,
+    written,
+)
 
+ShapesOf = Callable[[Any], Sequence[StageShape]]  # of the outputs of a classifier's stages
 Weight = Annotated[float, Range(0, 1e6)]
 
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -24,87 +36,6 @@ TERM = re.compile(rf"\s*(?:({NUMBER})\s*\*\s*)?([A-Za-z_][A-Za-z0-9_]*)\s*(?:\((
 FIELD = re.compile(rf"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*([+-]?{NUMBER}|[A-Za-z_][A-Za-z0-9_.-]*)\s*", re.ASCII)
 WORDS = {"true": True, "false": False, "none": None}
 NOTHING = "0"  # the text of an objective without terms
-
-
-@dataclass(frozen=True)
-class Term(Checked):
-    """One summand of a loss. Subclass LogitTerm, LayerTerm, AttentionTerm or BlockTerm, which say what is compared, as
-    a frozen dataclass whose fields are the term's settings; nothing else has to know the new class.
-
-    A term may own parameters and state: `build` returns them as one module, which the stage optimises (with the rate of
-    everything else and without weight decay), saves in its checkpoints, and drops at its end. `loss` gets that module
-    back as `owned`; `advance` may change its state once per optimizer step."""
-
-    compares: ClassVar[str] = "nothing"  # in words, for messages
-    needs_teacher: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """The snake_case of the class: ForwardKL is forward_kl."""
-        return name_of(type(self))
-
-    def build(self, student: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
-        """The parameters and buffers of this term for these two models, on the student's device; None if it has none.
-
-        The models may be on the meta device. Raises UserError if the term cannot compare them."""
-        return None
-
-    def advance(self, owned: nn.Module, loss: float, progress: float) -> None:
-        """Called after each optimizer step with the term's own loss (unweighted) in that step, and the share of the
-        stage's steps that came before it."""
-
-    def __str__(self) -> str:
-        """The name, and the fields that differ from their defaults."""
-        fields = [
-            f"{field.name}={_written(value)}"
-            for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) != field.default
-        ]
-        return self.name + (f"({', '.join(fields)})" if fields else "")
-
-
-class LogitTerm(Term):
-    """A term that compares distributions over the next token."""
-
-    compares = "logits"
-
-    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
-        """The loss [N] of N tokens, from logits [N, V] of both in float32 and the next tokens [N].
-
-        Called on one chunk of tokens after another. `teacher` is None for a term that needs none."""
-        raise NotImplementedError
-
-
-class LayerTerm(Term):
-    """A term that compares the outputs of decoder layers in a pass of the whole model."""
-
-    compares = "layer outputs"
-
-    def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], owned: nn.Module | None) -> Tensor:
-        """The loss [], a mean over tokens, from the output [B, T, D] of each layer in float32."""
-        raise NotImplementedError
-
-
-class AttentionTerm(Term):
-    """A term that compares the outputs of a mixer and of the attention it replaces, on the same input."""
-
-    compares = "attention outputs"
-
-    def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
-        """The loss [] of one layer, a mean over sequences, from two outputs [B, T, D] in float32."""
-        raise NotImplementedError
-
-
-class BlockTerm(Term):
-    """A term that compares the outputs of a decoder layer with a mixer and of the teacher's decoder layer, on the same
-    input: the hidden states behind attention, residuals, norms and MLP."""
-
-    compares = "block outputs on the same input"
-
-    def loss(self, student: Tensor, teacher: Tensor, inputs: Tensor, owned: nn.Module | None) -> Tensor:
-        """The loss [] of one layer, a mean over sequences, from two outputs and their common input, [B, T, D] in
-        float32."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -149,7 +80,7 @@ class Objective:
         )
 
     def __str__(self) -> str:
-        return " + ".join(str(t) if w == 1 else f"{_written(w)}*{t}" for w, t in self.terms) or NOTHING
+        return " + ".join(str(t) if w == 1 else f"{written(w)}*{t}" for w, t in self.terms) or NOTHING
 
     def with_weight(self, name: str, weight: float) -> "Objective":
         """The objective with this weight of a term; 0 removes it, and one that is not there is added with the fields
@@ -204,18 +135,27 @@ class Objective:
                     f" are {shown(fields)}. Keep other things in the module that build returns."
                 ) from None
 
-    def build(self, student: nn.Module, teacher: nn.Module | None) -> "LiveObjective":
-        """The objective with all that its terms own, for one stage."""
-        return LiveObjective(self, student, teacher)
+    def build(
+        self, student: nn.Module, teacher: nn.Module | None, shapes_of: ShapesOf | None = None
+    ) -> "LiveObjective":
+        """The objective with all that its terms own, for one stage of training. `shapes_of(model)`, which terms on the
+        stages of image classifiers need, gives the shapes of the stages' outputs."""
+        return LiveObjective(self, student, teacher, shapes_of)
 
 
 class LiveObjective(nn.Module):
     """An objective at work in one stage: its parameters and buffers are those that the terms own."""
 
-    def __init__(self, objective: Objective, student: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        shapes_of: ShapesOf | None = None,
+    ) -> None:
         super().__init__()
         self.terms = objective.terms
-        owned = {term.name: term.build(student, teacher) for _, term in self.terms}
+        owned = {term.name: build_term(term, student, teacher, shapes_of) for _, term in self.terms}
         self.owned = nn.ModuleDict({_key(name): module for name, module in owned.items() if module is not None})
         self._sums: dict[str, Tensor] = {}  # the losses of this step, of the terms that own something
 
@@ -228,7 +168,8 @@ class LiveObjective(nn.Module):
         return any(isinstance(term, kind) and term.needs_teacher for _, term in self.terms)
 
     def on_logits(self, student: Tensor, teacher: Tensor | None, targets: Tensor, scale: float) -> Tensor:
-        """The sum of the LogitTerms over a chunk of N tokens, times `scale`: one over the tokens of the whole batch."""
+        """The sum of the LogitTerms over a chunk of N tokens or images, times `scale`: one over those of the whole
+        batch."""
         total = student.new_zeros(())
         for weight, term, owned in self._of(LogitTerm):
             value = term.loss(student, teacher, targets, owned).sum()
@@ -247,6 +188,10 @@ class LiveObjective(nn.Module):
     def on_block(self, student: Tensor, teacher: Tensor, inputs: Tensor, scale: float) -> Tensor:
         """The sum of the BlockTerms for one layer, times `scale`: that layer's and these sequences' share."""
         return self._on_features(BlockTerm, student, (student, teacher, inputs), scale)
+
+    def on_stages(self, student: Features, teacher: Features, targets: Tensor, scale: float) -> Tensor:
+        """The sum of the StageTerms, times `scale`: the share of the whole batch that these images are."""
+        return self._on_features(StageTerm, student.logits, (student, teacher, targets), scale)
 
     def _on_features(self, kind: type[Term], like: Tensor, compared: tuple, scale: float) -> Tensor:
         total = like.new_zeros(())
@@ -277,6 +222,17 @@ class LiveObjective(nn.Module):
         self._sums.clear()
 
 
+def build_term(
+    term: Term, student: nn.Module, teacher: nn.Module | None, shapes_of: ShapesOf | None = None
+) -> nn.Module | None:
+    """What a term owns for these models. Raises UserError if it cannot compare them."""
+    if not isinstance(term, StageTerm):
+        return term.build(student, teacher)
+    if teacher is None or shapes_of is None:
+        raise UserError(f"{term.name} compares stages of two image classifiers; a teacher or its stages are missing.")
+    return term.build_on_stages(student, teacher, shapes_of(student), shapes_of(teacher))
+
+
 def _plain_fields(term: Term) -> dict[str, Any]:
     """Field -> value, functions by their names."""
     values = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
@@ -286,11 +242,6 @@ def _plain_fields(term: Term) -> dict[str, Any]:
 def _key(name: str) -> str:
     """The name of a term's module among the others, which no method of nn.ModuleDict has."""
     return f"{name}_term"
-
-
-def name_of(term: type[Term]) -> str:
-    """The name of a class of terms: its snake_case."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", term.__name__).lower()
 
 
 def _built_in() -> dict[str, type[Term]]:
@@ -336,12 +287,3 @@ def value_of(text: str) -> object:
     if re.fullmatch(r"[+-]?[0-9]{1,30}", text, re.ASCII):
         return int(text)
     return float(text) if re.fullmatch(rf"[+-]?{NUMBER}", text, re.ASCII) else text
-
-
-def _written(value: object) -> str:
-    """A value as `value_of` reads it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return short if float(short := f"{value:g}") == value else repr(value)
-    return str(value)

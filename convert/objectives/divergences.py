@@ -1,6 +1,6 @@
-"""Terms that compare distributions over the next token.
+"""Terms that compare distributions over the next token, or over the classes of an image.
 
-N tokens · V vocabulary
+N tokens or images · V vocabulary or classes
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.fields import Range
-from convert.objectives.base import LogitTerm
+from convert.objectives.terms import LogitTerm
 
 
-def cross_entropy(student_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Nats per token, [N]."""
-    return F.cross_entropy(student_NV, targets_N, reduction="none")
+def cross_entropy(student_NV: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Nats, [N]. `targets` are tokens [N], or probabilities [N, V]: where those are all 0, so is the loss.
+
+    `label_smoothing` is the share of the uniform distribution in the targets (Inception-v3, arXiv 1512.00567)."""
+    loss = F.cross_entropy(student_NV, targets, reduction="none", label_smoothing=label_smoothing)
+    return loss if targets.dim() == 1 else torch.where(targets.sum(-1) > 0, loss, 0.0)
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) of the softened distributions, [N] nats."""
+    """T^2 KL(teacher || student) of the softened distributions, [N] nats. T^2 keeps the size of the gradients, which
+    shrink by as much (Hinton et al., arXiv 1503.02531)."""
     log_p, log_q = (F.log_softmax(z if temperature == 1 else z / temperature, -1) for z in (teacher_NV, student_NV))
     p = log_p.exp()
     with torch.autocast(p.device.type, enabled=False):  # its dots would be in bfloat16
@@ -46,12 +50,17 @@ def balanced_kl(student_NV: Tensor, teacher_NV: Tensor, stress: float) -> Tensor
 
 @dataclass(frozen=True)
 class CrossEntropy(LogitTerm):
-    """The negative log-likelihood of the text's next token."""
+    """The negative log-likelihood of the text's next token, or of an image's class where it is known: its mean over a
+    batch is that over the images whose class is known."""
 
     needs_teacher: ClassVar[bool] = False
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
-        return cross_entropy(student, targets)
+        loss = cross_entropy(student, targets, self.label_smoothing)
+        if targets.dim() == 1:
+            return loss
+        return loss * (len(targets) / (targets.sum(-1) > 0).sum().clamp(min=1))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.errors import UserError
-from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm
+from convert.objectives.terms import AttentionTerm, BlockTerm, LayerTerm
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.fields import Range
-from convert.objectives.base import LogitTerm
+from convert.objectives.terms import LogitTerm
 
 
 def log_mixture(log_a_NV: Tensor, log_b_NV: Tensor, share: float) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convert.objectives.base import LayerTerm
 from convert.objectives.features import cosine_distance
+from convert.objectives.terms import LayerTerm
 
 
 def matched_layers(student_depth: int, teacher_depth: int) -> list[int]:

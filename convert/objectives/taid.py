@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from convert.core.errors import UserError
 from convert.core.fields import Range
-from convert.objectives.base import LogitTerm
+from convert.objectives.terms import LogitTerm
 
 
 def taid(student_NV: Tensor, teacher_NV: Tensor, t: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The recipes of image classifiers: any architecture teaches any by One-for-All distillation (arXiv 2310.19444)."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from transformers import PreTrainedConfig
 
@@ -15,6 +15,10 @@ from convert.steps.train_images import TrainImages
 from convert.training.image_settings import ImageSettings
 
 IMAGENET_IMAGES = 1_281_167
+# augmentation of students that are not convolutional: DeiT's and the official code's
+DEIT: dict[str, Any] = {
+    "randaugment": 9.0, "randaugment_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+}  # fmt: skip
 OBJECTIVE = Objective.of("cross_entropy + one_for_all")
 
 
@@ -61,7 +65,7 @@ def one_for_all(budget: Budget, student: Text) -> Recipe:
         settings = ImageSettings(
             images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels, lr=2e-3,
             objective=OBJECTIVE, trains="everything", seed=budget.seed, schedule="cosine", weight_decay=0.05,
-            beta2=0.999, clip=5.0, precision="float32", crop=0.1, evaluate_every=max(1, budget.images // 10),
+            beta2=0.999, clip=5.0, precision="float32", crop=2, evaluate_every=max(1, budget.images // 10),
         )  # fmt: skip
     else:
         settings = ImageSettings(
@@ -70,8 +74,7 @@ def one_for_all(budget: Budget, student: Text) -> Recipe:
             optimizer="sgd" if convolutional else "adamw",
             weight_decay=1e-4 if convolutional else 0.05, clip=5.0, objective=OBJECTIVE, trains="everything",
             seed=budget.seed, schedule="cosine", beta2=0.999, warmup=0.0 if convolutional else 20 / 300,
-            flip=True, randaugment=0.0 if convolutional else 9.0, mixup=0.0 if convolutional else 0.8,
-            cutmix=0.0 if convolutional else 1.0, evaluate_every=IMAGENET_IMAGES,
+            flip=0.5, evaluate_every=IMAGENET_IMAGES, **({} if convolutional else DEIT),
         )  # fmt: skip
     steps = Build("build", student, StudentOptions()), TrainImages("distill", settings)
     return Recipe(student, steps, budget.examples)

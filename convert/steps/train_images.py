@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name
-from convert.models.vision.features import logits
+from convert.models.vision.features import logits, stage_shapes
 from convert.models.vision.inputs import preprocessing_of
 from convert.objectives import Objective
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
@@ -19,6 +19,7 @@ from convert.training.image_settings import ImageSettings
 from convert.training.images import classify
 from convert.training.selectors import name_of, selected
 from convert.training.settings import check_objective
+from convert.training.trial import problem_of_functions
 
 TINY: dict[str, Any] = {"images": 3 * 16, "batch_images": 16, "micro_images": 16, "evaluate_every": 0}
 
@@ -40,6 +41,11 @@ class TrainImages(Step, Checked):
         s, found = self.settings, []
         if s.images < 1:
             found.append(f"Step {self.name}: every step needs images; it has {s.images}. Raise --images.")
+        if s.micro_images > 1 and s.batch_images % s.micro_images == 1:
+            found.append(
+                f"Step {self.name}: batch norms need two images or more; a batch of {s.batch_images} in parts of"
+                f" {s.micro_images} leaves one alone. Set batch_images or micro_images."
+            )
         if not before.is_student:
             found.append(f"Step {self.name}: a stage trains a student; build one before it.")
         try:
@@ -54,7 +60,9 @@ class TrainImages(Step, Checked):
         s = self.settings
         with torch.device("meta"):
             teacher = context.domain.empty_model(context.config)
-        objective = s.objective.build(student, teacher)
+        if reason := problem_of_functions(s, student, teacher):
+            raise UserError(reason)
+        objective = s.objective.build(student, teacher, stage_shapes)
         owned, total = count(objective), count(student)
         trainable = sum(p.numel() for p in selected(student, s.trains))
         operations, activations = _one_image(student)

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 from transformers import PreTrainedModel
 
 from convert.data.image_batch import ImageBatch
-from convert.models.vision.features import Features, features, logits
+from convert.models.vision.features import Features, features, logits, stage_shapes
 from convert.objectives.base import LogitTerm, StageTerm
 from convert.training.image_settings import ImageSettings
 from convert.training.loop import BatchOfStep, Keeper, Measure, Tracker, train
@@ -33,7 +33,7 @@ def classify(
     """The student learns what the objective says; returns it. Both models see the same augmented images, each in its
     own normalisation. Without a term that needs one, the teacher does not run and may be None."""
     check_objective("classify", settings.objective, has_teacher=teacher is not None)
-    objective = settings.objective.build(student, teacher)
+    objective = settings.objective.build(student, teacher, stage_shapes)
     uses_stages = objective.has(StageTerm)
     teacher_stages = objective.needs_teacher(StageTerm)
 

@@ -7,10 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
-from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, Objective
+from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, Objective, StageTerm, Term
 from convert.training.selectors import Trains
 
-COMPARED = {"align": (AttentionTerm, BlockTerm), "distill": (LogitTerm, LayerTerm), "supervised": (LogitTerm,)}
+COMPARED: dict[str, tuple[type[Term], ...]] = {
+    "align": (AttentionTerm, BlockTerm),
+    "distill": (LogitTerm, LayerTerm),
+    "supervised": (LogitTerm,),
+    "classify": (LogitTerm, StageTerm),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,15 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import shown
-from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, Term
+from convert.models.vision.features import Features, stage_shapes
+from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, StageTerm, Term, build_term
 from convert.training.selectors import selected
-from convert.training.settings import Settings
+from convert.training.settings import StageSettings
 
-TOKENS = 2  # of the tensors that terms are tried on
+TOKENS = 2  # of the tensors that terms are tried on; images where models classify those
 
 
-def problem_of_functions(settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+def problem_of_functions(settings: StageSettings, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
     """Why the selector and the terms of these settings cannot train this student, in a sentence; None if they can.
 
     Both models may be on the meta device, without memory."""
@@ -35,7 +36,7 @@ def problem_of_functions(settings: Settings, student: PreTrainedModel, teacher: 
 
 def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
     try:
-        owned = term.build(student, teacher)
+        owned = build_term(term, student, teacher, stage_shapes)
         loss = _loss(term, owned, student, teacher)
         if owned is not None:
             term.advance(owned, 1.0, 0.0)
@@ -45,7 +46,7 @@ def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedMo
         return f"an objective compares {term.compares}; {shown(term)} fails with {shown(error)}."
     shape = (TOKENS,) if isinstance(term, LogitTerm) else ()
     if not (isinstance(loss, Tensor) and loss.shape == shape and loss.requires_grad):
-        what = "one number for each token" if shape else "one number"
+        what = f"one number for each {'image' if _sees_images(student) else 'token'}" if shape else "one number"
         return f"an objective must give {what} to minimise, by its first argument; {shown(term)} gives {shown(loss)}."
     return None
 
@@ -59,11 +60,34 @@ def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher:
         shape, depth = (1, TOKENS, model.config.hidden_size), model.config.num_hidden_layers
         return [torch.ones(shape, device=device, requires_grad=is_student) for _ in range(depth)]
 
+    def logits(model: PreTrainedModel, is_student: bool) -> Tensor:
+        classes = model.config.num_labels if _sees_images(model) else model.config.vocab_size
+        return torch.ones(TOKENS, classes, device=device, requires_grad=is_student)
+
+    def features(model: PreTrainedModel, is_student: bool) -> Features:
+        stages = [
+            (shape.width_of_features, shape.height, shape.width)
+            if shape.is_map
+            else (shape.special_tokens + shape.height * shape.width, shape.width_of_features)
+            for shape in stage_shapes(model)
+        ]
+        return Features(
+            tuple(torch.ones(TOKENS, *sizes, device=device, requires_grad=is_student) for sizes in stages),
+            logits(model, is_student),
+        )
+
+    if isinstance(term, StageTerm):
+        targets = torch.eye(TOKENS, student.config.num_labels, device=device)
+        return term.loss(features(student, True), features(teacher, False), targets, owned)
     if isinstance(term, LogitTerm):
-        logits = torch.ones(TOKENS, student.config.vocab_size, device=device, requires_grad=True)
-        targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
-        return term.loss(logits, logits.detach() if term.needs_teacher else None, targets, owned)
+        ours = logits(student, True)
+        targets = torch.eye(*ours.shape, device=device) if _sees_images(student) else ours.new_zeros(TOKENS).long()
+        return term.loss(ours, ours.detach() if term.needs_teacher else None, targets, owned)
     if isinstance(term, LayerTerm):
         return term.loss(outputs(student, True), outputs(teacher, False), owned)
     inputs = [torch.zeros(1, TOKENS, student.config.hidden_size, device=device)] * isinstance(term, BlockTerm)
     return term.loss(outputs(student, True)[0], outputs(teacher, False)[0], *inputs, owned)
+
+
+def _sees_images(model: PreTrainedModel) -> bool:
+    return model.main_input_name == "pixel_values"

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "convert/objectives": "core",
     "convert/data": "core",
     "convert/mixers": "core kernels",
-    "convert/models": "core mixers",
+    "convert/models": "core mixers objectives",
     "convert/runs": "core",
     "convert/reports": "core runs",
     "convert/exporting": "core mixers models",

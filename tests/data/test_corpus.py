@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from convert.core.errors import UserError
-from convert.data import corpus as corpora
+from convert.data import hub
 from convert.data.corpus import corpus, is_held_out
 from convert.data.text import tokenize
 
@@ -149,7 +149,7 @@ def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(rea
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=load_dataset)
     )
-    monkeypatch.setattr(corpora, "is_hub_reachable", lambda: reachable)
+    monkeypatch.setattr(hub, "is_hub_reachable", lambda: reachable)
     assert list(corpus("hub:some/set").documents()) == [("0", "one")]
     reason = "OfflineModeIsEnabled" if reachable else "the local cache lacks it and the hub gives no answer"
     with pytest.raises(

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import processors
 
 from convert.core.errors import UserError
+from convert.data import array_cache
 from convert.data import text as data
 from convert.data.corpus import corpus, is_held_out
 from convert.data.text import Tokens, tokenize
@@ -146,7 +147,7 @@ def test_a_failure_leaves_no_partial_cache(step, folder, tokenizer, cache, monke
         if step in ("first file", "last file"):
             m.setattr(np, "save", fail(np.save, 1 if step == "first file" else 4))
         elif step == "meta":
-            m.setattr(data, "write_text", fail(data.write_text, 1))
+            m.setattr(array_cache, "write_text", fail(array_cache.write_text, 1))
         else:
             m.setattr(data.Path, "rename", fail(data.Path.rename, 1))
         with pytest.raises(UserError, match="cannot take them .No space left"):

@@ -19,6 +19,8 @@ LINES = [
     "taid(t_start=0.2, beta=0.9) + 1e-05*hidden_projection",
     "0.30000000000000004*forward_kl(temperature=0.1)",
     "energy_mse",
+    "cross_entropy(label_smoothing=0.1) + one_for_all(gamma=1.5, last_gamma=1.2, stages=24)",
+    "0.5*hints(stage=3) + attention_transfer(beta=10) + relational + dist(temperature=4)",
     "0",
 ]
 
@@ -37,9 +39,8 @@ def test_white_space_and_the_form_of_numbers_do_not_matter(line):
 
 def test_every_term_is_known_by_its_name():
     names = "cross_entropy forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl bdkd taid"
-    names += (
-        " cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching hidden_projection"
-    )
+    names += " dist cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching"
+    names += " hidden_projection one_for_all hints attention_transfer relational"
     assert [name_of(term) for term in TERMS] == names.split()
     for term in TERMS:
         assert Objective.of(name_of(term)) == Objective(((1.0, term()),))
@@ -53,8 +54,11 @@ def test_every_term_is_known_by_its_name():
         ("forward_kl(temperature=0)", "temperature must be within 0.01 .. 100; got 0"),
         ("forward_kl(temperature=hot)", "temperature must be a finite number; got 'hot'"),
         ("forward_kl(temperature=1, temperature=1)", "has 'temperature' twice"),
+        ("reverse_kl + feature_matching(a=1)", "feature_matching has no field 'a'. Nearest: none"),
+        ("one_for_all(gamma=0)", "gamma must be within 0.1 .. 10; got 0"),
+        ("one_for_all(stages=1+2)", "A field of one_for_all is written NAME=VALUE; got 'stages=1"),
         ("forward_kl(2)", "written NAME=VALUE; got '2'"),
-        ("cross_entropy(temperature=2)", "cross_entropy has no field 'temperature'. Nearest: none"),
+        ("cross_entropy(temperature=2)", "cross_entropy has no field 'temperature'. Nearest: label_smoothing"),
         ("", "must be 1 to 4,096 characters"),
         ("2*", "cannot be read from its character 1 on"),
         ("forward_kl +", "cannot be read from its character 13 on"),
@@ -95,8 +99,10 @@ def test_weights():
 def test_fields():
     objective = Objective.of("forward_kl + reverse_kl + cross_entropy").with_field("temperature", 2)
     assert str(objective) == "forward_kl(temperature=2) + reverse_kl(temperature=2) + cross_entropy"
-    assert objective.field_names() == ["temperature"]
-    with pytest.raises(UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature"):
+    assert objective.field_names() == ["temperature", "label_smoothing"]
+    with pytest.raises(
+        UserError, match="No term of the objective .* has a field 'alpha'; their fields: temperature, label_smoothing"
+    ):
         objective.with_field("alpha", 1)
     with pytest.raises(UserError, match="temperature must be within"):
         objective.with_field("temperature", 0)
@@ -133,8 +139,8 @@ def test_a_term_of_the_users_own_needs_no_table():
 
 def test_kinds_and_the_need_of_a_teacher():
     live = Objective.of("cross_entropy + feature_matching").build(None, None)
-    logit, layer, attention, block = (kind for kind in Term.__subclasses__())
-    assert live.has(logit) and live.has(layer) and not live.has(attention) and not live.has(block)
+    logit, layer, attention, block, stage = (kind for kind in Term.__subclasses__())
+    assert live.has(logit) and live.has(layer) and not any(live.has(kind) for kind in (attention, block, stage))
     assert live.needs_teacher() and live.needs_teacher(layer) and not live.needs_teacher(logit)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from convert.objectives import Objective
-from convert.objectives.divergences import forward_kl, reverse_kl
+from convert.objectives.divergences import cross_entropy, forward_kl, reverse_kl
 from convert.objectives.features import cosine_distance, energy_mse
 
 
@@ -59,3 +59,33 @@ def test_losses_stay_float32_under_autocast(objective):
     assert torch.equal(inside, outside)
     gradients = [torch.autograd.grad(loss.sum(), s)[0] for loss in (inside, outside)]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_tokens_and_of_probabilities(smoothing):
+    s, targets = logits(4, 5), torch.tensor([0, 4, 2, 1])
+    smoothed = (1 - smoothing) * F.one_hot(targets, 5).double() + smoothing / 5
+    expected = -(smoothed * s.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(cross_entropy(s, targets, smoothing), expected)
+    torch.testing.assert_close(cross_entropy(s, F.one_hot(targets, 5).double(), smoothing), expected)
+    live = Objective.of(f"cross_entropy(label_smoothing={smoothing})").build(None, None)
+    torch.testing.assert_close(live.on_logits(s, None, targets, 0.25), expected.mean())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_image_without_a_label_has_no_cross_entropy(smoothing):
+    s = logits(3, 5).requires_grad_()
+    targets = torch.tensor([[0, 0.3, 0, 0.7, 0], [0] * 5, [0, 0, 0, 0, 1]], dtype=torch.float64)
+    loss = cross_entropy(s, targets, smoothing)
+    assert loss[1] == 0 and loss[[0, 2]].min() > 0
+    loss.sum().backward()
+    assert s.grad[1].abs().max() == 0 and s.grad[[0, 2]].abs().min() > 0
+
+
+@pytest.mark.parametrize("text", ["forward_kl(temperature=4)", "reverse_kl", "jensen_shannon", "bdkd", "taid", "dist"])
+def test_terms_that_need_no_label_take_images(text):
+    """The targets may be probabilities, and their loss is the same where the label is not known."""
+    s, t = logits(4, 5).float(), logits(4, 5, seed=1).float()
+    live = Objective.of(text).build(None, None)
+    losses = [live.on_logits(s, t, targets, 1.0) for targets in (torch.eye(4, 5), torch.zeros(4, 5))]
+    assert torch.equal(*losses) and losses[0] > 0

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from convert.objectives import TERMS, AttentionTerm, LogitTerm, Objective
+from convert.models.vision.inputs import Preprocessing, set_preprocessing
+from convert.objectives import TERMS, AttentionTerm, LogitTerm, Objective, StageTerm
 from convert.training.trial import problem_of_functions
 from tests.conftest import tiny_teacher
 from tests.training.stages import SETTINGS, student_of
@@ -18,9 +20,42 @@ def problem(objective: Objective, **teacher: int) -> str | None:
     return problem_of_functions(settings, student_of("llama").to("meta"), tiny_teacher("llama", **teacher).to("meta"))
 
 
-@pytest.mark.parametrize("term", TERMS)
+def classifier(family: str, **changes: object) -> PreTrainedModel:
+    """A small image classifier without memory."""
+    fields = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    if family == "resnet":
+        fields = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
+    config = AutoConfig.for_model(family, **fields | {"num_labels": 5} | changes)
+    set_preprocessing(config, Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3))
+    with torch.device("meta"):
+        return AutoModelForImageClassification.from_config(config)
+
+
+def problem_of_images(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    return problem_of_functions(replace(SETTINGS, objective=objective, trains="everything"), student, teacher)
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if not issubclass(term, StageTerm)])
 def test_the_built_in_terms_can_be_tried(term):
     assert problem(Objective(((1.0, term()),))) is None
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if issubclass(term, StageTerm | LogitTerm)])
+@pytest.mark.parametrize("student, teacher", [("resnet", "vit"), ("vit", "resnet")])
+def test_the_built_in_terms_can_be_tried_on_images(term, student, teacher):
+    assert problem_of_images(Objective(((1.0, term()),)), classifier(student), classifier(teacher)) is None
+
+
+def test_a_term_on_stages_says_which_models_it_cannot_compare():
+    three = classifier("resnet", hidden_sizes=[8, 16], depths=[1, 1])  # its stem counts
+    for text, student, teacher, words in (
+        ("one_for_all", classifier("vit"), classifier("resnet", num_labels=7), "the same classes; they have 5 and 7"),
+        ("one_for_all(stages=43)", classifier("vit"), classifier("resnet"), "first to last, each once; it has 4"),
+        ("hints(stage=4)", three, classifier("resnet"), "they have 3 and 4, and stage is 4"),
+        ("one_for_all", classifier("vit", hidden_size=18), classifier("resnet"), "must be a multiple of 4; it is 18"),
+    ):
+        found = problem_of_images(Objective.of(text), student, teacher)
+        assert found is not None and words in found and found.endswith(".")
 
 
 def test_a_term_says_which_models_it_cannot_compare():

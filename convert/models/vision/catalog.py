@@ -56,8 +56,8 @@ CLASSIFIERS = {
         mean=HALF,
         std=HALF,
     ),
-    "deit-tiny": KnownClassifier("DeiT-Ti", "deit", _vit(192, 3), "facebook/deit-tiny-patch16-224"),
-    "deit-small": KnownClassifier("DeiT-S", "deit", _vit(384, 6), "facebook/deit-small-patch16-224"),
+    "deit-tiny": KnownClassifier("DeiT-Ti", "vit", _vit(192, 3), "facebook/deit-tiny-patch16-224"),
+    "deit-small": KnownClassifier("DeiT-S", "vit", _vit(384, 6), "facebook/deit-small-patch16-224"),
     "vit-base": KnownClassifier("ViT-B/16", "vit", _vit(768, 12), "google/vit-base-patch16-224", mean=HALF, std=HALF),
     "swin-tiny": KnownClassifier(
         "Swin-T",

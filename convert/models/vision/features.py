@@ -5,8 +5,6 @@ B images · C channels · H height · W width · N tokens · D width of a token 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +12,11 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.models.vision.inputs import model_inputs, preprocessing_of
+from convert.objectives.stages import Features, StageShape, map_of, pooled, tokens_of
+
+__all__ = ["Features", "StageShape", "features", "logits", "map_of", "pooled", "stage_shapes", "tokens_of"]
 
 STAGES = 4  # what an isotropic model is cut into (One-for-All KD, arXiv 2310.19444)
-
-
-class Features(NamedTuple):
-    """Outputs of the stages, maps [B, C, H, W] or tokens [B, N, D], and logits [B, K]."""
-
-    stages: tuple[Tensor, ...]
-    logits: Tensor
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """Shape of a stage's output. A map has no special tokens; `height` and `width` are those of the grid."""
-
-    is_map: bool
-    width_of_features: int
-    height: int
-    width: int
-    special_tokens: int = 0  # before the grid's: class and distillation tokens
 
 
 def features(model: PreTrainedModel, images: Tensor) -> Features:
@@ -87,22 +70,3 @@ def _shape(stage: Tensor, family: str) -> StageShape:
         )
     side = math.isqrt(stage.shape[1])
     return StageShape(False, stage.shape[2], side, side, stage.shape[1] - side * side)
-
-
-def tokens_of(stage: Tensor, shape: StageShape) -> Tensor:
-    """A stage's output as tokens [B, H W, D] without special ones."""
-    if shape.is_map:
-        return stage.flatten(2).transpose(1, 2)
-    return stage[:, shape.special_tokens :]
-
-
-def map_of(stage: Tensor, shape: StageShape) -> Tensor:
-    """A stage's output as a map [B, C, H, W], without special tokens."""
-    if shape.is_map:
-        return stage
-    return tokens_of(stage, shape).transpose(1, 2).unflatten(2, (shape.height, shape.width))
-
-
-def pooled(stage: Tensor, shape: StageShape) -> Tensor:
-    """A stage's output as one vector [B, D] of each image: the mean over places."""
-    return tokens_of(stage, shape).mean(1)

@@ -1,4 +1,4 @@
-"""Students that begin with the weights of a classifier of their family, with a new head where its classes are others."""
+"""Students that begin with the weights of a classifier of their family, with a new head where classes differ."""
 
 import copy
 
