@@ -8,7 +8,9 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
+from convert import evaluate
 from convert.core.console import Console
+from convert.core.errors import UserError
 from convert.evaluation.vision_metrics import final_metrics, keep_start
 from convert.reports import charts, page, report
 from convert.reports.sections import Run
@@ -16,6 +18,7 @@ from convert.reports.vision import VISION
 from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.schemas import Handover, Layers, Seconds, StepResult, TokenCount
 from convert.runs.vision_schemas import ImageRunSettings, VisionReport
+from experiments import compare
 from tests.evaluation.classifiers import classifier, image_batches, image_data
 from tests.reports.browser import BROWSER, opened
 from tests.reports.test_page import NASTY
@@ -45,8 +48,8 @@ def make_run(folder, metrics) -> Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of tiny classifiers, read from its folder."""
+def told(tmp_path_factory):
+    """A finished run of tiny classifiers, read from its folder, and that folder."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     folder.mkdir()
     teacher, student, batches = classifier("vit"), classifier("resnet"), image_batches(40, 30)
@@ -56,7 +59,12 @@ def run(tmp_path_factory):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keep_start(classifier("resnet", seed=5), teacher, batches, folder)
-    return make_run(folder, final_metrics(student, teacher, image_data(), batches, folder))
+    return make_run(folder, final_metrics(student, teacher, image_data(), batches, folder)), folder
+
+
+@pytest.fixture(scope="module")
+def run(told):
+    return told[0]
 
 
 def shown(*runs):
@@ -121,6 +129,24 @@ def test_several_runs_share_a_page(run):
     text = text_of(shown(run, dataclasses.replace(run, name="other")))
     assert "2 conversions side by side" in text and "other: CKA after" in text and "other: Confusion" in text
     assert "digits student" in text and "other student" in text
+
+
+def test_runs_of_two_kinds_share_no_page(told, finished_run, tmp_path, monkeypatch):
+    _, folder = told
+    page = tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["compare", str(folder), str(folder), "--out", str(page)])
+    compare.main()
+    assert "2 conversions side by side" in page.read_text()
+    monkeypatch.setattr("sys.argv", ["compare", str(folder), str(finished_run), "--out", str(tmp_path / "other.html")])
+    with pytest.raises(UserError, match="these are of vision and of language"):
+        compare.main()
+
+
+def test_images_are_asked_no_tasks(told, capsys):
+    _, folder = told
+    assert evaluate.main([str(folder)]) == 2
+    assert "Tasks are asked of language models" in capsys.readouterr().err
+    assert not (folder / "evaluation.json").exists()
 
 
 def test_the_end_of_a_run_and_the_card(run):
