@@ -80,7 +80,7 @@ def _write(model: _WithPreprocessing, file: Path) -> None:
 
     config, wanted = model.model.config, preprocessing_of(model.model.config)
     example = torch.zeros(2, wanted.channels, wanted.height, wanted.width)
-    with _quiet():
+    with _quiet(), _eager(model.model):
         try:
             program = torch.onnx.export(
                 model,
@@ -93,13 +93,13 @@ def _write(model: _WithPreprocessing, file: Path) -> None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error.__cause__ or error).strip().split("\n")[0]
             raise UserError(
                 f"torch must be able to export a model as ONNX; it cannot export this {config.model_type}: {reason}."
                 " Use the folder model/ instead."
             ) from error
         ClearMetadataAndDocStringPass()(program.model)  # lines and paths of this machine's code, for every operator
-        names = [str(config.id2label[number]) for number in range(config.num_labels)]
+        names = [str((config.id2label or {}).get(number, number)) for number in range(config.num_labels)]
         shape = f"[batch, {wanted.channels}, {wanted.height}, {wanted.width}]"
         program.model.metadata_props.update(class_names=json.dumps(names), input=f"images {shape}, values from 0 to 1")
         program.save(file, external_data=False)
@@ -117,6 +117,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Have attention computed as matrix products, which every family can be exported with: torch cannot take apart the
+    fused operator after the windows of a Swin."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 # Only what is named here can be imported: an ONNX file must run where there is neither torch nor transformers
