@@ -39,6 +39,8 @@ LIGHT = {
     "help": ("run", ["--help"], 0, ""),
     "help of evaluate": ("evaluate", ["--help"], 0, ""),
     "help of generate": ("generate", ["--help"], 0, ""),
+    "help of export": ("export", ["--help"], 0, ""),
+    "text as an ONNX file": ("export", ["neox-nano", "--format", "onnx"], 2, "made of image classifiers"),
     "a wrong option": ("run", [*TO, "--sets"], 2, "Unrecognized arguments: --sets."),
     "no target": ("run", ["neox-nano"], 2, "required: --to"),
     "no number of tokens": ("run", [*TO, "--tokens", "abc"], 2, "A number of tokens is written"),
