@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from convert.evaluation.classification import error
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from convert.cli import fail_in_words, number_of_tokens, whole_number
@@ -24,6 +23,7 @@ from convert.core.files import write_text
 from convert.data.image_batches import ImageBatches, held_out_images
 from convert.data.image_sets import image_set
 from convert.data.images import ImageData, read_images
+from convert.evaluation.classification import error
 from convert.models.saving import save_student
 from convert.models.vision.catalog import CLASSIFIERS, EMBEDDED
 from convert.models.vision.families import StudentOptions, student_config

@@ -143,6 +143,10 @@ class Domain(ABC, Generic[S, T, C, D]):
     def build(self, model: str, options: Any, teacher: T) -> PreTrainedModel:
         """Make a student of a family, on the teacher's device."""
 
+    def keep_start(self, student: PreTrainedModel, teacher: T, batches: Sequence[Any], folder: Path) -> None:
+        """Keep in the run's folder what a report tells of a student that was built and not trained."""
+        return None
+
     @abstractmethod
     def corpus(self, spec: str) -> C:
         """Find a data set on the disk. Raises UserError where there is none."""
@@ -205,8 +209,11 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return what is called whenever a training step measures."""
 
     @abstractmethod
-    def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any]) -> Any:
-        """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
+    def final_metrics(
+        self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any], folder: Path
+    ) -> Any:
+        """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report. `folder`
+        is the run's."""
 
     @abstractmethod
     def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> "Evaluation":

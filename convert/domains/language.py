@@ -156,7 +156,7 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return Monitor(teacher, list(batches), rules)
 
     def final_metrics(
-        self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch]
+        self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch], folder: Path
     ) -> "LanguageMetrics":
         from convert.evaluation import final_metrics
 

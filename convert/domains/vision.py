@@ -94,6 +94,13 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
             student = self.empty_model(config)
         return student if options.start is None else started(model, options, config, student)
 
+    def keep_start(
+        self, student: PreTrainedModel, teacher: ImageTeacher, batches: Sequence[ImageBatch], folder: Path
+    ) -> None:
+        from convert.evaluation import vision_metrics
+
+        vision_metrics.keep_start(student, teacher.model, batches, folder)
+
     def corpus(self, spec: str) -> ImageSet:
         return image_set(spec)
 
@@ -160,11 +167,16 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
         return ErrorMonitor(batches, rules)
 
     def final_metrics(
-        self, student: PreTrainedModel, teacher: ImageTeacher, data: ImageData, batches: Sequence[ImageBatch]
+        self,
+        student: PreTrainedModel,
+        teacher: ImageTeacher,
+        data: ImageData,
+        batches: Sequence[ImageBatch],
+        folder: Path,
     ) -> "VisionMetrics":
         from convert.evaluation import vision_metrics
 
-        return vision_metrics.final_metrics(student, teacher, data, list(batches))
+        return vision_metrics.final_metrics(student, teacher.model, data, batches, folder)
 
     def evaluate(
         self, models: Mapping[str, PreTrainedModel], teacher: ImageTeacher, examples: int, folder: Path
