@@ -6,6 +6,7 @@ python -m convert.run neox-nano --to mamba
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, whole_number
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="tokens in a training sequence")
     parser.add_argument("--batch-tokens", type=whole_number(2, 2**27), help="tokens in a training step")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
+    parser.add_argument("--tasks", help="with commas: only these at the end, of those that convert.evaluate takes")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     parser.add_argument(
         "--plan",
@@ -99,7 +101,7 @@ def convert(args: argparse.Namespace) -> None:
         source.name, config, args.to, tokens=tokens, seq_len=args.seq_len, batch_tokens=args.batch_tokens,
         seed=args.seed,
     )  # fmt: skip
-    recipe = recipes.tiny(recipe) if args.tiny else recipe
+    recipe = dataclasses.replace(recipes.tiny(recipe) if args.tiny else recipe, tasks=args.tasks)
     for assignment in args.settings:
         recipe = recipes.with_setting(recipe, assignment)
     if args.plan:

@@ -237,7 +237,7 @@ def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
     distill = _distill(budget, budget.tokens - first - last)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill, _instruct(budget, last)
     added = {"align_qk": variants.align_qk, "select": variants.selection("edit", edit.keep, HYBRID_N)}
-    return Recipe(target, steps, budget.examples, added)
+    return Recipe(target, steps, budget.examples, variants=added)
 
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:
