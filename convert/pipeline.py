@@ -208,7 +208,7 @@ def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -
     metrics = run.domain.final_metrics(student, run.teacher, run.data, run.held_out(), run.out)
     console.print("evaluate", style="bold")
     models = {"teacher": run.teacher.model, "student": student}
-    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.examples, run.out)
+    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.tasks, run.recipe.examples, run.out)
     steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
     stages = [step for step in steps if step.tokens]
     return run.domain.report_type(

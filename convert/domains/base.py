@@ -191,8 +191,9 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return one held-out batch of at most `length` units, for comparing outputs before and after a swap."""
 
     @abstractmethod
-    def check(self, teacher: T) -> None:
-        """Raise UserError where the final evaluation could not ask this teacher anything."""
+    def check(self, teacher: T, tasks: str | None) -> None:
+        """Raise UserError where the final evaluation could not ask this teacher these tasks (names with commas; None:
+        all that can be asked)."""
 
     # --- measurements
 
@@ -216,8 +217,10 @@ class Domain(ABC, Generic[S, T, C, D]):
         is the run's."""
 
     @abstractmethod
-    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> "Evaluation":
-        """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
+    def evaluate(
+        self, models: Mapping[str, PreTrainedModel], teacher: T, tasks: str | None, examples: int, folder: Path
+    ) -> "Evaluation":
+        """Evaluate these models on tasks, as `check` has them; answers and results go into `folder`."""
 
     @abstractmethod
     def try_it(self, run: Path) -> str:

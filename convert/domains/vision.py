@@ -148,8 +148,9 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     def probe(self, data: ImageData, length: int) -> ImageBatch:
         return held_out_images(data, length, length)[0]
 
-    def check(self, teacher: ImageTeacher) -> None:
-        pass
+    def check(self, teacher: ImageTeacher, tasks: str | None) -> None:
+        if tasks is not None:
+            raise UserError("--tasks chooses what a language model is asked; images have one task, their class.")
 
     # --- measurements
 
@@ -179,7 +180,12 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
         return vision_metrics.final_metrics(student, teacher.model, data, batches, folder)
 
     def evaluate(
-        self, models: Mapping[str, PreTrainedModel], teacher: ImageTeacher, examples: int, folder: Path
+        self,
+        models: Mapping[str, PreTrainedModel],
+        teacher: ImageTeacher,
+        tasks: str | None,
+        examples: int,
+        folder: Path,
     ) -> "Evaluation":
         raise NotImplementedError
 
