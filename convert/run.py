@@ -6,9 +6,8 @@ python -m convert.run neox-nano --to mamba
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, real_number, whole_number
 from convert.core.console import console

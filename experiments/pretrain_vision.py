@@ -48,7 +48,7 @@ def pretrained(name: str, data: ImageData, side: int, images: int, seed: int) ->
     model = AutoModelForImageClassification.from_config(student_config(name, StudentOptions(), outputs))
     settings = ImageSettings(
         images=images, batch_images=64, micro_images=64, lr=2e-3, objective=Objective.of("cross_entropy"),
-        trains="everything", seed=seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0, crop=2,
+        trains="everything", seed=seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0, crop=1,
         precision="float32",
     )  # fmt: skip
     batches = ImageBatches(data.train, len(data.class_names), settings.batch_images, seed, settings)
@@ -61,7 +61,7 @@ CARD = """# {name}
 download.
 
 * made by `python -m experiments.pretrain_vision --data {data} --install`, torch {torch}, Python {python}
-* {images:,} images ({epochs:.0f} passes over {train:,}), crops of images with a border of 2 pixels, AdamW, no teacher
+* {images:,} images ({epochs:.0f} passes over {train:,}), crops of images with a border of 1 pixel, AdamW, no teacher
 * top-1 accuracy on {held:,} held-out images, seeds {seeds}: {accuracies}; the weights are those of seed 0
 * weights in float32; licence Apache-2.0, as the repository; the images are {source}
 """

@@ -210,9 +210,7 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return what is called whenever a training step measures."""
 
     @abstractmethod
-    def final_metrics(
-        self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any], folder: Path
-    ) -> Any:
+    def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any], folder: Path) -> Any:
         """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report. `folder`
         is the run's."""
 
