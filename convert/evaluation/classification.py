@@ -109,12 +109,6 @@ def calibration_error(found: Predictions) -> float:
     return float(np.abs(off).sum() / len(number))
 
 
-def confusion(found: Predictions) -> np.ndarray:
-    """Confusion matrix [K, K]: row the label, column what was predicted."""
-    cells = found.labels * found.num_classes + found.predicted
-    return np.bincount(cells, minlength=found.num_classes**2).reshape(found.num_classes, found.num_classes)
-
-
 def agreement(teacher: Predictions, student: Predictions) -> Agreement:
     """How often both predict the same, and how often each is right."""
     t, s = teacher.is_right, student.is_right

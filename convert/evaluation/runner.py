@@ -279,6 +279,11 @@ def _evaluate(
 def _models_of(run: Path, device: str, trust_remote_code: bool) -> tuple[PreTrainedModel, Teacher, LanguageReport]:
     """Student, teacher and report of a run. A student stands beside the teacher that it was made from."""
     report = records.report(run)
+    if report.domain != "language":
+        raise UserError(
+            f"Tasks are asked of language models; {run} is a run of {report.domain}, and all that is measured of it is"
+            " in its report.json."
+        )
     teacher = load_teacher(report.settings.teacher, device=device, trust_remote_code=trust_remote_code)
     if fingerprint(teacher.model) != report.settings.teacher_fingerprint:
         raise UserError(

@@ -5,7 +5,7 @@ import lines are rewritten. Only what the model's own mixers need travels: the t
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from convert.mixers import MIXERS
@@ -19,7 +19,13 @@ OLDEST = (5, 23)  # version of transformers that the code runs in; setup.py asks
 
 def model_code(mixers: Iterable[str]) -> dict[str, str]:
     """File name -> source: all that a converted model with these mixers imports of ours, directly or not."""
-    modules, code = [CONFIG, MODEL], {}
+    return code_of([CONFIG, MODEL], mixers)
+
+
+def code_of(first: Sequence[str], mixers: Iterable[str] = ()) -> dict[str, str]:
+    """File name -> source: these modules and all that they import of ours, directly or not. transformers runs the first
+    one first."""
+    modules, code = list(first), dict[str, str]()
     for module in modules:  # grows while it is read
         name = f"{flat(module)}.py"
         if name in code:
@@ -31,9 +37,9 @@ def model_code(mixers: Iterable[str]) -> dict[str, str]:
         source, imported = flatten(source, module)
         code[name] = f"# Generated from {path.relative_to(ROOT).as_posix()}: edit that file, not this one.\n{source}"
         modules += sorted(imported - set(modules))
-    first = f"{flat(CONFIG)}.py"
-    comment, source = code[first].split("\n", 1)
-    code[first] = f"{comment}\n{_guard([name.removesuffix('.py') for name in code if name != first])}{source}"
+    head, *others = code
+    comment, source = code[head].split("\n", 1)
+    code[head] = f"{comment}\n{_guard([name.removesuffix('.py') for name in others])}{source}"
     return code
 
 
@@ -51,14 +57,11 @@ def _guard(names: list[str]) -> str:
     any."""
     version = ".".join(map(str, OLDEST))
     files = "".join(f"    from .{name} import *\n" for name in names)
+    if files:
+        files = f"if False:  # all files of this model, for versions that copy only what is named here\n{files}"
     here = "tuple(int(part) for part in transformers.__version__.split('.')[:2])"
     message = f"'This model needs transformers {version} or later, and this is ' + transformers.__version__ + '.'"
-    return (
-        "import transformers\n\n"
-        f"if {here} < {OLDEST}:\n"
-        f"    raise ImportError({message})\n"
-        f"if False:  # all files of this model, for versions that copy only what is named here\n{files}\n"
-    )
+    return f"import transformers\n\nif {here} < {OLDEST}:\n    raise ImportError({message})\n{files}\n"
 
 
 def flatten(source: str, module: str) -> tuple[str, set[str]]:

@@ -17,7 +17,7 @@ from convert.exporting.code import CONFIG, MODEL, flat, model_code
 from convert.exporting.portability import make_rotary_portable, make_tokenizer_portable
 from convert.models.student import ConvertedForCausalLM
 
-NO_CODE = ".converted"  # an empty file that says who wrote a folder without code
+NO_CODE = ".converted"  # an empty file that says who wrote a folder, of those without this model's code
 MARKS = (NO_CODE, f"{flat(MODEL)}.py")  # one of these is in every export
 AUTO_MAP = {
     "AutoConfig": f"{flat(CONFIG)}.ConvertedConfig",
@@ -52,10 +52,10 @@ def export(
         if not is_converted:
             make_rotary_portable(side)
 
-    _replace(Path(folder), write)
+    replace_folder(Path(folder), write)
 
 
-def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill the folder, which must be empty, absent or an earlier export.
 
     All is written beside it first. An earlier export in its place goes only when the new one is complete, by two
@@ -99,10 +99,10 @@ def _write(
     config.save_pretrained(folder)
     # not save_pretrained, which refuses settings of a published teacher that transformers itself only warns about
     model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    save_torch_state_dict(_weights(model, dtype, in_full), folder, metadata={"format": "pt"})
+    save_torch_state_dict(cast_weights(model, dtype, in_full), folder, metadata={"format": "pt"})
 
 
-def _weights(model: PreTrainedModel, dtype: torch.dtype | None, in_full: Sequence[str]) -> dict[str, Tensor]:
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype | None, in_full: Sequence[str]) -> dict[str, Tensor]:
     """The state, cast, in the computer's memory, without the tensors that loading ties to others again."""
     state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)
 

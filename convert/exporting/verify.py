@@ -73,12 +73,12 @@ def verify(student: PreTrainedModel, folder: Path, input_ids: Tensor, *, trust_r
                 f" {allowed:.2g})."
             )
     except (RuntimeError, OSError):
-        _set_aside(folder)
+        set_aside(folder)
         raise
     return {"max_abs_logit": difference, "allowed": allowed}
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
     """Rename an export that failed its check, whose card says that it passed."""
     aside = folder.with_name(folder.name + ".unchecked")
     shutil.rmtree(aside, ignore_errors=True)

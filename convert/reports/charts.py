@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from convert.core.console import count, short, size
@@ -23,6 +24,7 @@ from convert.runs.win_and_tie import TOLERANCE, Needed, rate
 
 INK, MUTED = "#000001", "#000002"  # placeholders for variables of the page
 SERIES = tuple(f"#0000{n}" for n in range(10, 18))
+DARKEST = 0.55  # opacity of a cell of a heat map, through which its text stays readable
 COLOURS = """\
 :root { color-scheme: light dark;
   --paper: #fbfaf7; --card: #fff; --ink: #22252a; --muted: #85888f; --line: #e3e0d8; --mark: #ffe08a;
@@ -90,8 +92,11 @@ def _legend(home: Axes | Figure, labels: Sequence[str], **settings: Any) -> None
         text.set_text(short(labels[int(text.get_text())], 40))
 
 
-def curves(name: str, lines: Sequence[Line], ylabel: str, *, log: bool = False, zero: bool = False) -> Markup:
-    """Lines over the tokens of a run; the y axis is logarithmic with `log`, and begins at 0 with `zero`."""
+def curves(
+    name: str, lines: Sequence[Line], ylabel: str, *, log: bool = False, zero: bool = False, unit: str = "tokens"
+) -> Markup:
+    """Lines over the tokens of a run, or whatever its training counts; the y axis is logarithmic with `log`, and begins
+    at 0 with `zero`."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for number, (_, x, y) in enumerate(lines):
@@ -103,7 +108,7 @@ def curves(name: str, lines: Sequence[Line], ylabel: str, *, log: bool = False, 
                 marker="o" if len(x) < 12 else None,
                 markersize=4,
             )
-        axes.set(xlabel="tokens", ylabel=ylabel, yscale="log" if log else "linear")
+        axes.set(xlabel=short(unit), ylabel=ylabel, yscale="log" if log else "linear")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         if log:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -220,6 +225,35 @@ def gaps_by_scoring(name: str, points: Sequence[tuple[str, float, float]]) -> Ma
             )
         axes.set(xlabel="points behind by likelihood", ylabel="points behind by generation", xlim=ends, ylim=ends)
         _legend(figure, [label for label, _, _ in points], loc="outside lower center", ncols=2, fontsize=7)
+        return _svg(figure, name)
+
+
+def heat_map(
+    name: str,
+    values: Sequence[Sequence[float]],
+    cells: Sequence[Sequence[str]],
+    ylabels: Sequence[str],
+    xlabels: Sequence[str],
+    ylabel: str,
+    xlabel: str,
+) -> Markup:
+    """A matrix as cells that are the darker the nearer their values are to 1, with the texts `cells` in them."""
+    rows, columns = len(values), len(values[0])
+    with rc_context(STYLE):
+        figure, axes = _figure(min(7.0, max(2.2, 0.9 + 4.0 * rows / max(columns, 5))))
+        size = max(3.0, min(8.0, 68 / columns))
+        for y, (numbers, texts) in enumerate(zip(values, cells, strict=True)):
+            for x, (value, text) in enumerate(zip(numbers, texts, strict=True)):
+                if (strength := DARKEST * min(1.0, max(0.0, value))) > 0:
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=strength))
+                axes.text(x, y, text, ha="center", va="center", fontsize=size)
+        axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+        names = [short(label, 14) for label in xlabels]
+        turned = 90 if max(map(len, names)) * columns > 50 else 0
+        axes.set_xticks(range(columns), names, rotation=turned)
+        axes.set_yticks(range(rows), [short(label, 14) for label in ylabels])
+        axes.tick_params(length=0, labelsize=max(5.0, min(8.0, 130 / max(rows, columns))))
+        axes.grid(visible=False)
         return _svg(figure, name)
 
 

@@ -73,15 +73,15 @@ def _table(rows: Sequence[Sequence[str]]) -> Markup:
 
 def _training(runs: Sequence[Run[R]], curves: Sequence[Curve]) -> PageSection:
     """Losses by stage, what was measured meanwhile, and the table of steps."""
-    found = []
+    found, unit = [], runs[0].report.unit
     for stage in dict.fromkeys(row.stage for run in runs for row in run.metrics):
         lines = [_line(run, "loss", stage) for run in runs]
-        svg = charts.curves(f"loss-{stage}", [line for line in lines if line[1]], "loss", log=True)
+        svg = charts.curves(f"loss-{stage}", [line for line in lines if line[1]], "loss", log=True, unit=unit)
         found.append(Chart(f"Loss of {stage}", svg))
     for curve in curves:
         lines = [line for run in runs if (line := _line(run, curve.field))[1]]
         if lines:
-            svg = charts.curves(curve.field, lines, curve.title.lower(), log=curve.log, zero=not curve.log)
+            svg = charts.curves(curve.field, lines, curve.title.lower(), log=curve.log, zero=not curve.log, unit=unit)
             found.append(Chart(curve.title, svg))
     head, *_ = report.step_rows(runs[0].report)
     rows = [head]
@@ -92,7 +92,7 @@ def _training(runs: Sequence[Run[R]], curves: Sequence[Curve]) -> PageSection:
 
 
 def _line(run: Run[R], field: str, stage: str | None = None) -> charts.Line:
-    """A field of the metrics over tokens, thinned so that the page stays small: means of neighbours."""
+    """A field of the metrics over tokens or images, thinned so that the page stays small: means of neighbours."""
     rows = [
         (row.tokens, value)
         for row in run.metrics

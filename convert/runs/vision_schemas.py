@@ -1,5 +1,6 @@
 """What report.json holds of an image classifier."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -93,12 +94,18 @@ class Predictions:
         """The classes that a model predicts; None: the right ones."""
         return [int(number) for number in getattr(self, model or "labels").split(" ")]
 
+    def counts(self, model: ModelName) -> Counter[tuple[int, int]]:
+        """(right class, predicted class) to the number of such images."""
+        return Counter(zip(self.classes(), self.classes(model), strict=True))
+
+    def totals(self) -> Counter[int]:
+        """Right class to the number of its images."""
+        return Counter(self.classes())
+
     def confusion(self, model: ModelName, num_classes: int) -> list[list[int]]:
         """Confusion matrix of a model: row the right class, column what was predicted."""
-        cells = [[0] * num_classes for _ in range(num_classes)]
-        for label, predicted in zip(self.classes(), self.classes(model), strict=True):
-            cells[label][predicted] += 1
-        return cells
+        counts = self.counts(model)
+        return [[counts[label, predicted] for predicted in range(num_classes)] for label in range(num_classes)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "convert/steps": "core mixers models objectives data training runs domains",
     "convert/recipes": "core mixers models objectives training steps",
     "convert/planning": "core kernels mixers models training domains steps recipes",
-    "convert": "core models data evaluation domains steps recipes planning runs reports",
+    "convert": "core models data evaluation domains steps recipes planning runs reports exporting",
     "experiments": (
         "convert kernels core mixers models objectives data training evaluation domains steps recipes planning"
         " runs reports exporting"

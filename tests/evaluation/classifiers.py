@@ -6,17 +6,19 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from convert.data.image_batch import ImageBatch
+from convert.models.vision import mixer as _registers  # noqa: F401  # transformers knows MLP-Mixers by it
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 
 SIZES = {
     "vit": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 8, 12, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"},
+    "mlp_mixer": {"hidden_size": 16, "num_hidden_layers": 2, "token_size": 8, "channel_size": 24},
 }
 
 
 def classifier(family, channels=1, classes=12, side=16, seed=0):
     """A classifier in eval mode whose norms have seen some images."""
-    more = {"patch_size": 4, "image_size": side} if family == "vit" else {}
+    more = {} if family == "resnet" else {"patch_size": 4, "image_size": side}
     config = AutoConfig.for_model(family, num_channels=channels, num_labels=classes, **SIZES[family], **more)
     set_preprocessing(config, Preprocessing(side, side, (0.4, 0.5, 0.6)[:channels], (0.2, 0.25, 0.3)[:channels]))
     torch.manual_seed(seed)

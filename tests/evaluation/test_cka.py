@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from convert.evaluation import cka as module
 from convert.evaluation.cka import Alignment, centred_gram, minibatches, similarity
 from tests.evaluation.classifiers import classifier, image_batches
 
@@ -18,13 +19,14 @@ def cka(first, second, size=None):
     return found.value().item()
 
 
-def test_the_estimator_is_that_of_the_paper():
+def test_the_estimator_is_that_of_the_paper(monkeypatch):
     """HSIC_1 of Song et al. 2012, as in equation 3 of arXiv 2010.15327, on odd sizes."""
     x, y, n = noise(7, 5), noise(7, 3, seed=1), 7
     k, low = (t @ t.T - torch.diag(torch.diag(t @ t.T)) for t in (x, y))
     one = torch.ones(n, 1, dtype=torch.float64)
     formula = torch.trace(k @ low) + (one.T @ k @ one) * (one.T @ low @ one) / ((n - 1) * (n - 2))
     formula = (formula - 2 / (n - 2) * one.T @ k @ low @ one) / (n * (n - 3))
+    monkeypatch.setattr(module, "WIDTH", 2)
     found = (centred_gram(x) * centred_gram(y)).sum() / (n * (n - 3))
     assert found.item() == pytest.approx(formula.item(), rel=1e-10)
 
@@ -34,6 +36,7 @@ def test_rotation_scale_and_shift_change_nothing():
     rotation = torch.linalg.qr(noise(6, 6, seed=1)).Q
     assert cka(x, x) == pytest.approx(1)
     assert cka(x, 3 * x @ rotation + 100) == pytest.approx(1)
+    assert cka(x.float(), 1e-30 * x.float()) == pytest.approx(1)  # deep in an untrained network
     assert cka(x, x @ noise(6, 6, seed=2)) < 0.99  # but other linear maps do
 
 

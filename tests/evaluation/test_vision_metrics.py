@@ -11,7 +11,7 @@ from convert.core.errors import UserError
 from convert.evaluation.efficiency import multiply_accumulates
 from convert.evaluation.vision_metrics import error_in_training, final_metrics, keep_start
 from convert.runs import records
-from convert.runs.vision_schemas import VisionMetrics
+from convert.runs.vision_schemas import Predictions, VisionMetrics
 from tests.evaluation.classifiers import classifier, image_batches, image_data
 
 
@@ -44,6 +44,8 @@ def test_final_metrics_are_what_a_report_takes(tmp_path):
     assert found.similarity.before != found.similarity.after
     assert found.headline.student == pytest.approx(100 * (1 - found.accuracy.student.top1.value))
     assert found.images.labelled == 100 and found.images.held_out == 70 and found.images.skipped == 1
+    by_hand = Predictions(labels="1 1 2", teacher="0 0 0", student="1 0 0")
+    assert by_hand.confusion("student", 3) == [[0, 0, 0], [1, 1, 0], [1, 0, 0]]
     confusion = torch.tensor(found.predictions.confusion("student", 12))
     assert confusion.sum() == 70 and confusion.trace() / 70 == pytest.approx(found.accuracy.student.top1.value)
     assert found.cost.student.parameters == sum(p.numel() for p in student.parameters())

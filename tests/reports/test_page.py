@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -22,8 +21,7 @@ from convert.reports.sections import Run
 from convert.runs.evaluation_schemas import Evaluation, Gap, LmEvalScore, Score
 from convert.runs.language_schemas import Context, Continuation, MeasuredContext, Needle
 from experiments import compare
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+from tests.reports.browser import BROWSER, opened
 
 
 @pytest.fixture
@@ -259,42 +257,14 @@ def test_every_run_is_in_the_legend(name):
     assert wanted in svg and "other" in svg and "mathdefault" not in svg
 
 
-PROBE = """<script>
-window.onerror = (message) => { document.title = "ERROR " + message; };
-window.onload = () => {
-  document.title += " WIDTH " + document.documentElement.scrollWidth + " OF " + window.innerWidth;
-};
-</script>"""
-
-
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize(
     "run, width, scheme",
     [("told", 1100, "light"), ("told", 500, "dark"), ("hostile", 1100, "light"), ("hostile", 500, "dark")],
 )
 def test_a_browser_shows_it(request, run, tmp_path, width, scheme):
-    text = shown(request.getfixturevalue(run)).replace("</head>", PROBE + "</head>")
-    (tmp_path / "page.html").write_text(text, errors="backslashreplace")
-    more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    opened = subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--window-size={width},900",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            *more,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"file://{tmp_path / 'page.html'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "CONSOLE" not in opened.stderr
-    title = re.search(r"<title>(.*?)</title>", opened.stdout, re.DOTALL)[1]
-    assert not title.startswith(("ERROR", "OWNED")) and "<img" not in opened.stdout
+    title, document, logged = opened(shown(request.getfixturevalue(run)), tmp_path, width, scheme)
+    assert "CONSOLE" not in logged
+    assert not title.startswith(("ERROR", "OWNED")) and "<img" not in document
     wide, window = map(int, re.search(r"WIDTH (\d+) OF (\d+)", title).groups())
     assert wide <= window, "nothing sticks out"
