@@ -205,10 +205,10 @@ def architecture(domain: Domain, student: PreTrainedModel) -> str:
 def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -> Report:
     """Measure and evaluate the finished student: its report, but for the export."""
     console.print("measure", style="bold")
-    metrics = run.domain.final_metrics(student, run.teacher, run.data, run.held_out())
+    metrics = run.domain.final_metrics(student, run.teacher, run.data, run.held_out(), run.out)
     console.print("evaluate", style="bold")
     models = {"teacher": run.teacher.model, "student": student}
-    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.examples, run.out)
+    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.tasks, run.recipe.examples, run.out)
     steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
     stages = [step for step in steps if step.tokens]
     return run.domain.report_type(

@@ -92,7 +92,7 @@ def prepared(
     data_of_run = domain.prepare(corpora[spec], loaded, recipe.units, recipe.measured_by)
     run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare)
     run.held_out()  # too little data is said now,
-    domain.check(loaded)  # and so is a teacher that cannot be asked anything
+    domain.check(loaded, recipe.tasks)  # and so is a teacher that cannot be asked anything
     for step in recipe.steps:
         if step.own_data is None and (settings := step.training) is not None:
             domain.batches(run.data, settings)

@@ -6,6 +6,7 @@ python -m convert.run neox-nano --to mamba
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, real_number, whole_number
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "--labels", type=real_number(1e-6, 1), help="images: share whose label may be used, of each class; default 1"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
+    parser.add_argument("--tasks", help="with commas: only these at the end, of those that convert.evaluate takes")
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     parser.add_argument(
         "--plan",
@@ -105,7 +107,7 @@ def convert(args: argparse.Namespace) -> None:
     domain = domain_of(args.teacher, target.domain)
     config = domain.read_config(source, args.trust_remote_code)
     recipe = default_recipe(source.name, config, args.to, seed=args.seed, **sizes)
-    recipe = recipes.tiny(recipe) if args.tiny else recipe
+    recipe = dataclasses.replace(recipes.tiny(recipe) if args.tiny else recipe, tasks=args.tasks)
     for assignment in args.settings:
         recipe = recipes.with_setting(recipe, assignment)
     if args.plan:

@@ -62,6 +62,7 @@ def options(about: str | None, grid: Grid) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", default="400k")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--limit", type=whole_number(1, 100_000), default=64, help="examples of each task")
+    parser.add_argument("--tasks", help="with commas: only these; all by default")
     parser.add_argument("--only", default="", help=f"axes with commas between, of {', '.join(grid.axes)}")
     parser.add_argument("--data", help="as for convert.run")
     parser.add_argument("--out", type=Path, help="runs/NAME/TEACHER-TOKENS by default")
@@ -74,13 +75,13 @@ def run_command(grid: Grid, rows: Sequence[Row], args: argparse.Namespace, folde
     if args.data is not None:
         corpus(args.data)
     out = args.out or Path("runs") / folder / f"{source.name}-{args.tokens}"
-    return run_grid(grid, rows, args.teacher, tokens, args.seeds, args.limit, args.data, out)
+    return run_grid(grid, rows, args.teacher, tokens, args.seeds, args.limit, args.data, out, args.tasks)
 
 
-def recipe_of(row: Row, teacher: str, tokens: int | None, seed: int, limit: int) -> Recipe:
+def recipe_of(row: Row, teacher: str, tokens: int | None, seed: int, limit: int, tasks: str | None = None) -> Recipe:
     """The recipe of a row; raises UserError, which names the row, for a step or field that is not there."""
     try:
-        return row.recipe(teacher, tokens, seed=seed, examples=limit)
+        return row.recipe(teacher, tokens, seed=seed, examples=limit, tasks=tasks)
     except UserError as error:
         raise UserError(f"Row {row.name!r} of the axis {row.axis!r} cannot be made: {error}") from None
 
@@ -94,7 +95,15 @@ def result_of(row: Row, recipe: Recipe, place: Path, report: LanguageReport, exa
 
 
 def run_grid(
-    grid: Grid, rows: Sequence[Row], name: str, tokens: int, seeds: int, limit: int, data: str | None, out: Path
+    grid: Grid,
+    rows: Sequence[Row],
+    name: str,
+    tokens: int,
+    seeds: int,
+    limit: int,
+    data: str | None,
+    out: Path,
+    tasks: str | None = None,
 ) -> list[Result]:
     """Run every row with every seed, the first seed of all rows first, and write the table after each run, with the
     finished runs of other rows and seeds in the folder. A row whose run fails is left out of the table, and named at
@@ -105,7 +114,7 @@ def run_grid(
             yield folder_of(out, f"{row.axis}-{row.name}".strip("-"), seed), row, seed
 
     def make(row: Row, seed: int) -> tuple[Row, Recipe]:
-        return row, recipe_of(row, name, tokens, seed, limit)
+        return row, recipe_of(row, name, tokens, seed, limit, tasks)
 
     wanted = {place: make(row, seed) for place, row, seed in places(rows, seeds)}
     ends = (report.parent.name.rpartition("-")[2] for report in out.glob("*/report.json"))

@@ -70,9 +70,11 @@ def tasks_seen(evaluation: Evaluation) -> list[str]:
 
 
 def versus(a: dict[int, Result], b: dict[int, Result], scoring: Scoring) -> Interval | None:
-    """Score of row a minus score of row b over the seeds that both have; None where there is none, or no task."""
+    """Score of row a minus score of row b over the seeds and tasks that both have; None where there are none."""
     seeds = sorted(a.keys() & b.keys())
-    if not seeds or not (tasks := tasks_seen(a[seeds[0]].evaluation)):
+    evaluations = [row[seed].evaluation for row in (a, b) for seed in seeds]
+    tasks = [t for t in tasks_seen(evaluations[0]) if all(t in tasks_of(e.rows) for e in evaluations)] if seeds else []
+    if not tasks:
         return None
     tables = (table_of([row[seed].correct for seed in seeds], scoring, tasks) for row in (a, b))
     return difference(*tables)

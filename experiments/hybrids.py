@@ -26,6 +26,7 @@ GRID = Grid(
         _row("mixer", "linear in every layer", Row("linear")),
         _row("mixer", "mamba in every layer", Row("mamba")),
         _row("layers", "every second layer", KDA, "edit.keep=every:2"),
+        _row("layers", "every third layer", KDA, "edit.keep=every:3"),
         _row("layers", "by KL before alignment", KDA, "edit.keep=auto:4"),
         _row("layers", "by KL after alignment", KDA, "select.by=kl"),
         _row("layers", "by recall after alignment", KDA, "select.by=recall"),

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from convert.evaluation.classification import error
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from convert.cli import fail_in_words, number_of_tokens, whole_number
@@ -24,6 +23,7 @@ from convert.core.files import write_text
 from convert.data.image_batches import ImageBatches, held_out_images
 from convert.data.image_sets import image_set
 from convert.data.images import ImageData, read_images
+from convert.evaluation.classification import error
 from convert.models.saving import save_student
 from convert.models.vision.catalog import CLASSIFIERS, EMBEDDED
 from convert.models.vision.families import StudentOptions, student_config
@@ -48,7 +48,7 @@ def pretrained(name: str, data: ImageData, side: int, images: int, seed: int) ->
     model = AutoModelForImageClassification.from_config(student_config(name, StudentOptions(), outputs))
     settings = ImageSettings(
         images=images, batch_images=64, micro_images=64, lr=2e-3, objective=Objective.of("cross_entropy"),
-        trains="everything", seed=seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0, crop=2,
+        trains="everything", seed=seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0, crop=1,
         precision="float32",
     )  # fmt: skip
     batches = ImageBatches(data.train, len(data.class_names), settings.batch_images, seed, settings)
@@ -61,7 +61,7 @@ CARD = """# {name}
 download.
 
 * made by `python -m experiments.pretrain_vision --data {data} --install`, torch {torch}, Python {python}
-* {images:,} images ({epochs:.0f} passes over {train:,}), crops of images with a border of 2 pixels, AdamW, no teacher
+* {images:,} images ({epochs:.0f} passes over {train:,}), crops of images with a border of 1 pixel, AdamW, no teacher
 * top-1 accuracy on {held:,} held-out images, seeds {seeds}: {accuracies}; the weights are those of seed 0
 * weights in float32; licence Apache-2.0, as the repository; the images are {source}
 """

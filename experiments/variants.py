@@ -30,14 +30,21 @@ class Variant:
     times: float = 1.0
 
     def recipe(
-        self, teacher: str, tokens: int | None, seq_len: int | None = None, *, seed: int = 0, examples: int = 1
+        self,
+        teacher: str,
+        tokens: int | None,
+        seq_len: int | None = None,
+        *,
+        seed: int = 0,
+        examples: int = 1,
+        tasks: str | None = None,
     ) -> Recipe:
-        """The recipe for this teacher: None are the teacher's defaults, `examples` are those of each task at the
-        end."""
+        """The recipe for this teacher: None are the teacher's defaults, `examples` are those of each of the tasks at
+        the end."""
         budget = dataclasses.replace(budget_of(teacher, self.target, tokens, seq_len, seed), examples=examples)
         if self.times != 1:  # of the tokens alone: sequences and batches stay as they are
             budget = dataclasses.replace(budget, tokens=int(self.times * budget.tokens))
-        recipe = recipes.TARGETS[self.target].recipe(budget)
+        recipe = dataclasses.replace(recipes.TARGETS[self.target].recipe(budget), tasks=tasks)
         for setting in self.settings:
             for each in _for_every_step(recipe, setting):
                 recipe = with_setting(recipe, each)

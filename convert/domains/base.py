@@ -143,6 +143,10 @@ class Domain(ABC, Generic[S, T, C, D]):
     def build(self, model: str, options: Any, teacher: T) -> PreTrainedModel:
         """Make a student of a family, on the teacher's device."""
 
+    def keep_start(self, student: PreTrainedModel, teacher: T, batches: Sequence[Any], folder: Path) -> None:
+        """Keep in the run's folder what a report tells of a student that was built and not trained."""
+        return None
+
     @abstractmethod
     def corpus(self, spec: str) -> C:
         """Find a data set on the disk. Raises UserError where there is none."""
@@ -187,8 +191,9 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return one held-out batch of at most `length` units, for comparing outputs before and after a swap."""
 
     @abstractmethod
-    def check(self, teacher: T) -> None:
-        """Raise UserError where the final evaluation could not ask this teacher anything."""
+    def check(self, teacher: T, tasks: str | None) -> None:
+        """Raise UserError where the final evaluation could not ask this teacher these tasks (names with commas; None:
+        all that can be asked)."""
 
     # --- measurements
 
@@ -205,12 +210,15 @@ class Domain(ABC, Generic[S, T, C, D]):
         """Return what is called whenever a training step measures."""
 
     @abstractmethod
-    def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any]) -> Any:
-        """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report."""
+    def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any], folder: Path) -> Any:
+        """Measure the finished student beside its teacher: a dataclass with the domain's keys of the report. `folder`
+        is the run's."""
 
     @abstractmethod
-    def evaluate(self, models: Mapping[str, PreTrainedModel], teacher: T, examples: int, folder: Path) -> "Evaluation":
-        """Evaluate these models on the domain's tasks; answers and results go into `folder`."""
+    def evaluate(
+        self, models: Mapping[str, PreTrainedModel], teacher: T, tasks: str | None, examples: int, folder: Path
+    ) -> "Evaluation":
+        """Evaluate these models on tasks, as `check` has them; answers and results go into `folder`."""
 
     @abstractmethod
     def try_it(self, run: Path) -> str:

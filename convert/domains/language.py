@@ -133,10 +133,10 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         length = min(length, len(data.held_out) - 1)
         return held_out_batches(data.held_out, length, 1, length)[0]
 
-    def check(self, teacher: Teacher) -> None:
+    def check(self, teacher: Teacher, tasks: str | None) -> None:
         from convert.evaluation.runner import chosen
 
-        chosen(None, teacher.tokenizer)
+        chosen(tasks, teacher.tokenizer)
 
     # --- measurements
 
@@ -156,20 +156,20 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return Monitor(teacher, list(batches), rules)
 
     def final_metrics(
-        self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch]
+        self, student: PreTrainedModel, teacher: Teacher, data: TokenData, batches: Sequence[Batch], folder: Path
     ) -> "LanguageMetrics":
         from convert.evaluation import final_metrics
 
         return final_metrics.final_metrics(student, teacher, data, list(batches))
 
     def evaluate(
-        self, models: Mapping[str, PreTrainedModel], teacher: Teacher, examples: int, folder: Path
+        self, models: Mapping[str, PreTrainedModel], teacher: Teacher, tasks: str | None, examples: int, folder: Path
     ) -> "Evaluation":
         from convert.evaluation import runner
 
-        tasks = runner.chosen(None, teacher.tokenizer)
         answers = folder / "answers.jsonl"
-        found = runner.evaluate_tasks(dict(models), teacher.tokenizer, tasks, limit=examples, file=answers)
+        chosen = runner.chosen(tasks, teacher.tokenizer)
+        found = runner.evaluate_tasks(dict(models), teacher.tokenizer, chosen, limit=examples, file=answers)
         runner.write(found, folder / "evaluation.json")
         return found
 

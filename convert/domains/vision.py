@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 10_000  # images at most that a run measures on (ours; ImageNet's 50,000 would take 30 GB)
 
+PROBED = 4  # images on which an export is checked
+
 
 class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     """Top-1 error on held-out images is the headline metric; training counts images."""
@@ -94,6 +96,13 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
             student = self.empty_model(config)
         return student if options.start is None else started(model, options, config, student)
 
+    def keep_start(
+        self, student: PreTrainedModel, teacher: ImageTeacher, batches: Sequence[ImageBatch], folder: Path
+    ) -> None:
+        from convert.evaluation import vision_metrics
+
+        vision_metrics.keep_start(student, teacher.model, batches, folder)
+
     def corpus(self, spec: str) -> ImageSet:
         return image_set(spec)
 
@@ -141,8 +150,9 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     def probe(self, data: ImageData, length: int) -> ImageBatch:
         return held_out_images(data, length, length)[0]
 
-    def check(self, teacher: ImageTeacher) -> None:
-        pass
+    def check(self, teacher: ImageTeacher, tasks: str | None) -> None:
+        if tasks is not None:
+            raise UserError("--tasks chooses what a language model is asked; images have one task, their class.")
 
     # --- measurements
 
@@ -160,16 +170,28 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
         return ErrorMonitor(batches, rules)
 
     def final_metrics(
-        self, student: PreTrainedModel, teacher: ImageTeacher, data: ImageData, batches: Sequence[ImageBatch]
+        self,
+        student: PreTrainedModel,
+        teacher: ImageTeacher,
+        data: ImageData,
+        batches: Sequence[ImageBatch],
+        folder: Path,
     ) -> "VisionMetrics":
         from convert.evaluation import vision_metrics
 
-        return vision_metrics.final_metrics(student, teacher, data, list(batches))
+        return vision_metrics.final_metrics(student, teacher.model, data, batches, folder)
 
     def evaluate(
-        self, models: Mapping[str, PreTrainedModel], teacher: ImageTeacher, examples: int, folder: Path
+        self,
+        models: Mapping[str, PreTrainedModel],
+        teacher: ImageTeacher,
+        tasks: str | None,
+        examples: int,
+        folder: Path,
     ) -> "Evaluation":
-        raise NotImplementedError
+        from convert.runs.evaluation_schemas import Evaluation
+
+        return Evaluation(rows=[], gaps=[], models={})  # the class of an image is the only task: final_metrics has it
 
     def try_it(self, run: Path) -> str:
         return f"python -m convert.export {run} --format onnx"
@@ -179,4 +201,12 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     ) -> dict[str, Any]:
         from convert.exporting.images import export_and_verify
 
-        return export_and_verify(student, folder, cards, data)
+        return export_and_verify(
+            student,
+            folder,
+            card=cards[0],
+            card_without_code=cards[1],
+            class_names=data.class_names,
+            images=held_out_images(data, PROBED, PROBED)[0].images,
+            dtype=teacher.dtype,
+        )

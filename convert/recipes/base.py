@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from convert.core.errors import UserError
-from convert.core.fields import Name, Range, check, checked
+from convert.core.fields import Name, Range, Text, check, checked
 from convert.steps.base import Step
 from convert.training.settings import StageSettings
 
@@ -15,7 +15,8 @@ TINY_EXAMPLES = 2  # of each task
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in their order. `examples`: of each task, that teacher and student answer at the end.
+    """Steps in their order. `examples`: of each task, that teacher and student answer at the end. `tasks`: the names of
+    these tasks, with commas; None: all that can be asked.
 
     `variants`: name of a step that the recipe can have -> the function that adds it. A setting of such a step
     (`with_setting`) adds it first."""
@@ -23,6 +24,7 @@ class Recipe:
     target: Name
     steps: tuple[Step, ...]
     examples: Annotated[int, Range(1, 100_000)]
+    tasks: Text | None = None
     variants: Mapping[str, Callable] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ ALIGN_SHARE = 0.1  # of the tokens (the paper's best split, 10 / 90)
 CALIBRATION = 32_768  # tokens (TransMLA's 128 samples of 256)
 HYBRID_N = 4  # one layer in four keeps attention (7 of 28: When Perplexity Lies, arXiv 2603.26556)
 INSTRUCT_SHARE = 1 / 3  # of the tokens after alignment (250 M beside 500 M: When Perplexity Lies)
-INSTRUCT_LR = 1 / 4  # of the rate before it (ours: the whole rate undoes some of what text has taught)
+INSTRUCT_LR = 1 / 8  # of the rate before it (ours: the whole rate undoes much of what text has taught; LOG.md)
 INSTRUCT_SEQ_LEN = 4096  # tokens (When Perplexity Lies), but at most four times those before it (ours)
 # (family, layers, width) -> the layers of that model that keep attention in hybrids: Qwen3-0.6B (When Perplexity Lies,
 # which found them by a beam search on associative recall and has the same ones for every mixer)
@@ -237,7 +237,7 @@ def _hybrid(target: str, mixer: str, options: Any, budget: Budget) -> Recipe:
     distill = _distill(budget, budget.tokens - first - last)
     steps = edit, Train("align", "align", _smaller_batches(budget, align)), distill, _instruct(budget, last)
     added = {"align_qk": variants.align_qk, "select": variants.selection("edit", edit.keep, HYBRID_N)}
-    return Recipe(target, steps, budget.examples, added)
+    return Recipe(target, steps, budget.examples, variants=added)
 
 
 def _edited(target: str, edit: Swap, budget: Budget) -> Recipe:

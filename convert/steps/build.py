@@ -48,4 +48,6 @@ class Build(Step, Checked):
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Draw the weights, or read those that the student starts from. The run has seeded the generator."""
         built = session.domain.build(self.model, self.options, session.teacher)
-        return built.requires_grad_(False).eval(), {}
+        built.requires_grad_(False).eval()
+        session.domain.keep_start(built, session.teacher, session.held_out, session.folder.run)
+        return built, {}

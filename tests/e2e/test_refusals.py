@@ -61,6 +61,7 @@ def test_a_run_never_moves_or_becomes_what_it_reads(teacher, tmp_path, monkeypat
     [
         (["--to", "mamba3"], "Unknown target 'mamba3'. Nearest: mamba"),
         (["--set", "distil.lr=1"], "this recipe's steps are linear, align, handover, forget, distill"),
+        (["--tasks", "nmes"], "There is no task 'nmes'. Nearest: names"),
         (["--set", "distill.speed=1"], "has no field 'speed'; it has"),
         (["--set", "distill.lr=fast"], "lr must be a finite number; got 'fast'"),
         (

@@ -14,6 +14,7 @@ from convert.models.catalog import resolve
 from convert.models.loading import read_config
 from convert.planning.plan import make_plan
 from convert.runs import records
+from convert.runs.evaluation_schemas import tasks_of
 from experiments import gendistill_axes, grid_table, hybrids, variants
 from experiments.gendistill_axes import FINDINGS, ROWS, longer
 from experiments.grid import TABLE, Grid, Row, options, recipe_of, run_command, run_grid
@@ -110,13 +111,14 @@ def small(monkeypatch, finished_run, tmp_path):
 
 
 def grid(out, rows=LINEAR, ask=None):
-    return run_grid(Grid(tuple(rows), FINDINGS), ask or rows, "neox-nano", 2048, 1, 2, None, out)
+    return run_grid(Grid(tuple(rows), FINDINGS), ask or rows, "neox-nano", 2048, 1, 2, None, out, "names,brackets")
 
 
 def test_two_rows_end_in_a_table_and_are_not_done_again(small, capsys, monkeypatch):
     first = grid(small)
     assert [(result.name, result.seed) for result in first] == [(DEFAULT, 0), ("mixers alone trained", 0)]
     assert first[1].ratio == records.report(small / "frozen-mixers-alone-trained-0").perplexity.ratio
+    assert tasks_of(first[1].evaluation.rows) == ["names", "brackets"]
     table = (small / TABLE).read_text()
     assert "| 2 | frozen | mixers alone trained |" in table and "Frozen attention: not measured yet" in table
     assert "mixers alone trained" in capsys.readouterr().out

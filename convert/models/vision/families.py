@@ -18,9 +18,9 @@ OUTPUTS = ("id2label", "label2id")
 
 @dataclass(frozen=True)
 class StudentOptions(Checked):
-    """What a student begins with. `start`: the weights of a classifier, by whatever names a teacher, or
-    "published", with a new head where its classes are others; None: random weights. `image_size`: side of its images; None: what the model needs,
-    or what the teacher sees."""
+    """What a student begins with. `start`: the weights of a classifier, by whatever names a teacher, or "published",
+    with a new head where its classes are others; None: random weights. `image_size`: side of its images; None: what the
+    model needs, or what the teacher sees."""
 
     start: Text | None = None
     image_size: Annotated[int, Range(4, 4096)] | None = None

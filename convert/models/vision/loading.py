@@ -43,8 +43,11 @@ def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTraine
     """Configuration of a classifier, with its preprocessing. Known names need no network.
 
     Raises UserError for a model that is no image classifier of a family that transformers knows."""
-    if source.kind == "alias":
-        return known_config(source.name)
+    return known_config(source.name) if source.kind == "alias" else _published_config(source)
+
+
+def _published_config(source: Source) -> PreTrainedConfig:
+    """The configuration beside the weights, read as data."""
     local = not (source.is_remote and is_hub_reachable())
     with explained(source):
         raw = _json(source, "config.json", local)
@@ -67,12 +70,12 @@ def read_config(source: Source, *, trust_remote_code: bool = False) -> PreTraine
 def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool = False) -> ImageTeacher:
     """Load a classifier. Raises UserError where its files or the device cannot be used."""
     place = check_device(device)
-    config = read_config(source, trust_remote_code=trust_remote_code)
     if source.kind == "alias" and CLASSIFIERS[source.name].hub is None:
         raise UserError(
             f"A teacher has weights; {source.name} has none that are published. It can be a student; train it, and give"
             " the folder of the run."
         )
+    config = _published_config(source)
     local = not (source.is_remote and is_hub_reachable())
     if not source.is_remote:
         manifest.check_model(Path(source.where))

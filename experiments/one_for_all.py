@@ -1,0 +1,199 @@
+"""Which distillation works between architectures? ("One-for-All", arXiv 2310.19444: a CNN, a ViT and an MLP-Mixer teach
+each other, with all labels and with a tenth of them.)
+
+    python -m experiments.one_for_all                             # digits, three seeds: resumable, under an hour
+    python -m experiments.one_for_all --data fashion-mnist        # hours
+    python -m experiments.one_for_all --labels 0.1 --seeds 1      # a part of it
+
+Nine pairs, five methods. A student without a teacher learns from the labelled images alone; the others learn from all
+images, those without a label by the teacher. Every training is a line of results.jsonl with the held-out images it had
+right, so that methods are compared on the same seeds and images."""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+
+from convert.cli import fail_in_words, number_of_tokens, real_number, whole_number
+from convert.core import json_lines
+from convert.core.console import console
+from convert.core.files import write_text
+from convert.data.image_batches import held_out_images
+from convert.domains.vision import Vision
+from convert.evaluation.classification import predict
+from convert.evaluation.pairs import difference
+from convert.objectives import Objective
+from convert.recipes import vision as recipes
+from convert.training.images import classify
+
+MODELS = ("resnet-nano", "vit-nano", "mixer-nano")
+IMAGES = {"digits": 40_000, "fashion-mnist": 240_000}
+SCRATCH, OFA = "scratch", "OFA"
+METHODS = {
+    SCRATCH: "cross_entropy",
+    "KD": "cross_entropy + forward_kl(temperature=4)",
+    "FitNet": "cross_entropy + hints",
+    "DIST": "cross_entropy + dist",
+    OFA: "cross_entropy + one_for_all",
+}
+TABLE = "table.md"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One student: `teacher` is "" without one."""
+
+    teacher: str
+    student: str
+    method: str
+    labels: float
+    seed: int
+
+
+def trainings(labels: list[float], seeds: int, methods: list[str]) -> Iterator[Training]:
+    """All of them, the first seed first."""
+    for seed in range(seeds):
+        for share in labels:
+            for student in MODELS:
+                if SCRATCH in methods:
+                    yield Training("", student, SCRATCH, share, seed)
+                for teacher in MODELS:
+                    for method in methods:
+                        if method != SCRATCH:
+                            yield Training(teacher, student, method, share, seed)
+
+
+class Bench:
+    """The teachers and images that trainings share."""
+
+    def __init__(self, data: str, images: int) -> None:
+        self.spec, self.images, self.domain = data, images, Vision()
+        suffix = "" if data == "digits" else f"-{data}"
+        names = [f"{name}{suffix}" for name in MODELS]
+        self.teachers = {
+            name: self.domain.load_teacher(self.domain.resolve(full), "cpu", False)
+            for name, full in zip(MODELS, names, strict=True)
+        }
+
+    def correct(self, training: Training) -> NDArray:
+        """Train the student; bool [N]: which held-out images it has right."""
+        teacher = self.teachers[training.teacher or training.student]
+        budget = recipes.budget(
+            training.student, teacher.model.config, images=self.images, labels=training.labels, seed=training.seed
+        )
+        build, train = recipes.one_for_all(budget, training.student).steps
+        objective = Objective.of(METHODS[training.method])
+        settings = dataclasses.replace(train.settings, objective=objective, evaluate_every=0)
+        data = self.domain.prepare(self.domain.corpus(self.spec), teacher, settings.images, settings)
+        torch.manual_seed(training.seed)
+        student = self.domain.build(training.student, build.options, teacher)
+        classify(student, teacher.model if training.teacher else None, self.domain.batches(data, settings), settings)
+        return predict(student, held_out_images(data, 500, len(data.held_out))).is_right
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=tuple(IMAGES), default="digits")
+    parser.add_argument("--images", help="seen in training; 40k for digits and 240k for fashion-mnist by default")
+    parser.add_argument("--labels", type=real_number(1e-6, 1), nargs="+", default=[0.1, 1.0], help="shares of labels")
+    parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, help="runs/one-for-all/DATA-IMAGES by default")
+    args = parser.parse_args()
+    images = number_of_tokens(args.images) if args.images else IMAGES[args.data]
+    out = args.out or Path("runs/one-for-all") / f"{args.data}-{images}"
+    out.mkdir(parents=True, exist_ok=True)
+    file, bench = out / "results.jsonl", Bench(args.data, images)
+    json_lines.mend(file)
+    wanted = list(trainings(args.labels, args.seeds, args.methods))
+    found = results_of(file)
+    for i, training in enumerate(wanted):
+        if training in found:
+            continue
+        started = time.monotonic()
+        right = bench.correct(training)
+        row = dataclasses.asdict(training) | {
+            "accuracy": float(right.mean()),
+            "seconds": time.monotonic() - started,
+            "right": "".join("01"[int(each)] for each in right),
+        }
+        json_lines.append(file, [row])
+        found[training] = right
+        pair = f"{training.teacher or 'no teacher'} -> {training.student}"
+        console.print(
+            f"{i + 1} of {len(wanted)}: {pair}, {training.method}, {training.labels:.0%} of the labels, seed"
+            f" {training.seed}: {right.mean():.2%}",
+            highlight=False,
+        )
+    lines = [line for share in args.labels for line in show(found, share)]
+    write_text(out / TABLE, "\n".join(lines) + "\n")
+    console.print(f"The table is in {out / TABLE}.")
+
+
+def results_of(file: Path) -> dict[Training, NDArray]:
+    """What was trained before."""
+    names = [field.name for field in dataclasses.fields(Training)]
+    rows = json_lines.read(file) if file.exists() else []
+    return {Training(**{name: row[name] for name in names}): np.array([c == "1" for c in row["right"]]) for row in rows}
+
+
+def by_seed(found: dict[Training, NDArray], teacher: str, student: str, method: str, labels: float) -> NDArray:
+    """[S, N] of the seeds that were trained."""
+    same = [
+        (training.seed, right)
+        for training, right in found.items()
+        if (training.teacher, training.student, training.method, training.labels)
+        == ("" if method == SCRATCH else teacher, student, method, labels)
+    ]
+    return np.array([right for _, right in sorted(same, key=lambda pair: pair[0])])
+
+
+def show(found: dict[Training, NDArray], labels: float) -> list[str]:
+    """Print the table of one share of labels; its lines of Markdown. Accuracy is in percent: mean and spread (largest
+    minus smallest) of the seeds. A star: no method is better beyond the interval of the difference."""
+    methods = [method for method in METHODS if any(training.method == method for training in found)]
+    table = Table("teacher", "student", *methods, box=box.SIMPLE_HEAD, title=f"{labels:.0%} of the labels")
+    lines = [f"## {labels:.0%} of the labels", "", "| teacher | student | " + " | ".join(methods) + " |"]
+    lines.append("|---" * (len(methods) + 2) + "|")
+    good = pairs = 0
+    for student in MODELS:
+        for teacher in MODELS:
+            cells = {method: by_seed(found, teacher, student, method, labels) for method in methods}
+            if any(not len(cell) for cell in cells.values()):
+                continue
+            best = max(methods, key=lambda method: cells[method].mean())
+            at_best = [method for method in methods if method == best or not is_better(cells[best], cells[method])]
+            pairs, good = pairs + 1, good + (OFA in at_best)
+            texts = [in_words(cells[method]) + " *" * (method in at_best) for method in methods]
+            table.add_row(teacher, student, *texts)
+            lines.append(f"| {teacher} | {student} | " + " | ".join(texts) + " |")
+    console.print(table)
+    if OFA in methods and pairs:
+        line = f"OFA is best, or not surely worse than the best, in {good} of {pairs} pairs."
+        console.print(line, highlight=False)
+        lines += ["", line]
+    return [*lines, ""]
+
+
+def is_better(a: NDArray, b: NDArray) -> bool:
+    """Whether [S, N] is better than the same seeds and images of another method, beyond the 95 % interval."""
+    seeds = min(len(a), len(b))
+    return difference({"class": a[:seeds].astype(float)}, {"class": b[:seeds].astype(float)}).sign > 0
+
+
+def in_words(right: NDArray) -> str:
+    by_seed = 100 * right.mean(1)
+    return f"{by_seed.mean():.1f} ± {np.ptp(by_seed):.1f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(fail_in_words(main, debug=False))
