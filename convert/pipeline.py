@@ -122,7 +122,7 @@ def _steps(
     folders = [StepFolder(run.out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
     read = functools.partial(load_student, teacher=teacher, empty=run.domain.empty_model)
     held_out = run.held_out()
-    monitor = run.domain.monitor(run.teacher, held_out[: max(1, len(held_out) // 4)], rules)
+    monitor = run.domain.monitor(run.teacher, held_out, rules)
     results: list[dict[str, Any]] = []
     student, tokens_before, steps_before = None, 0, 0
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):

@@ -47,7 +47,7 @@ def pretrained(name: str, data: ImageData, side: int, images: int, seed: int) ->
     torch.manual_seed(seed)
     model = AutoModelForImageClassification.from_config(student_config(name, StudentOptions(), outputs))
     settings = ImageSettings(
-        images=images, batch_images=64, micro_images=64, lr=2e-3, objective=Objective.of("cross_entropy"),
+        images=images, batch_images=64, micro_images=64, lr=1e-3, objective=Objective.of("cross_entropy"),
         trains="everything", seed=seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0, crop=1,
         precision="float32",
     )  # fmt: skip
@@ -89,6 +89,7 @@ def main() -> None:
         accuracies = [100 - error(model, batches) for model in models]
         folder = args.out / (name if args.data == "digits" else f"{name}-{args.data}")
         folder.mkdir(parents=True, exist_ok=True)
+        models[0].config.architectures = [type(models[0]).__name__]
         save_student(models[0], folder)
         write_text(folder / "README.md", card(name, models[0], data, args.data, images, accuracies))
         console.print(f"{folder.name}: {', '.join(f'{accuracy:.2f} %' for accuracy in accuracies)}", highlight=False)

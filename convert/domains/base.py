@@ -207,7 +207,7 @@ class Domain(ABC, Generic[S, T, C, D]):
 
     @abstractmethod
     def monitor(self, teacher: T, batches: Sequence[Any], rules: Sequence[Any]) -> Monitor:
-        """Return what is called whenever a training step measures."""
+        """Return what is called whenever a training step measures, on all or some of these held-out batches."""
 
     @abstractmethod
     def final_metrics(self, student: PreTrainedModel, teacher: T, data: D, batches: Sequence[Any], folder: Path) -> Any:

@@ -63,7 +63,7 @@ def one_for_all(budget: Budget, student: Text) -> Recipe:
     batch = budget.batch_images
     if budget.is_small:
         settings = ImageSettings(
-            images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels, lr=2e-3,
+            images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels, lr=1e-3,
             objective=OBJECTIVE, trains="everything", seed=budget.seed, schedule="cosine", weight_decay=0.05,
             beta2=0.999, clip=5.0, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10),
         )  # fmt: skip
