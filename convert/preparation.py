@@ -102,7 +102,7 @@ def prepared(
 def domain_for(teacher: str, recipe: str | Recipe) -> Domain:
     """The domain of a run. Raises UserError for a target of another domain than its teacher's."""
     target = TARGETS.get(recipe if isinstance(recipe, str) else recipe.target)
-    return domain_of(teacher, target and target.domain)
+    return domain_of(teacher, None if target is None else target.domain)
 
 
 def _planned(

@@ -13,7 +13,7 @@ from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, real_n
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.data.corpus import check_exists
-from convert.models.catalog import Source, resolve
+from convert.models.catalog import Source, domain_name, resolve
 from convert.recipes.assignment import parse_assignment
 from convert.recipes.targets import TARGETS, default_recipe, target_named
 
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace) -> None:
     """Refuse at once what needs no model to refuse; then plan, or run the whole conversion."""
     source, target = resolve(args.teacher), target_named(args.to)
+    domain_name(source, target.domain)
     sizes = _sizes(args, target.domain)
     if args.tiny and sizes:
         raise UserError(

@@ -180,6 +180,19 @@ def resolve(name: Place) -> Source:
     raise UserError(f"Unknown teacher {name!r}. {offer} Or give a hub id (owner/name), a local folder or a .gguf file.")
 
 
+def domain_name(source: Source, target: str | None) -> str:
+    """The name of the domain of a run: `target` is that of what the teacher becomes, which decides for a model that
+    only the hub knows. Raises UserError where the two differ."""
+    domain = source.domain or target or "language"
+    if target is not None and domain != target:
+        kinds = {"language": "language models", "vision": "image classifiers"}
+        raise UserError(
+            f"A target must fit its teacher; this one is for {kinds[target]}, and {source.name} is one of the"
+            f" {kinds[domain]}. --help lists the targets of both."
+        )
+    return domain
+
+
 def _domain_of(folder: Path) -> str:
     """The domain of a model by its config.json; language where that cannot be read, which loading then says."""
     file = folder / "config.json"

@@ -20,14 +20,16 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
 def load_student(
     folder: Path, teacher: PreTrainedModel, empty: Callable[[PreTrainedConfig], PreTrainedModel]
 ) -> PreTrainedModel:
-    """Read a student back, frozen, on the teacher's device and with its kind of attention. `empty` makes the model of a
-    configuration."""
+    """Read a student back, frozen, on the teacher's device, and where they share layers with its kind of attention.
+    `empty` makes the model of a configuration."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config._attn_implementation = teacher.config._attn_implementation
+    if config.model_type in ("converted", teacher.config.model_type):  # another family may not have the teacher's kind
+        config._attn_implementation = teacher.config._attn_implementation
     with torch.device(teacher.device):
         student = empty(config)
     load_model(student, str(folder / "model.safetensors"))
-    student.generation_config = teacher.generation_config
+    if hasattr(teacher, "generation_config"):  # a classifier has none
+        student.generation_config = teacher.generation_config
     return student.requires_grad_(False).eval()
 
 

@@ -189,7 +189,7 @@ class LiveObjective(nn.Module):
         """The sum of the BlockTerms for one layer, times `scale`: that layer's and these sequences' share."""
         return self._on_features(BlockTerm, student, (student, teacher, inputs), scale)
 
-    def on_stages(self, student: Features, teacher: Features, targets: Tensor, scale: float) -> Tensor:
+    def on_stages(self, student: Features, teacher: Features | None, targets: Tensor, scale: float) -> Tensor:
         """The sum of the StageTerms, times `scale`: the share of the whole batch that these images are."""
         return self._on_features(StageTerm, student.logits, (student, teacher, targets), scale)
 

@@ -41,10 +41,11 @@ def _resnet(depths: list[int], widths: list[int], kind: str) -> dict[str, Any]:
     return {"depths": depths, "hidden_sizes": widths, "layer_type": kind, "embedding_size": 64}
 
 
+NANO_VIT = _vit(64, 4, 6, 4) | {"intermediate_size": 128}
 NANO_RESNET = _resnet([1, 1, 1, 1], [16, 32, 64, 96], "basic") | {"embedding_size": 16}
 BASIC, WIDE = [64, 128, 256, 512], [256, 512, 1024, 2048]
 CLASSIFIERS = {
-    "vit-nano": KnownClassifier("a ViT of 0.2 M parameters", "vit", _vit(64, 4, 6, 4) | {"intermediate_size": 128}, size=None, mean=HALF, std=HALF),
+    "vit-nano": KnownClassifier("a ViT of 0.2 M parameters", "vit", NANO_VIT, size=None, mean=HALF, std=HALF),
     "resnet-nano": KnownClassifier(
         "a ResNet of 0.2 M parameters", "resnet", NANO_RESNET, size=None, scale=2, mean=HALF, std=HALF
     ),

@@ -69,7 +69,7 @@ def preprocessing_from(processor: dict[str, Any], config: PreTrainedConfig, wher
     """What the preprocessor_config.json of a published model says, in every form that transformers has had.
 
     Raises UserError where it says too little."""
-    size = processor.get("crop_size") if processor.get("do_center_crop", True) else None
+    size: Any = processor.get("crop_size") if processor.get("do_center_crop", True) else None
     size = size or processor.get("size") or getattr(config, "image_size", None)
     sides = size if isinstance(size, dict) else {"height": size, "width": size}
     edge = sides.get("shortest_edge")
@@ -77,10 +77,9 @@ def preprocessing_from(processor: dict[str, Any], config: PreTrainedConfig, wher
     if isinstance(height, list) and len(height) == 2:
         height, width = height
     channels = getattr(config, "num_channels", 3)
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if processor.get("do_normalize", True):
-        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
-    else:
+    mean: Any = processor.get("image_mean", IMAGENET_MEAN)
+    std: Any = processor.get("image_std", IMAGENET_STD)
+    if not processor.get("do_normalize", True):
         mean, std = (0.0,) * channels, (1.0,) * channels
     try:
         found = Preprocessing(int(height), int(width), *(tuple(float(v) for v in values) for values in (mean, std)))

@@ -19,9 +19,7 @@ FIELDS = {
 
 def small_model(family: str, channels: int = 3, classes: int = 5, side: int = 64, mean: float = 0.5) -> PreTrainedModel:
     """In eval mode; images have the statistics `mean` and 0.25."""
-    config = AutoConfig.for_model(
-        family, **FIELDS[family], image_size=side, num_channels=channels, num_labels=classes
-    )
+    config = AutoConfig.for_model(family, **FIELDS[family], image_size=side, num_channels=channels, num_labels=classes)
     set_preprocessing(config, Preprocessing(side, side, (mean,) * channels, (0.25,) * channels))
     torch.manual_seed(0)
     return AutoModelForImageClassification.from_config(config).eval()

@@ -1,0 +1,133 @@
+"""Whole runs on images, from a tiny classifier of digits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from convert.domains import domain_of
+from convert.evaluation import efficiency
+from convert.exporting import images as exporting
+from convert.models.catalog import resolve
+from convert.models.vision.features import logits
+from convert.models.vision.loading import load_teacher
+from convert.pipeline import finished
+from convert.run import main
+from convert.runs import records
+from tests.e2e.test_resume import killed_at
+from tests.evaluation.classifiers import classifier
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with a tiny ViT that has ten classes."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    classifier("vit", classes=10).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """The export is read back here: a clean process takes seconds, and tests of the export have one."""
+    monkeypatch.setattr(exporting, "verify", lambda *_: {"max_abs_logit": 0.0, "allowed": 1e-4})
+    monkeypatch.setattr(efficiency, "_pass_seconds", lambda *_: 1e-3)
+
+
+def command(teacher, out, *more, to="resnet-nano"):
+    always = ["--data", "digits", "--tiny", "--wandb", "disabled", "--device", "cpu"]
+    return [str(teacher), "--to", to, "--out", str(out), *always, *more]
+
+
+@pytest.mark.parametrize("student", ["resnet-nano", "mixer-nano"])
+def test_any_architecture_teaches_any(student, digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(digits, out, "--set", "distill.evaluate_every=16", to=student)) == 0
+    report = records.report(out)
+    assert (report.domain, report.unit, report.headline.name) == ("vision", "images", "error")
+    assert [step.kind for step in report.steps] == ["Build", "TrainImages"] and report.tokens.total == 48
+    assert report.similarity.before is not None and report.in_training.last_after == 48
+    assert report.images.held_out == 500 and report.images.class_names == [str(i) for i in range(10)]
+    assert [row["held_out/error"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())][
+        -1
+    ] == pytest.approx(report.headline.student)
+    assert "top-1 accuracy" in (out / "report.md").read_text() and (out / "report.html").exists()
+    found = AutoModelForImageClassification.from_pretrained(out / "model", trust_remote_code=student == "mixer-nano")
+    again = load_teacher(resolve(str(out)))  # the student is a teacher like any other
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(logits(found.eval(), images), logits(again.model, images))
+    assert domain_of(str(out)).name == "vision"
+    before = (out / "report.json").read_bytes()
+    assert main(command(digits, out, "--set", "distill.evaluate_every=16", to=student)) == 0
+    assert "distill: done, skipped" in capsys.readouterr().out and before
+
+
+@pytest.mark.parametrize("instant", ["before a checkpoint's rename", "after a checkpoint", "in the export"])
+def test_a_run_that_was_killed_is_bit_identical(instant, digits, tmp_path, monkeypatch):
+    more = ["--set", "distill.save_every=0", "--set", "distill.mixup=0.2"]
+    assert main(command(digits, tmp_path / "straight", *more)) == 0
+    arguments = command(digits, tmp_path / "killed", *more)
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "export", lambda *_, **__: None)
+        killed_at(instant, arguments, patched)
+    assert main(arguments) == 0
+    straight, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "killed"))
+    assert straight.keys() == resumed.keys() and all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+REFUSED = {
+    "text's tokens": (["--tokens", "20k"], "--tokens is an option of text, and resnet-nano learns from images"),
+    "text's sequences": (["--seq-len", "64"], "Those of images are --images, --labels"),
+    "tasks": (["--tasks", "names"], "--tasks chooses what a language model is asked"),
+    "labels": (["--set", "distill.labels=0.001"], "0.001"),
+    "another term": (["--set", "distill.objective=energy_mse"], "its objective cannot be energy_mse"),
+    "one alone": (["--set", "distill.micro_images=5"], "leaves one alone"),
+    "stages that are not there": (["--set", "distill.objective=hints(stage=9)"], "stage"),
+    "a rule": (["--stop-when", "perplexity<2", "--set", "distill.evaluate_every=16"], "--stop-when takes error"),
+    "words": (["--data", "stdlib"], "Images cannot be made of the text 'stdlib'"),
+    "size": (["--set", "build.image_size=3"], "image_size must be"),
+}
+
+
+@pytest.mark.parametrize("more, words", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence(more, words, digits, tmp_path, capsys):
+    arguments = command(digits, tmp_path / "out", *more)
+    if more[0] in ("--tokens", "--seq-len"):
+        arguments.remove("--tiny")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_and_text_are_not_mixed(digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(digits, out, to="mamba")) == 2
+    assert "this one is for language models, and" in capsys.readouterr().err
+    assert main(["neox-nano", "--to", "resnet-nano", "--out", str(out)]) == 2
+    assert "this one is for image classifiers, and neox-nano" in capsys.readouterr().err
+    assert main(["neox-nano", "--to", "mamba", "--labels", "0.1", "--out", str(out)]) == 2
+    assert "--labels is an option of images, and mamba learns from text" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_classes_that_are_not_the_teachers_are_refused(tmp_path, capsys):
+    classifier("vit", classes=7).save_pretrained(tmp_path / "seven")
+    assert main(command(tmp_path / "seven", tmp_path / "out")) == 2
+    assert "digits has 10, and seven 7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_known(digits, tmp_path):
+    from convert.recipes import tiny
+    from convert.recipes.targets import default_recipe
+
+    out = tmp_path / "run"
+    assert main(command(digits, out)) == 0
+    config = domain_of(str(digits)).read_config(resolve(str(digits)))
+    recipe = tiny(default_recipe("tiny", config, "resnet-nano"))
+    assert finished(out, str(digits), recipe, "digits") is not None
+    assert finished(out, str(digits), tiny(default_recipe("tiny", config, "resnet-nano", labels=0.5)), "digits") is None
+    shutil.rmtree(out)
