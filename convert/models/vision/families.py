@@ -73,7 +73,8 @@ def preprocessing_from(processor: dict[str, Any], config: PreTrainedConfig, wher
     size = size or processor.get("size") or getattr(config, "image_size", None)
     sides = size if isinstance(size, dict) else {"height": size, "width": size}
     edge = sides.get("shortest_edge")
-    height, width = sides.get("height", edge), sides.get("width", edge)
+    height: Any = sides.get("height", edge)
+    width: Any = sides.get("width", edge)
     if isinstance(height, list) and len(height) == 2:
         height, width = height
     channels = getattr(config, "num_channels", 3)
