@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "convert/exporting": "core mixers models",
     "convert/training": "core mixers models objectives data",
     "convert/evaluation": "core mixers models objectives data runs reports",
-    "convert/domains": "mixers models data evaluation exporting reports runs",
+    "convert/domains": "core mixers models data evaluation exporting reports runs training",
     "convert/steps": "core mixers models objectives data training runs domains",
     "convert/recipes": "core mixers models objectives training steps",
     "convert/planning": "core kernels mixers models training domains steps recipes",
