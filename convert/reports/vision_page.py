@@ -96,10 +96,15 @@ def training_lines(report: VisionReport) -> list[str]:
     found = report.in_training
     if found is None:
         return []
+    where, at = (
+        "Measured in training on some held-out images, the error was lowest",
+        f"after {found.best_after:,} images",
+    )
+    if found.best_after == found.last_after:
+        return [f"{where} at the last measurement: {found.best:.2f} % {at}."]
     return [
-        f"Measured in training on held-out images, the error was lowest with {found.best:.2f} % after"
-        f" {found.best_after:,} images, and {found.last:.2f} % at the last measurement after {found.last_after:,}."
-        " The student is the last one, not the best one."
+        f"{where} with {found.best:.2f} % {at}, and {found.last:.2f} % at the last measurement after"
+        f" {found.last_after:,}. The student is the last one, not the best one."
     ]
 
 

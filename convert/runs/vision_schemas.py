@@ -110,8 +110,7 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorInTraining:
-    """Top-1 error of the student whenever it was measured in training, on the held-out images that are measured
-    then."""
+    """Top-1 error of the student whenever it was measured in training, on some of the held-out images."""
 
     best: Annotated[Number, Key("Lowest error. Choosing by it looks at held-out images.", "%")]
     best_after: Annotated[Count, Key("Images trained on when it was first reached.", "images")]
@@ -133,7 +132,8 @@ class LayerSimilarity:
     ]
 
     def __post_init__(self) -> None:
-        require(len({len(row) for row in self.values}) <= 1, "values: a number of some row is missing")
+        lengths = {len(row) for row in self.values}
+        require(len(lengths) <= 1 and 0 not in lengths, "values: a number of some row is missing")
 
 
 @dataclass(frozen=True, kw_only=True)

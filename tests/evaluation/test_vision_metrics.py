@@ -11,7 +11,7 @@ from convert.core.errors import UserError
 from convert.evaluation.efficiency import multiply_accumulates
 from convert.evaluation.vision_metrics import error_in_training, final_metrics, keep_start
 from convert.runs import records
-from convert.runs.vision_schemas import Predictions, VisionMetrics
+from convert.runs.vision_schemas import LayerSimilarity, Predictions, VisionMetrics
 from tests.evaluation.classifiers import classifier, image_batches, image_data
 
 
@@ -53,6 +53,12 @@ def test_final_metrics_are_what_a_report_takes(tmp_path):
     (tmp_path / "similarity.json").write_text(kept.replace("70", "71").replace("64", "65"))
     with pytest.raises(UserError, match=r"similarity\.json is not what was written"):
         final_metrics(student, teacher, image_data(), batches, tmp_path)
+
+
+@pytest.mark.parametrize("values", [[[]], [[1.0], [1.0, 2.0]]])
+def test_damaged_similarities_are_named(values):
+    with pytest.raises(UserError, match="a number of some row is missing"):
+        records.checked({"images": 8, "values": values}, LayerSimilarity, "It", "")
 
 
 def test_damaged_predictions_are_named():

@@ -15,9 +15,10 @@ from convert.evaluation.vision_metrics import final_metrics, keep_start
 from convert.reports import charts, page, report
 from convert.reports.sections import Run
 from convert.reports.vision import VISION
+from convert.reports.vision_page import training_lines
 from convert.runs.evaluation_schemas import Evaluation
 from convert.runs.schemas import Handover, Layers, Seconds, StepResult, TokenCount
-from convert.runs.vision_schemas import ImageRunSettings, VisionReport
+from convert.runs.vision_schemas import ErrorInTraining, ImageRunSettings, VisionReport
 from experiments import compare
 from tests.evaluation.classifiers import classifier, image_batches, image_data
 from tests.reports.browser import BROWSER, opened
@@ -92,7 +93,7 @@ def test_the_page_has_every_number_as_text(run, html):
     for part in (
         "vit-nano → resnet-nano", "Accuracy on held-out images", "Confusion of the teacher", "CKA before training",
         "CKA after", "What a pass costs", "Held-out error", "Loss of distill", "class 11", f"{r.cost.student.macs:,}",
-        f"{r.headline.student:.2f} %", "the error was lowest with 91.00 % after 64 images",
+        f"{r.headline.student:.2f} %", "the error was lowest at the last measurement: 91.00 % after 64 images.",
     ):  # fmt: skip
         assert part in words, part
     assert text.count("<svg") == 6  # a loss, an error, two confusions, two similarities
@@ -165,6 +166,12 @@ def test_the_end_of_a_run_and_the_card(run):
     assert "pipeline_tag: image-classification" in card and "trust_remote_code" not in card
     assert "trust_remote_code=True" in report.card(r, VISION)
     assert "Labels of 100 of 200 training images were used (50.0%)." in card and "a/broken.png" in card
+
+
+def test_the_best_error_is_not_the_students(run):
+    found = ErrorInTraining(best=5.0, best_after=1600, last=7.5, last_after=3200)
+    (line,) = training_lines(dataclasses.replace(run.report, in_training=found))
+    assert "lowest with 5.00 % after 1,600 images, and 7.50 % at the last measurement after 3,200." in line
 
 
 def hostile(run):
