@@ -76,7 +76,11 @@ setup(
     cmdclass={"build_py": RelocatingBuild, "editable_wheel": EditableWithAllPackages},
     python_requires=">=3.11",
     packages=["convert", *_inside("convert"), "convert.nano"],
-    package_data={"convert": ["sha256.json"], "convert.reports": ["*.html"], "convert.nano": ["*"]},
+    package_data={
+        "convert": ["sha256.json", "nano_images/*.json", "nano_images/*/*"],
+        "convert.reports": ["*.html"],
+        "convert.nano": ["*"],
+    },
     entry_points={"console_scripts": ["convert-model = convert.run:main"]},
     install_requires=[
         "torch>=2.9",

@@ -45,7 +45,7 @@ LIGHT = {
     "no target": ("run", ["neox-nano"], 2, "required: --to"),
     "no number of tokens": ("run", [*TO, "--tokens", "abc"], 2, "A number of tokens is written"),
     "too short a sequence": ("run", [*TO, "--seq-len", "1"], 2, "--seq-len must be a whole number within 2"),
-    "an unknown teacher": ("run", ["neox-nan", "--to", "mamba"], 2, "Unknown teacher 'neox-nan'. Nearest: neox-nano."),
+    "an unknown teacher": ("run", ["neox-nan", "--to", "mamba"], 2, "Unknown teacher 'neox-nan'. Nearest: neox-nano"),
     "an unknown target": ("run", ["neox-nano", "--to", "mamba3"], 2, "Unknown target 'mamba3'. Nearest: mamba"),
     "no such data": ("run", [*TO, "--data", "nowhere"], 2, "There is no data at 'nowhere'"),
     "no assignment": ("run", [*TO, "--set", "distill.lr"], 2, "--set takes STEP.FIELD=VALUE; got 'distill.lr'."),

@@ -97,7 +97,7 @@ def training_lines(report: VisionReport) -> list[str]:
     if found is None:
         return []
     where, at = (
-        "Measured in training on some held-out images, the error was lowest",
+        "Measured on the held-out images while it trained, the error was lowest",
         f"after {found.best_after:,} images",
     )
     if found.best_after == found.last_after:

@@ -86,10 +86,12 @@ from transformers.utils.import_utils import is_kernels_available
 assert is_kernels_available() and kernels.get_kernel("x") == "their x" and not hasattr(kernels, "selective_scan")
 assert convert.kernels.__path__ != kernels.__path__ and "site-packages" in convert.__file__
 import convert.experiments.compare
-from convert.models.catalog import NANO
+from convert.models.catalog import NANO, resolve
 from convert.core import manifest
 assert (NANO.parent / "sha256.json").exists()
 manifest.check_model(NANO)
+images = resolve("vit-nano")
+assert images.kind == "package" and "site-packages" in images.where
 """
 
 
