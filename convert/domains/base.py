@@ -143,9 +143,9 @@ class Domain(ABC, Generic[S, T, C, D]):
     def build(self, model: str, options: Any, teacher: T) -> PreTrainedModel:
         """Make a student of a family, on the teacher's device."""
 
+    @abstractmethod
     def keep_start(self, student: PreTrainedModel, teacher: T, batches: Sequence[Any], folder: Path) -> None:
         """Keep in the run's folder what a report tells of a student that was built and not trained."""
-        return None
 
     @abstractmethod
     def corpus(self, spec: str) -> C:

@@ -92,6 +92,9 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         built.generation_config = teacher.model.generation_config
         return built
 
+    def keep_start(self, student: PreTrainedModel, teacher: Teacher, batches: Sequence[Batch], folder: Path) -> None:
+        pass  # a report tells nothing of it
+
     def corpus(self, spec: str) -> Corpus:
         return corpus(spec)
 
