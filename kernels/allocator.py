@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
-MIN_BYTES = 1 << 23  # smaller results are allocated by torch (ours)
+MIN_BYTES = 1 << 21  # smaller results are allocated by torch (ours)
 MAX_CACHED_BYTES = 1 << 29  # total size of the blocks that are kept (ours)
 
 _free_blocks: list[mmap.mmap] = []  # the oldest first

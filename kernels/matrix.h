@@ -40,11 +40,18 @@ static inline int64_t rows_at_once(int64_t left) {
 
 enum Part { ALL, LOWER_OUT, LOWER_A, UPPER_A };  // all; the lower triangle of C only; A is a lower or an upper triangle
 
+struct Nothing {
+    void operator()() const {}
+};
+
 // C [count, columns] (+)= A [count, depth] B [depth, columns]. A has any strides; rows of B and C are whole vectors.
-template <typename T>
+// `meanwhile` is called before each block of rows.
+template <typename T, typename Meanwhile = Nothing>
 static void multiply(int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A, int64_t step_A,
-                     const T* B, int64_t row_B, T* C, int64_t row_C, bool add, Part part = ALL) {
+                     const T* B, int64_t row_B, T* C, int64_t row_C, bool add, Part part = ALL,
+                     Meanwhile meanwhile = {}) {
     for (int64_t i = 0; i < count;) {
+        meanwhile();
         int64_t some = rows_at_once(count - i), end = i + some;
         int64_t wide = part == LOWER_OUT && padded<T>(end) < columns ? padded<T>(end) : columns;
         int64_t first = part == UPPER_A ? i : 0, deep = (part == LOWER_A && end < depth ? end : depth) - first;
@@ -75,9 +82,14 @@ static void transpose(int64_t count, int64_t columns, const T* from, int64_t row
 
 // Whether `count` numbers are all finite; they must be a whole number of vectors.
 template <typename T> static bool all_finite(int64_t count, const T* p) {
-    Vec<T> odd{};
-    for (int64_t i = 0; i < count; i += WIDTH<T>) odd += load<T>(p + i) * (T)0;
+    constexpr int W = WIDTH<T>, MANY = 4;  // sums that do not wait for each other
+    Vec<T> odd[MANY] = {};
+    int64_t i = 0;
+    for (; i + MANY * W <= count; i += MANY * W)
+        for (int j = 0; j < MANY; j++) odd[j] += load<T>(p + i + j * W) * (T)0;
+    for (; i < count; i += W) odd[0] += load<T>(p + i) * (T)0;
+    odd[0] += odd[1] + odd[2] + odd[3];
     bool finite = true;
-    for (int i = 0; i < WIDTH<T>; i++) finite &= odd[i] == 0;
+    for (int j = 0; j < W; j++) finite &= odd[0][j] == 0;
     return finite;
 }

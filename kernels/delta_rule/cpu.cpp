@@ -7,6 +7,14 @@
 #include "pairs.h"
 #include "steps.h"
 
+// Products of whole chunks prefetch what the next chunk needs.
+template <typename T>
+static void product(Head<T>& m, int64_t count, int64_t columns, int64_t depth, const T* A, int64_t row_A,
+                    int64_t step_A, const T* B, int64_t row_B, T* C, int64_t row_C, bool add, Part part = ALL) {
+    auto prefetch = [&] { m.prefetch(); };
+    multiply<T>(count, columns, depth, A, row_A, step_A, B, row_B, C, row_C, add, part, prefetch);
+}
+
 // The triangular system, by blocks: w = v + erase S + A u, u = beta w.
 template <typename T> static void solve(Head<T>& m, int rows) {
     constexpr int W = WIDTH<T>;
@@ -56,12 +64,8 @@ template <typename T> static void solve_backward(Head<T>& m, int rows) {
 template <typename T> static void solve_chunk(Head<T>& m, int rows, const T* S) {
     if (m.per_channel) pairs_per_channel(m, rows);
     else pairs_per_head(m, rows);
-    multiply<T>(rows, m.Vp, m.K, m.erase, m.Kp, 1, S, m.Vp, m.w, m.Vp, false);
+    product<T>(m, rows, m.Vp, m.K, m.erase, m.Kp, 1, S, m.Vp, m.w, m.Vp, false);
     solve(m, rows);
-}
-
-template <typename T> static T* last_keys(Head<T>& m, int rows) {
-    return m.stage(m.per_channel ? rows / BLOCK : BLOCKS);
 }
 
 template <typename T> static void scale_state(Head<T>& m, const T* from, T* to) {
@@ -73,10 +77,10 @@ template <typename T> static void scale_state(Head<T>& m, const T* from, T* to) 
 template <typename T> static bool forward_chunk(Head<T>& m, int rows) {
     int64_t K = m.K, Kp = m.Kp, Vp = m.Vp;
     solve_chunk(m, rows, m.S);
-    multiply<T>(rows, Vp, K, m.ask, Kp, 1, m.S, Vp, m.o, Vp, false);
-    multiply<T>(rows, Vp, rows, m.P, STEPS, 1, m.u, Vp, m.o, Vp, true, LOWER_A);
+    product<T>(m, rows, Vp, K, m.ask, Kp, 1, m.S, Vp, m.o, Vp, false);
+    product<T>(m, rows, Vp, rows, m.P, STEPS, 1, m.u, Vp, m.o, Vp, true, LOWER_A);
     scale_state(m, m.S, m.next);
-    multiply<T>(K, Vp, rows, last_keys(m, rows), 1, Kp, m.u, Vp, m.next, Vp, true);
+    product<T>(m, K, Vp, rows, m.stage(rows / BLOCK), 1, Kp, m.u, Vp, m.next, Vp, true);
     if (!all_finite(rows * Vp, m.o) || !all_finite(K * Vp, m.next)) return false;
     std::swap(m.S, m.next);
     return true;
@@ -108,19 +112,19 @@ template <typename T> static bool backward_chunk(Head<T>& m, int rows, const T* 
     transpose<T>(K, V, S, Vp, m.ST, Kp);
     transpose<T>(K, V, m.S, Vp, m.DT, Kp);
     transpose_tile(rows, Vp, m.u, Vp, m.UT, STEPS);
-    multiply<T>(rows, Vp, rows, m.P, 1, STEPS, m.dO, Vp, m.du, Vp, false, UPPER_A);
-    multiply<T>(rows, Vp, K, last_keys(m, rows), Kp, 1, m.S, Vp, m.du, Vp, true);
+    product<T>(m, rows, Vp, rows, m.P, 1, STEPS, m.dO, Vp, m.du, Vp, false, UPPER_A);
+    product<T>(m, rows, Vp, K, m.stage(rows / BLOCK), Kp, 1, m.S, Vp, m.du, Vp, true);
     solve_backward(m, rows);
     for (int t = 0; t < rows; t++) m.dbeta[t] = dot(Vp, m.du + t * Vp, m.w + t * Vp);
-    multiply<T>(rows, rows, V, m.dR, Vp, 1, m.UT, STEPS, m.dA, STEPS, false, LOWER_OUT);
-    multiply<T>(rows, rows, V, m.dO, Vp, 1, m.UT, STEPS, m.dP, STEPS, false, LOWER_OUT);
-    multiply<T>(rows, Kp, V, m.dR, Vp, 1, m.ST, Kp, m.derase, Kp, false);
-    multiply<T>(rows, Kp, V, m.dO, Vp, 1, m.ST, Kp, m.dask, Kp, false);
-    multiply<T>(rows, Kp, V, m.u, Vp, 1, m.DT, Kp, m.dkeys, Kp, false);
+    product<T>(m, rows, rows, V, m.dR, Vp, 1, m.UT, STEPS, m.dA, STEPS, false, LOWER_OUT);
+    product<T>(m, rows, rows, V, m.dO, Vp, 1, m.UT, STEPS, m.dP, STEPS, false, LOWER_OUT);
+    product<T>(m, rows, Kp, V, m.dR, Vp, 1, m.ST, Kp, m.derase, Kp, false);
+    product<T>(m, rows, Kp, V, m.dO, Vp, 1, m.ST, Kp, m.dask, Kp, false);
+    product<T>(m, rows, Kp, V, m.u, Vp, 1, m.DT, Kp, m.dkeys, Kp, false);
     for (int64_t n = 0; n < K; n++) m.dlog_cd[n] = m.chunk_decay[n] * dot(Vp, m.S + n * Vp, S + n * Vp);
     scale_state(m, m.S, m.next);
-    multiply<T>(K, Vp, rows, m.ask, 1, Kp, m.dO, Vp, m.next, Vp, true);
-    multiply<T>(K, Vp, rows, m.erase, 1, Kp, m.dR, Vp, m.next, Vp, true);
+    product<T>(m, K, Vp, rows, m.ask, 1, Kp, m.dO, Vp, m.next, Vp, true);
+    product<T>(m, K, Vp, rows, m.erase, 1, Kp, m.dR, Vp, m.next, Vp, true);
     if (m.per_channel) pairs_per_channel_backward(m, rows);
     else pairs_per_head_backward(m, rows);
     bool finite = all_finite(rows * Kp, m.dq) && all_finite(rows * Kp, m.dk) && all_finite(rows * Vp, m.dR);

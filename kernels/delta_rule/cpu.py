@@ -163,11 +163,16 @@ def _fake_backward(
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, _, document_ids, ctx.scale, ctx.normalize, ctx.has_chunk_states = inputs
     ctx.save_for_backward(*tensors, output[2], document_ids)
+    ctx.set_materialize_grads(False)  # zeros as large as all chunk states would be made, and not used
 
 
-def _gradients(ctx: FunctionCtx, do: Tensor, dS: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: FunctionCtx, do: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_chunk_states:
         raise RuntimeError("This delta rule ran without gradients in mind (keep=False).")
+    _, k, v, _, beta, *_ = ctx.saved_tensors
+    batch, _, heads = beta.shape
+    do = v.new_zeros(*beta.shape, v.shape[3]) if do is None else do
+    dS = v.new_zeros(batch, heads, k.shape[3], v.shape[3]) if dS is None else dS
     gradients = torch.ops.workbench.delta_rule_backward(do, dS, *ctx.saved_tensors, ctx.scale, ctx.normalize)
     return *gradients, None, None, None, None
 

@@ -31,7 +31,7 @@ template <typename T> static void pairs_per_head(Head<T>& m, int rows) {
             Vec<T> k = load<T>(m.k + i);
             store(m.erase + i, -k * m.into_1[t]);
             store(m.ask + i, load<T>(m.q + i) * m.into_1[t]);
-            store(m.stage(BLOCKS) + i, k * m.out_1[t]);
+            store(m.stage(rows / BLOCK) + i, k * m.out_1[t]);
         }
     transpose_tile(rows, m.Kp, m.k, m.Kp, m.keys_T, STEPS);
     multiply<T>(rows, rows, m.K, m.k, m.Kp, 1, m.keys_T, STEPS, m.A, STEPS, false, LOWER_OUT);
@@ -68,7 +68,7 @@ template <typename T> static void pairs_per_head_backward(Head<T>& m, int rows) 
             store(m.dA + t * STEPS + s, Vec<T>{}), store(m.dP + t * STEPS + s, Vec<T>{});
         from_pairs[t] = sum_of_lanes<T>(sum);
     }
-    const T* keys = m.stage(BLOCKS);
+    const T* keys = m.stage(rows / BLOCK);
     for (int t = 0; t < rows; t++) {
         from_out[t] = dot(Kp, m.dkeys + t * Kp, keys + t * Kp);
         for (int64_t c = 0; c < Kp; c += W) {
@@ -139,20 +139,19 @@ template <typename T> static void pairs_per_channel(Head<T>& m, int rows) {
         const T* before = I ? m.stage(I) : nullptr;
         T *keys = m.stage(I + 1), *block_decay = m.block_decay + I * Kp;
         for (int64_t c = 0; c < Kp; c += W) {
-            Vec<T> earlier = load<T>(m.chunk_decay + c), start = exp_of<T>(earlier), sum{};
+            Vec<T> earlier = load<T>(m.chunk_decay + c), start = exp_of<T>(earlier), sum{}, into = sum + (T)1, out = into;
             for (int64_t i = t0 * Kp + c; i < (t0 + BLOCK) * Kp; i += Kp) {
-                Vec<T> log = load<T>(m.g + i), k = load<T>(m.k + i), q = load<T>(m.q + i), into = exp_of<T>(sum += log);
-                store(m.step + i, exp_of<T>(log)), store(m.into + i, into);
+                Vec<T> log = load<T>(m.g + i), step = exp_of<T>(log), k = load<T>(m.k + i), q = load<T>(m.q + i);
+                into *= step, sum += log;
+                store(m.step + i, step), store(m.into + i, into);
                 store(m.near_k + i, -k * into), store(m.near_q + i, q * into);
                 store(m.erase + i, -k * into * start), store(m.ask + i, q * into * start);
             }
-            store(m.start + I * Kp + c, start), store(block_decay + c, exp_of<T>(sum));
+            store(m.start + I * Kp + c, start), store(block_decay + c, into);
             store(m.chunk_decay + c, earlier + sum);
-            sum = Vec<T>{};
             for (int64_t i = (t0 + BLOCK - 1) * Kp + c; i >= t0 * Kp; i -= Kp) {
-                Vec<T> out = exp_of<T>(sum);
                 store(m.out + i, out), store(keys + i, load<T>(m.k + i) * out);
-                sum += load<T>(m.g + i);
+                out *= load<T>(m.step + i);
             }
         }
         pairs_of_block(m, t0);

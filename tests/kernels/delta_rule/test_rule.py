@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib
 import inspect
+import platform
 import random
 
 import pytest
@@ -228,6 +229,28 @@ def test_torch_compile_takes_it(impl, rule, per_channel):
 def test_operations_are_those_of_the_compiled_chunks(keys, values):
     steps = compiled_library().steps_of_chunk(ctypes.c_int64(keys), ctypes.c_int64(values))
     assert operations(keys, values) == 2 * steps * (keys + values) + 6 * keys * values
+
+
+@needs_compiler
+@pytest.mark.parametrize("output", [0, 1])
+def test_one_output_alone_has_its_gradients(output):
+    found = []
+    for impl in ("cpu", "reference"):
+        leaves = {name: t.requires_grad_() for name, t in make(70, state=True).items()}
+        result = kda(**leaves, output_final_state=True, impl=impl)[output]
+        found.append(torch.autograd.grad(result.square().sum(), [*leaves.values()], materialize_grads=True))
+    assert_close(*found, FLOAT64, floor=0.01)
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [5, 70])
+def test_subnormal_numbers_are_zero_in_the_compiled_rule_only(length):
+    if platform.machine() != "x86_64":
+        pytest.skip("other processors take no longer for them")
+    a = make(length, dtype=torch.float32)
+    o, _ = kda(**a | dict(v=torch.full_like(a["v"], 1e-39)), impl="cpu")
+    assert o.abs().max() == 0
+    assert (torch.full((4,), 1e-39) * 0.5).min() > 0
 
 
 @needs_compiler
