@@ -129,8 +129,8 @@ def learn(model: Model, inputs: np.ndarray, targets: np.ndarray, effort: Effort,
         return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay, betas=(0.9, 0.98))]
 
     settings = Schedule(
-        effort.epochs * per_epoch * tokens, lr, Objective.of("cross_entropy"), "everything", x.shape[1], tokens, tokens,
-        precision="float32", loss_chunk=tokens,
+        tokens=effort.epochs * per_epoch * tokens, lr=lr, objective=Objective.of("cross_entropy"), trains="everything",
+        seq_len=x.shape[1], batch_tokens=tokens, micro_tokens=tokens, precision="float32", loss_chunk=tokens,
     )  # fmt: skip
     supervised(model, None, batch, settings, optimizers=optimizers)
 

@@ -85,8 +85,8 @@ class Schedule(Settings):
 def settings_of(tokens: int) -> Schedule:
     """All logits of a batch are held at once."""
     return Schedule(
-        tokens, LEARNING_RATE, Objective.of("cross_entropy"), "everything", 512, BATCH_TOKENS, BATCH_TOKENS,
-        precision="bfloat16", loss_chunk=BATCH_TOKENS,
+        tokens=tokens, lr=LEARNING_RATE, objective=Objective.of("cross_entropy"), trains="everything", seq_len=512,
+        batch_tokens=BATCH_TOKENS, micro_tokens=BATCH_TOKENS, precision="bfloat16", loss_chunk=BATCH_TOKENS,
     )  # fmt: skip
 
 

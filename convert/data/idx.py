@@ -37,7 +37,7 @@ def read(file: Path, magic: int) -> np.ndarray:
     """The array of an idx file that begins with `magic`."""
     start = 4 + 4 * (magic & 0xFF)
     try:
-        with gzip.open(file) as opened:
+        with gzip.open(file, "rb") as opened:
             head = opened.read(start)
             if len(head) < start or struct.unpack(">I", head[:4])[0] != magic:
                 raise UserError(

@@ -24,6 +24,8 @@ def without_encoding(source: str) -> list[int]:
             continue
         if isinstance(node.func, ast.Name) and name != "open":  # our own write_text
             continue
+        if getattr(getattr(node.func, "value", None), "id", None) == "Image":  # Pillow's
+            continue
         modes = [
             a.value
             for a in node.args

@@ -66,18 +66,18 @@ def test_targets_are_one_hot_or_unknown():
 
 
 def test_a_batch_may_be_larger_than_the_set():
-    assert ImageBatches(make_images(3), CLASSES, 8)(1).num_images == 8
+    assert ImageBatches(make_images(3), CLASSES, 8)(1).num_units == 8
 
 
 def test_held_out_images_are_always_the_same_and_spread_evenly():
     images = make_images(10)
     data = ImageData(images, images, ("a", "b", "c"), 1, (8, 9), "key")
     batches = held_out_images(data, 2, 5)
-    assert [batch.num_images for batch in batches] == [2, 2, 1]
+    assert [batch.num_units for batch in batches] == [2, 2, 1]
     found = torch.cat([batch.images for batch in batches])
     assert torch.equal(found, images.read([0, 2, 4, 6, 8]).float() / 255)
     assert torch.cat([batch.targets for batch in batches]).argmax(1).tolist() == [0, 2, 1, 0, 2]
-    assert sum(batch.num_images for batch in held_out_images(data, 4, 99)) == 10
+    assert sum(batch.num_units for batch in held_out_images(data, 4, 99)) == 10
 
 
 def test_wrong_numbers_are_refused():

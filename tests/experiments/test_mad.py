@@ -119,7 +119,10 @@ def test_learning_is_repeatable_and_lowers_the_loss(name):
 
 
 def test_the_rate_falls_by_a_cosine_as_in_torch():
-    settings = Schedule(100, 1e-3, Objective.of("cross_entropy"), "everything", 2, 2, 2)
+    settings = Schedule(
+        tokens=100, lr=1e-3, objective=Objective.of("cross_entropy"), trains="everything", seq_len=2, batch_tokens=2,
+        micro_tokens=2,
+    )  # fmt: skip
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, 1e-6)
     for step in range(50):

@@ -14,7 +14,7 @@ from experiments import sweep, variants
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
 
 
-@pytest.mark.parametrize("target", recipes.TARGETS)
+@pytest.mark.parametrize("target", [name for name, one in recipes.TARGETS.items() if one.domain == "language"])
 def test_every_dial_is_a_setting_of_the_recipe(target):
     recipe = recipes.TARGETS[target].recipe(BUDGET)
     found = sweep.definition(recipe)

@@ -82,7 +82,7 @@ def test_smollm2_comes_from_its_package_where_that_is_installed(tmp_path, monkey
 
 def test_names(folder, tmp_path, monkeypatch):
     assert resolve("pythia-1b").kind == "alias"
-    assert resolve("Qwen/Qwen2.5-0.5B") == Source("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B", catalog.FINEWEB)
+    assert resolve("Qwen/Qwen2.5-0.5B") == Source("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B", catalog.FINEWEB, None)
     assert resolve(str(folder)) == Source("my-model", "folder", str(folder), catalog.FINEWEB)
     monkeypatch.chdir(folder)
     assert resolve(".").name == "my-model"
@@ -102,7 +102,7 @@ def test_names(folder, tmp_path, monkeypatch):
             ),
         ),
         ("Qwen3-0.6B-", r"Nearest: qwen3-0\.6b"),
-        ("xyzzy", r"Unknown teacher 'xyzzy'\. Known: neox-nano, .*smollm2-1\.7b\."),
+        ("xyzzy", r"Unknown teacher 'xyzzy'\. Known: neox-nano, .*smollm2-1\.7b, vit-nano, .*\."),
         ("./nowhere", r"no teacher at '\./nowhere'"),
         ("~/nowhere", r"no teacher at '~/nowhere'"),
         ("nowhere.gguf", r"no teacher at 'nowhere\.gguf'"),

@@ -12,6 +12,7 @@ from convert.models.catalog import TEACHERS, resolve
 from convert.models.loading import read_config
 from convert.objectives.base import Objective
 from convert.planning.plan import make_plan
+from convert.recipes import vision
 from convert.recipes.base import tiny
 from convert.recipes.language import Budget
 from convert.recipes.overrides import with_setting
@@ -21,17 +22,25 @@ from convert.training import STAGES, selectors
 BUDGET = Budget(1_000_000, 256, 4096, 1e-3, 1e-4, Objective.of("forward_kl"), 4096)
 
 
+IMAGES = vision.Budget(60_000, 64, is_small=True)
+
+
+def recipe_of(target):
+    return TARGETS[target].recipe(BUDGET if TARGETS[target].domain == "language" else IMAGES)
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_recipe_serialises_and_spends_its_tokens(target):
-    recipe = TARGETS[target].recipe(BUDGET)
+def test_every_recipe_serialises_and_spends_its_budget(target):
+    recipe = recipe_of(target)
     assert recipe.target == target
     plain = json.loads(json.dumps(recipe.describe()))
     assert len({step["name"] for step in plain}) == len(plain)
-    assert recipe.units == BUDGET.tokens
+    is_text = TARGETS[target].domain == "language"
+    assert recipe.units == (BUDGET.tokens if is_text else IMAGES.images)
     last = max(i for i, step in enumerate(recipe.steps) if step.training is None)
-    after = sum(step.training.tokens for step in recipe.steps[last + 1 :])
+    after = sum(step.training.units for step in recipe.steps[last + 1 :])
     assert after >= recipe.units / 2  # at least half of the tokens fall after the last step that trains nothing
-    assert tiny(recipe).units == 384 * len(recipe.trainings)
+    assert tiny(recipe).units == (384 if is_text else 48) * len(recipe.trainings)
 
 
 FIXED = ("name", "mixer", "model", "stage", "options", "settings")
@@ -40,7 +49,7 @@ FIXED = ("name", "mixer", "model", "stage", "options", "settings")
 @pytest.mark.parametrize("target", TARGETS)
 def test_set_reaches_every_field(target):
     """Every number, flag and choice that a step shows can be set by the name it shows."""
-    recipe = TARGETS[target].recipe(BUDGET)
+    recipe = recipe_of(target)
     for i, step in enumerate(recipe.steps):
         for holder in _holders(step):
             for field in dataclasses.fields(holder):
@@ -61,7 +70,8 @@ def _another(name, old):
         "trains": "mixers" if old == "everything" else "everything",
         "objective": "0.5*reverse_kl",
         "schedule": "wsd" if old == "cosine" else "cosine",
-        "precision": "float32",
+        "precision": "bfloat16" if old == "float32" else "float32",
+        "optimizer": "sgd" if old == "adamw" else "adamw",
         "keep": "0,2",
         "layers": "3",
         "data": "stdlib",
