@@ -10,7 +10,8 @@ from convert.core.errors import UserError
 from convert.domains import domain_of
 from convert.domains.base import Domain
 from convert.domains.vision import Vision
-from convert.models.vision.families import StudentOptions
+from convert.models.vision.families import StudentOptions, known_config
+from convert.models.vision.inputs import Preprocessing, set_preprocessing
 from convert.objectives import Objective
 from convert.recipes.targets import TARGETS, default_recipe
 from convert.runs.schemas import Report
@@ -68,8 +69,10 @@ def test_a_student_is_drawn_by_the_seed_alone(folder):
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.domain == "vision"])
 @pytest.mark.parametrize("small", [True, False])
-def test_every_target_has_a_recipe(name, small, folder):
-    config = classifier("vit", classes=10, side=16 if small else 224, channels=3).config
+def test_every_target_has_a_recipe(name, small):
+    config = known_config("vit-base")
+    if small:
+        set_preprocessing(config, Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3))
     recipe = default_recipe("tiny", config, name, seed=3)
     (settings,) = recipe.trainings
     assert recipe.target == name and settings.seed == 3 and str(settings.objective) == "cross_entropy + one_for_all"
