@@ -43,6 +43,8 @@ def generate(args: argparse.Namespace) -> None:
     if 0 < args.temperature < COLDEST:
         raise UserError(f"--temperature must be 0 or at least {COLDEST:g}; got {args.temperature:g}.")
     source = resolve(args.folder)
+    if source.domain == "vision":
+        raise UserError(f"Text is written by language models; {args.folder} is an image classifier.")
     with heavy_imports():
         import torch
         from transformers import TextStreamer

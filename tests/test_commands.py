@@ -51,6 +51,7 @@ LIGHT = {
     "no assignment": ("run", [*TO, "--set", "distill.lr"], 2, "--set takes STEP.FIELD=VALUE; got 'distill.lr'."),
     "sizes of --tiny": ("run", [*TO, "--tiny", "--tokens", "1k"], 2, "--tiny chooses the sizes itself"),
     "an unknown teacher to generate": ("generate", ["neox", "x"], 2, "Unknown teacher 'neox'"),
+    "a classifier to generate": ("generate", ["vit-nano", "x"], 2, "vit-nano is an image classifier"),
     "no prompt": ("generate", ["neox-nano", ""], 2, "The prompt must not be empty"),
 }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from convert.core.console import console
 from convert.core.errors import UserError
 from convert.data.image_batch import ImageBatch
 from convert.data.image_batches import ImageBatches, held_out_images
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 10_000  # images at most that a run measures on (ours; ImageNet's 50,000 would take 30 GB)
 
+TRIED = 512  # held-out images on which the teacher is tried before a run (ours)
 PROBED = 4  # images on which an export is checked
 
 
@@ -137,7 +139,21 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
                 f"A teacher must take the channels that images have; those of {corpus.spec} have {data.channels}, and"
                 f" {teacher.source.name} takes {wanted.channels}."
             )
+        self._warn_of_chance(teacher, data)
         return data
+
+    def _warn_of_chance(self, teacher: ImageTeacher, data: ImageData) -> None:
+        """Say so where the teacher guesses: its classes may be others, or the same in another order."""
+        from convert.evaluation.classification import error
+
+        right, chance = 100 - error(teacher.model, held_out_images(data, 64, TRIED)), 100 / len(data.class_names)
+        if right < 2 * chance:
+            console.print(
+                f"{teacher.source.name} has {right:.1f} % of some held-out images right, where chance has"
+                f" {chance:.1f} %. Its classes must be those of the data, in the same order.",
+                style="yellow",
+                highlight=False,
+            )
 
     def batches(self, data: ImageData, settings: "ImageSettings") -> ImageBatches:
         learns_without_labels = any(term.needs_teacher for _, term in settings.objective.terms)

