@@ -44,8 +44,10 @@ def find(names: str) -> tuple[list[str], Any]:
     chosen = [name for name in names.split(",") if name]
     folders = [Path(name) for name in chosen if Path(name).is_dir()]
     tasks = [task for folder in folders for task in local_tasks(folder, yaml)]
-    manager = TaskManager(include_path=[str(folder.resolve()) for folder in folders] or None)
-    for name in (name for name in chosen if Path(name) not in folders):
+    others = [name for name in chosen if Path(name) not in folders]
+    places = [str(folder.resolve()) for folder in folders]
+    manager = TaskManager(include_path=places or None, include_defaults=bool(others))  # its own take seconds to find
+    for name in others:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
             offer = f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."

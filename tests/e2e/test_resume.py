@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.exporting import verify
+from convert.exporting import images, verify
 from convert.run import main
 from convert.runs import checkpoint, tracking
 from convert.runs.ledger import locked
@@ -46,6 +46,7 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
             )
         elif instant == "in the export":
             monkeypatch.setattr(verify, "export", die)
+            monkeypatch.setattr(images, "export", die)
         main(arguments)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -67,28 +68,35 @@ INSTANTS = [
 ]
 
 
+EVERY_STEP = ("--set", "align.save_every=0", "--set", "distill.save_every=0")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run that nothing stopped; the first test that needs it makes it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
 @pytest.mark.parametrize("instant", INSTANTS)
-def test_killed_and_repeated_is_bit_identical(instant, teacher, text, tmp_path, monkeypatch):
-    every_step = ["--set", "align.save_every=0", "--set", "distill.save_every=0"]
-    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
-    arguments = command(teacher, text, tmp_path / "killed", *every_step)
+def test_killed_and_repeated_is_bit_identical(instant, teacher, text, straight, tmp_path, monkeypatch):
+    if not straight.exists():
+        assert main(command(teacher, text, straight, *EVERY_STEP)) == 0
+    killed = tmp_path / "killed"
+    arguments = command(teacher, text, killed, *EVERY_STEP)
     assert killed_at(instant, arguments, monkeypatch) == signal.SIGKILL
-    assert not (tmp_path / "killed" / "report.json").exists()
+    assert not (killed / "report.json").exists()
     assert main(arguments) == 0
-    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
-    assert straight.keys() == resumed.keys()
-    for name in straight:
-        assert torch.equal(straight[name], resumed[name]), name
-    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("straight", "killed")]
+    whole, resumed = weights(straight), weights(killed)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    reports = [json.loads((run / "report.json").read_text()) for run in (straight, killed)]
     assert keys(reports[0]) == keys(reports[1])  # a resumed run tells the same, no more and no less
-    left = [
-        {str(file.relative_to(tmp_path / run)) for file in (tmp_path / run / "steps").rglob("*")}
-        for run in ("straight", "killed")
-    ]
+    left = [{str(file.relative_to(run)) for file in (run / "steps").rglob("*")} for run in (straight, killed)]
     assert left[0] == left[1] and len([name for name in left[0] if name.endswith("student")]) == 1
     losses = [
-        [json.loads(line)["train/loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("straight", "killed")
+        [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (straight, killed)
     ]
     assert losses[0] == losses[1]
 
