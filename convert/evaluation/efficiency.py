@@ -5,12 +5,11 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from convert.evaluation.classification import evaluating
 from convert.models.vision.inputs import preprocessing_of
+from convert.models.vision.operations import cost_of_pass
 from convert.runs.vision_schemas import ModelCost
 
 BATCH = 64  # images whose throughput is measured
@@ -33,14 +32,10 @@ def cost(model: PreTrainedModel) -> ModelCost:
         )
 
 
-@torch.no_grad()
 def multiply_accumulates(model: PreTrainedModel) -> int:
-    """Multiply-accumulates of one image: half of the floating-point operations that torch counts, which are those of
-    matrix products, convolutions and attention. Attention is computed as matrix products for it, since torch counts
-    nothing of the operator that a CPU uses."""
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(pixel_values=_images(model, 1))
-    return counter.get_total_flops() // 2
+    """Multiply-accumulates of one image: half of the floating-point operations that torch counts."""
+    with evaluating(model):
+        return cost_of_pass(model)[0] // 2
 
 
 def _images(model: PreTrainedModel, count: int) -> Tensor:

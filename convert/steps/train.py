@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.models.access import layers_of, slots_of
-from convert.objectives import AttentionTerm, BlockTerm, Objective
+from convert.objectives import AttentionTerm, BlockTerm
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
@@ -190,9 +190,7 @@ class Train(Step, Checked):
     # --- as data
 
     def describe(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(dataclasses.replace(self.settings, objective=Objective(())))
-        settings |= {"objective": self.settings.objective.plain(), "trains": name_of(self.settings.trains)}
-        found = {"kind": "Train", "name": self.name, "stage": self.stage, "settings": settings}
+        found = {"kind": "Train", "name": self.name, "stage": self.stage, "settings": self.settings.plain()}
         return found | {key: value for key in ("data", "teacher") if (value := getattr(self, key)) is not None}
 
     def dials(self) -> dict[str, Dial]:

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name
-from convert.models.vision.features import logits, stage_shapes
-from convert.models.vision.inputs import preprocessing_of
-from convert.objectives import Objective
+from convert.models.vision.features import stage_shapes
+from convert.models.vision.operations import cost_of_pass
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
 from convert.training.image_settings import ImageSettings
 from convert.training.images import classify
@@ -66,10 +63,10 @@ class TrainImages(Step, Checked):
         objective = s.objective.build(student, teacher, stage_shapes)
         owned, total = count(objective), count(student)
         trainable = sum(p.numel() for p in selected(student, s.trains))
-        operations, activations = _one_image(student)
+        operations, activations = cost_of_pass(student)
         per_image = 3 * operations
         if objective.needs_teacher():
-            per_image += _one_image(teacher)[0]
+            per_image += cost_of_pass(teacher)[0]
         plan = StepPlan(
             self.name,
             f"train: {s.objective}, trains {name_of(s.trains)}" + f", {s.labels:.0%} of the labels" * (s.labels < 1),
@@ -100,35 +97,10 @@ class TrainImages(Step, Checked):
     # --- as data
 
     def describe(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(dataclasses.replace(self.settings, objective=Objective(())))
-        settings |= {"objective": self.settings.objective.plain(), "trains": name_of(self.settings.trains)}
-        return {"kind": "TrainImages", "name": self.name, "settings": settings}
+        return {"kind": "TrainImages", "name": self.name, "settings": self.settings.plain()}
 
     def dials(self) -> dict[str, Dial]:
         return {"lr": Dial.around(self.settings.lr)}
 
     def tiny(self) -> "TrainImages":
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **TINY))
-
-
-@torch.no_grad()
-def _one_image(model: PreTrainedModel) -> tuple[int, int]:
-    """Floating-point operations of a model for one image, and the bytes that its modules put out on the way: what a
-    backward pass keeps, about."""
-    wanted = preprocessing_of(model.config)
-    image = torch.zeros(1, wanted.channels, wanted.height, wanted.width, device=model.device)
-    put_out = 0
-
-    def add(module: Any, inputs: Any, output: Any) -> None:
-        nonlocal put_out
-        put_out += 4 * output.numel() if isinstance(output, torch.Tensor) else 0
-
-    hooks = [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
-    try:
-        # torch counts nothing of the attention operator that a CPU uses
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            logits(model.eval(), image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counter.get_total_flops(), put_out

@@ -2,13 +2,13 @@
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range
 from convert.objectives.base import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, Objective, StageTerm, Term
-from convert.training.selectors import Trains
+from convert.training.selectors import Trains, name_of
 
 COMPARED: dict[str, tuple[type[Term], ...]] = {
     "align": (AttentionTerm, BlockTerm),
@@ -74,6 +74,11 @@ class StageSettings(Checked):
     def num_steps(self) -> int:
         """Optimizer steps."""
         return math.ceil(self.units / self.batch_units)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain data, functions by their names."""
+        found = asdict(replace(self, objective=Objective(())))
+        return found | {"objective": self.objective.plain(), "trains": name_of(self.trains)}
 
     def rate(self, step: int) -> float:
         """The learning rate of one step, counted from 0."""
