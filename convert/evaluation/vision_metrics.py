@@ -1,17 +1,16 @@
 """The final metrics of an image classifier: what is measured on a finished student, beside its teacher."""
 
 import dataclasses
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from convert.core import manifest
 from convert.core.files import parse_json, write_json
 from convert.data.image_batch import ImageBatch
+from convert.data.images import ImageData
 from convert.evaluation.cka import similarity
 from convert.evaluation.classification import accuracy, agreement, difference, predict
 from convert.evaluation.efficiency import cost
@@ -30,26 +29,6 @@ from convert.runs.vision_schemas import (
 
 START = "similarity.json"  # of a run: how similar its student was to the teacher before training
 NAMED = 100  # skipped files whose names are kept
-
-
-class Labelled(Sized, Protocol):
-    """Some images, and of which the label may be used."""
-
-    @property
-    def known(self) -> Tensor: ...
-
-
-class ImageData(Protocol):
-    """What is told of the images of a run."""
-
-    @property
-    def class_names(self) -> Sequence[str]: ...
-
-    @property
-    def train(self) -> Labelled: ...
-
-    @property
-    def skipped(self) -> Sequence[str]: ...
 
 
 def final_metrics(

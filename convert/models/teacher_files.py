@@ -28,6 +28,7 @@ from convert.models.config import ConvertedConfig
 LARGEST = {
     "config.json": 2**24,
     "generation_config.json": 2**24,
+    "preprocessor_config.json": 2**24,
     "tokenizer_config.json": 2**26,
     "tokenizer.json": 2**28,
 }

@@ -20,11 +20,7 @@ MASKS = re.compile(r"\.(attention|self_attn)\.(bias|masked_bias)$")
 def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable[Path]) -> None:
     """Raises UserError where a tensor is missing, misshapen or left over. `found` is the loading info of
     from_pretrained, `files` are the safetensors files that were read, and `where` names the teacher."""
-    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
-    if wrong:
-        raise UserError(
-            f"Weights must fit config.json; in {where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}."
-        )
+    refuse_misfits(found, where)
     if (
         model.config.tie_word_embeddings
         and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
@@ -58,6 +54,15 @@ def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> N
         raise UserError(
             f"Weights must fit config.json; that of {where} describes {wanted:,} parameters, and its files hold"
             f" {held:,}. Take the configuration that these weights were made with."
+        )
+
+
+def refuse_misfits(found: dict, where: str) -> None:
+    """Raises UserError where a tensor is missing or misshapen, by the loading info of from_pretrained."""
+    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if wrong:
+        raise UserError(
+            f"Weights must fit config.json; in {where} {len(wrong)} tensors are missing or misshapen, first {wrong[0]}."
         )
 
 

@@ -13,19 +13,19 @@ from transformers.utils import cached_file
 from convert.core import manifest
 from convert.core.errors import UserError
 from convert.core.fields import shown
-from convert.core.files import parse_json
 from convert.core.network import is_hub_reachable
 from convert.models.catalog import Source
 from convert.models.devices import check_device
 from convert.models.failures import explained
 from convert.models.loading import quiet, weight_files
+from convert.models.teacher_files import read_json
 from convert.models.vision.catalog import CLASSIFIERS
 from convert.models.vision.families import known_config, preprocessing_from
 from convert.models.vision.inputs import FIELD, preprocessing_of, set_preprocessing
 from convert.models.vision.mixer import MlpMixerConfig
+from convert.models.weights import refuse_misfits
 
 FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type} - {"timm_wrapper"}
-LARGEST = 2**24  # bytes of a JSON file
 MOST_CLASSES = 2**20  # ours
 
 
@@ -86,11 +86,7 @@ def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool
             source.where, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, local_files_only=local,
         )  # fmt: skip
-    if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
-        raise UserError(
-            f"Weights must fit config.json; in {source.where} {len(wrong)} tensors are missing or misshapen, first"
-            f" {wrong[0]}."
-        )
+    refuse_misfits(found, source.where)
     model.requires_grad_(False).to(place).eval()
     return ImageTeacher(source, model, config.dtype or torch.float32)
 
@@ -102,12 +98,4 @@ def _json(source: Source, name: str, local: bool) -> dict[str, Any]:
     )
     if not file.is_file():
         raise UserError(f"A classifier's folder holds {name}; {source.where} has none.")
-    if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} must be a small JSON file; it has {file.stat().st_size:,} bytes.")
-    try:
-        found = parse_json(file.read_bytes(), str(file))
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}. Copy or download it again.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} must hold a JSON object.")
-    return found
+    return read_json(file)

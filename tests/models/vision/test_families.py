@@ -117,7 +117,7 @@ def test_what_is_no_classifier_is_refused(tmp_path):
     with pytest.raises(UserError, match="has model_type 'llama'"):
         read_config(source)
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="must be a JSON object"):
         read_config(source)
 
 
