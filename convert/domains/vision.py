@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from convert.runs.vision_schemas import VisionMetrics, VisionReport
     from convert.training.image_settings import ImageSettings
 
-
 HELD_OUT = 10_000  # images at most that a run measures on (ours; ImageNet's 50,000 would take 30 GB)
-
 TRIED = 512  # held-out images on which the teacher is tried before a run (ours)
 PROBED = 4  # images on which an export is checked
 

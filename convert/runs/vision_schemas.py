@@ -110,7 +110,7 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorInTraining:
-    """Top-1 error of the student whenever it was measured in training, on some of the held-out images."""
+    """Top-1 error of the student whenever it was measured in training, on the held-out images."""
 
     best: Annotated[Number, Key("Lowest error. Choosing by it looks at held-out images.", "%")]
     best_after: Annotated[Count, Key("Images trained on when it was first reached.", "images")]
