@@ -193,6 +193,24 @@ def _restore(
     """Go on from a checkpoint, or from the start where there is none."""
     if state is None:
         return Progress()
+    try:
+        _put_back(state, trained, buffers, objective, optimizers)
+        return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            "The checkpoint of an unfinished step must hold what this version of the package keeps; another version"
+            f" wrote it ({found}). Go on with that version, or start again with --fresh."
+        ) from error
+
+
+def _put_back(
+    state: dict,
+    trained: Sequence[nn.Parameter],
+    buffers: Sequence[Tensor],
+    objective: LiveObjective,
+    optimizers: Sequence[Optimizer],
+) -> None:
     for p, saved in zip(trained, state["parameters"], strict=True):
         p.copy_(saved)
     for buffer, saved in zip(buffers, state["buffers"], strict=True):
@@ -206,7 +224,6 @@ def _restore(
             torch.set_rng_state(generator.cpu())
         elif kind == device.type:
             torch.get_device_module(device).set_rng_state(generator.cpu(), device)
-    return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
 
 
 @contextmanager

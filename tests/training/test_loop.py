@@ -138,6 +138,30 @@ def test_stopped_and_resumed_is_bit_identical(stage, objective, stop_after):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    "alter",
+    [
+        *(lambda state, key=key: state.pop(key) for key in ("parameters", "buffers", "objective", "rng", "units")),
+        lambda state: state["parameters"].pop(),
+        lambda state: state["parameters"].__setitem__(0, torch.zeros(3, 5, 7)),
+        lambda state: state["buffers"].append(torch.zeros(1)),
+        lambda state: state["objective"].popitem(),
+        lambda state: state["optimizers"].pop(),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_in_words(alter):
+    keep = Kept(1)
+    settings = dataclasses.replace(SETTINGS, objective=Objective.of("taid"))
+    run = lambda: distill(  # noqa: E731
+        student_of("gpt_neox"), tiny_teacher("gpt_neox"), batches(), settings, track=keep, keep=keep
+    )
+    with pytest.raises(Interrupted):
+        run()
+    alter(keep.states[1])
+    with pytest.raises(UserError, match="^The checkpoint of an unfinished step must hold what this version .* --fresh"):
+        run()
+
+
 def test_non_finite_steps_are_skipped_then_refused():
     class Bad(AttentionTerm):
         def loss(self, student: Tensor, teacher: Tensor, owned: nn.Module | None) -> Tensor:
