@@ -34,7 +34,7 @@ from convert.training.images import classify
 
 NAMES = ("vit-nano", "resnet-nano", "mixer-nano")
 IMAGES = {"digits": 100_000, "fashion-mnist": 600_000}
-SIDE = {"digits": 16, "fashion-mnist": 28}  # what a model of scale 1 sees
+SIDE = {"digits": 16, "fashion-mnist": 28}  # of images, where a model does not need larger ones
 
 
 def pretrained(name: str, data: ImageData, side: int, images: int, seed: int) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
@@ -47,7 +48,7 @@ def predict(model: PreTrainedModel, batches: Sequence[ImageBatch]) -> Prediction
     Raises UserError where no label is known, and for classes that are not the model's."""
     found: list[tuple[torch.Tensor, ...]] = []
     with evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="held-out images", unit="batch", dynamic_ncols=True, delay=3, leave=False):
             is_known = batch.targets.sum(-1) > 0
             if not is_known.any():
                 continue

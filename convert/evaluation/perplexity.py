@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.data.batches import Batch
@@ -25,7 +26,8 @@ def _predicted(
     """Yield in chunks of N target tokens: the logits [N, vocabulary] of each model, the targets [N] and their positions
     [N]."""
     device = models[-1].device
-    for batch in (batch.to(device) for batch in batches):
+    for batch in tqdm(batches, desc="held-out text", unit="batch", dynamic_ncols=True, delay=3, leave=False):
+        batch = batch.to(device)
         targets, positions = batch.labels.flatten(), batch.position_ids.flatten()
         is_target = targets != -100
         hidden = [hidden_states(model, batch).flatten(0, 1)[is_target].split(HEAD_CHUNK) for model in models]

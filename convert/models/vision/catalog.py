@@ -17,15 +17,15 @@ HALF = (0.5, 0.5, 0.5)
 @dataclass(frozen=True)
 class KnownClassifier:
     """`hub`: its id on the Hugging Face hub, None where it is embedded or has no published weights. `family` and
-    `fields`: of its configuration, but for the inputs and outputs, which a student has from its teacher. `scale`: sides
-    of its images over those that the teacher sees; `size`: the side that it needs, None for any."""
+    `fields`: of its configuration, but for the inputs and outputs, which a student has from its teacher. `size`:
+    the side of its images, None for what the teacher sees, but `least` pixels or more."""
 
     about: str
     family: str
     fields: dict[str, Any]
     hub: str | None = None
     size: int | None = 224
-    scale: int = 1
+    least: int = 1
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -47,7 +47,7 @@ BASIC, WIDE = [64, 128, 256, 512], [256, 512, 1024, 2048]
 CLASSIFIERS = {
     "vit-nano": KnownClassifier("a ViT of 0.2 M parameters", "vit", NANO_VIT, size=None, mean=HALF, std=HALF),
     "resnet-nano": KnownClassifier(
-        "a ResNet of 0.2 M parameters", "resnet", NANO_RESNET, size=None, scale=2, mean=HALF, std=HALF
+        "a ResNet of 0.2 M parameters", "resnet", NANO_RESNET, size=None, least=32, mean=HALF, std=HALF
     ),
     "mixer-nano": KnownClassifier(
         "an MLP-Mixer of 0.2 M parameters",

@@ -40,7 +40,7 @@ def student_config(name: str, options: StudentOptions, teacher: PreTrainedConfig
     if name not in CLASSIFIERS:
         raise UserError(f"A student is one of {', '.join(CLASSIFIERS)}; there is no {name!r}.")
     known, seen = CLASSIFIERS[name], preprocessing_of(teacher)
-    side = options.image_size or known.size or known.scale * max(seen.height, seen.width)
+    side = options.image_size or known.size or max(seen.height, seen.width, known.least)
     patch = known.fields.get("patch_size", 1)
     if side % patch:
         raise UserError(

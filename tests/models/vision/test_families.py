@@ -48,6 +48,14 @@ def test_a_student_has_the_teachers_classes_and_channels(name):
     assert preprocessing_of(config).channels == 1 and len(stage_shapes(model)) == 4
 
 
+def test_images_do_not_grow_from_student_to_student():
+    seen, config = [], student_config("vit-nano", StudentOptions(), small_model("vit", side=16).config)
+    for name in ("resnet-nano", "resnet-nano", "vit-nano"):
+        config = student_config(name, StudentOptions(), config)
+        seen.append(preprocessing_of(config).height)
+    assert seen == [32, 32, 32]
+
+
 def test_sizes_that_a_student_cannot_take_are_refused():
     teacher = small_model("resnet", side=64).config
     assert preprocessing_of(student_config("deit-tiny", StudentOptions(image_size=32), teacher)).height == 32
