@@ -10,26 +10,37 @@ images, those without a label by the teacher. Every training is a line of result
 right, so that methods are compared on the same seeds and images."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
+from tqdm import tqdm
 
 from convert.cli import fail_in_words, number_of_tokens, real_number, whole_number
 from convert.core import json_lines
 from convert.core.console import console
 from convert.core.files import write_text
 from convert.data.image_batches import held_out_images
+from convert.data.image_sets import image_set
+from convert.data.images import read_images
 from convert.domains.vision import Vision
 from convert.evaluation.classification import predict
 from convert.evaluation.pairs import difference
+from convert.models.vision.families import StudentOptions
+from convert.models.vision.inputs import preprocessing_of
 from convert.objectives import Objective
 from convert.recipes import vision as recipes
 from convert.training.images import classify
@@ -77,26 +88,46 @@ class Bench:
     def __init__(self, data: str, images: int) -> None:
         self.spec, self.images, self.domain = data, images, Vision()
         suffix = "" if data == "digits" else f"-{data}"
-        names = [f"{name}{suffix}" for name in MODELS]
         self.teachers = {
-            name: self.domain.load_teacher(self.domain.resolve(full), "cpu", False)
-            for name, full in zip(MODELS, names, strict=True)
+            name: self.domain.load_teacher(self.domain.resolve(name + suffix), "cpu", False) for name in MODELS
         }
 
-    def correct(self, training: Training) -> NDArray:
-        """Train the student; bool [N]: which held-out images it has right."""
+    def train(self, training: Training) -> dict[str, Any]:
+        """Train the student: the line of the results. Whoever teaches it, its images have the same size."""
+        started = time.monotonic()
+        size = preprocessing_of(self.teachers[training.student].model.config).height
         teacher = self.teachers[training.teacher or training.student]
         budget = recipes.budget(
             training.student, teacher.model.config, images=self.images, labels=training.labels, seed=training.seed
         )
-        build, train = recipes.one_for_all(budget, training.student).steps
+        _, train = recipes.one_for_all(budget, training.student).steps
         objective = Objective.of(METHODS[training.method])
         settings = dataclasses.replace(train.settings, objective=objective, evaluate_every=0)
-        data = self.domain.prepare(self.domain.corpus(self.spec), teacher, settings.images, settings)
+        data = read_images(image_set(self.spec), labels=settings.labels, seed=settings.seed)
         torch.manual_seed(training.seed)
-        student = self.domain.build(training.student, build.options, teacher)
+        student = self.domain.build(training.student, StudentOptions(image_size=size), teacher)
         classify(student, teacher.model if training.teacher else None, self.domain.batches(data, settings), settings)
-        return predict(student, held_out_images(data, 500, len(data.held_out))).is_right
+        right = predict(student, held_out_images(data, 500, len(data.held_out))).is_right
+        return dataclasses.asdict(training) | {
+            "accuracy": float(right.mean()),
+            "seconds": time.monotonic() - started,
+            "right": "".join("01"[int(each)] for each in right),
+        }
+
+
+def start_worker(data: str, images: int) -> None:
+    """What a process of the pool does first: small models gain nothing from a second thread."""
+    global bench
+    torch.set_num_threads(1)
+    bench = Bench(data, images)
+
+
+def train_in_worker(training: Training) -> dict[str, Any]:
+    with contextlib.redirect_stderr(io.StringIO()):  # bars of several trainings would write over each other
+        return bench.train(training)
+
+
+bench: Bench  # of a process of the pool
 
 
 def main() -> None:
@@ -107,33 +138,33 @@ def main() -> None:
     parser.add_argument("--labels", type=real_number(1e-6, 1), nargs="+", default=[0.1, 1.0], help="shares of labels")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--jobs", type=whole_number(1, 1024), default=os.cpu_count(), help="trainings at once")
     parser.add_argument("--out", type=Path, help="runs/one-for-all/DATA-IMAGES by default")
     args = parser.parse_args()
     images = number_of_tokens(args.images) if args.images else IMAGES[args.data]
     out = args.out or Path("runs/one-for-all") / f"{args.data}-{images}"
     out.mkdir(parents=True, exist_ok=True)
-    file, bench = out / "results.jsonl", Bench(args.data, images)
+    file = out / "results.jsonl"
     json_lines.mend(file)
-    wanted = list(trainings(args.labels, args.seeds, args.methods))
+    done = results_of(file)
+    wanted = [training for training in trainings(args.labels, args.seeds, args.methods) if training not in done]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(args.jobs, context, start_worker, (args.data, images)) as pool,
+        tqdm(total=len(wanted), unit="training", dynamic_ncols=True) as bar,
+    ):
+        try:
+            for future in as_completed([pool.submit(train_in_worker, training) for training in wanted]):
+                row = future.result()
+                json_lines.append(file, [row])
+                bar.update()
+                bar.set_postfix_str(
+                    f"{row['teacher'] or 'no teacher'} -> {row['student']}, {row['method']}: {row['accuracy']:.1%}"
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     found = results_of(file)
-    for i, training in enumerate(wanted):
-        if training in found:
-            continue
-        started = time.monotonic()
-        right = bench.correct(training)
-        row = dataclasses.asdict(training) | {
-            "accuracy": float(right.mean()),
-            "seconds": time.monotonic() - started,
-            "right": "".join("01"[int(each)] for each in right),
-        }
-        json_lines.append(file, [row])
-        found[training] = right
-        pair = f"{training.teacher or 'no teacher'} -> {training.student}"
-        console.print(
-            f"{i + 1} of {len(wanted)}: {pair}, {training.method}, {training.labels:.0%} of the labels, seed"
-            f" {training.seed}: {right.mean():.2%}",
-            highlight=False,
-        )
     lines = [line for share in args.labels for line in show(found, share)]
     write_text(out / TABLE, "\n".join(lines) + "\n")
     console.print(f"The table is in {out / TABLE}.")

@@ -24,6 +24,8 @@ class Augmentation(Checked):
     """Settings of the changes, all off by default; they happen in this order."""
 
     flip: Share = 0.0  # probability that an image is mirrored, left to right
+    # smallest share of an image's area that is cut out and scaled to its size, 0: off (arXiv 1409.4842; OFA-KD: 0.08)
+    resized_crop: Share = 0.0
     crop: Annotated[int, Range(0, 2**10)] = 0  # pixels of black around an image, of which a part of its size is cut out
     randaugment: Annotated[float, Range(0, 10)] = 0.0  # magnitude (arXiv 1909.13719; DeiT and OFA-KD: 9)
     randaugment_std: Annotated[float, Range(0, 10)] = 0.0  # of the magnitude (timm; DeiT and OFA-KD: 0.5)
@@ -89,10 +91,12 @@ class Augmenter:
         return mixed, pairs[0, :, 1].long(), pairs[0, :, 2]
 
     def _operations(self, size: Sequence[int]) -> list[Any]:
-        """Kornia's flip and crop."""
+        """Kornia's flip and crops."""
         augmentation, found = _kornia(), []
         if self.settings.flip:
             found.append(augmentation.RandomHorizontalFlip(p=self.settings.flip))
+        if self.settings.resized_crop:
+            found.append(augmentation.RandomResizedCrop(tuple(size), scale=(self.settings.resized_crop, 1.0)))
         if self.settings.crop:
             found.append(augmentation.RandomCrop(tuple(size), padding=self.settings.crop))
         return found

@@ -15,11 +15,12 @@ from convert.steps.train_images import TrainImages
 from convert.training.image_settings import ImageSettings
 
 IMAGENET_IMAGES = 1_281_167
-# augmentation of students that are not convolutional: DeiT's and the official code's
+# what students that are not convolutional have: DeiT's augmentation and the official code's
 DEIT: dict[str, Any] = {
-    "randaugment": 9.0, "randaugment_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+    "randaugment": 9.0, "randaugment_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "ema": 0.99996,
 }  # fmt: skip
 OBJECTIVE = Objective.of("cross_entropy + one_for_all")
+SMOOTHED = Objective.of("cross_entropy(label_smoothing=0.1) + one_for_all")  # the official code's for ImageNet
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def one_for_all(budget: Budget, student: Text) -> Recipe:
             images=budget.images, batch_images=batch, micro_images=min(batch, 128), labels=budget.labels,
             lr=0.1 * batch / 256 if convolutional else 5e-4 * batch / 512,
             optimizer="sgd" if convolutional else "adamw",
-            weight_decay=1e-4 if convolutional else 0.05, clip=5.0, objective=OBJECTIVE, trains="everything",
+            weight_decay=1e-4 if convolutional else 0.05, clip=5.0, objective=SMOOTHED, trains="everything",
             seed=budget.seed, schedule="cosine", beta2=0.999, warmup=0.0 if convolutional else 20 / 300,
-            flip=0.5, evaluate_every=IMAGENET_IMAGES, **({} if convolutional else DEIT),
+            resized_crop=0.08, flip=0.5, evaluate_every=IMAGENET_IMAGES, **({} if convolutional else DEIT),
         )  # fmt: skip
     steps = Build("build", student, StudentOptions()), TrainImages("distill", settings)
     return Recipe(student, steps, examples=1)  # images have no tasks; all that are held out are classified

@@ -73,7 +73,8 @@ class TrainImages(Step, Checked):
             s.images,
             trainable + owned,
             total - trainable,
-            4 * (context.num_teacher + total + 3 * (trainable + owned)) + s.micro_images * activations,
+            4 * (context.num_teacher + total * (2 if s.ema else 1) + 3 * (trainable + owned))
+            + s.micro_images * activations,
             s.num_steps * s.batch_images * per_image / context.rate,
         )
         return student, plan

@@ -20,6 +20,8 @@ class ImageSettings(StageSettings, Augmentation):
     labels: Annotated[float, Range(1e-6, 1)] = 1.0  # share of the training images whose label is known, by class
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Annotated[float, Range(0, 0.9999)] = 0.9  # of sgd
+    # decay of a moving average of the weights, which is what the student has in the end; 0: none
+    ema: Annotated[float, Range(0, 0.9999999)] = 0.0
 
     @property
     def units(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from convert.data.image_batch import ImageBatch
@@ -60,7 +61,20 @@ def classify(
     return train(
         student, learn_from, batches, settings, objective, track=track, keep=keep, measure=measure,
         optimizers=_sgd(settings) if settings.optimizer == "sgd" else None,
+        average=moving_average(student, settings.ema) if settings.ema else None,
     )  # fmt: skip
+
+
+def moving_average(student: PreTrainedModel, decay: float) -> AveragedModel:
+    """The exponential moving average of weights and running statistics. After n updates the decay is at most
+    (1 + n) / (10 + n), so that a short training forgets where it began (as TensorFlow's; the official code has no such
+    rule, and at its length the two are equal)."""
+
+    def update(averages: list[Tensor], latest: list[Tensor], updates: Tensor) -> None:
+        n = int(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, latest, updates)
+
+    return AveragedModel(student, multi_avg_fn=update, use_buffers=True)
 
 
 def _sgd(settings: ImageSettings) -> Optimizers:

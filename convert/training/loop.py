@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -93,17 +94,19 @@ def train(
     keep: Keeper | None,
     measure: Measure | None,
     optimizers: Optimizers | None = None,
+    average: AveragedModel | None = None,
 ) -> PreTrainedModel:
     """Train the student in place and return it, frozen and in evaluation mode.
 
     `learn_from(batch, whole)` accumulates the gradients of a micro-batch's part of the loss of the whole batch, and
-    returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` units."""
+    returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` units.
+    Where there is an `average` of the weights, it is what is measured, and what the student has in the end."""
     track, keep = track or Silent(), keep or Silent()
     made = optimizers_of(student, settings, objective, optimizers)
     trained = [p for p in student.parameters() if p.requires_grad]
     buffers = _running_statistics(student)
     clipped = [*trained, *objective.parameters()]
-    at = _restore(keep.load(), trained, buffers, objective, made)
+    at = _restore(keep.load(), trained, buffers, objective, made, average)
     track.resume(at.step)
     first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
@@ -116,6 +119,8 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(clipped, settings.clip).item()
             if math.isfinite(loss) and math.isfinite(norm):
                 update(made, rate)
+                if average is not None:
+                    average.update_parameters(student)
                 objective.advance(at.step / settings.num_steps)
                 at.bad_in_a_row = 0
             else:
@@ -133,13 +138,13 @@ def train(
             } | sizes  # fmt: skip
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
-                numbers |= measure(student)
+                numbers |= measure(student if average is None else average.module)
                 student.train()
             track.log(at.step, at.units, numbers)
             _refuse_hopeless(at, rate)
             is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
             if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
-                keep.save(at.step, _state(at, trained, buffers, objective, made))
+                keep.save(at.step, _state(at, trained, buffers, objective, made, average))
                 saved_at = time.monotonic()
             if is_stopped:
                 raise Interrupted(
@@ -151,6 +156,8 @@ def train(
             f"A stage must take steps; all {at.skipped} had gradients that are not finite. Lower the rate with --set"
             " STEP.lr=...."
         )
+    if average is not None:
+        student.load_state_dict(average.module.state_dict())
     for p in student.parameters():
         p.requires_grad_(False)
         p.grad = None
@@ -163,6 +170,7 @@ def _state(
     buffers: Sequence[Tensor],
     objective: LiveObjective,
     optimizers: Sequence[Optimizer],
+    average: AveragedModel | None,
 ) -> dict:
     """What a checkpoint holds."""
     return asdict(at) | {
@@ -171,6 +179,7 @@ def _state(
         "buffers": list(buffers),
         "objective": objective.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": {} if average is None else average.state_dict(),
     }
 
 
@@ -189,12 +198,13 @@ def _restore(
     buffers: Sequence[Tensor],
     objective: LiveObjective,
     optimizers: Sequence[Optimizer],
+    average: AveragedModel | None,
 ) -> Progress:
     """Go on from a checkpoint, or from the start where there is none."""
     if state is None:
         return Progress()
     try:
-        _put_back(state, trained, buffers, objective, optimizers)
+        _put_back(state, trained, buffers, objective, optimizers, average)
         return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())
@@ -210,6 +220,7 @@ def _put_back(
     buffers: Sequence[Tensor],
     objective: LiveObjective,
     optimizers: Sequence[Optimizer],
+    average: AveragedModel | None,
 ) -> None:
     for p, saved in zip(trained, state["parameters"], strict=True):
         p.copy_(saved)
@@ -218,6 +229,8 @@ def _put_back(
     objective.load_state_dict(state["objective"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    if average is not None:
+        average.load_state_dict(state["average"])
     device = trained[0].device
     for kind, generator in state["rng"].items():  # of a device that is not used here: nothing is left to continue
         if kind == "cpu":

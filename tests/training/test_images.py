@@ -37,7 +37,8 @@ def changed(**fields) -> ImageSettings:
 
 
 def weights(model):
-    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+    """All but the counts of batches."""
+    return torch.cat([v.flatten().double() for v in model.state_dict().values() if v.is_floating_point()])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -50,20 +51,41 @@ def test_a_student_learns_the_classes(optimizer):
     assert right > 0.9 and not any(p.requires_grad for p in student.parameters()) and not student.training
 
 
-@pytest.mark.parametrize("family", ["resnet", "vit", "mlp_mixer"])
-def test_it_goes_on_bit_by_bit_where_it_stopped(family):
-    """The running statistics of batch norms, the projectors and the optimizer included."""
-    teacher = classifier("vit", seed=3)
-    whole = classify(classifier(family), teacher, batch_of, SETTINGS)
+@pytest.mark.parametrize("family, ema", [("resnet", 0.9), ("resnet", 0.0), ("vit", 0.0), ("mlp_mixer", 0.0)])
+def test_it_goes_on_bit_by_bit_where_it_stopped(family, ema):
+    """The running statistics of batch norms, the projectors, the optimizer and the moving average included."""
+    teacher, settings = classifier("vit", seed=3), changed(ema=ema)
+    whole = classify(classifier(family), teacher, batch_of, settings)
     kept = Kept()
     for stop_after in (2, 5, None):
         kept.stop_after = stop_after
         student = classifier(family)
         try:
-            classify(student, teacher, batch_of, SETTINGS, track=kept, keep=kept)
+            classify(student, teacher, batch_of, settings, track=kept, keep=kept)
         except Exception as error:
             assert "Stopped at step" in str(error) and stop_after
     assert torch.equal(weights(student), weights(whole))
+
+
+def test_the_moving_average_is_what_is_measured_and_what_the_student_has_in_the_end():
+    latest, seen, decay = [], [], 0.35
+
+    def run(**fields):
+        settings = changed(schedule="wsd", decay=0.0, evaluate_every=16, **fields)
+        measured = latest if not fields else seen
+        return classify(
+            classifier("resnet"), classifier("vit", seed=3), batch_of, settings,
+            measure=lambda model: measured.append(weights(model)) or {},
+        )  # fmt: skip
+
+    run()
+    student = run(ema=decay)
+    expected = latest[0]
+    for n, (after, found) in enumerate(zip(latest, seen, strict=True)):
+        share = min(decay, (1 + n) / (10 + n)) if n else 0.0
+        expected = share * expected + (1 - share) * after
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len(seen) == 6 and torch.equal(weights(student), seen[-1])
 
 
 def test_micro_batches_add_up_where_no_batch_norm_sees_them():
