@@ -182,10 +182,10 @@ def check_folder(folder: Path) -> None:
         if (folder / name).is_file():
             content = read_json(folder / name)
             if record is not None:
-                _check_fields(content, record, f"{folder / name}")
+                check_fields(content, record, f"{folder / name}")
 
 
-def _check_fields(content: dict[str, Any], record: type, where: str) -> dict[str, Any]:
+def check_fields(content: dict[str, Any], record: type, where: str) -> dict[str, Any]:
     """The entries of `content` that the record knows; raises UserError where one does not fit its type."""
     known = {field.name: field.type for field in fields(record)}
     for name in known.keys() & content.keys():
@@ -208,7 +208,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     """Raises UserError at what only shows when all defaults are in place. Makes a model without memory, and its rotary
     frequencies."""
     host = config.host_config() if config.model_type == ConvertedConfig.model_type else config
-    _check_fields({name: getattr(host, name) for name in SIZES if hasattr(host, name)}, Facts, where)
+    check_fields({name: getattr(host, name) for name in SIZES if hasattr(host, name)}, Facts, where)
     heads, kv_heads = host.num_attention_heads, getattr(host, "num_key_value_heads", None) or host.num_attention_heads
     if heads % kv_heads:
         raise UserError(
@@ -263,17 +263,17 @@ def _plain(raw: dict[str, Any], where: str) -> dict[str, Any]:
     can be made of."""
     if raw.get("model_type") == ConvertedConfig.model_type:
         return _converted(raw, where)
-    facts = _check_fields(raw, Facts, where)
+    facts = check_fields(raw, Facts, where)
     for name in ("rope_parameters", "rope_scaling"):
         if facts.get(name):
-            facts[name] = _check_fields(facts[name], Rotation, f"{where}: {name}")
+            facts[name] = check_fields(facts[name], Rotation, f"{where}: {name}")
     return {"model_type": raw["model_type"]} | facts
 
 
 def _converted(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The part that is used of a student's configuration: `host`, its teacher's configuration, and a mixer or None for
     each layer."""
-    own = _check_fields(raw, Facts, where)
+    own = check_fields(raw, Facts, where)
     host: Any = raw.get("host")
     mixers: Any = raw.get("mixers")
     require(dict[str, Any], host, f"{where}: host")

@@ -1,10 +1,12 @@
 """Checks that the weights of a teacher were read whole. transformers only logs tensors that it has no place for; here
 they are a reason to refuse the teacher."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -41,11 +43,13 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
                 _check_frequencies(model, tensors.get_tensor(name), name, where)
 
 
-def check_size(config: PreTrainedConfig, files: Sequence[Path], where: str) -> None:
+def check_size(
+    config: PreTrainedConfig, files: Sequence[Path], where: str, auto: type[Any] = AutoModelForCausalLM
+) -> None:
     """Raises UserError where the configuration describes a model more than twice as large as its files, before memory
-    for it is taken."""
+    for it is taken. `auto` is the class that makes it."""
     with torch.device("meta"):
-        wanted = AutoModelForCausalLM.from_config(config).num_parameters()
+        wanted = auto.from_config(copy.deepcopy(config)).num_parameters()
     held = 0
     for file in files:
         with safe_open(file, "pt") as tensors:

@@ -56,6 +56,8 @@ def preprocessing_of(config: PreTrainedConfig) -> Preprocessing:
     try:
         mean, std = (tuple(float(value) for value in kept[name]) for name in ("mean", "std"))
         return Preprocessing(kept["height"], kept["width"], mean, std)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"A configuration's {FIELD} must have height, width, mean and std; this {config.model_type}'s is {kept!r}."

@@ -1,12 +1,13 @@
 """Loading an image classifier: configuration, preprocessing and weights."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -20,13 +21,17 @@ from convert.models.failures import explained
 from convert.models.loading import quiet, weight_files
 from convert.models.teacher_files import read_json
 from convert.models.vision.catalog import CLASSIFIERS
+from convert.models.vision.config_file import config_of
 from convert.models.vision.families import known_config, preprocessing_from
 from convert.models.vision.inputs import FIELD, preprocessing_of, set_preprocessing
 from convert.models.vision.mixer import MlpMixerConfig
-from convert.models.weights import refuse_misfits
+from convert.models.weights import check_size, refuse_left_over, refuse_misfits
 
 FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type} - {"timm_wrapper"}
-MOST_CLASSES = 2**20  # ours
+# what published checkpoints hold beside a classifier: poolers, tokens of masks, and positions that are made anew
+UNUSED = re.compile(
+    r"(^|\.)(pooler\.|mask_token$)|(position_ids|relative_position_index|relative_coords_table|num_batches_tracked)$"
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,7 @@ def _published_config(source: Source) -> PreTrainedConfig:
                 f"A teacher of images is an image classifier of a family that transformers knows; the config.json of"
                 f" {source.where} has model_type {shown(family)}."
             )
-        config = AutoConfig.for_model(family, **{key: value for key, value in raw.items() if key != "model_type"})
-        if not 2 <= config.num_labels <= MOST_CLASSES:
-            raise UserError(f"A classifier has two classes or more; that of {source.where} has {config.num_labels}.")
+        config = config_of(raw, f"The config.json of {source.where}")
         if getattr(config, FIELD, None) is None:
             processor = _json(source, "preprocessor_config.json", local)
             set_preprocessing(config, preprocessing_from(processor, config, source.where))
@@ -79,7 +82,8 @@ def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool
     local = not (source.is_remote and is_hub_reachable())
     if not source.is_remote:
         manifest.check_model(Path(source.where))
-        weight_files(Path(source.where), False)
+        if files := weight_files(Path(source.where), False):
+            check_size(config, files, source.where, AutoModelForImageClassification)
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else a bot of the hub is asked, in public, to convert pickles
     with explained(source), quiet(bars=source.is_remote):
         model, found = AutoModelForImageClassification.from_pretrained(
@@ -87,6 +91,7 @@ def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool
             ignore_mismatched_sizes=True, local_files_only=local,
         )  # fmt: skip
     refuse_misfits(found, source.where)
+    refuse_left_over([name for name in found["unexpected_keys"] if not UNUSED.search(name)], source.where)
     model.requires_grad_(False).to(place).eval()
     return ImageTeacher(source, model, config.dtype or torch.float32)
 
