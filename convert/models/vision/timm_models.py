@@ -52,8 +52,9 @@ def timm_fields(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], Prepro
     arguments: Any = raw.get("model_args") or {}
     if not (isinstance(architecture, str) and ARCHITECTURE.fullmatch(architecture)):
         raise UserError(f"architecture {of} must be the name of a timm model; got {shown(architecture)}.")
-    require(dict[str, Any], cfg, f"pretrained_cfg {of}")
-    require(dict[str, Any], arguments, f"model_args {of}")
+    for name, value in (("pretrained_cfg", cfg), ("model_args", arguments)):
+        if not isinstance(value, dict):
+            raise UserError(f"{name} {of} must be a JSON object; got {shown(value)}. Take the original file.")
     if refused := sorted(READ_ELSEWHERE & arguments.keys()):
         raise UserError(
             f"model_args {of} may say what a model is made of, and nothing of its weights or outputs; it has"
@@ -136,7 +137,7 @@ def _check_pass(config: PreTrainedConfig, wanted: Preprocessing, where: str) -> 
         raise UserError(
             f"A model of timm must take images of the size in its pretrained_cfg, and show the outputs of its stages;"
             f" {config.architecture} in {where} fails with images of {' x '.join(map(str, shape))}"
-            f" ({first_line(error)})."
+            f" ({first_line(error)}). Mend config.json, or install a newer timm if this one does not know the model."
         ) from error
     if found != (1, config.num_labels):
         raise UserError(

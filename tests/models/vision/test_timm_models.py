@@ -48,7 +48,8 @@ def test_a_model_of_one_size_is_made_for_its_images():
     [
         ({"architecture": "hf-hub:someone/something"}, {}, "must be the name of a timm model"),
         ({"architecture": None}, {}, "must be the name of a timm model"),
-        ({"pretrained_cfg": None}, {}, "pretrained_cfg in the config.json of there must be"),
+        ({"pretrained_cfg": None}, {}, "pretrained_cfg in the config.json of there must be a JSON object; got None"),
+        ({"model_args": [1]}, {}, "model_args in the config.json of there must be a JSON object"),
         ({"num_classes": 1}, {}, r"num_classes in the config.json of there must be within 2 \.\."),
         ({"model_args": {"checkpoint_path": "x.pth"}}, {}, "it has checkpoint_path. Take them out"),
         ({"model_args": {"num_classes": 10}}, {}, "must be its num_classes, 1,000; it is 10"),
