@@ -122,6 +122,7 @@ setup(
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME
         "images": IMAGES,  # data, augmentation
+        "timm": ["timm>=1.0.23"],  # teachers of timm; its torchvision must be made for the torch that is installed
         "cuda": ["mamba-ssm", "causal-conv1d", "triton>=3.5.0"],  # needs a CUDA torch; peers to measure against
     },
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 def versions() -> dict[str, str | None]:
     """The versions of Python and of the libraries that change results; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "wandb"):
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "timm", "wandb"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

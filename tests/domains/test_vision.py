@@ -75,7 +75,10 @@ def test_every_target_has_a_recipe(name, small):
         set_preprocessing(config, Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3))
     recipe = default_recipe("tiny", config, name, seed=3)
     (settings,) = recipe.trainings
-    assert recipe.target == name and settings.seed == 3 and str(settings.objective) == "cross_entropy + one_for_all"
+    assert recipe.target == name and settings.seed == 3
+    labels = "cross_entropy" if small else "cross_entropy(label_smoothing=0.1)"
+    assert str(settings.objective) == f"{labels} + one_for_all"
     convolutional = name in ("resnet-nano", "resnet-18", "resnet-34", "resnet-50", "mobilenet-v2")
     assert settings.optimizer == ("sgd" if convolutional and not small else "adamw")
-    assert (settings.mixup > 0) == (not convolutional and not small)
+    assert (settings.mixup > 0) == (settings.ema > 0) == (not convolutional and not small)
+    assert (settings.resized_crop > 0) == (settings.flip > 0) == (not small)

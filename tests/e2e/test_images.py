@@ -20,6 +20,7 @@ from convert.run import main
 from convert.runs import records
 from tests.e2e.test_resume import killed_at
 from tests.evaluation.classifiers import classifier
+from tests.models.vision.small_models import timm_folder
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,25 @@ def test_classes_that_are_not_the_teachers_are_refused(tmp_path, capsys):
     assert main(command(tmp_path / "seven", tmp_path / "out")) == 2
     assert "digits has 10, and seven 7" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_timm_teaches_and_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
+    timm_folder(tmp_path / "teacher")
+    objective = "cross_entropy + one_for_all + hints + attention_transfer + relational"
+    more = ["--set", "distill.save_every=0", "--set", f"distill.objective={objective}"]
+    assert main(command(tmp_path / "teacher", tmp_path / "planned", *more, "--plan")) == 0
+    assert "distill" in capsys.readouterr().out and not (tmp_path / "planned").exists()
+    assert main(command(tmp_path / "teacher", tmp_path / "straight", *more)) == 0
+    arguments = command(tmp_path / "teacher", tmp_path / "killed", *more)
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    assert main(arguments) == 0
+    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("straight", "killed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    report = records.report(tmp_path / "killed")
+    assert report.cost.teacher.macs > 0 and len(report.similarity.after.values) == 8  # layers of the teacher
+    seven = timm_folder(tmp_path / "seven", classes=7)
+    assert seven.num_classes == 7 and main(command(tmp_path / "seven", tmp_path / "out")) == 2
+    assert "digits has 10, and seven 7" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_known(digits, tmp_path):

@@ -12,6 +12,8 @@ DATA = "digits"  # of the embedded teachers
 IMAGENET = "hub:ILSVRC/imagenet-1k"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+MOST_CLASSES = 2**20  # ours
+TIMM = "timm_wrapper"  # transformers' family of all models of the package timm
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,14 @@ def embedded(name: str) -> Path | None:
     return folder if name.partition("-nano")[1] and (folder / "config.json").is_file() else None
 
 
+def is_timm(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model of the package timm, by timm itself or by transformers."""
+    return config.get("model_type", TIMM) == TIMM and ("pretrained_cfg" in config or "model_type" in config)
+
+
 def is_classifier(config: dict[str, Any]) -> bool:
     """Whether a config.json is of an image classifier."""
+    if is_timm(config):
+        return True
     names = config.get("architectures")
     return isinstance(names, list) and any(str(name).endswith("ForImageClassification") for name in names)

@@ -16,9 +16,9 @@ from transformers.models.auto import CONFIG_MAPPING
 from convert.core.errors import UserError
 from convert.core.fields import Range, shown
 from convert.models.teacher_files import check_fields
+from convert.models.vision.catalog import MOST_CLASSES
 from convert.models.vision.inputs import FIELD, preprocessing_of
 
-MOST_CLASSES = 2**20
 MOST_LAYERS = 1000
 LAYERS = (
     "num_hidden_layers", "depths", "depth", "num_layers", "n_layer", "num_block_repeats", "stage_num_blocks",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
+from convert.models.vision.catalog import TIMM
 from convert.models.vision.inputs import model_inputs, preprocessing_of
 from convert.objectives.stages import Features, StageShape, map_of, pooled, tokens_of
 
@@ -22,7 +23,8 @@ STAGES = 4  # what an isotropic model is cut into (One-for-All KD, arXiv 2310.19
 def features(model: PreTrainedModel, images: Tensor) -> Features:
     """Outputs of a model for images [B, C, H, W] with values from 0 to 1, which it sees in its own normalisation."""
     found = model(pixel_values=model_inputs(model, images), output_hidden_states=True)
-    return Features(tuple(found.hidden_states[i] for i in _chosen(found.hidden_states)), found.logits)
+    chosen = _chosen(found.hidden_states, model.config.model_type != TIMM)
+    return Features(tuple(found.hidden_states[i] for i in chosen), found.logits)
 
 
 def logits(model: PreTrainedModel, images: Tensor) -> Tensor:
@@ -30,11 +32,11 @@ def logits(model: PreTrainedModel, images: Tensor) -> Tensor:
     return model(pixel_values=model_inputs(model, images)).logits
 
 
-def _chosen(hidden: Sequence[Tensor]) -> list[int]:
+def _chosen(hidden: Sequence[Tensor], embeds: bool) -> list[int]:
     """The numbers of the hidden states that are stages: the last of each of the last four resolutions, or the ends of
-    the quarters of a model that has one resolution. Hidden states begin with the embedding where there are more than
-    four."""
-    first = 1 if len(hidden) > STAGES else 0
+    the quarters of a model that has one resolution. Those of a family that `embeds` begin with the embedding where
+    there are more than four; those of timm are outputs of blocks alone."""
+    first = 1 if embeds and len(hidden) > STAGES else 0
     blocks = range(first, len(hidden))
     if len(blocks) <= STAGES:
         return list(blocks)

@@ -20,14 +20,15 @@ from convert.models.devices import check_device
 from convert.models.failures import explained
 from convert.models.loading import quiet, weight_files
 from convert.models.teacher_files import read_json
-from convert.models.vision.catalog import CLASSIFIERS
+from convert.models.vision.catalog import CLASSIFIERS, TIMM, is_timm
 from convert.models.vision.config_file import config_of
 from convert.models.vision.families import known_config, preprocessing_from
 from convert.models.vision.inputs import FIELD, preprocessing_of, set_preprocessing
 from convert.models.vision.mixer import MlpMixerConfig
+from convert.models.vision.timm_models import timm_config
 from convert.models.weights import check_size, refuse_left_over, refuse_misfits
 
-FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type} - {"timm_wrapper"}
+FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type}
 # what published checkpoints hold beside a classifier: poolers, tokens of masks, and positions that are made anew
 UNUSED = re.compile(
     r"(^|\.)(pooler\.|mask_token$)|(position_ids|relative_position_index|relative_coords_table|num_batches_tracked)$"
@@ -56,18 +57,33 @@ def _published_config(source: Source) -> PreTrainedConfig:
     local = not (source.is_remote and is_hub_reachable())
     with explained(source):
         raw = _json(source, "config.json", local)
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(
-                f"A teacher of images is an image classifier of a family that transformers knows; the config.json of"
-                f" {source.where} has model_type {shown(family)}."
-            )
-        config = config_of(raw, f"The config.json of {source.where}")
+        if _family(raw, source) == TIMM:
+            config = timm_config(raw, source.where)
+        else:
+            config = config_of(raw, f"The config.json of {source.where}")
         if getattr(config, FIELD, None) is None:
             processor = _json(source, "preprocessor_config.json", local)
             set_preprocessing(config, preprocessing_from(processor, config, source.where))
         preprocessing_of(config)
     return config
+
+
+def family_of(source: Source) -> str:
+    """The family of a classifier, which needs none of the packages that reading the rest of its configuration may."""
+    if source.kind == "alias":
+        return CLASSIFIERS[source.name].family
+    with explained(source):
+        return _family(_json(source, "config.json", not (source.is_remote and is_hub_reachable())), source)
+
+
+def _family(raw: dict[str, Any], source: Source) -> str:
+    family = TIMM if is_timm(raw) else raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(
+            f"A teacher of images is an image classifier of a family that transformers knows; the config.json of"
+            f" {source.where} has model_type {shown(family)}."
+        )
+    return family
 
 
 def load_teacher(source: Source, *, device: str = "cpu", trust_remote_code: bool = False) -> ImageTeacher:

@@ -10,7 +10,7 @@ from convert.models.catalog import Source, resolve
 from convert.models.vision.catalog import CLASSIFIERS
 from convert.models.vision.families import OUTPUTS, StudentOptions
 from convert.models.vision.inputs import preprocessing_of
-from convert.models.vision.loading import load_teacher, read_config
+from convert.models.vision.loading import family_of, load_teacher, read_config
 
 
 def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -18,13 +18,13 @@ def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfi
     classes. "published" are the weights of that known model on the hub.
 
     Raises UserError where those weights are of another family, or of images of other channels or another size."""
-    config = copy.deepcopy(read_config(_source(name, options)))
-    family, wanted, seen = CLASSIFIERS[name].family, preprocessing_of(config), preprocessing_of(teacher)
-    if config.model_type != family:
+    source, family = _source(name, options), CLASSIFIERS[name].family
+    if (found := family_of(source)) != family:
         raise UserError(
-            f"A student begins with weights of its family; {name} is a {family}, and {options.start} a"
-            f" {config.model_type}."
+            f"A student begins with weights of its family; {name} is a {family}, and {options.start} a {found}."
         )
+    config = copy.deepcopy(read_config(source))
+    wanted, seen = preprocessing_of(config), preprocessing_of(teacher)
     if wanted.channels < seen.channels:
         raise UserError(
             f"A student must take the channels that its teacher takes; {options.start} takes {wanted.channels}, the"
