@@ -106,6 +106,7 @@ def convert(args: argparse.Namespace) -> None:
         from convert.domains import domain_of
 
     domain = domain_of(args.teacher, target.domain)
+    source = domain.resolve(args.teacher)
     config = domain.read_config(source, args.trust_remote_code)
     recipe = default_recipe(source.name, config, args.to, seed=args.seed, **sizes)
     recipe = dataclasses.replace(recipes.tiny(recipe) if args.tiny else recipe, tasks=args.tasks)

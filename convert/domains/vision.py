@@ -1,5 +1,6 @@
 """Image classifiers: the domain of images."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from convert.data.image_sets import ImageSet, image_set, whole_name
 from convert.data.images import ImageData, read_images
 from convert.domains.base import Domain
 from convert.models.catalog import Source, resolve
-from convert.models.vision.catalog import CLASSIFIERS
+from convert.models.vision.catalog import CLASSIFIERS, IMAGENET
 from convert.models.vision.families import StudentOptions, student_config
 from convert.models.vision.inputs import preprocessing_of
 from convert.models.vision.loading import ImageTeacher, load_teacher, read_config
@@ -56,7 +57,8 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     # --- before a run
 
     def resolve(self, teacher: str) -> Source:
-        return resolve(teacher)
+        source = resolve(teacher)
+        return source if source.domain else dataclasses.replace(source, data=IMAGENET, domain=self.name)
 
     def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
         return read_config(source, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from convert.core.errors import UserError
 from convert.domains import domain_of
 from convert.domains.base import Domain
 from convert.domains.vision import Vision
+from convert.models.vision.catalog import IMAGENET
 from convert.models.vision.families import StudentOptions, known_config
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 from convert.objectives import Objective
@@ -82,3 +83,8 @@ def test_every_target_has_a_recipe(name, small):
     assert settings.optimizer == ("sgd" if convolutional and not small else "adamw")
     assert (settings.mixup > 0) == (settings.ema > 0) == (not convolutional and not small)
     assert (settings.resized_crop > 0) == (settings.flip > 0) == (not small)
+
+
+def test_a_classifier_of_the_hub_learns_from_imagenet_where_no_data_is_given():
+    assert Vision().resolve("google/vit-base-patch16-224").data == IMAGENET
+    assert Vision().resolve("vit-nano").data == "digits"
