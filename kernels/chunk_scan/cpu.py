@@ -129,11 +129,15 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, _, document_ids, keep = inputs
     ctx.has_chunk_states = keep
     ctx.save_for_backward(*tensors, output[2], document_ids)
+    ctx.shapes = [each.shape for each in output[:2]]
+    ctx.set_materialize_grads(False)  # zeros as large as all chunk states would be made, and not used
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor, dS: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: FunctionCtx, dy: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_chunk_states:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
+    x = ctx.saved_tensors[0]
+    dy, dS = (x.new_zeros(shape) if d is None else d for d, shape in zip((dy, dS), ctx.shapes, strict=True))
     return *torch.ops.workbench.chunk_scan_backward(dy, dS, *ctx.saved_tensors), None, None
 
 

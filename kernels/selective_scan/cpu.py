@@ -183,14 +183,19 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     u, delta, A, B, C, h, starts, keep = inputs
     ctx.has_chunk_states = keep
     ctx.save_for_backward(u, delta, A, B, C, output[3], starts)
+    ctx.shapes = [each.shape for each in output[:3]]
+    ctx.set_materialize_grads(False)  # zeros as large as all chunk states would be made, and not used
 
 
 def _gradients(
-    ctx: FunctionCtx, dy: Tensor, dy_ones: Tensor, dh: Tensor, _: Tensor | None
+    ctx: FunctionCtx, dy: Tensor | None, dy_ones: Tensor | None, dh: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     u, delta, A, B, C, chunk_states, starts = ctx.saved_tensors
     if not ctx.has_chunk_states:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
+    dy, dy_ones, dh = (
+        u.new_zeros(shape) if d is None else d for d, shape in zip((dy, dy_ones, dh), ctx.shapes, strict=True)
+    )
     gradients = torch.ops.workbench.selective_scan_backward(dy, dy_ones, dh, u, delta, A, B, C, chunk_states, starts)
     return *gradients, None, None
 
