@@ -94,10 +94,13 @@ def _native(native: NativeExport | None) -> list[str]:
         return []
     if native.obstacle is not None:
         return [f"No architecture of transformers is this student ({native.obstacle}): model/ brings its code along."]
-    return [
+    line = (
         f"native/ is the same student as a {native.model_type}, without code of ours: in a clean process its logits"
         f" differ by at most {native.max_abs_logit:.2g} (allowed {native.allowed:.2g})."
-    ]
+    )
+    if native.max_abs_logit_float64 is not None:
+        line += f" That is float32's rounding: in float64 they differ by {native.max_abs_logit_float64:.2g}."
+    return [line]
 
 
 def _kept(layers: Layers) -> list[str]:

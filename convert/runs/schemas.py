@@ -176,6 +176,9 @@ class NativeExport:
     model_type: Annotated[Text | None, Key("transformers' model type of native/.")] = None
     max_abs_logit: Annotated[Measured | None, Key("Largest difference of its logits in a clean process.")] = None
     allowed: Annotated[Measured | None, Key("Largest difference that rounding explains.")] = None
+    max_abs_logit_float64: Annotated[
+        Measured | None, Key("The same in float64, where float32 was not exact enough.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.obstacle is None:
@@ -191,6 +194,9 @@ class Export:
         None
     )
     allowed: Annotated[Measured | None, Key("Largest difference that rounding explains.")] = None
+    max_abs_logit_float64: Annotated[
+        Measured | None, Key("The same in float64, where float32 was not exact enough.")
+    ] = None
     dtype: Annotated[Text | None, Key("Data type of the exported weights.")] = None
     native: Annotated[NativeExport | None, Key("The export without code of ours.")] = None
 
