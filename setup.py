@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 MOVED = ("kernels", "experiments")  # top-level in the repository, inside `convert` in a wheel
 SOURCES = (".py", ".cpp", ".h")
 IMAGES = ["kornia>=0.9", "scikit-learn", "pillow"]
-ONNX = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.22"]
+ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.22"]
 
 
 def relocated(source: str) -> str:
