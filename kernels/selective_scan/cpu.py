@@ -16,7 +16,7 @@ LOG2E = 1.4426950408889634
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
-class _Sizes(ctypes.Structure):
+class Sizes(ctypes.Structure):
     """`Sizes` of cpu.cpp."""
 
     _fields_ = [
@@ -31,11 +31,11 @@ class _Strided(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "channel", "time"))]
 
 
-class _Scan(ctypes.Structure):
+class Scan(ctypes.Structure):
     """`Scan` of cpu.cpp: all arguments of a call."""
 
     _fields_ = [
-        ("size", _Sizes),
+        ("size", Sizes),
         *((name, _Strided) for name in ("u", "delta", "y", "y_ones", "du", "ddelta")),
         *((name, ctypes.c_void_p) for name in ("A2", "B", "C", "state", "chunk_states", "dA", "dB", "dC", "starts")),
     ]
@@ -68,15 +68,15 @@ def _empty_in_layout(t: Tensor, channels: int) -> Tensor:
     return allocate((t.shape[0], channels, t.shape[2]), t)
 
 
-def _make_scan(u: Tensor, A: Tensor, B: Tensor, C: Tensor, inputs: int, slices: int) -> _Scan:
+def _make_scan(u: Tensor, A: Tensor, B: Tensor, C: Tensor, inputs: int, slices: int) -> Scan:
     batch, channels, length = u.shape
     groups = B.shape[1]
     queries = C.shape[1] // groups
     threads = torch.get_num_threads()
-    return _Scan(_Sizes(batch, channels, length, A.shape[1], groups, queries, inputs, slices, threads))
+    return Scan(Sizes(batch, channels, length, A.shape[1], groups, queries, inputs, slices, threads))
 
 
-def _call(name: str, scan: _Scan, dtype: torch.dtype) -> None:
+def _call(name: str, scan: Scan, dtype: torch.dtype) -> None:
     suffix = "double" if dtype == torch.float64 else "float"
     getattr(require_library(compiled_library()), f"{name}_{suffix}")(ctypes.byref(scan))
 

@@ -20,6 +20,7 @@ TINY = {
     "kda": dict(batch=1, H=2, K=8, V=4, T=100),
     "gated_delta_rule": dict(batch=1, H=2, K=8, V=4, T=100),
     "selective_state_update": dict(batch=1, D=8, N=4),
+    "ss2d": dict(batch=1, D=8, N=4, H=3, W=5),
 }
 
 

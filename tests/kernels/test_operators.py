@@ -13,6 +13,8 @@ from kernels.delta_rule import cases as rule_cases
 from kernels.delta_rule import kda
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
+from kernels.ss2d import cases as image_cases
+from kernels.ss2d import ss2d
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
 
@@ -25,11 +27,12 @@ OPERATORS = {
     "selective_scan": (selective_scan, lambda: selective_cases.make(8, dtype=torch.float32)),
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
     "delta_rule": (delta_rule, lambda: rule_cases.make(8, dtype=torch.float32)),
+    "ss2d": (ss2d, lambda: image_cases.make(3, 5, dtype=torch.float32)),
     "selective_state_update": (selective_state_update, lambda: selective_cases.make_update(dtype=torch.float32)),
 }
 LOAD = """
 import sys, torch
-import kernels.chunk_scan, kernels.delta_rule, kernels.selective_scan
+import kernels.chunk_scan, kernels.delta_rule, kernels.selective_scan, kernels.ss2d
 arguments, y = torch.load(sys.argv[2])
 found = torch.export.load(sys.argv[1]).module()(*arguments)
 assert torch.equal(found, y), (found - y).abs().max()
@@ -66,6 +69,7 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
         ("selective_scan", dict(u=2, delta=2, B=3, C=3)),
         ("chunk_scan", dict(x=1, dt=1, B=1, C=1)),
         ("delta_rule", dict(q=1, k=1, v=1, g=1, beta=1)),
+        ("ss2d", dict(x=2, delta=3, B=3, C=3)),
     ],
 )
 def test_an_export_takes_any_length(name, lengths):
@@ -84,7 +88,9 @@ def test_an_export_takes_any_length(name, lengths):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name, value", [("selective_scan", "u"), ("chunk_scan", "x"), ("delta_rule", "v")])
+@pytest.mark.parametrize(
+    "name, value", [("selective_scan", "u"), ("chunk_scan", "x"), ("delta_rule", "v"), ("ss2d", "x")]
+)
 def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
     scan, make = OPERATORS[name]
     a = make()

@@ -2,7 +2,7 @@
 #pragma once
 #include <memory>
 
-#include "../vectors.h"
+#include "vectors.h"
 
 // Steps per chunk. The states before each chunk are kept for the backward pass, which computes the others again.
 constexpr int STEPS = 64;

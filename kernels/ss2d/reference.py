@@ -1,0 +1,41 @@
+"""The definition of the selective scan over images: four scans over sequences, in the dtype they are given."""
+
+import torch
+from torch import Tensor
+
+from kernels.selective_scan.reference import selective_scan_reference
+
+DIRECTIONS = 4  # along rows, along columns, and both of them backwards (VMamba's order)
+
+
+def to_sequence(t: Tensor, direction: int) -> Tensor:
+    """Return t [..., H, W] as the sequence [..., L] of its places in the order of this direction."""
+    places = (t.mT if direction % 2 else t).flatten(-2)
+    return places.flip(-1) if direction >= 2 else places
+
+
+def to_image(t: Tensor, direction: int, height: int, width: int) -> Tensor:
+    """Return t [..., H, W] of which `to_sequence` makes t [..., L]."""
+    places = t.flip(-1) if direction >= 2 else t
+    return places.unflatten(-1, (width, height)).mT if direction % 2 else places.unflatten(-1, (height, width))
+
+
+def ss2d_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in turn,
+    with delta, A, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
+
+    Args:
+        x: [batch, D, H, W].
+        delta: [batch, 4, D, H, W].
+        A: [4, D, N].
+        B, C: [batch, 4, N, H, W].
+
+    Returns:
+        y [batch, D, H, W].
+    """
+    h, outputs = x.new_zeros(1, *x.shape[:2], A.shape[2]), []
+    for k in range(DIRECTIONS):
+        u, d, b, c = (to_sequence(t, k) for t in (x, delta[:, k], B[:, k, None], C[:, k, None]))
+        (y,), _ = selective_scan_reference(u, d, A[k], b, c, h)
+        outputs.append(to_image(y, k, *x.shape[2:]))
+    return torch.stack(outputs).sum(0)
