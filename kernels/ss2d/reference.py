@@ -39,3 +39,32 @@ def ss2d_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
         (y,), _ = selective_scan_reference(u, d, A[k], b, c, h)
         outputs.append(to_image(y, k, *x.shape[2:]))
     return torch.stack(outputs).sum(0)
+
+
+def transition(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
+    """Return U diag(sigma) V^T [4, N, N] of factors [4, N, r], [4, r], [4, N, r]."""
+    return (U * sigma[:, None]) @ V.mT
+
+
+def ss2d_lowrank_reference(x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """h_t = U diag(sigma) V^T h_{t-1} + x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in turn, with
+    factors, x, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
+
+    Args:
+        x: [batch, 4, D, H, W].
+        U, V: [4, N, r].
+        sigma: [4, r].
+        B, C: [batch, 4, N, H, W].
+
+    Returns:
+        y [batch, D, H, W].
+    """
+    A, outputs = transition(U, sigma, V), []
+    for k in range(DIRECTIONS):
+        u, b, c = (to_sequence(t[:, k], k) for t in (x, B, C))
+        h, y = u.new_zeros(*u.shape[:2], A.shape[1]), []  # [batch, D, N]
+        for t in range(u.shape[-1]):
+            h = torch.einsum("nm,bdm->bdn", A[k], h) + u[..., t, None] * b[:, None, :, t]
+            y.append((h * c[:, None, :, t]).sum(-1))
+        outputs.append(to_image(torch.stack(y, -1), k, *x.shape[-2:]))
+    return torch.stack(outputs).sum(0)
