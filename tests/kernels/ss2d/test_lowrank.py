@@ -35,9 +35,10 @@ def test_the_reference_is_a_sum_over_pairs_of_places():
     A, y = transition(a["U"], a["sigma"], a["V"]), 0
     for k in range(4):
         x, B, C = (to_sequence(t, k) for t in (a["x"], a["B"][:, k], a["C"][:, k]))
-        powers = [torch.linalg.matrix_power(A[k], i) for i in range(12)]
-        seen = lambda t, s: torch.einsum("bn,nm,bm,bd->bd", C[..., t], powers[t - s], B[..., s], x[..., s])  # noqa: E731
-        parts = [sum(seen(t, s) for s in range(t + 1)) for t in range(12)]
+        parts = []
+        for t in range(12):
+            terms = [(C[..., t] @ torch.linalg.matrix_power(A[k], t - s) * B[..., s]).sum(-1) for s in range(t + 1)]
+            parts.append(sum(term[:, None] * x[..., s] for s, term in enumerate(terms)))
         y = y + to_image(torch.stack(parts, -1), k, 3, 4)
     assert_close(ss2d_lowrank(**a, impl="reference"), y, 1e-12)
 
