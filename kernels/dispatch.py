@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -54,6 +55,11 @@ def why_no_triton(device: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32; for float64 there are 'chunked' and 'reference'"
     return None
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which products keep their dtype; devices without autocast, such as meta, need none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from kernels.checks import check_decay, check_dense, check_documents, check_flag
 from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_unavailable
 from kernels.chunk_scan.reference import chunk_scan_reference
-from kernels.dispatch import Implementations, always_available, choose, why_no_triton
+from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -110,7 +110,7 @@ def chunk_scan(
         S = initial_states.to(dtype)
     if document_ids is not None:  # numbered by change, because an id that comes back is another document
         document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
-    with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
+    with without_autocast(x.device.type):  # products of states stay in this dtype
         y, S = SCANS[implementation]((values * dt[..., None]).to(factor_dtype), dt * A, B, C, S, document_ids)
     if normalize:
         y = y[..., :-1] / (y[..., -1:].abs() + EPSILON)

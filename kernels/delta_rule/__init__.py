@@ -19,7 +19,7 @@ from kernels.delta_rule.chunked import delta_rule_chunked
 from kernels.delta_rule.cpu import delta_rule_cpu, why_unavailable
 from kernels.delta_rule.fla import delta_rule_fla, why_no_fla
 from kernels.delta_rule.reference import delta_rule_reference
-from kernels.dispatch import Implementations, always_available, choose
+from kernels.dispatch import Implementations, always_available, choose, without_autocast
 
 EPSILON = 1e-6  # under the root of an L2 norm, as in flash-linear-attention and transformers
 
@@ -121,7 +121,7 @@ def _run(
         S = initial_state.to(dtype)
     if document_ids is not None:  # numbered by change, because an id that comes back is another document
         document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
-    with torch.autocast(v.device.type, enabled=False):  # products of states stay in this dtype
+    with without_autocast(v.device.type):  # products of states stay in this dtype
         scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
         o, S = RULES[implementation](q, k, v, g, beta, S, document_ids, scale, normalize)
     return o.to(out_dtype), S if output_final_state else None

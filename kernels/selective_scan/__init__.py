@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.checks import check_decay, check_dense, check_documents, check_flags, check_tensors
-from kernels.dispatch import Implementations, always_available, choose, why_no_triton
+from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_unavailable
 from kernels.selective_scan.reference import selective_scan_reference
@@ -124,7 +124,7 @@ def selective_scan(
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
     scan = SCANS[_choose(impl, u.device.type, dtype)]
-    with torch.autocast(u.device.type, enabled=False):  # products of states stay in this dtype
+    with without_autocast(u.device.type):  # products of states stay in this dtype
         outputs, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = outputs[0] / (outputs[1].abs() + EPSILON) if normalize else outputs[0]
     if D is not None:

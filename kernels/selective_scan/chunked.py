@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels.dispatch import without_autocast
 from kernels.selective_scan.reference import stack_inputs
 
 CHUNK_ELEMENTS = 1 << 24  # size of one [Q, K, batch, D, N] buffer: 64 MiB in float32 (ours)
@@ -45,7 +46,7 @@ class ChunkedScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         # autocast belongs to the thread that calls backward(), not to the graph
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             return ChunkedScan.gradients(ctx, dy, dh)
 
     @staticmethod

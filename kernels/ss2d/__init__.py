@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.checks import check_decay, check_dense, check_flags, check_tensors
-from kernels.dispatch import Implementations, always_available, choose
+from kernels.dispatch import Implementations, always_available, choose, without_autocast
 from kernels.ss2d.chunked import ss2d_chunked
 from kernels.ss2d.cpu import ss2d_cpu, why_unavailable
 from kernels.ss2d.lowrank import ss2d_lowrank_chunked
@@ -68,7 +68,7 @@ def ss2d(
     x, delta, A, B, C = (t.to(dtype) for t in (x, delta, A, B, C))
     delta = _positive(delta, delta_bias, delta_softplus)
     scan = SCANS[_choose(impl, x.device.type, dtype)]
-    with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
+    with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(x, delta, A, B, C)
     return _with_skip(y, x, D).to(out_dtype)
 
@@ -117,7 +117,7 @@ def ss2d_lowrank(
     if delta is not None:
         drive = drive * _positive(delta.to(dtype), delta_bias, delta_softplus)
     scan = LOWRANK_SCANS[choose("ss2d_lowrank", impl, x.device.type, dtype, LOWRANK_IMPLEMENTATIONS)]
-    with torch.autocast(x.device.type, enabled=False):  # products of states stay in this dtype
+    with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(drive, U, sigma, V, B, C)
     return _with_skip(y, x, D).to(out_dtype)
 

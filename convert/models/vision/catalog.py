@@ -45,6 +45,9 @@ def _resnet(depths: list[int], widths: list[int], kind: str) -> dict[str, Any]:
 
 NANO_VIT = _vit(64, 4, 6, 4) | {"intermediate_size": 128}
 NANO_RESNET = _resnet([1, 1, 1, 1], [16, 32, 64, 96], "basic") | {"embedding_size": 16}
+NANO_VMAMBA = {
+    "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "state_size": 8, "ssm_ratio": 2.0, "mlp_ratio": 2.0,
+}  # fmt: skip
 BASIC, WIDE = [64, 128, 256, 512], [256, 512, 1024, 2048]
 CLASSIFIERS = {
     "vit-nano": KnownClassifier("a ViT of 0.2 M parameters", "vit", NANO_VIT, size=None, mean=HALF, std=HALF),
@@ -58,6 +61,9 @@ CLASSIFIERS = {
         size=None,
         mean=HALF,
         std=HALF,
+    ),
+    "vmamba": KnownClassifier(
+        "a VMamba of 0.2 M parameters", "vmamba", NANO_VMAMBA, size=None, least=32, mean=HALF, std=HALF
     ),
     "deit-tiny": KnownClassifier("DeiT-Ti", "vit", _vit(192, 3), "facebook/deit-tiny-patch16-224"),
     "deit-small": KnownClassifier("DeiT-S", "vit", _vit(384, 6), "facebook/deit-small-patch16-224"),
@@ -77,6 +83,7 @@ CLASSIFIERS = {
     "mobilenet-v2": KnownClassifier(
         "MobileNetV2", "mobilenet_v2", {}, "google/mobilenet_v2_1.0_224", mean=HALF, std=HALF
     ),
+    "vmamba-tiny": KnownClassifier("VMamba-T", "vmamba", {}),
     "convnext-tiny": KnownClassifier(
         "ConvNeXt-T", "convnext", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]},
         "facebook/convnext-tiny-224",

@@ -1,6 +1,7 @@
 """Students that begin with the weights of a classifier of their family, with a new head where classes differ."""
 
 import copy
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -8,9 +9,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from convert.core.errors import UserError
 from convert.models.catalog import Source, resolve
 from convert.models.vision.catalog import CLASSIFIERS
-from convert.models.vision.families import OUTPUTS, StudentOptions
+from convert.models.vision.families import OUTPUTS, StudentOptions, known_config
 from convert.models.vision.inputs import preprocessing_of
 from convert.models.vision.loading import family_of, load_teacher, read_config
+from convert.models.vision.vmamba import VMambaConfig
+from convert.models.vision.vmamba_published import from_published, read_published
 
 
 def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -18,12 +21,14 @@ def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfi
     classes. "published" are the weights of that known model on the hub.
 
     Raises UserError where those weights are of another family, or of images of other channels or another size."""
-    source, family = _source(name, options), CLASSIFIERS[name].family
-    if (found := family_of(source)) != family:
+    family = CLASSIFIERS[name].family
+    file = _published_file(options)
+    found = VMambaConfig.model_type if file else family_of(_source(name, options))
+    if found != family:
         raise UserError(
             f"A student begins with weights of its family; {name} is a {family}, and {options.start} a {found}."
         )
-    config = copy.deepcopy(read_config(source))
+    config = known_config(name) if file else copy.deepcopy(read_config(_source(name, options)))
     wanted, seen = preprocessing_of(config), preprocessing_of(teacher)
     if wanted.channels < seen.channels:
         raise UserError(
@@ -43,7 +48,10 @@ def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfi
 def started(name: str, options: StudentOptions, config: PreTrainedConfig, empty: PreTrainedModel) -> PreTrainedModel:
     """`empty`, a model of that configuration, with every weight of the start but the head, if its classes are
     others."""
-    weights = load_teacher(_source(name, options)).model.state_dict()
+    file = _published_file(options)
+    weights = (
+        from_published(read_published(file), empty) if file else load_teacher(_source(name, options)).model.state_dict()
+    )
     own = empty.state_dict()
     differing = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     if wrong := [key for key in differing if own[key].shape[:1] != torch.Size([config.num_labels])]:
@@ -53,6 +61,12 @@ def started(name: str, options: StudentOptions, config: PreTrainedConfig, empty:
         )
     empty.load_state_dict({key: weights[key] for key in own if key not in differing}, strict=False)
     return empty
+
+
+def _published_file(options: StudentOptions) -> Path | None:
+    """The file of a published VMamba, where the start is one."""
+    file = Path(str(options.start)).expanduser()
+    return file if file.suffix == ".pth" else None
 
 
 def _source(name: str, options: StudentOptions) -> Source:

@@ -15,6 +15,7 @@ FIELDS = {
     "mlp_mixer": dict(hidden_size=16, num_hidden_layers=5, token_size=8, channel_size=32, patch_size=8),
     "swin": dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, patch_size=4),
     "resnet": dict(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic"),
+    "vmamba": dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], state_size=2),
     "convnext": dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
     "mobilenet_v2": dict(depth_multiplier=0.25),
     "poolformer": dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),

@@ -19,7 +19,7 @@ from tests.models.vision.small_models import FIELDS, small_model
 PARAMETERS = {  # of the published models
     "deit-tiny": 5_717_416, "deit-small": 22_050_664, "vit-base": 86_567_656, "swin-tiny": 28_288_354,
     "resnet-18": 11_689_512, "resnet-34": 21_797_672, "resnet-50": 25_557_032, "mobilenet-v2": 3_504_872,
-    "convnext-tiny": 28_589_128, "mixer-base": 59_880_472,
+    "convnext-tiny": 28_589_128, "mixer-base": 59_880_472, "vmamba-tiny": 30_249_064,
 }  # fmt: skip
 
 
@@ -30,10 +30,14 @@ def test_known_models_have_the_published_number_of_parameters(name):
     assert model.num_parameters() in (PARAMETERS[name], PARAMETERS[name] + 1001)  # MobileNetV2 has a background class
 
 
-@pytest.mark.parametrize("family, stages", [("vit", 4), ("mlp_mixer", 4), ("swin", 4), ("resnet", 4), ("convnext", 4)])
+@pytest.mark.parametrize(
+    "family, stages", [("vit", 4), ("mlp_mixer", 4), ("swin", 4), ("resnet", 4), ("convnext", 4), ("vmamba", 4)]
+)
 def test_every_family_has_four_stages(family, stages):
     shapes = stage_shapes(small_model(family))
-    assert len(shapes) == stages and all(shape.is_map == (family in ("resnet", "convnext")) for shape in shapes)
+    assert len(shapes) == stages and all(
+        shape.is_map == (family in ("resnet", "convnext", "vmamba")) for shape in shapes
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name not in ("vit-base", "mixer-base")])
