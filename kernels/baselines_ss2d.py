@@ -1,10 +1,12 @@
-"""The selective scan over images beside VMamba's path in torch operators."""
+"""The scans over images: the selective one beside VMamba's path in torch operators, that of low rank beside a full
+matrix."""
 
 import torch
 from torch import Tensor
 
 from kernels.bench_case import BenchmarkCase, Cost, Run, Size, Tensors, normal_generator
-from kernels.ss2d import DIRECTIONS, ss2d
+from kernels.ss2d import DIRECTIONS, ss2d, ss2d_lowrank
+from kernels.ss2d.reference import transition
 
 
 def ss2d_case(size: Size) -> BenchmarkCase:
@@ -42,6 +44,45 @@ def ss2d_case(size: Size) -> BenchmarkCase:
         make_arguments=make_arguments,
         implementations=implementations,
         reference=implementations["ours, torch operators"],
+    )
+
+
+def ss2d_lowrank_case(size: Size) -> BenchmarkCase:
+    """DLRMamba's scan, by default with half of the rank, whose steps cost a quarter of a full matrix's."""
+    size = {"batch": 1, "D": 96, "N": 16, "r": 8, "H": 56, "W": 56} | size
+    batch, D, N, r, H, W = size.values()
+
+    def make_arguments() -> Tensors:
+        normal = normal_generator()
+        U, V = (torch.linalg.qr(normal(DIRECTIONS, N, r))[0] for _ in range(2))
+        return dict(
+            x=normal(batch, H, W, D).movedim(-1, -3),
+            U=U,
+            sigma=0.95 * torch.sigmoid(normal(DIRECTIONS, r)),
+            V=V,
+            B=normal(batch, DIRECTIONS, N, H, W),
+            C=normal(batch, DIRECTIONS, N, H, W),
+        )
+
+    def dense(a: Tensors) -> Tensor:
+        one = torch.eye(N, dtype=a["x"].dtype, device=a["x"].device).expand(DIRECTIONS, -1, -1)
+        full = transition(a["U"], a["sigma"], a["V"])
+        return ss2d_lowrank(a["x"], full, torch.ones_like(full[:, 0]), one, a["B"], a["C"])
+
+    implementations: dict[str, Run] = {"ours": lambda a: ss2d_lowrank(**a), "a full matrix": dense}
+    places = batch * H * W
+    given, operations = places * (D + 2 * DIRECTIONS * N), 2 * DIRECTIONS * places * D * (r * r + 2 * r)
+    return BenchmarkCase(
+        size=size,
+        check_size=size,
+        scaling=("H", (14, 28, 56, 112)),
+        cost={
+            "forward": Cost(4 * (given + places * D), operations, 0),
+            "backward": Cost(4 * (2 * given + places * D), 2 * operations, 0),
+        },
+        make_arguments=make_arguments,
+        implementations=implementations,
+        reference=implementations["ours"],
     )
 
 

@@ -21,6 +21,7 @@ TINY = {
     "gated_delta_rule": dict(batch=1, H=2, K=8, V=4, T=100),
     "selective_state_update": dict(batch=1, D=8, N=4),
     "ss2d": dict(batch=1, D=8, N=4, H=3, W=5),
+    "ss2d_lowrank": dict(batch=1, D=8, N=4, r=2, H=3, W=5),
 }
 
 
