@@ -12,12 +12,13 @@ right, so that methods are compared on the same seeds and images."""
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,19 +116,19 @@ class Bench:
         }
 
 
-def start_worker(data: str, images: int) -> None:
-    """What a process of the pool does first: small models gain nothing from a second thread."""
-    global bench
+def start_worker() -> None:
+    """What a process of the pool does first: small models gain nothing from a second thread, and Ctrl-C is for the
+    process that started it, which ends this one."""
     torch.set_num_threads(1)
-    bench = Bench(data, images)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def train_in_worker(training: Training) -> dict[str, Any]:
+bench_of = functools.cache(Bench)
+
+
+def train_in_worker(training: Training, data: str, images: int) -> dict[str, Any]:
     with contextlib.redirect_stderr(io.StringIO()):  # bars of several trainings would write over each other
-        return bench.train(training)
-
-
-bench: Bench  # of a process of the pool
+        return bench_of(data, images).train(training)
 
 
 def main() -> None:
@@ -148,22 +149,17 @@ def main() -> None:
     json_lines.mend(file)
     done = results_of(file)
     wanted = [training for training in trainings(args.labels, args.seeds, args.methods) if training not in done]
-    context = multiprocessing.get_context("spawn")
+    train = functools.partial(train_in_worker, data=args.data, images=images)
     with (
-        ProcessPoolExecutor(args.jobs, context, start_worker, (args.data, images)) as pool,
+        multiprocessing.get_context("spawn").Pool(args.jobs, start_worker) as pool,  # whose end ends its processes
         tqdm(total=len(wanted), unit="training", dynamic_ncols=True) as bar,
     ):
-        try:
-            for future in as_completed([pool.submit(train_in_worker, training) for training in wanted]):
-                row = future.result()
-                json_lines.append(file, [row])
-                bar.update()
-                bar.set_postfix_str(
-                    f"{row['teacher'] or 'no teacher'} -> {row['student']}, {row['method']}: {row['accuracy']:.1%}"
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for row in pool.imap_unordered(train, wanted):
+            json_lines.append(file, [row])
+            bar.update()
+            bar.set_postfix_str(
+                f"{row['teacher'] or 'no teacher'} -> {row['student']}, {row['method']}: {row['accuracy']:.1%}"
+            )
     found = results_of(file)
     lines = [line for share in args.labels for line in show(found, share)]
     write_text(out / TABLE, "\n".join(lines) + "\n")

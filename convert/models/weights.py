@@ -74,7 +74,7 @@ def refuse_left_over(names: list[str], where: str) -> None:
     """Raises UserError where these names of tensors that no parameter took are not none."""
     if names:
         raise UserError(
-            f"A teacher's weights are read whole; {where} holds {len(names)} tensors that its configuration has no"
+            f"Weights are read whole; {where} holds {len(names)} tensors that its configuration has no"
             f" place for, first {min(names)}. Give the configuration that these weights were made with."
         )
 

@@ -71,8 +71,11 @@ def moving_average(student: PreTrainedModel, decay: float) -> AveragedModel:
     rule, and at its length the two are equal)."""
 
     def update(averages: list[Tensor], latest: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, latest, updates)
+        if averages[0].is_floating_point():
+            n = int(updates)
+            get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, latest, updates)
+        else:  # counts and indices
+            torch._foreach_copy_(averages, latest)
 
     return AveragedModel(student, multi_avg_fn=update, use_buffers=True)
 

@@ -206,6 +206,8 @@ def _restore(
     try:
         _put_back(state, trained, buffers, objective, optimizers, average)
         return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(

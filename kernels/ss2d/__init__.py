@@ -91,8 +91,8 @@ def ss2d_lowrank(
 
     In each direction, over its places t: h_t = U diag(sigma) V^T h_{t-1} + delta_t x_t B_t, y_t = C_t . h_t + D x_t,
     with h = 0 before the first (DLRMamba, arXiv 2603.06920, eq. 5, whose B x is delta B x here, as in VMamba). What a
-    place costs depends on r, whatever N is. With orthonormal columns in U and V and sigma below 1 no state grows; that
-    is left to the caller. Results are computed in float32, or in float64 if x is.
+    channel costs depends on r, whatever N is. With orthonormal columns in U and V and sigma below 1 no state grows;
+    that is left to the caller. Results are computed in float32, or in float64 if x is.
 
     Args:
         x: [batch, D, H, W].
@@ -110,7 +110,7 @@ def ss2d_lowrank(
     """
     check_flags(delta_softplus=delta_softplus)
     check_dense(dict(x=x, U=U, sigma=sigma, V=V, B=B, C=C), dict(D=D, delta=delta, delta_bias=delta_bias))
-    _check_lowrank_shapes(x, U, sigma, V, B, C, D, delta, delta_bias)
+    _check_lowrank_shapes(x, U, sigma, V, B, C, D, delta, delta_bias, delta_softplus)
     dtype, out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
     x, U, sigma, V, B, C = (t.to(dtype) for t in (x, U, sigma, V, B, C))
     drive = x[:, None].expand(-1, DIRECTIONS, -1, -1, -1)
@@ -150,7 +150,7 @@ def _check_shapes(
 
 def _check_lowrank_shapes(
     x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta: Tensor | None,
-    delta_bias: Tensor | None,
+    delta_bias: Tensor | None, softplus: bool,
 ) -> None:  # fmt: skip
     _check_image(x)
     if U.ndim != 3 or U.shape[0] != DIRECTIONS or V.shape != U.shape or sigma.shape != (DIRECTIONS, U.shape[2]):
@@ -162,6 +162,8 @@ def _check_lowrank_shapes(
         raise ValueError(f"The rank must be at most N; got a rank of {U.shape[2]} for N = {U.shape[1]}.")
     if delta is None and delta_bias is not None:
         raise ValueError("delta_bias is added to delta; there is none.")
+    if delta is None and softplus:
+        raise ValueError("delta_softplus is of delta; there is none.")
     check_tensors(dict(x=x, U=U, sigma=sigma, V=V, B=B, C=C, D=D, delta=delta, delta_bias=delta_bias), U.shape[1])
     _check_places(x, U.shape[1], dict(delta=delta, B=B, C=C, D=D, delta_bias=delta_bias))
 

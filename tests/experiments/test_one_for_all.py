@@ -1,7 +1,10 @@
 """The comparison of distillations between architectures: what is trained, kept and told."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -31,15 +34,20 @@ def test_the_table_says_in_how_many_pairs_one_for_all_is_not_surely_worse(best, 
     assert len(lines) == 4 + 9 + 3 and by_seed(found, MODELS[0], MODELS[1], "OFA", 1.0).shape == (2, 400)
 
 
-def test_what_was_trained_is_not_trained_again(tmp_path, monkeypatch, capsys):
-    command = "one_for_all --images 128 --labels 1 --seeds 1 --jobs 1 --methods scratch --out".split()
-    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
-    one_for_all.main()
-    file = tmp_path / "results.jsonl"
+def test_ctrl_c_ends_it_and_what_was_trained_is_not_trained_again(tmp_path):
+    options = "--images 1024 --labels 1 --seeds 2 --jobs 1 --methods scratch --out".split()
+    command = [sys.executable, "-m", "experiments.one_for_all", *options, str(tmp_path)]
+    file, started = tmp_path / "results.jsonl", time.monotonic()
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not file.exists() and time.monotonic() < started + 120:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 3 and all(len(json.loads(line)["right"]) == 500 for line in lines)
-    file.write_text("\n".join(lines[:2]) + '\n{"teacher": "", "stu', encoding="utf-8")  # a kill in the middle of a line
-    one_for_all.main()
-    first, second, again = file.read_text(encoding="utf-8").splitlines()
-    assert [first, second] == lines[:2] and json.loads(again)["right"] == json.loads(lines[2])["right"]
-    assert len(results_of(file)) == 3 and (tmp_path / "table.md").exists()
+    assert running.returncode == 130 and b"Traceback" not in said and len(lines) < 6
+    with file.open("a", encoding="utf-8") as results:
+        results.write('{"teacher": "", "stu')  # as a kill in the middle of a line leaves it
+    subprocess.run(command, check=True, capture_output=True)
+    after = file.read_text(encoding="utf-8").splitlines()
+    assert after[: len(lines)] == lines and len(results_of(file)) == len(after) == 6
+    assert all(len(json.loads(line)["right"]) == 500 for line in after) and (tmp_path / "table.md").exists()

@@ -11,8 +11,9 @@ from convert.data.image_batch import ImageBatch
 from convert.models.vision.features import logits
 from convert.objectives import Objective
 from convert.training.image_settings import ImageSettings
-from convert.training.images import classify
+from convert.training.images import classify, moving_average
 from tests.evaluation.classifiers import classifier
+from tests.models.vision.small_models import small_model
 from tests.training.stages import Kept
 
 SETTINGS = ImageSettings(
@@ -86,6 +87,18 @@ def test_the_moving_average_is_what_is_measured_and_what_the_student_has_in_the_
         expected = share * expected + (1 - share) * after
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert len(seen) == 6 and torch.equal(weights(student), seen[-1])
+
+
+def test_indices_and_counts_are_no_averages():
+    """Swin's table of relative positions is a buffer of indices, which an average would round."""
+    model = small_model("swin")
+    average = moving_average(model, 0.99996)
+    for _ in range(20):
+        average.update_parameters(model)
+    whole = {name: value for name, value in model.named_buffers() if not value.is_floating_point()}
+    assert whole and all(
+        torch.equal(value, dict(average.module.named_buffers())[name]) for name, value in whole.items()
+    )
 
 
 def test_micro_batches_add_up_where_no_batch_norm_sees_them():

@@ -70,7 +70,7 @@ def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     entries = {name: copy.deepcopy(raw[name]) for name in raw if name in known}
     check_fields(entries, Facts, where)
     for name, value in entries.items():
-        _check_numbers(name, value, where)
+        check_numbers(name, value, where)
     _check_labels(entries, where)
     config = AutoConfig.for_model(family, **entries)
     if not 2 <= config.num_labels <= MOST_CLASSES:
@@ -82,10 +82,13 @@ def config_of(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     return config
 
 
-def _check_numbers(name: str, value: Any, where: str) -> None:
+def check_numbers(name: str, value: Any, where: str) -> None:
     """Raises UserError where an entry holds a number that is not finite or too large, or more layers than there are in
     any model."""
     if isinstance(value, dict):
+        if name not in ("id2label", "label2id", FIELD):
+            for key, each in value.items():
+                check_numbers(key, each, f"{where}: {name}")
         return
     numbers = list(_numbers(value, 0, f"{where}: {name}"))
     if any(not math.isfinite(number) or abs(number) > LARGEST_NUMBER for number in numbers):

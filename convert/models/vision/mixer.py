@@ -6,7 +6,9 @@ B images · C channels · P patches · D width of a patch · K classes
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
@@ -39,7 +41,7 @@ def _mlp(size: int, inner: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(size, inner), nn.GELU(), nn.Linear(inner, size))
 
 
-class MlpMixerLayer(nn.Module):
+class MlpMixerLayer(GradientCheckpointingLayer):
     """An MLP over the patches of each channel, then one over the channels of each patch."""
 
     def __init__(self, config: MlpMixerConfig) -> None:
@@ -60,6 +62,7 @@ class MlpMixerForImageClassification(PreTrainedModel):
     config_class = MlpMixerConfig
     base_model_prefix = "mixer"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MlpMixerConfig) -> None:
         super().__init__(config)
@@ -76,15 +79,18 @@ class MlpMixerForImageClassification(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool = False, **_: Any
+        self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False, **_: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Logits [B, K] of images [B, C, H, W], and if asked the output [B, P, D] of the embedding and each layer."""
+        """Logits [B, K] of images [B, C, H, W], their cross-entropy with labels [B] if there are any, and if asked the
+        output [B, P, D] of the embedding and each layer."""
         hidden = [self.patches(pixel_values).flatten(2).transpose(1, 2)]
         for layer in self.layers:
             hidden.append(layer(hidden[-1]))
         logits = self.classifier(self.norm(hidden[-1]).mean(1))
         return ImageClassifierOutputWithNoAttention(
-            logits=logits, hidden_states=tuple(hidden) if output_hidden_states else None
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
         )
 
 

@@ -14,6 +14,7 @@ from convert.models.vision.inputs import preprocessing_of
 from convert.models.vision.loading import family_of, load_teacher, read_config
 from convert.models.vision.vmamba import VMambaConfig
 from convert.models.vision.vmamba_published import from_published, read_published
+from convert.models.weights import refuse_left_over
 
 
 def starting_config(name: str, options: StudentOptions, teacher: PreTrainedConfig) -> PreTrainedConfig:
@@ -59,6 +60,8 @@ def started(name: str, options: StudentOptions, config: PreTrainedConfig, empty:
             f"The weights of {options.start} must fit the student but for its head; {len(wrong)} tensors do not, first"
             f" {wrong[0]}."
         )
+    if file:
+        refuse_left_over(sorted(weights.keys() - own.keys()), str(file))
     empty.load_state_dict({key: weights[key] for key in own if key not in differing}, strict=False)
     return empty
 
@@ -66,7 +69,11 @@ def started(name: str, options: StudentOptions, config: PreTrainedConfig, empty:
 def _published_file(options: StudentOptions) -> Path | None:
     """The file of a published VMamba, where the start is one."""
     file = Path(str(options.start)).expanduser()
-    return file if file.suffix == ".pth" else None
+    if file.suffix != ".pth":
+        return None
+    if not file.is_file():
+        raise UserError(f"There is no checkpoint {file}. Give the file that the authors of VMamba published.")
+    return file
 
 
 def _source(name: str, options: StudentOptions) -> Source:

@@ -5,7 +5,7 @@ Such a config.json says everything of the images, too, so that no preprocessor_c
 
 import importlib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedConfig
@@ -14,6 +14,7 @@ from convert.core.errors import UserError
 from convert.core.fields import Range, require, shown
 from convert.models.failures import first_line
 from convert.models.vision.catalog import IMAGENET_MEAN, IMAGENET_STD, MOST_CLASSES
+from convert.models.vision.config_file import check_numbers
 from convert.models.vision.features import logits, stage_shapes
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 
@@ -60,6 +61,9 @@ def timm_fields(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], Prepro
             f"model_args {of} may say what a model is made of, and nothing of its weights or outputs; it has"
             f" {', '.join(refused)}. Take them out."
         )
+    for name, value in arguments.items():
+        check_numbers(name, value, f"model_args {of}")
+    require(Literal["float64", "float32", "float16", "bfloat16"] | None, raw.get("dtype"), f"dtype {of}")
     classes = raw.get("num_classes", cfg.get("num_classes"))
     require(Annotated[int, Range(2, MOST_CLASSES)], classes, f"num_classes {of}")
     if arguments.get("num_classes", classes) != classes:

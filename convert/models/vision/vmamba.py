@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from convert.mixers.ss2d import SS2D
@@ -41,7 +43,7 @@ class VMambaConfig(PreTrainedConfig):
         self.mlp_ratio, self.conv_bias, self.initializer_range = mlp_ratio, conv_bias, initializer_range
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(GradientCheckpointingLayer):
     """SS2D, then an MLP, each behind a norm and beside a shortcut."""
 
     def __init__(self, width: int, config: VMambaConfig) -> None:
@@ -87,9 +89,15 @@ class VMambaForImageClassification(PreTrainedModel):
     config_class = VMambaConfig
     base_model_prefix = "vmamba"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__(config)
+        if not config.depths or len(config.depths) != len(config.hidden_sizes) or config.patch_size % 2:
+            raise ValueError(
+                f"A VMamba has a width for each stage, and patches of an even size; got depths {config.depths},"
+                f" hidden_sizes {config.hidden_sizes} and patch_size {config.patch_size}."
+            )
         first, stride = config.hidden_sizes[0], config.patch_size // 2
         self.embed = nn.Sequential(
             Convolution(config.num_channels, first // 2, stride + 1, stride),
@@ -110,16 +118,20 @@ class VMambaForImageClassification(PreTrainedModel):
             module.start()
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool = False, **_: Any
+        self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False, **_: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Logits [B, K] of images [B, C, H, W], and if asked the output [B, D, H', W'] of the embedding and each
-        stage."""
+        """Logits [B, K] of images [B, C, H, W], their cross-entropy with labels [B] if there are any, and if asked the
+        output [B, D, H', W'] of the embedding and each stage."""
         hidden = [self.embed(pixel_values.permute(0, 2, 3, 1))]
         for stage in self.stages:
             hidden.append(stage(hidden[-1]))
         logits = self.classifier(self.norm(hidden[-1]).mean((1, 2)))
         maps = tuple(state.permute(0, 3, 1, 2) for state in hidden)
-        return ImageClassifierOutputWithNoAttention(logits=logits, hidden_states=maps if output_hidden_states else None)
+        return ImageClassifierOutputWithNoAttention(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=maps if output_hidden_states else None,
+        )
 
 
 AutoConfig.register(VMambaConfig.model_type, VMambaConfig, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The published checkpoints of VMamba (MzeroMiko/VMamba: vssm1_*, vmamba_*_s1l8 and *_s2l5) under our names."""
+"""The published checkpoints of VMamba (MzeroMiko/VMamba: vssm1_*, of the sizes s1l8 and s1l20) under our names."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +55,18 @@ def read_published(file: Path) -> dict[str, Tensor]:
     Raises UserError where it cannot be read, or holds no VMamba."""
     try:
         found = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of whatever kind: a pickle may hold anything
         raise UserError(
-            f"A checkpoint must be a file that torch wrote, of tensors alone; {file} cannot be read"
-            f" ({type(error).__name__})."
+            f"A checkpoint must be a file that torch wrote, of tensors and numbers alone; {file} cannot be read"
+            f" ({type(error).__name__}). Give the file as its authors published it."
         ) from None
-    weights = found.get("model", found) if isinstance(found, dict) else None
-    if not (isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
-        raise UserError(f"A checkpoint of VMamba holds its weights by name, alone or as `model`; {file} holds neither.")
-    if not any(name.endswith(".op.x_proj_weight") for name in weights):
-        raise UserError(f"A checkpoint of VMamba has layers.0.blocks.0.op.x_proj_weight; {file} has none of that name.")
+    weights: Any = found.get("model", found) if isinstance(found, dict) else None
+    is_named = isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    )
+    if not is_named or not any(name.endswith(".op.x_proj_weight") for name in weights):
+        raise UserError(
+            f"A checkpoint of VMamba holds its weights by name, alone or as `model`, layers.0.blocks.0.op.x_proj_weight"
+            f" among them; {file} does not. Give the file as its authors published it."
+        )
     return weights

@@ -79,6 +79,7 @@ WRONG = {
     "sigma": (dict(sigma=torch.ones(2)), r"U and V must be .* and \(2,\)"),
     "B": (dict(B=torch.ones(2, 4, 4, 4, 5)), r"B must be \(2, 4, 5, 4, 5\) to fit the others; got \(2, 4, 4, 4, 5\)"),
     "bias": (dict(delta_bias=torch.ones(4, 6)), "delta_bias is added to delta; there is none"),
+    "softplus": (dict(delta_softplus=True), "delta_softplus is of delta; there is none"),
     "impl": (dict(impl="cpu"), r"'auto' or one of 'chunked', 'reference'; got 'cpu'"),
 }  # fmt: skip
 

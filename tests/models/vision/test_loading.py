@@ -50,6 +50,14 @@ def test_what_no_model_can_be_made_of_is_refused_by_the_name_of_its_entry(family
         config_of(entries(family) | {name: value}, "there")
 
 
+@pytest.mark.parametrize(
+    "name, value", [("num_hidden_layers", 10**6), ("hidden_size", 10**12), ("layer_norm_eps", 1e300)]
+)
+def test_nested_configurations_have_bounds_too(name, value):
+    with pytest.raises(UserError, match=rf"^there: vision_config: {name} must be"):
+        config_of({"model_type": "clip", "vision_config": {name: value}}, "there")
+
+
 @pytest.mark.parametrize("mean, std", [([float("nan")], [0.5]), ([0.5], [0.0]), ([0.5], [0.5, 0.5])])
 def test_statistics_of_channels_that_normalise_nothing_are_refused(mean, std):
     kept = {"height": 16, "width": 16, "mean": mean, "std": std}

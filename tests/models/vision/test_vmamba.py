@@ -109,6 +109,11 @@ def test_a_student_begins_with_a_published_file(tmp_path):
     student = started("vmamba-tiny", options, config, VMambaForImageClassification(config))
     assert config.num_labels == 5 and student.classifier.weight.shape == (5, 768)
     assert torch.equal(student.stages[2].blocks[7].mixer.in_proj.weight, weights["layers.2.blocks.7.op.in_proj.weight"])
+    torch.save({"model": weights | {"layers.2.blocks.8.norm.weight": torch.ones(384)}}, tmp_path / "vssm1_tiny.pth")
+    with pytest.raises(
+        UserError, match="read whole; .*holds 1 tensors .* first layers.2.blocks.8.norm.weight|stages.2"
+    ):
+        started("vmamba-tiny", options, config, VMambaForImageClassification(config))
     with pytest.raises(UserError, match="must fit the student but for its head; "):
         small = student_config("vmamba", StudentOptions(), teacher)
         started("vmamba", options, small, VMambaForImageClassification(small))
@@ -119,9 +124,11 @@ def test_a_student_begins_with_a_published_file(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"no checkpoint", "of tensors alone; .* cannot be read"),
+        (b"hello", "of tensors and numbers alone; .* cannot be read"),
+        (b"\x80\x02junk", "of tensors and numbers alone; .* cannot be read"),
         ({"model": {"weight": 3}}, "holds its weights by name"),
-        ({"weight": torch.zeros(1)}, "has none of that name"),
+        ({0: torch.zeros(1)}, "holds its weights by name"),
+        ({"weight": torch.zeros(1)}, "holds its weights by name"),
     ],
 )
 def test_a_file_that_is_no_vmamba_is_refused(content, message, tmp_path):
