@@ -136,9 +136,9 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: FunctionCtx, dy: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_chunk_states:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
-    x = ctx.saved_tensors[0]
-    dy, dS = (x.new_zeros(shape) if d is None else d for d, shape in zip((dy, dS), ctx.shapes, strict=True))
-    return *torch.ops.workbench.chunk_scan_backward(dy, dS, *ctx.saved_tensors), None, None
+    saved = ctx.saved_tensors  # once: with activation checkpointing a second look is refused
+    dy, dS = (saved[0].new_zeros(shape) if d is None else d for d, shape in zip((dy, dS), ctx.shapes, strict=True))
+    return *torch.ops.workbench.chunk_scan_backward(dy, dS, *saved), None, None
 
 
 def chunk_scan_cpu(

@@ -169,11 +169,12 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: FunctionCtx, do: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_chunk_states:
         raise RuntimeError("This delta rule ran without gradients in mind (keep=False).")
-    _, k, v, _, beta, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: with activation checkpointing a second look is refused
+    _, k, v, _, beta, *_ = saved
     batch, _, heads = beta.shape
     do = v.new_zeros(*beta.shape, v.shape[3]) if do is None else do
     dS = v.new_zeros(batch, heads, k.shape[3], v.shape[3]) if dS is None else dS
-    gradients = torch.ops.workbench.delta_rule_backward(do, dS, *ctx.saved_tensors, ctx.scale, ctx.normalize)
+    gradients = torch.ops.workbench.delta_rule_backward(do, dS, *saved, ctx.scale, ctx.normalize)
     return *gradients, None, None, None, None
 
 

@@ -104,7 +104,9 @@ def test_a_delta_hybrid_is_exported_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(
         verify,
         "check_in_clean_process",
-        lambda *args, trust_remote_code: expected if trust_remote_code else check(*args, trust_remote_code=False),
+        lambda *args, trust_remote_code, dtype: (
+            expected if trust_remote_code else check(*args, trust_remote_code=False, dtype=dtype)
+        ),
     )
     cards = dict(card="with code", card_without_code="without")
     place = tmp_path / "model"
