@@ -21,6 +21,7 @@ def test_the_python_example_runs(tmp_path):
         "PYTHONPATH": str(ROOT),
         "CONVERT_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # other tests use the other cores
     }
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True
