@@ -38,7 +38,7 @@ class SS2D(nn.Module):
         spread = math.log(LONGEST) - math.log(SHORTEST)
         dt = torch.exp(torch.rand_like(self.dt_bias) * spread + math.log(SHORTEST))
         with torch.no_grad():
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus makes dt of it
+            self.dt_bias.copy_(torch.expm1(dt).log())  # the inverse of softplus
             self.A_log.copy_(torch.arange(1, self.state_size + 1, device=self.A_log.device).log())
         nn.init.ones_(self.D)
 

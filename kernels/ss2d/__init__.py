@@ -67,7 +67,7 @@ def ss2d(
     dtype, out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
     x, delta, A, B, C = (t.to(dtype) for t in (x, delta, A, B, C))
     delta = _positive(delta, delta_bias, delta_softplus)
-    scan = SCANS[_choose(impl, x.device.type, dtype)]
+    scan = SCANS[_choose("ss2d", impl, x.device.type, dtype)]
     with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(x, delta, A, B, C)
     return _with_skip(y, x, D).to(out_dtype)
@@ -116,7 +116,7 @@ def ss2d_lowrank(
     drive = x[:, None].expand(-1, DIRECTIONS, -1, -1, -1)
     if delta is not None:
         drive = drive * _positive(delta.to(dtype), delta_bias, delta_softplus)
-    scan = LOWRANK_SCANS[choose("ss2d_lowrank", impl, x.device.type, dtype, LOWRANK_IMPLEMENTATIONS)]
+    scan = LOWRANK_SCANS[_choose("ss2d_lowrank", impl, x.device.type, dtype)]
     with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(drive, U, sigma, V, B, C)
     return _with_skip(y, x, D).to(out_dtype)
@@ -132,9 +132,9 @@ def _with_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
+def _choose(operator: str, impl: str, device: str, dtype: torch.dtype) -> str:
     """Return the implementation's name; torch.compile calls this, which may compile C++, and keeps the result."""
-    return choose("ss2d", impl, device, dtype, IMPLEMENTATIONS)
+    return choose(operator, impl, device, dtype, IMPLEMENTATIONS if operator == "ss2d" else LOWRANK_IMPLEMENTATIONS)
 
 
 def _check_shapes(

@@ -73,6 +73,14 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(ss2d_lowrank, tensors)
 
 
+def test_torch_compile_takes_it_in_one_graph():
+    a = make_lowrank(4, 9, dtype=torch.float32)
+    compiled = torch.compile(ss2d_lowrank, backend="aot_eager", fullgraph=True)
+    (y, gradients), (wanted, wanted_gradients) = run(a, "auto", compiled), run(a, "auto", ss2d_lowrank)
+    assert_close(y, wanted, 1e-6)
+    assert_close(gradients, wanted_gradients, 1e-5, floor=0.01)
+
+
 WRONG = {
     "rank": (dict(make_lowrank(4, 5, N=2, r=2), U=torch.ones(4, 2, 3), V=torch.ones(4, 2, 3), sigma=torch.ones(4, 3)), "The rank must be at most N; got a rank of 3 for N = 2"),  # noqa: E501
     "factors": (dict(V=torch.ones(4, 5, 3)), r"U and V must be \[4, N, r\], and sigma \[4, r\]; got \(4, 5, 2\), \(4, 5, 3\)"),  # noqa: E501
