@@ -63,9 +63,10 @@ def one_for_all(budget: Budget, student: Text) -> Recipe:
     batch = budget.batch_images
     if budget.is_small:
         settings = ImageSettings(
-            images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels, lr=1e-3,
-            objective=OBJECTIVE, trains="everything", seed=budget.seed, schedule="cosine", weight_decay=0.05,
-            beta2=0.999, clip=5.0, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10),
+            images=budget.images, batch_images=batch, micro_images=batch, labels=budget.labels,
+            lr=1e-3 if convolutional else 3e-3, warmup=0.0 if convolutional else 0.1, objective=OBJECTIVE,
+            trains="everything", seed=budget.seed, schedule="cosine", weight_decay=0.05, beta2=0.999, clip=5.0,
+            precision="float32", crop=1, evaluate_every=max(1, budget.images // 10),
         )  # fmt: skip
     else:
         settings = ImageSettings(
