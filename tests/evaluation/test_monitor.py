@@ -56,7 +56,8 @@ def test_other_rules_are_refused(text):
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
     budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=1)
-    recipe = dataclasses.replace(recipes.to_linear(budget), tasks="names")
+    recipe = recipes.with_setting(recipes.to_linear(budget), "distill.evaluate_every=2048")
+    recipe = dataclasses.replace(recipe, tasks="names")
     arguments = {"recipe": recipe, "out": tmp_path / "run", "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
         run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])

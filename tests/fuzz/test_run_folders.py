@@ -63,14 +63,14 @@ def copied(finished_run, place):
     return run
 
 
-@fuzz(8, name=st.sampled_from(JSON_FILES), seed=SEED)
+@fuzz(5, name=st.sampled_from(JSON_FILES), seed=SEED)
 def test_senseless_values(name, seed, finished_run, place):
     run = copied(finished_run, place)
     (run / name).write_text(json.dumps(mutated(json.loads((run / name).read_text()), seed)))
     reads(run, contents(run))
 
 
-@fuzz(8, name=st.sampled_from(LINES), seed=SEED)
+@fuzz(5, name=st.sampled_from(LINES), seed=SEED)
 def test_senseless_rows(name, seed, finished_run, place):
     run = copied(finished_run, place)
     rows = mutated([json.loads(line) for line in (run / name).read_text().splitlines()], seed)
@@ -78,7 +78,7 @@ def test_senseless_rows(name, seed, finished_run, place):
     reads(run, contents(run))
 
 
-@fuzz(8, name=st.sampled_from([*JSON_FILES, *LINES, "model/tokenizer.json", "report.html", "report.md"]), seed=SEED)
+@fuzz(5, name=st.sampled_from([*JSON_FILES, *LINES, "model/tokenizer.json", "report.html", "report.md"]), seed=SEED)
 def test_damaged_and_missing_files(name, seed, finished_run, place):
     run = copied(finished_run, place)
     content = damaged((run / name).read_bytes(), seed) if seed % 8 else None
