@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 MOVED = ("kernels", "experiments")  # top-level in the repository, inside `convert` in a wheel
 SOURCES = (".py", ".cpp", ".h")
 IMAGES = ["kornia>=0.9", "scikit-learn", "pillow"]
+DETECTION = ["pycocotools>=2.0.8"]
 ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.22"]
 
 
@@ -109,6 +110,7 @@ setup(
             "peft",
             "hypothesis",
             "triton>=3.5.0; sys_platform == 'linux'",
+            *DETECTION,
             *IMAGES,
             *ONNX,
         ],
@@ -121,6 +123,7 @@ setup(
         "dashboards": ["wandb-workspaces"],  # experiments.dashboards: a workspace on the W&B server
         "bench": ["mambapy"],  # a peer of the kernels
         "data": ["datasets"],  # --data hub:NAME
+        "detection": DETECTION,  # experiments.multispectral_detection
         "images": IMAGES,  # data, augmentation
         "timm": ["timm>=1.0.23"],  # teachers of timm; its torchvision must be made for the torch that is installed
         "cuda": ["mamba-ssm", "causal-conv1d", "triton>=3.5.0"],  # needs a CUDA torch; peers to measure against

@@ -12,6 +12,8 @@ import torch
 # Name of an implementation -> a function of the device type and the dtype of the states that returns why it cannot run
 # there, or None if it can. The order is that in which "auto" tries them.
 Implementations = dict[str, Callable[[str, torch.dtype], str | None]]
+# PyTorch operators: what "auto" takes for a program that torch.export writes, the best first
+PORTABLE = ("doubling", "chunked", "reference")
 FOR_GPUS = ("triton", "fla")  # "auto" skips them on a CPU, where there is only Triton's interpreter, for tests
 
 
@@ -29,6 +31,8 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
         if (reason := implementations[impl](device, dtype)) is not None:
             raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")
         return impl
+    if torch.compiler.is_exporting():
+        return next(name for name in PORTABLE if name in implementations)
     rejected, reason = "", None
     for name, why_unavailable in implementations.items():
         if name in FOR_GPUS and device == "cpu":

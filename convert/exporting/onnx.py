@@ -76,32 +76,48 @@ def export_onnx(model: PreTrainedModel, file: Path) -> float:
 
 
 def _write(model: _WithPreprocessing, file: Path) -> None:
+    config, wanted = model.model.config, preprocessing_of(model.model.config)
+    names = [str((config.id2label or {}).get(number, number)) for number in range(config.num_labels)]
+    shape = f"[batch, {wanted.channels}, {wanted.height}, {wanted.width}]"
+    about = {"class_names": json.dumps(names), "input": f"images {shape}, values from 0 to 1"}
+    example = torch.zeros(2, wanted.channels, wanted.height, wanted.width)
+    with _eager(model.model):
+        write_program(model, example, file, config.model_type, about=about)
+
+
+def write_program(
+    model: nn.Module,
+    example: Tensor,
+    file: Path,
+    name: str,
+    output: str = "logits",
+    about: dict[str, str] | None = None,
+) -> None:
+    """Write a module in eval mode, of one input `images` [B, ...] as `example` is, and one `output` [B, ...], as an
+    ONNX file for any B. `about` goes into its metadata. Raises UserError, with the `name`, where torch cannot export
+    it."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # of onnxscript
 
-    config, wanted = model.model.config, preprocessing_of(model.model.config)
-    example = torch.zeros(2, wanted.channels, wanted.height, wanted.width)
-    with _quiet(), _eager(model.model):
+    with _quiet():
         try:
             program = torch.onnx.export(
                 model,
                 (example,),
                 dynamo=True,
                 input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                output_names=[output],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().split("\n")[0]
             raise UserError(
-                f"torch must be able to export a model as ONNX; it cannot export this {config.model_type}: {reason}."
-                " Use the folder model/ instead."
+                f"torch must be able to export a model as ONNX; it cannot export this {name}: {reason}. Use the folder"
+                " model/ instead."
             ) from error
         ClearMetadataAndDocStringPass()(program.model)  # lines and paths of this machine's code, for every operator
-        names = [str((config.id2label or {}).get(number, number)) for number in range(config.num_labels)]
-        shape = f"[batch, {wanted.channels}, {wanted.height}, {wanted.width}]"
-        program.model.metadata_props.update(class_names=json.dumps(names), input=f"images {shape}, values from 0 to 1")
+        program.model.metadata_props.update(about or {})
         program.save(file, external_data=False)
 
 
@@ -132,7 +148,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 # Only what is named here can be imported: an ONNX file must run where there is neither torch nor transformers
-LOGITS = """
+ANSWERS = """
 import importlib.abc
 
 class OnlyThese(importlib.abc.MetaPathFinder):
@@ -146,30 +162,38 @@ import numpy, onnxruntime
 file, inputs, outputs = sys.argv[1:]
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 found = numpy.load(inputs)
-logits = {name: session.run(["logits"], {"images": found[name]})[0] for name in found}
+answers = {name: session.run(None, {"images": found[name]})[0] for name in found}
 assert not {"torch", "transformers", "onnx"} & set(sys.modules)
-numpy.savez(outputs, **logits)
+numpy.savez(outputs, **answers)
 """
+
+
+def answers(file: Path, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What onnxruntime says to named batches of images, in a process that has it and numpy alone."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as place:
+        inputs, outputs = Path(place, "images.npz"), Path(place, "answers.npz")
+        np.savez(inputs, **{name: some.numpy() for name, some in images.items()})
+        run_without_us(ANSWERS, str(file.resolve()), str(inputs), str(outputs))
+        return {name: torch.from_numpy(found) for name, found in np.load(outputs).items()}
 
 
 def verify(model: PreTrainedModel, file: Path) -> float:
     """How far onnxruntime's logits of random images are from the model's, alone and three at once, relative to the
     largest. Raises RuntimeError where it is more than 1e-4."""
-    import numpy as np
+    wanted = preprocessing_of(model.config)
+    return compare(_WithPreprocessing(model), file, (wanted.channels, wanted.height, wanted.width))
 
-    wanted, worst = preprocessing_of(model.config), 0.0
-    g = torch.Generator().manual_seed(0)
-    images = {
-        str(count): torch.rand(count, wanted.channels, wanted.height, wanted.width, generator=g) for count in BATCHES
-    }
-    with tempfile.TemporaryDirectory() as place:
-        inputs, outputs = Path(place, "images.npz"), Path(place, "logits.npz")
-        np.savez(inputs, **{name: some.numpy() for name, some in images.items()})
-        run_without_us(LOGITS, str(file.resolve()), str(inputs), str(outputs))
-        found = {name: torch.from_numpy(logits) for name, logits in np.load(outputs).items()}
+
+def compare(model: nn.Module, file: Path, shape: tuple[int, ...]) -> float:
+    """The same for any module of images [B, *shape]."""
+    g, worst = torch.Generator().manual_seed(0), 0.0
+    images = {str(count): torch.rand(count, *shape, generator=g) for count in BATCHES}
+    found = answers(file, images)
     for name, some in images.items():
         with torch.no_grad():
-            expected = _WithPreprocessing(model)(some)
+            expected = model(some)
         worst = max(worst, ((found[name] - expected).abs().max() / expected.abs().max()).item())
         if not worst <= TOLERANCE:
             raise RuntimeError(

@@ -14,15 +14,17 @@ from kernels.checks import check_decay, check_dense, check_flags, check_tensors
 from kernels.dispatch import Implementations, always_available, choose, without_autocast
 from kernels.ss2d.chunked import ss2d_chunked
 from kernels.ss2d.cpu import ss2d_cpu, why_unavailable
+from kernels.ss2d.doubling import ss2d_doubling
 from kernels.ss2d.lowrank import ss2d_lowrank_chunked
 from kernels.ss2d.reference import DIRECTIONS, ss2d_lowrank_reference, ss2d_reference
 
 __all__ = ["DIRECTIONS", "ss2d", "ss2d_lowrank"]
 
-SCANS = {"cpu": ss2d_cpu, "chunked": ss2d_chunked, "reference": ss2d_reference}
+SCANS = {"cpu": ss2d_cpu, "chunked": ss2d_chunked, "doubling": ss2d_doubling, "reference": ss2d_reference}
 IMPLEMENTATIONS: Implementations = {
     "cpu": why_unavailable,
     "chunked": always_available,
+    "doubling": always_available,
     "reference": always_available,
 }
 LOWRANK_SCANS = {"chunked": ss2d_lowrank_chunked, "reference": ss2d_lowrank_reference}
@@ -56,7 +58,8 @@ def ss2d(
         D: [4, D].
         delta_bias: [4, D].
         delta_softplus: whether delta is softplus(delta + delta_bias).
-        impl: "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "cpu" (compiled), "chunked" (PyTorch operators), "doubling" (few and fixed ones, for torch.export),
+            "reference", or "auto": the first that runs.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.

@@ -14,7 +14,10 @@ from convert.export import main
 from convert.exporting import onnx as exporting
 from convert.exporting.images import export
 from convert.exporting.onnx import NEEDED, export_onnx
+from convert.exporting.onnx_int8 import latency_ms, quantise, session_of
 from convert.models.vision.features import logits
+from convert.models.vision.inputs import Preprocessing, set_preprocessing
+from convert.models.vision.vmamba import VMambaConfig, VMambaForImageClassification
 from tests.evaluation.classifiers import classifier, image_batches
 
 installed = pytest.mark.skipif(
@@ -53,6 +56,24 @@ def test_a_run_becomes_a_file_that_runs_alone(run, capsys):
     (found,) = session.run(["logits"], {"images": batch.images.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(found, logits(model, batch.images).numpy(), atol=1e-5, rtol=1e-4)
+
+
+@installed
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+def test_scans_over_images_are_exported(tmp_path):
+    torch.manual_seed(0)
+    config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, hidden_sizes=[16, 32], depths=[1, 1])
+    set_preprocessing(config, Preprocessing(24, 24, (0.5,), (0.5,)))
+    model = VMambaForImageClassification(config).eval()
+    assert export_onnx(model, tmp_path / "model.onnx") < 1e-5
+    pixels = [np.random.default_rng(i).random((1, 1, 24, 24), np.float32) for i in range(4)]
+    quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx", pixels)
+    assert not list(tmp_path.glob("*.prepared"))
+    sizes = [(tmp_path / name).stat().st_size for name in ("model.onnx", "int8.onnx")]
+    float32, int8 = (session_of(tmp_path / name) for name in ("model.onnx", "int8.onnx"))
+    one, other = (session.run(None, {"images": pixels[0]})[0] for session in (float32, int8))
+    assert sizes[1] < 0.75 * sizes[0] and 0 < np.abs(one - other).max() < 0.2 * np.abs(one).max()
+    assert latency_ms(float32, pixels[0]) > 0
 
 
 def test_a_file_that_differs_never_takes_the_place_of_another(run, tmp_path, monkeypatch):

@@ -40,14 +40,14 @@ def test_the_reference_is_vmambas_formula(options):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("impl", [CPU, "chunked"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "doubling"])
 def test_each_is_the_reference(options, size, impl):
     (y, gradients), (wanted, wanted_gradients) = (run(make(*size, **options), i) for i in (impl, "reference"))
     assert_close(y, wanted, FLOAT64)
     assert_close(gradients, wanted_gradients, FLOAT64, floor=0.01)
 
 
-@pytest.mark.parametrize("impl", [CPU, "chunked"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "doubling"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_float32_is_close_to_float64(options, impl):
     y, gradients = run(make(11, 13, **options, dtype=torch.float32), impl)
@@ -73,7 +73,7 @@ def test_any_layout_gives_the_same(layout, dtype, tolerance):
     assert_close(found_gradients, gradients, tolerance)
 
 
-@pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
+@pytest.mark.parametrize("impl", [CPU, "chunked", "doubling", "reference"])
 def test_turning_the_image_exchanges_directions(impl):
     """A transposed image exchanges rows and columns; one turned by half a circle exchanges forwards and backwards."""
     a = make(6, 9)
@@ -159,7 +159,7 @@ WRONG = {
     "infinite": (dict(A=torch.full((4, 6, 5), -torch.inf)), "A must be finite; got 0 NaN and 120 infinities of 120"),
     "integers": (dict(A=torch.ones(4, 6, 5, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "empty": (dict(x=torch.ones(2, 6, 0, 5)), r"x must not be empty; got \(2, 6, 0, 5\)"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'chunked', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'chunked', 'doubling', 'reference'; got 'cuda'"),
     "flag": (dict(delta_softplus=1), "delta_softplus must be True or False; got int"),
 }
 
