@@ -10,13 +10,8 @@ images, those without a label by the teacher. Every training is a line of result
 right, so that methods are compared on the same seeds and images."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import io
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
-from tqdm import tqdm
 
 from convert.cli import fail_in_words, number_of_tokens, real_number, whole_number
 from convert.core import json_lines
@@ -45,6 +39,7 @@ from convert.models.vision.inputs import preprocessing_of
 from convert.objectives import Objective
 from convert.recipes import vision as recipes
 from convert.training.images import classify
+from experiments.trainings import CORES, train_all
 
 MODELS = ("resnet-nano", "vit-nano", "mixer-nano")
 IMAGES = {"digits": 40_000, "fashion-mnist": 240_000}
@@ -116,19 +111,11 @@ class Bench:
         }
 
 
-def start_worker() -> None:
-    """What a process of the pool does first: small models gain nothing from a second thread, and Ctrl-C is for the
-    process that started it, which ends this one."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 bench_of = functools.cache(Bench)
 
 
-def train_in_worker(training: Training, data: str, images: int) -> dict[str, Any]:
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of several trainings would write over each other
-        return bench_of(data, images).train(training)
+def train_one(training: Training, data: str, images: int) -> dict[str, Any]:
+    return bench_of(data, images).train(training)
 
 
 def main() -> None:
@@ -139,31 +126,23 @@ def main() -> None:
     parser.add_argument("--labels", type=real_number(1e-6, 1), nargs="+", default=[0.1, 1.0], help="shares of labels")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--jobs", type=whole_number(1, 1024), default=os.cpu_count(), help="trainings at once")
+    parser.add_argument("--jobs", type=whole_number(1, 1024), default=CORES, help="trainings at once")
     parser.add_argument("--out", type=Path, help="runs/one-for-all/DATA-IMAGES by default")
     args = parser.parse_args()
     images = number_of_tokens(args.images) if args.images else IMAGES[args.data]
     out = args.out or Path("runs/one-for-all") / f"{args.data}-{images}"
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
-    json_lines.mend(file)
     done = results_of(file)
     wanted = [training for training in trainings(args.labels, args.seeds, args.methods) if training not in done]
-    train = functools.partial(train_in_worker, data=args.data, images=images)
-    with (
-        multiprocessing.get_context("spawn").Pool(args.jobs, start_worker) as pool,  # whose end ends its processes
-        tqdm(total=len(wanted), unit="training", dynamic_ncols=True) as bar,
-    ):
-        for row in pool.imap_unordered(train, wanted):
-            json_lines.append(file, [row])
-            bar.update()
-            bar.set_postfix_str(
-                f"{row['teacher'] or 'no teacher'} -> {row['student']}, {row['method']}: {row['accuracy']:.1%}"
-            )
+    train_all(functools.partial(train_one, data=args.data, images=images), wanted, file, said_of, args.jobs)
     found = results_of(file)
     lines = [line for share in args.labels for line in show(found, share)]
     write_text(out / TABLE, "\n".join(lines) + "\n")
     console.print(f"The table is in {out / TABLE}.")
+
+
+def said_of(row: dict[str, Any]) -> str:
+    return f"{row['teacher'] or 'no teacher'} -> {row['student']}, {row['method']}: {row['accuracy']:.1%}"
 
 
 def results_of(file: Path) -> dict[Training, NDArray]:
