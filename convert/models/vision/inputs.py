@@ -65,7 +65,14 @@ def preprocessing_of(config: PreTrainedConfig) -> Preprocessing:
 
 
 def model_inputs(model: PreTrainedModel, images: Tensor) -> Tensor:
-    """Images [B, C, H, W] with values from 0 to 1, as this model expects them: its size, its mean and deviation.
+    """Images [B, C, H, W] with values from 0 to 1, as this model expects them: its size, its mean and deviation."""
+    images, wanted = of_its_size(model, images), preprocessing_of(model.config)
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
+    return (images - mean) / std
+
+
+def of_its_size(model: PreTrainedModel, images: Tensor) -> Tensor:
+    """Images [B, C, H, W], of the channels and size that this model takes.
 
     Gray images are repeated for a model of colours. Raises UserError for colours where the model takes gray."""
     wanted = preprocessing_of(model.config)
@@ -78,5 +85,4 @@ def model_inputs(model: PreTrainedModel, images: Tensor) -> Tensor:
         images = images.expand(-1, wanted.channels, -1, -1)
     if images.shape[2:] != (wanted.height, wanted.width):
         images = interpolate(images, (wanted.height, wanted.width), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (wanted.mean, wanted.std))
-    return (images - mean) / std
+    return images
