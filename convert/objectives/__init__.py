@@ -11,12 +11,13 @@ from convert.objectives.features import (
     FeatureMatching,
     L2Distance,
 )
+from convert.objectives.low_rank import ScanStates, StageFeatures, TransitionSVD
 from convert.objectives.mixtures import JensenShannon, SkewedForwardKL, SkewedReverseKL
 from convert.objectives.one_for_all import OneForAll
 from convert.objectives.projectors import HiddenProjection
 from convert.objectives.stage_distances import AttentionTransfer, Hints, Relational
 from convert.objectives.taid import TAID
-from convert.objectives.terms import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, StageTerm, Term
+from convert.objectives.terms import AttentionTerm, BlockTerm, LayerTerm, LogitTerm, ScanTerm, StageTerm, Term
 
 TERMS: tuple[type[Term], ...] = (
     CrossEntropy,
@@ -39,6 +40,9 @@ TERMS: tuple[type[Term], ...] = (
     Hints,
     AttentionTransfer,
     Relational,
+    TransitionSVD,
+    ScanStates,
+    StageFeatures,
 )
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "LiveObjective",
     "LogitTerm",
     "Objective",
+    "ScanTerm",
     "StageTerm",
     "Term",
     *(term.__name__ for term in TERMS),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convert.core.errors import UserError
 from convert.core.fields import Range, Text, require, shown
-from convert.objectives.stages import Features, StageShape
+from convert.objectives.stages import Features, StagedModel
 from convert.objectives.terms import (
     AttentionTerm,
     BlockTerm,
@@ -28,7 +28,7 @@ from convert.objectives.terms import (
     written,
 )
 
-ShapesOf = Callable[[Any], Sequence[StageShape]]  # of the outputs of a classifier's stages
+StagedOf = Callable[[Any], StagedModel]  # of a classifier
 Weight = Annotated[float, Range(0, 1e6)]
 
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -136,11 +136,11 @@ class Objective:
                 ) from None
 
     def build(
-        self, student: nn.Module, teacher: nn.Module | None, shapes_of: ShapesOf | None = None
+        self, student: nn.Module, teacher: nn.Module | None, staged_of: StagedOf | None = None
     ) -> "LiveObjective":
-        """The objective with all that its terms own, for one stage of training. `shapes_of(model)`, which terms on the
-        stages of image classifiers need, gives the shapes of the stages' outputs."""
-        return LiveObjective(self, student, teacher, shapes_of)
+        """The objective with all that its terms own, for one stage of training. `staged_of(model)`, which terms on the
+        stages of image classifiers need, gives the shapes of their outputs."""
+        return LiveObjective(self, student, teacher, staged_of)
 
 
 class LiveObjective(nn.Module):
@@ -151,11 +151,11 @@ class LiveObjective(nn.Module):
         objective: Objective,
         student: nn.Module,
         teacher: nn.Module | None,
-        shapes_of: ShapesOf | None = None,
+        staged_of: StagedOf | None = None,
     ) -> None:
         super().__init__()
         self.terms = objective.terms
-        owned = {term.name: build_term(term, student, teacher, shapes_of) for _, term in self.terms}
+        owned = {term.name: build_term(term, student, teacher, staged_of) for _, term in self.terms}
         self.owned = nn.ModuleDict({_key(name): module for name, module in owned.items() if module is not None})
         self._sums: dict[str, Tensor] = {}  # the losses of this step, of the terms that own something
 
@@ -223,14 +223,14 @@ class LiveObjective(nn.Module):
 
 
 def build_term(
-    term: Term, student: nn.Module, teacher: nn.Module | None, shapes_of: ShapesOf | None = None
+    term: Term, student: nn.Module, teacher: nn.Module | None, staged_of: StagedOf | None = None
 ) -> nn.Module | None:
     """What a term owns for these models. Raises UserError if it cannot compare them."""
     if not isinstance(term, StageTerm):
         return term.build(student, teacher)
-    if teacher is None or shapes_of is None:
+    if teacher is None or staged_of is None:
         raise UserError(f"{term.name} compares stages of two image classifiers; a teacher or its stages are missing.")
-    return term.build_on_stages(student, teacher, shapes_of(student), shapes_of(teacher))
+    return term.build_on_stages(staged_of(student), staged_of(teacher))
 
 
 def _plain_fields(term: Term) -> dict[str, Any]:

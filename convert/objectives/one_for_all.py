@@ -4,7 +4,6 @@ projector has taken what is the architecture's own out of the student's features
 B images · K classes
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from convert.core.errors import UserError
 from convert.core.fields import Range
 from convert.objectives.stage_projectors import MapProjector, TokenProjector, initialise
-from convert.objectives.stages import Features, StageShape
+from convert.objectives.stages import Features, StagedModel
 from convert.objectives.terms import StageTerm
 
 Gamma = Annotated[float, Range(0.1, 10)]
@@ -69,29 +68,21 @@ class OneForAll(StageTerm):
     logits_weight: Annotated[float, Range(0, 1e6)] = 1.0
     temperature: Annotated[float, Range(0.01, 100)] = 1.0
 
-    def build_on_stages(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        shapes: Sequence[StageShape],
-        teacher_shapes: Sequence[StageShape],
-    ) -> nn.Module:
-        classes, of_teacher = student.config.num_labels, teacher.config.num_labels
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> nn.Module:
+        classes, of_teacher = (each.model.config.num_labels for each in (student, teacher))
         if classes != of_teacher:
             raise UserError(
                 f"{self.name} compares logits, so student and teacher must have the same classes; they have {classes}"
                 f" and {of_teacher}."
             )
-        width, wider = (
-            shapes[-1].width_of_features,
-            max(side[-1].width_of_features for side in (shapes, teacher_shapes)),
-        )
+        shapes = student.stages
+        width, of_teacher = (each.stages[-1].width_of_features for each in (student, teacher))
         projectors: dict[str, nn.Module] = {}
-        with torch.device(next(student.parameters()).device):
+        with torch.device(next(student.model.parameters()).device):
             for stage in chosen_stages(self.stages, len(shapes), self.name):
                 shape, after = shapes[stage], len(shapes) - 1 - stage
                 projectors[str(stage)] = (
-                    MapProjector(shape, after, wider, classes)
+                    MapProjector(shape, after, max(width, of_teacher), classes)
                     if shape.is_map
                     else TokenProjector(shape, after, width, classes)
                 )

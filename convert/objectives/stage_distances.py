@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from convert.core.errors import UserError
 from convert.core.fields import Range
-from convert.objectives.stages import Features, StageShape, map_of, pooled
+from convert.objectives.stages import Features, StagedModel, StageShape, map_of, pooled
 from convert.objectives.terms import StageTerm
 
 Weight = Annotated[float, Range(0, 1e6)]
@@ -74,20 +74,15 @@ class Hints(StageTerm):
 
     stage: Annotated[int, Range(1, 4)] = 2
 
-    def build_on_stages(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        shapes: Sequence[StageShape],
-        teacher_shapes: Sequence[StageShape],
-    ) -> nn.Module:
-        number = min(len(shapes), len(teacher_shapes))
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> nn.Module:
+        number = min(len(student.stages), len(teacher.stages))
         if self.stage > number:
             raise UserError(
-                f"{self.name}: stage must be one that student and teacher have; they have {len(shapes)} and"
-                f" {len(teacher_shapes)}, and stage is {self.stage}."
+                f"{self.name}: stage must be one that student and teacher have; they have"
+                f" {len(student.stages)} and {len(teacher.stages)}, and stage is {self.stage}."
             )
-        return Regressor(shapes[self.stage - 1], teacher_shapes[self.stage - 1], next(student.parameters()).device)
+        ours, theirs = student.stages[self.stage - 1], teacher.stages[self.stage - 1]
+        return Regressor(ours, theirs, next(student.model.parameters()).device)
 
     def loss(self, student: Features, teacher: Features, targets: Tensor, owned: Any) -> Tensor:
         wanted = map_of(teacher.stages[self.stage - 1], owned.teacher)
@@ -107,14 +102,8 @@ class AttentionTransfer(StageTerm):
 
     beta: Weight = 1000.0
 
-    def build_on_stages(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        shapes: Sequence[StageShape],
-        teacher_shapes: Sequence[StageShape],
-    ) -> nn.Module:
-        return Pairs(shapes, teacher_shapes)
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> nn.Module:
+        return Pairs(student.stages, teacher.stages)
 
     def loss(self, student: Features, teacher: Features, targets: Tensor, owned: Any) -> Tensor:
         distances = []
@@ -138,14 +127,8 @@ class Relational(StageTerm):
     distance_weight: Weight = 25.0
     angle_weight: Weight = 50.0
 
-    def build_on_stages(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        shapes: Sequence[StageShape],
-        teacher_shapes: Sequence[StageShape],
-    ) -> nn.Module:
-        return Pairs(shapes[-1:], teacher_shapes[-1:])
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> nn.Module:
+        return Pairs(student.stages[-1:], teacher.stages[-1:])
 
     def loss(self, student: Features, teacher: Features, targets: Tensor, owned: Any) -> Tensor:
         ((s, shape, t, of_teacher),) = owned.of(student, teacher)

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from convert.core.errors import UserError
 from convert.core.fields import Checked
-from convert.objectives.stages import Features, StageShape
+from convert.objectives.stages import Features, StagedModel
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,38 @@ class StageTerm(Term):
 
     compares = "outputs of stages"
 
-    def build_on_stages(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        shapes: Sequence[StageShape],
-        teacher_shapes: Sequence[StageShape],
-    ) -> nn.Module | None:
-        """What `build` is for other terms, for models whose stages have these shapes; `num_labels` of their
-        configurations is the number of classes."""
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> nn.Module | None:
+        """What `build` is for other terms, for two classifiers with the shapes of their stages."""
         return None
 
     def loss(self, student: Features, teacher: Features, targets: Tensor, owned: nn.Module | None) -> Tensor:
         """The loss [], a mean over images, from stages and logits of both in float32, and the probabilities [B, K] of
         the classes, all 0 for an image whose label is not known."""
         raise NotImplementedError
+
+
+class ScanTerm(StageTerm):
+    """A term that compares the scans over places in the blocks of two image classifiers, which must have as many, with
+    states of as many numbers: `scans` of both Features are there."""
+
+    compares = "scans over places"
+
+    def build_on_stages(self, student: StagedModel, teacher: StagedModel) -> None:
+        """Raises UserError for models whose scans cannot be compared block by block."""
+        ours, theirs = ([(s.places, s.channels, s.states) for s in each.scans] for each in (student, teacher))
+        if not ours or ours != theirs:
+            raise UserError(
+                f"{self.name} compares the scans of two VMambas with blocks of one size; the student has {_many(ours)},"
+                f" the teacher {_many(theirs)}. Leave it out, or take a student that starts from its teacher."
+            )
+
+
+def _many(scans: Sequence[tuple[int, int, int]]) -> str:
+    """Scans in words."""
+    if not scans:
+        return "none"
+    places, channels, states = scans[0]
+    return f"{len(scans)} (the first of {places} places, {channels} channels and states of {states})"
 
 
 def name_of(term: type[Term]) -> str:

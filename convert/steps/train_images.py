@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name
-from convert.models.vision.features import stage_shapes
+from convert.models.vision.features import staged
 from convert.models.vision.operations import cost_of_pass
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
 from convert.training.image_settings import ImageSettings
@@ -60,7 +60,7 @@ class TrainImages(Step, Checked):
             teacher = context.domain.empty_model(context.config)
         if reason := problem_of_functions(s, student, teacher):
             raise UserError(reason)
-        objective = s.objective.build(student, teacher, stage_shapes)
+        objective = s.objective.build(student, teacher, staged)
         owned, total = count(objective), count(student)
         trainable = sum(p.numel() for p in selected(student, s.trains))
         operations, activations = cost_of_pass(student)

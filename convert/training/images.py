@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from convert.data.image_batch import ImageBatch
-from convert.models.vision.features import Features, features, logits, stage_shapes
-from convert.objectives.base import LogitTerm, StageTerm
+from convert.models.vision.features import Features, features, logits, staged
+from convert.objectives.terms import LogitTerm, ScanTerm, StageTerm
 from convert.training.image_settings import ImageSettings
 from convert.training.loop import BatchOfStep, Keeper, Measure, Tracker, train
 from convert.training.optimizer import Optimizers
@@ -34,13 +34,13 @@ def classify(
     """The student learns what the objective says; returns it. Both models see the same augmented images, each in its
     own normalisation. Without a term that needs one, the teacher does not run and may be None."""
     check_objective("classify", settings.objective, has_teacher=teacher is not None)
-    objective = settings.objective.build(student, teacher, stage_shapes)
-    uses_stages = objective.has(StageTerm)
+    objective = settings.objective.build(student, teacher, staged)
+    uses_stages, uses_scans = objective.has(StageTerm), objective.has(ScanTerm)
     teacher_stages = objective.needs_teacher(StageTerm)
 
     def outputs(model: PreTrainedModel, images: Tensor, stages: bool) -> Features:
-        found = features(model, images) if stages else Features((), logits(model, images))
-        return Features(tuple(stage.float() for stage in found.stages), found.logits.float())
+        found = features(model, images, uses_scans) if stages else Features((), logits(model, images))
+        return Features(tuple(stage.float() for stage in found.stages), found.logits.float(), found.scans)
 
     def learn_from(batch: ImageBatch, whole: ImageBatch) -> Tensor:
         with autocast(batch.images.device, settings.precision):

@@ -1,5 +1,6 @@
 """Whether a stage's selector and terms, which may be the user's own, can do their part: each is tried once."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import shown
-from convert.models.vision.features import Features, stage_shapes
-from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, StageTerm, Term, build_term
+from convert.models.vision.features import Features, staged
+from convert.objectives.base import BlockTerm, LayerTerm, LogitTerm, StagedOf, StageTerm, Term, build_term
+from convert.objectives.stages import Scan, ScanShape
 from convert.training.selectors import selected
 from convert.training.settings import StageSettings
 
@@ -28,16 +30,17 @@ def problem_of_functions(settings: StageSettings, student: PreTrainedModel, teac
     own = {id(p) for p in student.parameters()}
     if not chosen or not all(id(p) in own for p in chosen):
         return f"trains must choose parameters of the student, one or more; {shown(trains)} gives {shown(chosen)}."
+    staged_of = functools.cache(staged)
     for _, term in settings.objective.terms:
-        if reason := _problem_of_term(term, student, teacher):
+        if reason := _problem_of_term(term, student, teacher, staged_of):
             return reason
     return None
 
 
-def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedModel, staged_of: StagedOf) -> str | None:
     try:
-        owned = build_term(term, student, teacher, stage_shapes)
-        loss = _loss(term, owned, student, teacher)
+        owned = build_term(term, student, teacher, staged_of)
+        loss = _loss(term, owned, student, teacher, staged_of)
         if owned is not None:
             term.advance(owned, 1.0, 0.0)
     except UserError as error:
@@ -51,7 +54,9 @@ def _problem_of_term(term: Term, student: PreTrainedModel, teacher: PreTrainedMo
     return None
 
 
-def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
+def _loss(
+    term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher: PreTrainedModel, staged_of: StagedOf
+) -> Tensor:
     """The term's loss of tensors of ones, where its parameters are: on the CPU if it has none."""
     parameter = None if owned is None else next(owned.parameters(), None)
     device = "cpu" if parameter is None else parameter.device
@@ -65,16 +70,24 @@ def _loss(term: Any, owned: nn.Module | None, student: PreTrainedModel, teacher:
         return torch.ones(TOKENS, classes, device=device, requires_grad=is_student)
 
     def features(model: PreTrainedModel, is_student: bool) -> Features:
+        def ones(*sizes: int) -> Tensor:
+            return torch.ones(sizes, device=device, requires_grad=is_student)
+
+        shapes = staged_of(model)
         stages = [
             (shape.width_of_features, shape.height, shape.width)
             if shape.is_map
             else (shape.special_tokens + shape.height * shape.width, shape.width_of_features)
-            for shape in stage_shapes(model)
+            for shape in shapes.stages
         ]
-        return Features(
-            tuple(torch.ones(TOKENS, *sizes, device=device, requires_grad=is_student) for sizes in stages),
-            logits(model, is_student),
-        )
+
+        def scan(shape: ScanShape) -> Scan:
+            U, V = (ones(4, shape.states, shape.rank) for _ in range(2))
+            states = TOKENS, 4, shape.places, shape.channels, shape.states
+            return Scan(U, ones(4, shape.rank), V, lambda: ones(*states))
+
+        scans = tuple(map(scan, shapes.scans))
+        return Features(tuple(ones(TOKENS, *sizes) for sizes in stages), logits(model, is_student), scans)
 
     if isinstance(term, StageTerm):
         targets = torch.eye(TOKENS, student.config.num_labels, device=device)

@@ -41,6 +41,7 @@ def test_every_term_is_known_by_its_name():
     names = "cross_entropy forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl bdkd taid"
     names += " dist cosine_distance energy_mse l2_distance block_energy_mse block_l2_distance feature_matching"
     names += " hidden_projection one_for_all hints attention_transfer relational"
+    names += " transition_svd scan_states stage_features"
     assert [name_of(term) for term in TERMS] == names.split()
     for term in TERMS:
         assert Objective.of(name_of(term)) == Objective(((1.0, term()),))

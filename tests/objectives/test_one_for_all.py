@@ -12,7 +12,7 @@ from convert.objectives import Objective
 from convert.objectives.divergences import cross_entropy, forward_kl
 from convert.objectives.one_for_all import OneForAll, enhanced_cross_entropy, target_of
 from convert.objectives.stage_projectors import Block, MapProjector, PatchMerging, TokenProjector, initialise
-from convert.objectives.stages import Features, StageShape
+from convert.objectives.stages import Features, StagedModel, StageShape
 from tests.objectives.test_divergences import logits
 
 ZEROS = torch.zeros(4, 5, dtype=torch.float64)
@@ -96,13 +96,13 @@ def output(shape, batch=2, seed=0):
     return logits(batch, *sizes, seed=seed)
 
 
-def shapes_of(model):
-    return model.shapes
+def staged(model):
+    return StagedModel(model, model.shapes)
 
 
 def built(text, student, teacher, seed=0):
     torch.manual_seed(seed)
-    return Objective.of(text).build(student, teacher, shapes_of).double()
+    return Objective.of(text).build(student, teacher, staged).double()
 
 
 def test_the_papers_objective_is_the_sum_of_its_parts():
@@ -148,7 +148,7 @@ def test_stages_that_are_not_there_are_refused(stages):
 )  # fmt: skip
 def test_projectors_of_convolutional_students(student, teacher_width, convolutions):
     teacher = Model(tokens((teacher_width,) * 4, (14,) * 4, 1), 1000, "meta")
-    live = Objective.of("one_for_all").build(Model(student, 1000, "meta"), teacher, shapes_of)
+    live = Objective.of("one_for_all").build(Model(student, 1000, "meta"), teacher, staged)
     for i, expected in enumerate(convolutions):
         projector = live.owned["one_for_all_term"][str(i)]
         points = [m for m in projector.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
@@ -173,7 +173,7 @@ def test_projectors_of_convolutional_students(student, teacher_width, convolutio
     ids=["DeiT-T", "Swin-T", "Mixer-B/16", "a grid of 7"],
 )  # fmt: skip
 def test_projectors_of_token_students(student, merges):
-    live = Objective.of("one_for_all").build(Model(student, 1000, "meta"), Model(RESNET18, 1000, "meta"), shapes_of)
+    live = Objective.of("one_for_all").build(Model(student, 1000, "meta"), Model(RESNET18, 1000, "meta"), staged)
     width = student[-1].width_of_features
     for i, expected in enumerate(merges):
         projector = live.owned["one_for_all_term"][str(i)]

@@ -10,7 +10,7 @@ from convert.objectives import Objective
 from convert.objectives.stage_distances import angles, attention_map, relative_distances
 from convert.objectives.stages import Features, StageShape, map_of, pooled, tokens_of
 from tests.objectives.test_divergences import logits
-from tests.objectives.test_one_for_all import SMALL, Model, built, maps, output, shapes_of, tokens
+from tests.objectives.test_one_for_all import SMALL, Model, built, maps, output, staged, tokens
 
 VIT = tokens((12,) * 4, (4,) * 4, 1)
 
@@ -128,7 +128,7 @@ def test_one_image_has_no_relations_and_equal_ones_no_angles():
 
 @pytest.mark.parametrize("text", ["attention_transfer", "relational", "dist", "one_for_all(gamma=1.3, stages=4)"])
 def test_losses_stay_float32_under_autocast(text):
-    live = Objective.of(text).build(Model(SMALL), Model(SMALL), shapes_of)
+    live = Objective.of(text).build(Model(SMALL), Model(SMALL), staged)
     ours, theirs = (
         Features(tuple(stage.float() for stage in found.stages), found.logits.float())
         for found in (outputs(SMALL, 4), outputs(SMALL, 4, 9))
@@ -138,7 +138,7 @@ def test_losses_stay_float32_under_autocast(text):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             targets = torch.eye(4, 5)
             found.append(
-                live.on_stages(ours, theirs, targets, 1.0) + live.on_logits(*ours[1:], theirs.logits, targets, 1)
+                live.on_stages(ours, theirs, targets, 1.0) + live.on_logits(ours.logits, theirs.logits, targets, 1)
             )
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=1e-2 if "one_for_all" in text else 1e-6, atol=0)  # projectors are bfloat16

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from convert.models.vision import vmamba as _registers  # noqa: F401
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
-from convert.objectives import TERMS, AttentionTerm, LogitTerm, Objective, StageTerm
+from convert.objectives import (
+    TERMS,
+    AttentionTerm,
+    LogitTerm,
+    Objective,
+    ScanStates,
+    StageFeatures,
+    StageTerm,
+    TransitionSVD,
+)
 from convert.training.trial import problem_of_functions
 from tests.conftest import tiny_teacher
 from tests.training.stages import SETTINGS, student_of
@@ -25,6 +35,8 @@ def classifier(family: str, **changes: object) -> PreTrainedModel:
     fields = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     if family == "resnet":
         fields = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
+    if family == "vmamba":
+        fields = {"hidden_sizes": [8, 8, 12], "depths": [1, 1, 1], "state_size": 4, "image_size": 16}
     config = AutoConfig.for_model(family, **fields | {"num_labels": 5} | changes)
     set_preprocessing(config, Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3))
     with torch.device("meta"):
@@ -40,10 +52,33 @@ def test_the_built_in_terms_can_be_tried(term):
     assert problem(Objective(((1.0, term()),))) is None
 
 
-@pytest.mark.parametrize("term", [term for term in TERMS if issubclass(term, StageTerm | LogitTerm)])
+ALIKE = (StageFeatures, ScanStates, TransitionSVD)  # terms of two models with stages, or scans, of one shape
+
+
+@pytest.mark.parametrize(
+    "term", [term for term in TERMS if issubclass(term, StageTerm | LogitTerm) and term not in ALIKE]
+)
 @pytest.mark.parametrize("student, teacher", [("resnet", "vit"), ("vit", "resnet")])
 def test_the_built_in_terms_can_be_tried_on_images(term, student, teacher):
     assert problem_of_images(Objective(((1.0, term()),)), classifier(student), classifier(teacher)) is None
+
+
+@pytest.mark.parametrize("term", ALIKE)
+def test_terms_of_models_that_are_alike_can_be_tried(term):
+    objective = Objective(((1.0, term()),))
+    half, full, diagonal = (classifier("vmamba", rank_ratio=ratio) for ratio in (0.5, 1.0, None))
+    for student, teacher in ((half, full), (half, diagonal)):
+        assert problem_of_images(objective, student, teacher) is None
+    if term is TransitionSVD:
+        assert "their ranks are 4 and 1. Take a smaller rank" in problem_of_images(objective, full, half)
+    if term is not StageFeatures:
+        wider = classifier("vmamba", rank_ratio=0.5, state_size=5)
+        assert "3 (the first of 16 places, 8 channels and states of 5), the teacher" in problem_of_images(
+            objective, wider, full
+        )
+        assert "the student has none" in problem_of_images(objective, classifier("vit"), full)
+    else:
+        assert "Take hints." in problem_of_images(objective, classifier("vit"), full)
 
 
 def test_a_term_on_stages_says_which_models_it_cannot_compare():

@@ -13,18 +13,22 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.models.vision.catalog import TIMM
 from convert.models.vision.inputs import model_inputs, preprocessing_of
-from convert.objectives.stages import Features, StageShape, map_of, pooled, tokens_of
+from convert.models.vision.scans import recorded, scan_of, shape_of
+from convert.objectives.stages import Features, StagedModel, StageShape, map_of, pooled, tokens_of
 
-__all__ = ["Features", "StageShape", "features", "logits", "map_of", "pooled", "stage_shapes", "tokens_of"]
+__all__ = ["Features", "StageShape", "features", "logits", "map_of", "pooled", "stage_shapes", "staged", "tokens_of"]
 
 STAGES = 4  # what an isotropic model is cut into (One-for-All KD, arXiv 2310.19444)
 
 
-def features(model: PreTrainedModel, images: Tensor) -> Features:
-    """Outputs of a model for images [B, C, H, W] with values from 0 to 1, which it sees in its own normalisation."""
-    found = model(pixel_values=model_inputs(model, images), output_hidden_states=True)
+def features(model: PreTrainedModel, images: Tensor, scans: bool = False) -> Features:
+    """Outputs of a model for images [B, C, H, W] with values from 0 to 1, which it sees in its own normalisation; and
+    what its scans over places are made of, if that is asked."""
+    with recorded(model if scans else None) as calls:
+        found = model(pixel_values=model_inputs(model, images), output_hidden_states=True)
     chosen = _chosen(found.hidden_states, model.config.model_type != TIMM)
-    return Features(tuple(found.hidden_states[i] for i in chosen), found.logits)
+    made = tuple(scan_of(*call) for call in calls)
+    return Features(tuple(found.hidden_states[i] for i in chosen), found.logits, made)
 
 
 def logits(model: PreTrainedModel, images: Tensor) -> Tensor:
@@ -50,17 +54,25 @@ def _resolution(hidden: Tensor) -> tuple[int, ...]:
     return tuple(hidden.shape[2:]) if hidden.dim() == 4 else (hidden.shape[1],)
 
 
-@torch.no_grad()
 def stage_shapes(model: PreTrainedModel) -> tuple[StageShape, ...]:
-    """Shapes of the stages, found by a pass of one empty image; the model may be on the meta device.
+    """Shapes of the stages. Raises UserError for a model whose outputs are neither maps nor square grids of tokens."""
+    return tuple(staged(model).stages)
+
+
+@torch.no_grad()
+def staged(model: PreTrainedModel) -> StagedModel:
+    """A model with the shapes of its stages and scans, found by a pass of one empty image; it may be on the meta
+    device.
 
     Raises UserError for a model whose outputs are neither maps nor square grids of tokens."""
     wanted = preprocessing_of(model.config)
     is_training = model.training
     image = torch.zeros(1, wanted.channels, wanted.height, wanted.width, device=model.device)
-    found = features(model.eval(), image)
+    with recorded(model) as calls:
+        found = features(model.eval(), image)
     model.train(is_training)
-    return tuple(_shape(stage, model.config.model_type) for stage in found.stages)
+    shapes = tuple(_shape(stage, model.config.model_type) for stage in found.stages)
+    return StagedModel(model, shapes, tuple(shape_of(*call) for call in calls))
 
 
 def _shape(stage: Tensor, family: str) -> StageShape:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from convert.models.vision.inputs import preprocessing_of
+from convert.models.vision.scans import operations_of, scans_of
 
 
 @torch.no_grad()
@@ -16,14 +17,25 @@ def cost_of_pass(model: PreTrainedModel) -> tuple[int, int]:
     way, which are about what a backward pass keeps. The model may be on the meta device; it stays in eval mode.
 
     Operations are those that torch counts: matrix products, convolutions and attention, which is computed as matrix
-    products for it, since torch counts nothing of the operator that a CPU uses."""
-    wanted, put_out = preprocessing_of(model.config), 0
+    products for it, since torch counts nothing of the operator that a CPU uses. Scans over places count by
+    `operations_of` alone, whatever way they are computed."""
+    wanted, put_out, of_scans = preprocessing_of(model.config), 0, 0
 
     def add(module: Any, inputs: Any, output: Any) -> None:
         nonlocal put_out
         put_out += 4 * output.numel() if isinstance(output, torch.Tensor) else 0
 
+    def begin(scan: Any, given: Any) -> None:
+        nonlocal of_scans
+        of_scans += operations_of(scan, given) + counter.get_total_flops()
+
+    def end(scan: Any, given: Any, output: Any) -> None:
+        nonlocal of_scans
+        of_scans -= counter.get_total_flops()
+
     hooks = [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
+    for scan in scans_of(model):
+        hooks += [scan.register_forward_pre_hook(begin), scan.register_forward_hook(end)]
     shape = 1, wanted.channels, wanted.height, wanted.width
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -31,4 +43,4 @@ def cost_of_pass(model: PreTrainedModel) -> tuple[int, int]:
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.get_total_flops(), put_out
+    return counter.get_total_flops() + of_scans, put_out

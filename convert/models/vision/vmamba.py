@@ -12,12 +12,18 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+from convert.mixers.low_rank import LowRankMap, convolution, kept_rank, linear
 from convert.mixers.ss2d import SS2D
+from convert.mixers.ss2d_lowrank import LowRankSS2D
 
 
 class VMambaConfig(PreTrainedConfig):
     """Sizes of a VMamba; the defaults are those of VMamba-T (s1l8). `ssm_ratio` and `mlp_ratio`: inner widths of
-    scans and MLPs over D; `time_step_rank`: rank of delta, None for a sixteenth of D."""
+    scans and MLPs over D; `time_step_rank`: rank of delta, None for a sixteenth of D.
+
+    `rank_ratio`: None for VMamba's scan, whose decays differ by channel, state and place. Otherwise a scan has a matrix
+    of `transition_rank` (None: by the ratio) as transition (DLRMamba, arXiv 2603.06920), and the matrices of blocks and
+    downsampling have this share of their numbers, as two factors; 1: all of full rank."""
 
     model_type = "vmamba"
 
@@ -34,6 +40,8 @@ class VMambaConfig(PreTrainedConfig):
         mlp_ratio: float = 4.0,
         conv_bias: bool = False,
         initializer_range: float = 0.02,
+        rank_ratio: float | None = None,
+        transition_rank: int | None = None,
         **others: Any,
     ) -> None:
         super().__init__(**others)
@@ -41,6 +49,14 @@ class VMambaConfig(PreTrainedConfig):
         self.hidden_sizes, self.depths = list(hidden_sizes), list(depths)
         self.state_size, self.ssm_ratio, self.time_step_rank = state_size, ssm_ratio, time_step_rank
         self.mlp_ratio, self.conv_bias, self.initializer_range = mlp_ratio, conv_bias, initializer_range
+        self.rank_ratio, self.transition_rank = rank_ratio, transition_rank
+
+    @property
+    def rank_of_transition(self) -> int:
+        """The rank of the transitions of a model with a `rank_ratio`."""
+        if self.transition_rank is not None:
+            return self.transition_rank
+        return kept_rank(self.state_size, self.state_size, 1.0 if self.rank_ratio is None else self.rank_ratio)
 
 
 class VSSBlock(GradientCheckpointingLayer):
@@ -48,11 +64,13 @@ class VSSBlock(GradientCheckpointingLayer):
 
     def __init__(self, width: int, config: VMambaConfig) -> None:
         super().__init__()
-        inner = int(config.mlp_ratio * width)
+        inner, ratio = int(config.mlp_ratio * width), config.rank_ratio
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         rank = config.time_step_rank or math.ceil(width / 16)
-        self.mixer = SS2D(width, int(config.ssm_ratio * width), config.state_size, rank, config.conv_bias)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        sizes = width, int(config.ssm_ratio * width), config.state_size, rank, config.conv_bias
+        self.mixer = SS2D(*sizes) if ratio is None else LowRankSS2D(*sizes, ratio, config.rank_of_transition)
+        kept = 1.0 if ratio is None else ratio
+        self.mlp = nn.Sequential(linear(width, inner, kept), nn.GELU(), linear(inner, width, kept))
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         x_BHWD = x_BHWD + self.mixer(self.norm1(x_BHWD))
@@ -62,9 +80,10 @@ class VSSBlock(GradientCheckpointingLayer):
 class Convolution(nn.Module):
     """A convolution of [B, H, W, C] to [B, H', W', D], and a norm."""
 
-    def __init__(self, channels: int, width: int, kernel: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, kernel: int, stride: int, ratio: float = 1.0) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, width, kernel, stride, padding=1), nn.LayerNorm(width)
+        self.conv = convolution(channels, width, kernel, stride, 1, ratio)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return self.norm(self.conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -75,8 +94,8 @@ class VMambaStage(nn.Module):
 
     def __init__(self, config: VMambaConfig, number: int) -> None:
         super().__init__()
-        width = config.hidden_sizes[number]
-        self.downsample = Convolution(config.hidden_sizes[number - 1], width, 3, 2) if number else nn.Identity()
+        width, kept = config.hidden_sizes[number], 1.0 if config.rank_ratio is None else config.rank_ratio
+        self.downsample = Convolution(config.hidden_sizes[number - 1], width, 3, 2, kept) if number else nn.Identity()
         self.blocks = nn.Sequential(*(VSSBlock(width, config) for _ in range(config.depths[number])))
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
@@ -98,6 +117,13 @@ class VMambaForImageClassification(PreTrainedModel):
                 f"A VMamba has a width for each stage, and patches of an even size; got depths {config.depths},"
                 f" hidden_sizes {config.hidden_sizes} and patch_size {config.patch_size}."
             )
+        if config.rank_ratio is not None and not (
+            0 < config.rank_ratio <= 1 and 1 <= config.rank_of_transition <= config.state_size
+        ):
+            raise ValueError(
+                "A VMamba of low rank has a rank_ratio above 0 and at most 1, and a transition_rank within 1 and its"
+                f" state_size, {config.state_size}; got {config.rank_ratio} and {config.transition_rank}."
+            )
         first, stride = config.hidden_sizes[0], config.patch_size // 2
         self.embed = nn.Sequential(
             Convolution(config.num_channels, first // 2, stride + 1, stride),
@@ -114,7 +140,10 @@ class VMambaForImageClassification(PreTrainedModel):
             nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, SS2D):
+        elif isinstance(module, LowRankMap):
+            kernel = module.down.weight[0]
+            module.start(self.config.initializer_range if kernel.dim() == 1 else (3 * kernel.numel()) ** -0.5)
+        elif isinstance(module, SS2D | LowRankSS2D):
             module.start()
 
     def forward(
