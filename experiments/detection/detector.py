@@ -4,15 +4,17 @@
 B images · K classes · H height · W width of the grid of the first stage · n objects
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 
-from convert.models.vision.vmamba import VMambaForImageClassification
+from convert.models.vision.features import Features, features
+from convert.models.vision.inputs import Preprocessing, set_preprocessing
+from convert.models.vision.vmamba import VMambaConfig, VMambaForImageClassification
 
 FUSED = 8  # channels of the fused image (ours)
 WIDTH = 32  # of the neck and the head (ours)
@@ -31,33 +33,35 @@ class Detections:
     classes: Tensor
 
 
+def backbone_config(side: int, sizes: Mapping[str, Any]) -> VMambaConfig:
+    """A VMamba of the fused image of `side` pixels; `sizes` are fields of its configuration."""
+    config = VMambaConfig(image_size=side, num_channels=FUSED, **sizes)
+    set_preprocessing(config, Preprocessing(side, side, (0.0,) * FUSED, (1.0,) * FUSED))
+    return config
+
+
 class Detector(nn.Module):
     """Bands [B, 4, 4 H, 4 W] -> the grid of heads [B, K + 4, H, W]: logits of the classes, logarithms of width and
     height in places, and the offset of the centre within its place."""
 
-    def __init__(self, config: PreTrainedConfig, classes: int, bands: str = "both") -> None:
-        """`config`: a VMamba's of `FUSED` channels. `bands`: "both", or the one that it sees alone."""
+    def __init__(self, config: VMambaConfig, classes: int, bands: str = "both") -> None:
+        """`config`: of `backbone_config`. `bands`: "both", or the one that it sees alone."""
         super().__init__()
         self.config, self.classes, self.bands = config, classes, bands
         seen = {"visible": slice(0, 3), "infrared": slice(3, 4)}
         self.seen = [seen[name] for name in seen if bands in ("both", name)]
         self.stems = nn.ModuleList(nn.Conv2d(part.stop - part.start, FUSED, 3, padding=1) for part in self.seen)
         self.fuse = nn.Conv2d(FUSED * len(self.seen), FUSED, 1)
-        self.backbone = self.make_backbone(config)
+        self.backbone = VMambaForImageClassification(config)  # of which nothing is pooled: places are told apart
+        self.backbone.norm, self.backbone.classifier = nn.Identity(), nn.Identity()
         self.laterals = nn.ModuleList(nn.Conv2d(width, WIDTH, 1) for width in config.hidden_sizes)
         self.head = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(), nn.Conv2d(WIDTH, classes + 4, 1))
         nn.init.constant_(self.head[-1].bias[:classes], -2.19)  # a class is at one place of ten (arXiv 1904.07850)
 
-    def make_backbone(self, config: PreTrainedConfig) -> nn.Module:
-        backbone = VMambaForImageClassification(config)
-        backbone.norm, backbone.classifier = nn.Identity(), nn.Identity()  # places are told apart, nothing is pooled
-        return backbone
-
-    def features(self, bands: Tensor) -> tuple[Tensor, ...]:
-        """The maps [B, D, H', W'] of the stages."""
+    def look(self, bands: Tensor, scans: bool = False) -> Features:
+        """The outputs of the backbone's stages, and what its scans are made of if that is asked."""
         parts = [stem(bands[:, part]) for stem, part in zip(self.stems, self.seen, strict=True)]
-        fused = self.fuse(F.silu(torch.cat(parts, 1)))
-        return self.backbone(pixel_values=fused, output_hidden_states=True).hidden_states[1:]
+        return features(self.backbone, self.fuse(F.silu(torch.cat(parts, 1))), scans)
 
     def heads(self, maps: Sequence[Tensor]) -> Tensor:
         """The grid of heads of the stages' maps: from the coarsest on, each is added to the next finer one."""
@@ -68,7 +72,7 @@ class Detector(nn.Module):
         return self.head(merged)
 
     def forward(self, bands: Tensor) -> Tensor:
-        return self.heads(self.features(bands))
+        return self.heads(self.look(bands).stages)
 
 
 def bumps(boxes: Sequence[Tensor], classes: Sequence[Tensor], height: int, width: int, of: int) -> Tensor:

@@ -6,13 +6,20 @@ import torch
 from convert.data.image_sets import image_set
 from convert.data.images import read_images
 from convert.models.vision.catalog import NANO_VMAMBA
-from convert.models.vision.vmamba import VMambaConfig
-from experiments.detection.detector import FUSED, STRIDE, Detections, Detector, bumps, detected, detection_loss
+from experiments.detection.detector import (
+    STRIDE,
+    Detections,
+    Detector,
+    backbone_config,
+    bumps,
+    detected,
+    detection_loss,
+)
 from experiments.detection.pictures import draw
 from experiments.detection.precision import map50
 from experiments.detection.scenes import compose
 
-CONFIG = VMambaConfig(num_channels=FUSED, image_size=64, **NANO_VMAMBA)
+CONFIG = backbone_config(64, NANO_VMAMBA)
 
 
 @pytest.fixture(scope="module")
