@@ -89,3 +89,11 @@ def orthonormal(W_Knr: Tensor) -> Tensor:
                 w = w - (Q @ (Q.mT @ w[..., None])).squeeze(-1)
             found.append(F.normalize(w, dim=-1))
     return torch.stack(found, -1)
+
+
+def largest(U: Tensor, sigma: Tensor, V: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The r largest singular values [K, r] of U diag(sigma) V^T, the largest first, between their singular vectors
+    [K, n, r]."""
+    sigma, kept = sigma.topk(r, -1)
+    U, V = (side.gather(2, kept[:, None].expand(-1, side.shape[1], -1)) for side in (U, V))
+    return U, sigma, V

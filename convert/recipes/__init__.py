@@ -21,6 +21,7 @@ _HOMES = {  # module -> the names that are public here; each is imported when a 
     "recipes.overrides": ("with_setting",),
     "objectives.base": ("Objective",),
     "steps.build": ("Build",),
+    "steps.factorise": ("Factorise",),
     "steps.layers": ("EveryNth", "MostSensitive"),
     "steps.select": ("Select",),
     "steps.set_decay": ("SetDecay",),
