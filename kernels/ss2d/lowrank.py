@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ss2d.reference import DIRECTIONS, to_image, to_sequence
+from kernels.ss2d.reference import DIRECTIONS, driven, to_image, to_sequence
 
 CHUNK = 32  # places; each costs Q D + r D + Q r^2 multiplications
 
 
-def ss2d_lowrank_chunked(x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def ss2d_lowrank_chunked(
+    x: Tensor, delta: Tensor | None, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor
+) -> Tensor:
     """Compute ss2d_lowrank_reference. A step costs what the rank says: nothing has N x N or N x D numbers."""
     length, last = x.shape[-2] * x.shape[-1], x.shape[-2:]
-    u, b, c = (torch.stack([to_sequence(t[:, k], k) for k in range(DIRECTIONS)], 1).mT for t in (x, B, C))
+    u, b, c = (
+        torch.stack([to_sequence(t[:, k], k) for k in range(DIRECTIONS)], 1).mT for t in (driven(x, delta), B, C)
+    )
     Q = min(CHUNK, length)
     u, b, c = (F.pad(t, (0, 0, 0, -length % Q)).unflatten(2, (-1, Q)) for t in (u, b, c))  # [batch, K, n, Q, ...]
     seen = U * sigma[:, None]  # K N r: what y sees of s
-    powers = _powers(V.mT @ seen, Q)  # K Q r r: M^0 .. M^(Q-1)
+    powers = powers_of(V.mT @ seen, Q)  # K Q r r: M^0 .. M^(Q-1)
     into, out = b @ V[:, None], c @ seen[:, None]  # [batch, K, n, Q, r]: b_t, and C_t^T U diag(sigma)
     # how a place t sees s of q places ago, and b of the places then: [batch, K, n, Q, Q, r], the farthest first
     far = torch.einsum("bkntr,kqrs->bkntqs", out, powers.flip(1))  # C_t^T U diag(sigma) M^(Q-1-q)
@@ -48,7 +52,7 @@ def ss2d_lowrank_chunked(x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Tens
     return torch.stack([to_image(y[:, k], k, *last) for k in range(DIRECTIONS)]).sum(0)
 
 
-def _powers(M: Tensor, count: int) -> Tensor:
+def powers_of(M: Tensor, count: int) -> Tensor:
     """Return M^0 .. M^(count - 1) of M [K, r, r] as [K, count, r, r], by doubling."""
     found = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)[:, None]
     step = M[:, None]
