@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from kernels.allocator import allocate
 from kernels.cpp_build import lanes, load_library, needs_gradients, register_operators, require_library, why_no_library
 from kernels.selective_scan.cpu import LOG2E, MIN_TASKS, Scan, Sizes
-from kernels.ss2d.reference import DIRECTIONS, to_image, to_sequence
+from kernels.ss2d.reference import DIRECTIONS, rows_of, to_image
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -68,11 +68,6 @@ def empty_channels_last(t: Tensor) -> Tensor:
     """Return an empty tensor [..., D, H, W] of the shape of t with its channels next to each other."""
     *before, channels, height, width = t.shape
     return allocate((*before, height, width, channels), t).movedim(-1, -3)
-
-
-def rows_of(t: Tensor) -> Tensor:
-    """Return t [batch, 4, N, H, W] as [batch, 4, L, N], each direction in its order."""
-    return torch.stack([to_sequence(t[:, k], k) for k in range(DIRECTIONS)], 1).mT.contiguous()
 
 
 def _from_rows(t: Tensor, height: int, width: int) -> Tensor:

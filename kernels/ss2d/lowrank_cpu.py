@@ -11,8 +11,8 @@ from torch.autograd.function import FunctionCtx
 from kernels.allocator import allocate
 from kernels.cpp_build import load_library, needs_gradients, register_operators, require_library, why_no_library
 from kernels.selective_scan.cpu import MIN_TASKS
-from kernels.ss2d.cpu import Image, Places, channels_last, empty_channels_last, image_of, rows_of
-from kernels.ss2d.lowrank import powers_of
+from kernels.ss2d.cpu import Image, Places, channels_last, empty_channels_last, image_of
+from kernels.ss2d.lowrank import at_places
 from kernels.ss2d.reference import DIRECTIONS
 
 CHUNK, SPAN, CHANNELS = 8, 64, 64  # as in lowrank.cpp
@@ -67,8 +67,7 @@ def _states_shape(x: Tensor, powers: Tensor) -> tuple[int, ...]:
 
 
 def scan_forward(x: Tensor, delta: Tensor | None, powers: Tensor, rows: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """Compute y of the powers of M [4, CHUNK + 1, r, r] and of rows [batch, 4, L, 2 r + 1], in which each place has b,
-    o and C . B; and with `keep` the states before each span (else empty)."""
+    """Compute y from what `at_places` returns, and with `keep` the states before each span (else empty)."""
     x, delta = channels_last(x), None if delta is None else channels_last(delta)
     powers, rows = powers.contiguous(), rows.contiguous()
     # no sum here goes over parts, so how many there are may depend on the number of threads
@@ -128,10 +127,7 @@ def ss2d_lowrank_cpu(
     """Compute ss2d_lowrank_reference with the compiled operators."""
     given = [t for t in (x, delta, U, sigma, V, B, C) if t is not None]
     keep = needs_gradients("ss2d_lowrank", *given)
-    seen = U * sigma[:, None]
-    powers = powers_of(V.mT @ seen, CHUNK + 1)
-    of_places = V.mT @ B.flatten(-2), seen.mT @ C.flatten(-2), (B * C).sum(2, keepdim=True).flatten(-2)
-    rows = rows_of(torch.cat(of_places, 2).unflatten(-1, x.shape[-2:]))
+    powers, rows = at_places(U, sigma, V, B, C, CHUNK)
     y, _ = torch.ops.workbench.ss2d_lowrank(x, delta, powers, rows, keep)
     return y
 

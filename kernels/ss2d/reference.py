@@ -20,6 +20,11 @@ def to_image(t: Tensor, direction: int, height: int, width: int) -> Tensor:
     return places.unflatten(-1, (width, height)).mT if direction % 2 else places.unflatten(-1, (height, width))
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """Return t [batch, 4, N, H, W] as [batch, 4, L, N], each direction in its order."""
+    return torch.stack([to_sequence(of_k, k) for k, of_k in enumerate(t.unbind(1))], 1).mT.contiguous()
+
+
 def ss2d_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in turn,
     with delta, A, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
