@@ -61,6 +61,14 @@ def chunk_scan(
     _backward(*chunk_scan_triton(x, log_decay, B, C, S, ids))
 
 
+def ss2d(N: int, batch: int = 16, D: int = 192, H: int = 28, W: int = 28, training: bool = True) -> None:
+    from kernels.ss2d.fused import ss2d_triton
+
+    x, delta, A = _floats(training, (batch, D, H, W), (batch, 4, D, H, W), (4, D, N))
+    B, C = _floats(training, *[(batch, 4, N, H, W)] * 2)
+    _backward(ss2d_triton(x, delta, A, B, C))
+
+
 def selective_state_update(
     N: int, batch: int = 16, heads: int = 1, P: int = 4096, G: int = 1, bf16: bool = False
 ) -> None:
@@ -112,6 +120,10 @@ CASES = [
     AuditCase(chunk_scan, dict(N=128, bf16=True)),
     AuditCase(chunk_scan, dict(N=100, R=2, ones=True, documents=True)),
     AuditCase(chunk_scan, dict(N=512, R=2, ones=True, documents=True, bf16=True)),
+    AuditCase(ss2d, dict(N=16)),
+    AuditCase(ss2d, dict(N=16, training=False)),
+    AuditCase(ss2d, dict(N=1, batch=1)),
+    AuditCase(ss2d, dict(N=100)),
     AuditCase(mamba_ssm, dict(N=128, training=False), "mamba_ssm.ops.triton.ssd_combined"),
     AuditCase(simple_gla, dict(N=128), "fla.ops.simple_gla"),
     AuditCase(selective_state_update, dict(N=16)),

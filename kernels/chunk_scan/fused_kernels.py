@@ -26,7 +26,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _dot(a, b):
+def dot(a, b):
     """Multiply matrices of bfloat16 or float32 with sums in float32; NVIDIA's units take float32 as three TF32."""
     if INTERPRETED:  # the interpreter reads the bits of bfloat16 as integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
@@ -78,7 +78,7 @@ def _scores(a, a_stride, b, b_stride, q, rows, size, Q: tl.constexpr, BLOCK: tl.
     for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         a_block = _load(a, q, columns, a_stride, rows, size)
-        scores += _dot(a_block, tl.trans(_load(b, q, columns, b_stride, rows, size)))
+        scores += dot(a_block, tl.trans(_load(b, q, columns, b_stride, rows, size)))
     return scores
 
 
@@ -109,7 +109,7 @@ def carry_kernel(
         for r in tl.range(0, R, num_stages=1):
             left_QN = _load_rows(left + (row * R + r) * N, q, n, H * R * N, row_mask, N)
             right_QP = _load_rows(right + (row * R + r) * P, q, p, H * R * P, row_mask, P)
-            state += _dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
+            state += dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
 
 
@@ -138,14 +138,14 @@ def outputs_kernel(
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             C_QN = _load(C + (row * R + r) * N, q, n, H * R * N, row_count, N)
-            scores_QQ += _dot(C_QN, tl.trans(_load(B + row * N, q, n, H * N, row_count, N)))
-            y_QP += _dot(C_QN, _load(states + (head * chunks + c) * N * P, n, p, P, N, P))
+            scores_QQ += dot(C_QN, tl.trans(_load(B + row * N, q, n, H * N, row_count, N)))
+            y_QP += dot(C_QN, _load(states + (head * chunks + c) * N * P, n, p, P, N, P))
         y_QP = _decayed(decay_in_Q[:, None], y_QP, DOCUMENTS)
-        y_QP = y_QP + _dot(_decayed(decay_QQ, scores_QQ, True).to(x_QP.dtype), x_QP)
+        y_QP = y_QP + dot(_decayed(decay_QQ, scores_QQ, True).to(x_QP.dtype), x_QP)
         if non_finite > 0:  # a value that is not finite reaches the steps that see it, in its channel
             unmasked_QP = _load(x + row * P, q, p, H * P, row_count, P).to(tl.float32)
             sees_QQ = tl.where(decay_QQ < 0, 0.0, 1.0).to(tl.bfloat16)
-            reached = _dot(sees_QQ, tl.where(tl.abs(unmasked_QP) < float("inf"), 0.0, 1.0).to(tl.bfloat16))
+            reached = dot(sees_QQ, tl.where(tl.abs(unmasked_QP) < float("inf"), 0.0, 1.0).to(tl.bfloat16))
             y_QP = tl.where(reached > 0, float("nan"), y_QP)
         _store(y + (row * R + r) * P, q, p, H * R * P, row_count, P, y_QP)
 
@@ -173,7 +173,7 @@ def values_gradient_kernel(
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         dS_NP = _load(dstates + state, n, p, P, N, P)
-        dx_QP += _dot(_load(B + row * N, q, n, H * N, row_count, N), dS_NP)
+        dx_QP += dot(_load(B + row * N, q, n, H * N, row_count, N), dS_NP)
         dchunk_decay_P += tl.sum(dS_NP.to(tl.float32) * _load(states + state, n, p, P, N, P).to(tl.float32), 0)
     dx_QP *= tl.maximum(tl.load(decay_out + step + q), 0.0)[:, None]
     dlog_out_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
@@ -183,8 +183,8 @@ def values_gradient_kernel(
     for r in tl.range(0, R, num_stages=1):
         G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, row_count, N, Q, BLOCK_N) * decay_QQ
         dy_QP = _load(dy + (row * R + r) * P, q, p, H * R * P, row_count, P)
-        dx_QP += _dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
-        E_QQ += G_QQ * _dot(dy_QP, tl.trans(x_QP))
+        dx_QP += dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
+        E_QQ += G_QQ * dot(dy_QP, tl.trans(x_QP))
     _store(dx + row * P, q, p, H * P, row_count, P, dx_QP)
     dlog_Q = tl.sum(tl.where(later_QQ, tl.cumsum(E_QQ, 0, reverse=True) + dlog_out_Q[None, :], 0.0), 1)
     tl.store(
@@ -214,7 +214,7 @@ def keys_gradient_kernel(
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         x_QP = _load(x + row * P, q, p, H * P, row_count, P)
-        dB_QN += _dot(x_QP, tl.trans(_load(dstates + state, n, p, P, N, P)))
+        dB_QN += dot(x_QP, tl.trans(_load(dstates + state, n, p, P, N, P)))
     dB_QN *= decay_out_Q[:, None]
     decay_QQ, _ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     dlog_in_Q = tl.zeros((Q,), tl.float32)
@@ -223,14 +223,14 @@ def keys_gradient_kernel(
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             dy_QP = _load(dy + (row * R + r) * P, q, p, H * R * P, row_count, P)
-            dC_QN += _dot(dy_QP, tl.trans(_load(states + state, n, p, P, N, P)))
+            dC_QN += dot(dy_QP, tl.trans(_load(states + state, n, p, P, N, P)))
         dC_QN *= decay_in_Q[:, None]
         C_QN = _load(C + (row * R + r) * N, q, n, H * R * N, row_count, N)
         dlog_in_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
         H_QQ = _scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, row_count, P, Q, BLOCK_P) * decay_QQ
         H_QQ = H_QQ.to(B_QN.dtype)
-        dC_QN += _dot(H_QQ, B_QN)
-        dB_QN += _dot(tl.trans(H_QQ), C_QN)
+        dC_QN += dot(H_QQ, B_QN)
+        dB_QN += dot(tl.trans(H_QQ), C_QN)
         _store(dC + (row * R + r) * N, q, n, H * R * N, row_count, N, dC_QN)
     _store(dB + row * N, q, n, H * N, row_count, N, dB_QN)
     slice_N = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks

@@ -34,7 +34,7 @@ def _block_sizes(N: int, L: int, is_plain: bool) -> tuple[int, int]:
     return min(max(2, triton.next_power_of_2(L)), elements // block_n), block_n
 
 
-def _channels(programs: int, per_group: int) -> int:
+def block_channels(programs: int, per_group: int) -> int:
     """Return the channels of a block in the backward pass: 64, or fewer where those are no PROGRAMS, and 8 at least,
     because every block has slices of dB and dC of its own."""
     block_d = 64
@@ -76,7 +76,7 @@ class FusedScan(torch.autograd.Function):
         N, G = A.shape[1], B.shape[1]
         block_t, block_n = _block_sizes(N, L, C.shape[1] == G and starts is None)
         blocks_n = triton.cdiv(N, block_n)
-        block_d = _channels(batch * G * blocks_n, D // G)
+        block_d = block_channels(batch * G * blocks_n, D // G)
         blocks_d = triton.cdiv(D // G, block_d)
         dy, dh = dy.contiguous(), dh.clone(memory_format=torch.contiguous_format)
         du, ddelta = (u.new_empty(blocks_n, batch, D, L) for _ in range(2))

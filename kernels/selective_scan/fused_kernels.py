@@ -27,7 +27,7 @@ def _decayed(a, x):
 
 
 @triton.jit
-def _combine(a, x, b, y):
+def combine(a, x, b, y):
     """Combine two steps h -> a h + x of the associative scan: (a, x), then (b, y)."""
     return a * b, x * b + y
 
@@ -66,7 +66,7 @@ def _scan(a, x, v, ONES: tl.constexpr, DOCUMENTS: tl.constexpr, REVERSE: tl.cons
         decay, h = tl.associative_scan((a, x), 0, _combine_documents, reverse=REVERSE)
         ones = h
     else:
-        decay, h = tl.associative_scan((a, x), 0, _combine, reverse=REVERSE)
+        decay, h = tl.associative_scan((a, x), 0, combine, reverse=REVERSE)
         ones = h
     return decay, h, ones
 

@@ -6,29 +6,55 @@ batch · D channels · H height · W width · N state · r rank
 4 directions: rows, columns, rows backwards, columns backwards
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.checks import check_decay, check_dense, check_flags, check_tensors
-from kernels.dispatch import Implementations, always_available, choose, without_autocast
+from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
+from kernels.ss2d import lowrank_cpu
 from kernels.ss2d.chunked import ss2d_chunked
 from kernels.ss2d.cpu import ss2d_cpu, why_unavailable
 from kernels.ss2d.doubling import ss2d_doubling
 from kernels.ss2d.lowrank import ss2d_lowrank_chunked
+from kernels.ss2d.lowrank_cpu import ss2d_lowrank_cpu
 from kernels.ss2d.reference import DIRECTIONS, ss2d_lowrank_reference, ss2d_reference
 
 __all__ = ["DIRECTIONS", "ss2d", "ss2d_lowrank"]
 
-SCANS = {"cpu": ss2d_cpu, "chunked": ss2d_chunked, "doubling": ss2d_doubling, "reference": ss2d_reference}
+
+def _triton(*arguments: Tensor) -> Tensor:
+    from kernels.ss2d.fused import ss2d_triton  # Triton is optional, and takes a second to import
+
+    return ss2d_triton(*arguments)
+
+
+SCANS: dict[str, Callable[..., Tensor]] = {
+    "triton": _triton,
+    "cpu": ss2d_cpu,
+    "chunked": ss2d_chunked,
+    "doubling": ss2d_doubling,
+    "reference": ss2d_reference,
+}
 IMPLEMENTATIONS: Implementations = {
+    "triton": why_no_triton,
     "cpu": why_unavailable,
     "chunked": always_available,
     "doubling": always_available,
     "reference": always_available,
 }
-LOWRANK_SCANS = {"chunked": ss2d_lowrank_chunked, "reference": ss2d_lowrank_reference}
-LOWRANK_IMPLEMENTATIONS: Implementations = {"chunked": always_available, "reference": always_available}
+LOWRANK_SCANS: dict[str, Callable[..., Tensor]] = {
+    "cpu": ss2d_lowrank_cpu,
+    "chunked": ss2d_lowrank_chunked,
+    "reference": ss2d_lowrank_reference,
+}
+LOWRANK_IMPLEMENTATIONS: Implementations = {
+    "cpu": lowrank_cpu.why_unavailable,
+    "chunked": always_available,
+    "reference": always_available,
+}
 
 
 def ss2d(
@@ -58,8 +84,8 @@ def ss2d(
         D: [4, D].
         delta_bias: [4, D].
         delta_softplus: whether delta is softplus(delta + delta_bias).
-        impl: "cpu" (compiled), "chunked" (PyTorch operators), "doubling" (few and fixed ones, for torch.export),
-            "reference", or "auto": the first that runs.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "doubling" (few and fixed ones, for
+            torch.export), "reference", or "auto": the first that runs.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
@@ -116,12 +142,11 @@ def ss2d_lowrank(
     _check_lowrank_shapes(x, U, sigma, V, B, C, D, delta, delta_bias, delta_softplus)
     dtype, out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
     x, U, sigma, V, B, C = (t.to(dtype) for t in (x, U, sigma, V, B, C))
-    drive = x[:, None].expand(-1, DIRECTIONS, -1, -1, -1)
     if delta is not None:
-        drive = drive * _positive(delta.to(dtype), delta_bias, delta_softplus)
+        delta = _positive(delta.to(dtype), delta_bias, delta_softplus)
     scan = LOWRANK_SCANS[_choose("ss2d_lowrank", impl, x.device.type, dtype)]
     with without_autocast(x.device.type):  # products of states stay in this dtype
-        y = scan(drive, U, sigma, V, B, C)
+        y = scan(x, delta, U, sigma, V, B, C)
     return _with_skip(y, x, D).to(out_dtype)
 
 

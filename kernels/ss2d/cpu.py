@@ -12,19 +12,19 @@ from torch.autograd.function import FunctionCtx
 from kernels.allocator import allocate
 from kernels.cpp_build import lanes, load_library, needs_gradients, register_operators, require_library, why_no_library
 from kernels.selective_scan.cpu import LOG2E, MIN_TASKS, Scan, Sizes
-from kernels.ss2d.reference import DIRECTIONS, to_image, to_sequence
+from kernels.ss2d.reference import DIRECTIONS, rows_of, to_image
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
 
-class _Places(ctypes.Structure):
-    """`Places` of cpu.cpp."""
+class Places(ctypes.Structure):
+    """`Places` of image.h."""
 
     _fields_ = [("height", ctypes.c_int64), ("width", ctypes.c_int64)]
 
 
-class _Image(ctypes.Structure):
-    """`Image` of cpu.cpp: an address and strides."""
+class Image(ctypes.Structure):
+    """`Image` of image.h: an address and strides."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -37,8 +37,8 @@ class _Scan2D(ctypes.Structure):
 
     _fields_ = [
         ("scan", Scan),
-        ("places", _Places),
-        *((name, _Image) for name in ("x", "delta", "y", "dx", "ddelta")),
+        ("places", Places),
+        *((name, Image) for name in ("x", "delta", "y", "dx", "ddelta")),
     ]
 
 
@@ -53,26 +53,21 @@ def why_unavailable(device: str, dtype: torch.dtype) -> str | None:
     return why_no_library(device, dtype, compiled_library)
 
 
-def _image(t: Tensor) -> _Image:
-    """t [batch, D, H, W] or [batch, 4, D, H, W], whose channels are next to each other."""
+def image_of(t: Tensor) -> Image:
+    """Describe t [batch, D, H, W] or [batch, 4, D, H, W], whose channels are next to each other."""
     direction = t.stride(1) if t.ndim == 5 else 0
-    return _Image(t.data_ptr(), t.stride(0), direction, *t.stride()[-2:])
+    return Image(t.data_ptr(), t.stride(0), direction, *t.stride()[-2:])
 
 
-def _channels_last(t: Tensor) -> Tensor:
+def channels_last(t: Tensor) -> Tensor:
     """Return t [..., D, H, W] with its channels next to each other in memory, copied if they are not."""
     return t if t.stride(-3) == 1 else t.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
-def _empty_channels_last(t: Tensor) -> Tensor:
+def empty_channels_last(t: Tensor) -> Tensor:
     """Return an empty tensor [..., D, H, W] of the shape of t with its channels next to each other."""
     *before, channels, height, width = t.shape
     return allocate((*before, height, width, channels), t).movedim(-1, -3)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return t [batch, 4, N, H, W] as [batch, 4, L, N], each direction in its order."""
-    return torch.stack([to_sequence(t[:, k], k) for k in range(DIRECTIONS)], 1).mT.contiguous()
 
 
 def _from_rows(t: Tensor, height: int, width: int) -> Tensor:
@@ -84,8 +79,8 @@ def _make_scan(x: Tensor, delta: Tensor, A: Tensor, slices: int) -> _Scan2D:
     batch, channels, height, width = x.shape
     length, states, threads = height * width, A.shape[2], torch.get_num_threads()
     sizes = Sizes(batch, DIRECTIONS * channels, length, states, DIRECTIONS, 1, 1, slices, threads)
-    scan = _Scan2D(Scan(sizes), _Places(height, width))
-    scan.x, scan.delta = _image(x), _image(delta)
+    scan = _Scan2D(Scan(sizes), Places(height, width))
+    scan.x, scan.delta = image_of(x), image_of(delta)
     return scan
 
 
@@ -103,11 +98,11 @@ def _chunk_states_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """Compute ss2d_reference: y, and with `keep` the states before each chunk (else empty)."""
-    x, delta = _channels_last(x), _channels_last(delta)
-    A2, rows_B, rows_C = (A * LOG2E).contiguous(), _rows(B), _rows(C)
-    scan, y = _make_scan(x, delta, A, 1), _empty_channels_last(x)
+    x, delta = channels_last(x), channels_last(delta)
+    A2, rows_B, rows_C = (A * LOG2E).contiguous(), rows_of(B), rows_of(C)
+    scan, y = _make_scan(x, delta, A, 1), empty_channels_last(x)
     chunk_states = allocate(_chunk_states_shape(x, A) if keep else (0,), x)
-    scan.y = _image(y)
+    scan.y = image_of(y)
     scan.scan.A2, scan.scan.B, scan.scan.C = (t.data_ptr() for t in (A2, rows_B, rows_C))
     scan.scan.chunk_states = chunk_states.data_ptr() if keep else None
     _call("forward", scan, x.dtype)
@@ -115,21 +110,21 @@ def scan_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep
 
 
 def _fake_forward(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    return _empty_channels_last(x), x.new_empty(_chunk_states_shape(x, A) if keep else 0)
+    return empty_channels_last(x), x.new_empty(_chunk_states_shape(x, A) if keep else 0)
 
 
 def scan_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, delta, A, B and C."""
-    dy, x, delta = _channels_last(dy), _channels_last(x), _channels_last(delta)
-    A2, rows_B, rows_C = (A * LOG2E).contiguous(), _rows(B), _rows(C)
+    dy, x, delta = channels_last(dy), channels_last(x), channels_last(delta)
+    A2, rows_B, rows_C = (A * LOG2E).contiguous(), rows_of(B), rows_of(C)
     batch, _, height, width = x.shape
     slices = max(1, min(chunk_states.shape[1] // DIRECTIONS, MIN_TASKS // batch))
-    scan, dx, ddelta = _make_scan(x, delta, A, slices), _empty_channels_last(x), _empty_channels_last(delta)
+    scan, dx, ddelta = _make_scan(x, delta, A, slices), empty_channels_last(x), empty_channels_last(delta)
     dA = x.new_zeros(batch, *A.shape)
     dB, dC = (x.new_zeros(slices, *rows_B.shape) for _ in range(2))
-    scan.y, scan.dx, scan.ddelta = _image(dy), _image(dx), _image(ddelta)
+    scan.y, scan.dx, scan.ddelta = image_of(dy), image_of(dx), image_of(ddelta)
     names = "A2", "B", "C", "chunk_states", "dA", "dB", "dC"
     for name, t in zip(names, (A2, rows_B, rows_C, chunk_states, dA, dB, dC), strict=True):
         setattr(scan.scan, name, t.data_ptr())
@@ -141,7 +136,7 @@ def _fake_backward(
     dy: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_states: Tensor
 ) -> tuple[Tensor, ...]:
     rows = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (B, C))
-    return _empty_channels_last(x), _empty_channels_last(delta), A.new_empty(A.shape), *rows
+    return empty_channels_last(x), empty_channels_last(delta), A.new_empty(A.shape), *rows
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:

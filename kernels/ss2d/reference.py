@@ -20,6 +20,11 @@ def to_image(t: Tensor, direction: int, height: int, width: int) -> Tensor:
     return places.unflatten(-1, (width, height)).mT if direction % 2 else places.unflatten(-1, (height, width))
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """Return t [batch, 4, N, H, W] as [batch, 4, L, N], each direction in its order."""
+    return torch.stack([to_sequence(of_k, k) for k, of_k in enumerate(t.unbind(1))], 1).mT.contiguous()
+
+
 def ss2d_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in turn,
     with delta, A, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
@@ -46,12 +51,21 @@ def transition(U: Tensor, sigma: Tensor, V: Tensor) -> Tensor:
     return (U * sigma[:, None]) @ V.mT
 
 
-def ss2d_lowrank_reference(x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """h_t = U diag(sigma) V^T h_{t-1} + x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in turn, with
-    factors, x, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
+def driven(x: Tensor, delta: Tensor | None) -> Tensor:
+    """Return delta x [batch, 4, D, H, W], the inputs of each direction; without a delta, x is not copied."""
+    u = x[:, None].expand(-1, DIRECTIONS, -1, -1, -1)
+    return u if delta is None else u * delta
+
+
+def ss2d_lowrank_reference(
+    x: Tensor, delta: Tensor | None, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor
+) -> Tensor:
+    """h_t = U diag(sigma) V^T h_{t-1} + delta_t x_t B_t,  y_t = C_t . h_t, over the places t of each direction k in
+    turn, with factors, delta, B and C of k, and h = 0 before the first place. The outputs y of a place are added up.
 
     Args:
-        x: [batch, 4, D, H, W].
+        x: [batch, D, H, W].
+        delta: [batch, 4, D, H, W]; 1 where there is none.
         U, V: [4, N, r].
         sigma: [4, r].
         B, C: [batch, 4, N, H, W].
@@ -59,9 +73,9 @@ def ss2d_lowrank_reference(x: Tensor, U: Tensor, sigma: Tensor, V: Tensor, B: Te
     Returns:
         y [batch, D, H, W].
     """
-    A, outputs = transition(U, sigma, V), []
+    A, inputs, outputs = transition(U, sigma, V), driven(x, delta), []
     for k in range(DIRECTIONS):
-        u, b, c = (to_sequence(t[:, k], k) for t in (x, B, C))
+        u, b, c = (to_sequence(t[:, k], k) for t in (inputs, B, C))
         h, y = u.new_zeros(*u.shape[:2], A.shape[1]), []  # [batch, D, N]
         for t in range(u.shape[-1]):
             h = torch.einsum("nm,bdm->bdn", A[k], h) + u[..., t, None] * b[:, None, :, t]
