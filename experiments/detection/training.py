@@ -1,6 +1,7 @@
 """Training a detector, alone or beside a teacher, and what it costs on one thread."""
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def train(detector: Detector, teacher: Detector | None, terms: str, pairs: Pairs
     """Train a detector on so many images, each as often as it comes round."""
     steps = max(1, images // BATCH)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARM_UP)
+    warm_up = max(1, round(WARM_UP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
+    )
     live = Objective.of(terms).build(detector.backbone, teacher.backbone, staged) if terms and teacher else None
     detector.train()
     for step in range(steps):
