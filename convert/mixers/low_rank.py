@@ -22,15 +22,17 @@ class LowRankMap(nn.Module):
     def __init__(self, down: nn.Module, up: nn.Module) -> None:
         super().__init__()
         self.down, self.up = down, up
-
-    def start(self, std: float) -> None:
-        """Draw both factors so that the numbers of their product have this deviation."""
-        r = self.up.weight.shape[1]
-        for factor in (self.down, self.up):
-            nn.init.normal_(factor.weight, std=(std / r**0.5) ** 0.5)
+        for factor in (down, up):
+            factor.factor_rank = up.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
+
+
+def factor_std(layer: nn.Module, std: float) -> float:
+    """The deviation of the random numbers of a layer: `std`, or that of each of two factors for a product of `std`."""
+    r = getattr(layer, "factor_rank", None)
+    return std if r is None else (std / r**0.5) ** 0.5
 
 
 def linear(n: int, m: int, ratio: float, bias: bool = True) -> nn.Module:

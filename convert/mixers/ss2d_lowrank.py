@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.mixers.low_rank import LowRankMap, linear, orthonormal
+from convert.mixers.low_rank import factor_std, linear, orthonormal
 from convert.mixers.ss2d import LONGEST, SHORTEST, start_steps
 from kernels.ss2d import DIRECTIONS, ss2d_lowrank
 
@@ -56,10 +56,9 @@ class LowRankSS2D(nn.Module):
         """Mamba's steps, and a transition that forgets each state at one rate: the rates, between those of Mamba's
         shortest and longest steps, are spread evenly over their logarithms (ours)."""
         std = (3 * self.dt_bias.shape[1]) ** -0.5  # that of SS2D's uniform numbers
-        if isinstance(self.x_proj, LowRankMap):
-            self.x_proj.start(std)
-        else:
-            nn.init.normal_(self.x_proj.weight, std=std)
+        for layer in self.x_proj.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=factor_std(layer, std))
         start_steps(self.dt_proj, self.dt_bias)
         r = self.sigma_logit.shape[1]
         rates = torch.linspace(math.log(SHORTEST), math.log(LONGEST), r, device=self.sigma_logit.device).exp()

@@ -90,7 +90,7 @@ def low_rank(budget: Budget) -> Recipe:
     """A VMamba of low rank starts from the singular value decomposition of its teacher's weights and learns from labels
     and from the teacher's transitions, states and features.
 
-    The rates are ours, a third of those of students with random weights or less; the paper trains a detector, by SGD."""
+    The rates are ours, a third of those of students with random weights or less; the paper trains a detector by SGD."""
     batch = budget.batch_images
     common: dict[str, Any] = dict(
         images=budget.images, batch_images=batch, labels=budget.labels, warmup=0.1, objective=LOW_RANK,

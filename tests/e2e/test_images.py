@@ -66,6 +66,34 @@ def test_any_architecture_teaches_any(student, digits, tmp_path, capsys):
     assert "distill: done, skipped" in capsys.readouterr().out and before
 
 
+def test_a_vmamba_is_squeezed_to_a_low_rank_and_a_killed_run_goes_on(digits, tmp_path, monkeypatch, capsys):
+    teacher, squeezed = tmp_path / "teacher", tmp_path / "squeezed"
+    assert main(command(digits, teacher, to="vmamba")) == 0
+    more = ["--set", "lowrank.ratio=0.5", "--set", "distill.save_every=0"]
+    assert main(command(teacher, tmp_path / "straight", *more, to="vmamba-lowrank")) == 0
+    arguments = command(teacher, squeezed, *more, to="vmamba-lowrank")
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    assert main(arguments) == 0
+    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "straight", squeezed))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    report = records.report(squeezed)
+    assert [step.kind for step in report.steps] == ["Factorise", "TrainImages"]
+    assert report.cost.student.parameters < 0.55 * report.cost.teacher.parameters
+    assert report.cost.student.macs < 0.5 * report.cost.teacher.macs
+    capsys.readouterr()
+    for source, setting, words in (
+        (teacher, "lowrank.rank=9", "have rank 8, and the student's would have 9"),
+        (squeezed, "lowrank.ratio=0.6", "keeps 0.5 of its numbers; the ratio is 0.6"),
+        (squeezed, "lowrank.rank=3", "have rank 2, and the student's would have 3"),
+        (teacher, "lowrank.ratio=1.5", "ratio must be within 0.01 .. 1"),
+        (digits, "lowrank.ratio=0.5", "this teacher is a vit. Convert it --to vmamba first"),
+    ):
+        assert main(command(source, tmp_path / "out", "--set", setting, to="vmamba-lowrank")) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The folder of a run that nothing stopped; the first test that needs it makes it."""

@@ -22,16 +22,17 @@ def exported(model, folder, images, **changes):
     return export_and_verify(model, folder, images=images, **fields | changes)
 
 
-@pytest.mark.parametrize("family, channels, side", [("resnet", 3, 16), ("mlp_mixer", 1, 9)])
+@pytest.mark.parametrize("family, channels, side", [("resnet", 3, 16), ("mlp_mixer", 1, 9), ("vmamba", 1, 16)])
 def test_a_folder_works_in_a_clean_process(family, channels, side, tmp_path):
-    """A family of transformers with images of its size; one of ours with images that are resized."""
+    """A family of transformers with images of its size; two of ours, one with images that are resized, one of low
+    rank."""
     model = classifier(family, channels)
     (batch,) = image_batches(3, channels=channels, side=side)
     found = exported(model, tmp_path / "model", batch.images)
     assert found["max_abs_logit"] <= found["allowed"] and found["dtype"] == "float32"
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["id2label"]["3"] == "class 3" and config["label2id"]["class 3"] == 3
-    ours = family == "mlp_mixer"
+    ours = family != "resnet"
     assert ("auto_map" in config) == ours
     assert (tmp_path / "model" / "README.md").read_text() == ("# with code" if ours else "# without")
     assert bool(list((tmp_path / "model").glob("*.py"))) == ours

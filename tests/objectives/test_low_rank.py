@@ -31,10 +31,12 @@ def featuring(scans, shapes=SMALL, seed=0):
 
 
 def live(text, rank=RANK, shapes=SMALL):
-    sizes = {id(m): r for m, r in ((student := Model(shapes), rank), (teacher := Model(shapes), STATES))}
-    return Objective.of(text).build(
-        student, teacher, lambda m: StagedModel(m, m.shapes, [ScanShape(6, 5, STATES, sizes[id(m)])] * 2)
-    )
+    def staged(model):
+        scans = [ScanShape(6, 5, STATES, STATES if model is teacher else rank)] * 2
+        return StagedModel(model, model.shapes, scans)
+
+    student, teacher = Model(shapes), Model(shapes)
+    return Objective.of(text).build(student, teacher, staged)
 
 
 def loss(text, ours, theirs, rank=RANK, shapes=SMALL):
@@ -84,7 +86,7 @@ def test_equal_singular_values_may_turn():
     """Where they are equal, any two vectors of their plane are singular vectors."""
     whole = scan()._replace(sigma=torch.tensor([0.9, 0.9, 0.3, 0.2]).double().expand(4, -1))
     c, s = math.cos(1.1), math.sin(1.1)
-    turn = torch.tensor([[c, -s], [s, c]]).double()
+    turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
     student = truncated(whole)._replace(U=whole.U[..., :2] @ turn, V=whole.V[..., :2] @ turn)
     assert loss("transition_svd", featuring([student] * 2), featuring([whole] * 2)) < 1e-24
 
@@ -136,11 +138,9 @@ def test_gradients():
 
 def test_losses_stay_float32_under_autocast():
     def single(features):
-        scans = tuple(
-            Scan(one.U.float(), one.sigma.float(), one.V.float(), lambda s=one.states(): s.float())
-            for one in features.scans
-        )
-        return Features(tuple(stage.float() for stage in features.stages), features.logits.float(), scans)
+        one = features.scans[0]
+        scan = Scan(one.U.float(), one.sigma.float(), one.V.float(), lambda: one.states().float())
+        return Features(tuple(stage.float() for stage in features.stages), features.logits.float(), (scan, scan))
 
     ours, theirs = single(featuring([truncated(scan(seed=8))] * 2, seed=2)), single(featuring([scan()] * 2))
     found = []

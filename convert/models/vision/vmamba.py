@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from convert.mixers.low_rank import LowRankMap, convolution, kept_rank, linear
+from convert.mixers.low_rank import convolution, factor_std, kept_rank, linear
 from convert.mixers.ss2d import SS2D
 from convert.mixers.ss2d_lowrank import LowRankSS2D
 
@@ -137,12 +137,9 @@ class VMambaForImageClassification(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            nn.init.trunc_normal_(module.weight, std=factor_std(module, self.config.initializer_range))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, LowRankMap):
-            kernel = module.down.weight[0]
-            module.start(self.config.initializer_range if kernel.dim() == 1 else (3 * kernel.numel()) ** -0.5)
         elif isinstance(module, SS2D | LowRankSS2D):
             module.start()
 

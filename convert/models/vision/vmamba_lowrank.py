@@ -57,15 +57,16 @@ def start_from(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrained
             set_matrix(layer, *_dense(teacher, name))
             started |= {f"{name}.{each}" for each in layer.state_dict()}
         if isinstance(layer, LowRankSS2D):
-            theirs = teacher.get_submodule(name)
-            found = (
-                mean_transition(theirs.decays(), theirs.dt_bias) if isinstance(theirs, SS2D) else theirs.transition()
-            )
-            layer.set_transition(*largest(*found, layer.sigma_logit.shape[1]))
+            U, sigma, V = _transition(teacher.get_submodule(name))
+            layer.set_transition(*largest(U, sigma, V, layer.sigma_logit.shape[1]))
             started |= {f"{name}.{each}" for each in ("U_columns", "V_columns", "sigma_logit")}
     if left := sorted(own.keys() - started):
         raise ValueError(f"every weight must come from the teacher; {len(left)} do not, first {left[0]}")
     return student
+
+
+def _transition(mixer: SS2D | LowRankSS2D) -> tuple[Tensor, Tensor, Tensor]:
+    return mean_transition(mixer.decays(), mixer.dt_bias) if isinstance(mixer, SS2D) else mixer.transition()
 
 
 def _dense(teacher: PreTrainedModel, name: str) -> tuple[Tensor, Tensor | None]:
