@@ -138,7 +138,6 @@ CASES = [
     AuditCase(ss2d_lowrank, dict(r=8)),
     AuditCase(ss2d_lowrank, dict(r=16, batch=1, training=False)),
     AuditCase(ss2d_lowrank, dict(r=32, delta=True)),
-    AuditCase(ss2d_lowrank, dict(r=64, delta=True)),
     AuditCase(mamba_ssm, dict(N=128, training=False), "mamba_ssm.ops.triton.ssd_combined"),
     AuditCase(simple_gla, dict(N=128), "fla.ops.simple_gla"),
     AuditCase(selective_state_update, dict(N=16)),

@@ -36,7 +36,7 @@ def _lowrank_triton(*arguments: Tensor | None) -> Tensor:
     return ss2d_lowrank_triton(*arguments)
 
 
-MAX_RANK = 64  # of the Triton kernels: a state and two matrices of r x r fit in registers
+MAX_RANK = 32  # of the Triton kernels: more does not fit in registers
 SCANS: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
     "cpu": ss2d_cpu,
@@ -131,7 +131,7 @@ def ss2d_lowrank(
         delta: [batch, 4, D, H, W]; 1 where there is none.
         delta_bias: [4, D].
         delta_softplus: whether delta is softplus(delta + delta_bias).
-        impl: "triton" (a rank of at most 64), "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto":
+        impl: "triton" (a rank of at most 32), "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto":
             the first that runs.
 
     Raises:

@@ -20,10 +20,8 @@ from kernels.ss2d.fused_kernels import (
     lowrank_backward,
     lowrank_forward,
 )
-from kernels.ss2d.lowrank import at_places, chunk_matrices
+from kernels.ss2d.lowrank import CHUNK, at_places, chunk_matrices
 from kernels.ss2d.reference import DIRECTIONS
-
-CHUNK = 16  # places of a chunk of the scan of low rank: the least that matrix units take
 
 
 def _block_sizes(N: int, L: int) -> tuple[int, int]:
@@ -144,7 +142,13 @@ def _lowrank_blocks(D: int, r: int) -> dict[str, int]:
 def ss2d_lowrank_triton(
     x: Tensor, delta: Tensor | None, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor
 ) -> Tensor:
-    """Compute ss2d_lowrank_reference in Triton, in float32."""
+    """Compute ss2d_lowrank_reference in Triton, in float32.
+
+    Raises:
+        ValueError: if an image has 2^31 numbers or more.
+    """
+    if x[0].numel() >= 1 << 31:
+        raise ValueError(f"impl='triton' takes images of fewer than 2^31 numbers; got {tuple(x.shape[1:])}.")
     with on_device_of(x):
         matrices = chunk_matrices(*at_places(U, sigma, V, B, C, CHUNK), CHUNK)
         return FusedLowRank.apply(x, delta, *matrices)

@@ -156,15 +156,15 @@ backward_many_states = autotuned((1, 1), key=_KEY, restore=("dh", "dA"))(backwar
 
 @triton.jit
 def _load(base, rows, columns, row_stride, row_mask, column_count):
-    """Load base[rows, columns], with 0 outside; `base` is a 64-bit address."""
+    """Load base[rows, columns], with 0 outside. Offsets in an image fit in 32 bits; `base` is a 64-bit address."""
     mask = row_mask[:, None] & (columns < column_count)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(base, rows, columns, row_stride, row_mask, column_count, values):
     mask = row_mask[:, None] & (columns < column_count)[None, :]
-    tl.store(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], values, mask=mask)
+    tl.store(base + rows[:, None] * row_stride + columns[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -228,7 +228,6 @@ def lowrank_backward_kernel(
         k = part * TOGETHER + step
         group = b * 4 + k
         slot = (block * batch + b) * 4 + k
-        carry_RR = _load(carry + k * r * r, i, i, r, i < r, r)
         g_RP = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)  # gradient of the state after the chunk
         dcarry_RR = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
         for step_back in range(chunks):
@@ -253,6 +252,7 @@ def lowrank_backward_kernel(
             _store(dleft + slot_rows * r, q, i, r, every, r, dot(u_QP, tl.trans(g_RP)))
             dcarry_RR += dot(g_RP, tl.trans(s_RP))
             seen_QR = _load(seen + rows * r, q, i, r, every, r)
+            carry_RR = _load(carry + k * r * r, i, i, r, i < r, r)  # again, in place of registers
             g_RP = dot(tl.trans(carry_RR), g_RP) + dot(tl.trans(seen_QR), dy_QP)
         _store(dcarry + slot * r * r, i, i, r, i < r, r, dcarry_RR)
         tl.debug_barrier()  # what this direction stored, other threads read in the next
@@ -260,4 +260,4 @@ def lowrank_backward_kernel(
 
 _LOWRANK_KEY = ["r", "TOGETHER", "HAS_DELTA", "length_bucket"]
 lowrank_forward = autotuned((1, 1), (2, 1), (4, 1), key=[*_LOWRANK_KEY, "KEEP"])(lowrank_forward_kernel)
-lowrank_backward = autotuned((1, 1), (2, 1), (4, 1), key=_LOWRANK_KEY)(lowrank_backward_kernel)
+lowrank_backward = autotuned((2, 1), (4, 1), key=_LOWRANK_KEY)(lowrank_backward_kernel)

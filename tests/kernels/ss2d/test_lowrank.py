@@ -95,8 +95,7 @@ def test_operators_keep_torchs_rules():
     sizes = (2, 6, 3, 5), (2, 4, 6, 3, 5), (4, 9, 2, 2), (2, 4, 15, 5)
     x, delta, powers, rows = (torch.randn(*size, generator=g).requires_grad_() for size in sizes)
     ss2d_lowrank(**make(3, 5, r=2))  # compiles
-    for of_delta in (delta, None):
-        torch.library.opcheck(torch.ops.workbench.ss2d_lowrank.default, (x, of_delta, powers, rows, True))
+    torch.library.opcheck(torch.ops.workbench.ss2d_lowrank.default, (x, delta, powers, rows, True))
 
 
 def test_the_reference_is_a_sum_over_pairs_of_places():
@@ -138,7 +137,7 @@ def test_turning_the_image_exchanges_directions():
 
 
 def test_gradients_by_finite_differences_once_and_twice():
-    a = make(2, 3, N=3, r=2, channels=2, batch=1)
+    a = make(1, 3, N=2, r=1, channels=1, batch=1)
     tensors = [v.requires_grad_() for v in a.values() if isinstance(v, torch.Tensor)]
     assert torch.autograd.gradcheck(lambda *t: ss2d_lowrank(*t, impl="chunked"), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: ss2d_lowrank(*t, impl="chunked"), tensors)
@@ -146,7 +145,7 @@ def test_gradients_by_finite_differences_once_and_twice():
 
 @pytest.mark.parametrize("impl", [CPU, "chunked"])
 def test_torch_compile_takes_it_in_one_graph(impl):
-    a = make(4, 9, r=2, bias=True, dtype=torch.float32)
+    a = make(2, 4, r=2, bias=True, dtype=torch.float32)
     compiled = torch.compile(ss2d_lowrank, backend="aot_eager", fullgraph=True)
     (y, gradients), (wanted, wanted_gradients) = run(a, impl, compiled), run(a, impl, ss2d_lowrank)
     assert_close(y, wanted, 1e-6)
