@@ -69,6 +69,17 @@ def ss2d(N: int, batch: int = 16, D: int = 192, H: int = 28, W: int = 28, traini
     _backward(ss2d_triton(x, delta, A, B, C))
 
 
+def ss2d_lowrank(
+    r: int, batch: int = 16, D: int = 192, N: int = 64, H: int = 28, W: int = 28, delta: bool = False,
+    training: bool = True,
+) -> None:  # fmt: skip
+    from kernels.ss2d.fused import ss2d_lowrank_triton
+
+    x, U, sigma, V = _floats(training, (batch, D, H, W), (4, N, r), (4, r), (4, N, r))
+    B, C, steps = _floats(training, *[(batch, 4, N, H, W)] * 2, (batch, 4, D, H, W))
+    _backward(ss2d_lowrank_triton(x, steps if delta else None, U, sigma, V, B, C))
+
+
 def selective_state_update(
     N: int, batch: int = 16, heads: int = 1, P: int = 4096, G: int = 1, bf16: bool = False
 ) -> None:
@@ -124,6 +135,9 @@ CASES = [
     AuditCase(ss2d, dict(N=16, training=False)),
     AuditCase(ss2d, dict(N=1, batch=1)),
     AuditCase(ss2d, dict(N=100)),
+    AuditCase(ss2d_lowrank, dict(r=8)),
+    AuditCase(ss2d_lowrank, dict(r=16, batch=1, training=False)),
+    AuditCase(ss2d_lowrank, dict(r=32, delta=True)),
     AuditCase(mamba_ssm, dict(N=128, training=False), "mamba_ssm.ops.triton.ssd_combined"),
     AuditCase(simple_gla, dict(N=128), "fla.ops.simple_gla"),
     AuditCase(selective_state_update, dict(N=16)),

@@ -31,6 +31,13 @@ def _triton(*arguments: Tensor) -> Tensor:
     return ss2d_triton(*arguments)
 
 
+def _lowrank_triton(*arguments: Tensor | None) -> Tensor:
+    from kernels.ss2d.fused import ss2d_lowrank_triton
+
+    return ss2d_lowrank_triton(*arguments)
+
+
+MAX_RANK = 32  # of the Triton kernels: more does not fit in registers
 SCANS: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
     "cpu": ss2d_cpu,
@@ -46,14 +53,10 @@ IMPLEMENTATIONS: Implementations = {
     "reference": always_available,
 }
 LOWRANK_SCANS: dict[str, Callable[..., Tensor]] = {
+    "triton": _lowrank_triton,
     "cpu": ss2d_lowrank_cpu,
     "chunked": ss2d_lowrank_chunked,
     "reference": ss2d_lowrank_reference,
-}
-LOWRANK_IMPLEMENTATIONS: Implementations = {
-    "cpu": lowrank_cpu.why_unavailable,
-    "chunked": always_available,
-    "reference": always_available,
 }
 
 
@@ -96,7 +99,7 @@ def ss2d(
     dtype, out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32, x.dtype
     x, delta, A, B, C = (t.to(dtype) for t in (x, delta, A, B, C))
     delta = _positive(delta, delta_bias, delta_softplus)
-    scan = SCANS[_choose("ss2d", impl, x.device.type, dtype)]
+    scan = SCANS[_choose(impl, x.device.type, dtype)]
     with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(x, delta, A, B, C)
     return _with_skip(y, x, D).to(out_dtype)
@@ -132,7 +135,8 @@ def ss2d_lowrank(
         delta: [batch, 4, D, H, W]; 1 where there is none.
         delta_bias: [4, D].
         delta_softplus: whether delta is softplus(delta + delta_bias).
-        impl: "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "triton" (a rank of at most 32), "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto":
+            the first that runs.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, a rank above N, or an `impl` that cannot run.
@@ -144,7 +148,7 @@ def ss2d_lowrank(
     x, U, sigma, V, B, C = (t.to(dtype) for t in (x, U, sigma, V, B, C))
     if delta is not None:
         delta = _positive(delta.to(dtype), delta_bias, delta_softplus)
-    scan = LOWRANK_SCANS[_choose("ss2d_lowrank", impl, x.device.type, dtype)]
+    scan = LOWRANK_SCANS[_choose_lowrank(impl, x.device.type, dtype, U.shape[2])]
     with without_autocast(x.device.type):  # products of states stay in this dtype
         y = scan(x, delta, U, sigma, V, B, C)
     return _with_skip(y, x, D).to(out_dtype)
@@ -160,9 +164,24 @@ def _with_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _choose(operator: str, impl: str, device: str, dtype: torch.dtype) -> str:
+def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
     """Return the implementation's name; torch.compile calls this, which may compile C++, and keeps the result."""
-    return choose(operator, impl, device, dtype, IMPLEMENTATIONS if operator == "ss2d" else LOWRANK_IMPLEMENTATIONS)
+    return choose("ss2d", impl, device, dtype, IMPLEMENTATIONS)
+
+
+@torch.compiler.assume_constant_result
+def _choose_lowrank(impl: str, device: str, dtype: torch.dtype, rank: int) -> str:
+    def why_no_triton_for_rank(device: str, dtype: torch.dtype) -> str | None:
+        too_many = f"it takes a rank of at most {MAX_RANK}, not {rank}" if rank > MAX_RANK else None
+        return why_no_triton(device, dtype) or too_many
+
+    implementations: Implementations = {
+        "triton": why_no_triton_for_rank,
+        "cpu": lowrank_cpu.why_unavailable,
+        "chunked": always_available,
+        "reference": always_available,
+    }
+    return choose("ss2d_lowrank", impl, device, dtype, implementations)
 
 
 def _check_shapes(

@@ -17,7 +17,10 @@ from kernels.ss2d.fused_kernels import (
     backward_many_states,
     forward_few_states,
     forward_many_states,
+    lowrank_backward,
+    lowrank_forward,
 )
+from kernels.ss2d.lowrank import CHUNK, at_places, chunk_matrices
 from kernels.ss2d.reference import DIRECTIONS
 
 
@@ -82,3 +85,70 @@ def ss2d_triton(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Te
     """Compute ss2d_reference in Triton, in float32."""
     with on_device_of(x):
         return FusedScan.apply(x, delta, A, B, C)
+
+
+class FusedLowRank(torch.autograd.Function):
+    """(x, delta or None, pairs, seen, left, carry) -> y [batch, D, H, W], with gradients for all."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, delta: Tensor | None, pairs: Tensor, seen: Tensor, left: Tensor, carry: Tensor
+    ) -> Tensor:
+        batch, D, H, W = x.shape
+        r, chunks = carry.shape[-1], pairs.shape[2]
+        x, delta = x.movedim(1, -1).contiguous(), None if delta is None else delta.movedim(2, -1).contiguous()
+        pairs, seen, left, carry = (t.contiguous() for t in (pairs, seen, left, carry))
+        blocks = _lowrank_blocks(D, r)
+        blocks_d = triton.cdiv(D, blocks["BLOCK_P"])
+        together = _together(batch * blocks_d)
+        keep = any(ctx.needs_input_grad)
+        y = x.new_empty(DIRECTIONS // together, *x.shape)
+        states = x.new_empty(batch, DIRECTIONS, chunks, r, D) if keep else x
+        lowrank_forward[(batch, blocks_d, DIRECTIONS // together)](
+            x, x if delta is None else delta, pairs, seen, left, carry, y, states, batch, D, H, W, r, chunks,
+            length_bucket(H * W), TOGETHER=together, HAS_DELTA=delta is not None, KEEP=keep, **blocks,
+        )  # fmt: skip
+        ctx.save_for_backward(x, delta, pairs, seen, left, carry, states)
+        return (y.sum(0) if len(y) > 1 else y[0]).movedim(-1, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, delta, pairs, seen, left, carry, states = ctx.saved_tensors
+        batch, H, W, D = x.shape
+        r, chunks = carry.shape[-1], pairs.shape[2]
+        blocks = _lowrank_blocks(D, r)
+        blocks_d = triton.cdiv(D, blocks["BLOCK_P"])
+        together = _together(batch * blocks_d)
+        dy = dy.movedim(1, -1).contiguous()
+        dx, ddelta = x.new_empty(DIRECTIONS // together, *x.shape), None if delta is None else torch.empty_like(delta)
+        dpairs, dseen, dleft = (x.new_empty(blocks_d, *t.shape) for t in (pairs, seen, left))
+        dcarry = x.new_empty(blocks_d, batch, *carry.shape)
+        lowrank_backward[(batch, blocks_d, DIRECTIONS // together)](
+            x, x if delta is None else delta, pairs, seen, left, carry, states, dy, dx, x if ddelta is None else ddelta,
+            dpairs, dseen, dleft, dcarry, batch, D, H, W, r, chunks, length_bucket(H * W),
+            TOGETHER=together, HAS_DELTA=delta is not None, **blocks,
+        )  # fmt: skip
+        ddelta = None if ddelta is None else ddelta.movedim(-1, 2)
+        return dx.sum(0).movedim(-1, 1), ddelta, dpairs.sum(0), dseen.sum(0), dleft.sum(0), dcarry.sum((0, 1))
+
+
+def _lowrank_blocks(D: int, r: int) -> dict[str, int]:
+    """Return the places, ranks and channels of a block: 16 or more for a product."""
+    block_r = max(16, triton.next_power_of_2(r))
+    return {"Q": CHUNK, "BLOCK_R": block_r, "BLOCK_P": 32 if block_r == 16 and D > 16 else 16}
+
+
+def ss2d_lowrank_triton(
+    x: Tensor, delta: Tensor | None, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor
+) -> Tensor:
+    """Compute ss2d_lowrank_reference in Triton, in float32.
+
+    Raises:
+        ValueError: if an image has 2^31 numbers or more.
+    """
+    if x[0].numel() >= 1 << 31:
+        raise ValueError(f"impl='triton' takes images of fewer than 2^31 numbers; got {tuple(x.shape[1:])}.")
+    with on_device_of(x):
+        matrices = chunk_matrices(*at_places(U, sigma, V, B, C, CHUNK), CHUNK)
+        return FusedLowRank.apply(x, delta, *matrices)

@@ -5,7 +5,8 @@ next direction: it computes where its steps lie, and no copy of an image is made
 direction (y and the gradient of x) is stored by the first direction, and the others add to it. Partial sums of other
 programs go to slices of their own and are added up afterwards: no atomics, and one order.
 
-Suffixes name the dimensions of a block: T time, N states.
+Suffixes name the dimensions of a block: T time, N states; of the scan of low rank, Q places of a chunk, R rank, P
+channels.
 """
 
 try:
@@ -15,6 +16,7 @@ except ImportError:  # in a try block, so that transformers loads an exported co
     raise
 
 from kernels.autotune import autotuned
+from kernels.chunk_scan.fused_kernels import dot
 from kernels.selective_scan.fused_kernels import LOG2E, combine
 
 
@@ -150,3 +152,112 @@ forward_few_states = autotuned((2, 1), key=[*_KEY, "KEEP"])(forward_kernel)
 forward_many_states = autotuned((1, 1), key=[*_KEY, "KEEP"])(forward_kernel)
 backward_few_states = autotuned((4, 1), key=_KEY, restore=("dh", "dA"))(backward_kernel)
 backward_many_states = autotuned((1, 1), key=_KEY, restore=("dh", "dA"))(backward_kernel)
+
+
+@triton.jit
+def _load(base, rows, columns, row_stride, row_mask, column_count):
+    """Load base[rows, columns], with 0 outside. Offsets in an image fit in 32 bits; `base` is a 64-bit address."""
+    mask = row_mask[:, None] & (columns < column_count)[None, :]
+    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, rows, columns, row_stride, row_mask, column_count, values):
+    mask = row_mask[:, None] & (columns < column_count)[None, :]
+    tl.store(base + rows[:, None] * row_stride + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def lowrank_forward_kernel(
+    x, delta, pairs, seen, left, carry, y, states, batch, D, H, W, r, chunks, length_bucket,
+    TOGETHER: tl.constexpr, HAS_DELTA: tl.constexpr, KEEP: tl.constexpr,
+    Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Run TOGETHER directions of a block of channels.
+
+    All tensors are contiguous: x [batch, L, D]; delta [batch, 4, L, D]; pairs [batch, 4, chunks, Q, Q]; seen, left
+    [batch, 4, chunks, Q, r]; carry [4, r, r]; y [4 / TOGETHER, batch, L, D]; with KEEP, states [batch, 4, chunks, r,
+    D], before each chunk.
+    """
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p, q, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, Q), tl.arange(0, BLOCK_R)
+    L, every = H * W, q < Q
+    x += b * L * D
+    y += (part * batch + b) * L * D
+    for step in range(TOGETHER):
+        k = part * TOGETHER + step
+        group = b * 4 + k
+        carry_RR = _load(carry + k * r * r, i, i, r, i < r, r)
+        s_RP = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+        for c in range(chunks):
+            t = c * Q + q
+            place = _places(t, k, H, W)
+            if KEEP:
+                _store(states + (group * chunks + c) * r * D, i, p, D, i < r, D, s_RP)
+            u_QP = _load(x, place, p, D, t < L, D)
+            if HAS_DELTA:
+                u_QP *= _load(delta + group * L * D, place, p, D, t < L, D)
+            rows = (group * chunks + c) * Q
+            y_QP = dot(_load(pairs + rows * Q, q, q, Q, every, Q), u_QP)
+            y_QP += dot(_load(seen + rows * r, q, i, r, every, r), s_RP)
+            y_QP += _load(y, place, p, D, (t < L) & (step > 0), D)
+            _store(y, place, p, D, t < L, D, y_QP)
+            s_RP = dot(carry_RR, s_RP) + dot(tl.trans(_load(left + rows * r, q, i, r, every, r)), u_QP)
+        tl.debug_barrier()  # what this direction stored, other threads read in the next
+
+
+@triton.jit
+def lowrank_backward_kernel(
+    x, delta, pairs, seen, left, carry, states, dy, dx, ddelta, dpairs, dseen, dleft, dcarry,
+    batch, D, H, W, r, chunks, length_bucket, TOGETHER: tl.constexpr, HAS_DELTA: tl.constexpr,
+    Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of TOGETHER directions for a block of channels.
+
+    Beside the tensors of lowrank_forward_kernel: dy [batch, L, D]; dx [4 / TOGETHER, batch, L, D]; ddelta as delta;
+    dpairs, dseen, dleft [blocks of D, ...] of what they are the gradients of; dcarry [blocks of D, batch, 4, r, r].
+    """
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    p, q, i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, Q), tl.arange(0, BLOCK_R)
+    L, every = H * W, q < Q
+    x += b * L * D
+    dy += b * L * D
+    dx += (part * batch + b) * L * D
+    for step in range(TOGETHER):
+        k = part * TOGETHER + step
+        group = b * 4 + k
+        slot = (block * batch + b) * 4 + k
+        g_RP = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)  # gradient of the state after the chunk
+        dcarry_RR = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+        for step_back in range(chunks):
+            c = chunks - 1 - step_back
+            t = c * Q + q
+            place, inside = _places(t, k, H, W), t < L
+            x_QP, dy_QP = _load(x, place, p, D, inside, D), _load(dy, place, p, D, inside, D)
+            rows, slot_rows = (group * chunks + c) * Q, (slot * chunks + c) * Q
+            du_QP = dot(tl.trans(_load(pairs + rows * Q, q, q, Q, every, Q)), dy_QP)
+            du_QP += dot(_load(left + rows * r, q, i, r, every, r), g_RP)
+            u_QP = x_QP
+            if HAS_DELTA:
+                delta_QP = _load(delta + group * L * D, place, p, D, inside, D)
+                u_QP = x_QP * delta_QP
+                _store(ddelta + group * L * D, place, p, D, inside, D, du_QP * x_QP)
+                du_QP *= delta_QP
+            du_QP += _load(dx, place, p, D, inside & (step > 0), D)
+            _store(dx, place, p, D, inside, D, du_QP)
+            s_RP = _load(states + (group * chunks + c) * r * D, i, p, D, i < r, D)
+            _store(dpairs + slot_rows * Q, q, q, Q, every, Q, dot(dy_QP, tl.trans(u_QP)))
+            _store(dseen + slot_rows * r, q, i, r, every, r, dot(dy_QP, tl.trans(s_RP)))
+            _store(dleft + slot_rows * r, q, i, r, every, r, dot(u_QP, tl.trans(g_RP)))
+            dcarry_RR += dot(g_RP, tl.trans(s_RP))
+            seen_QR = _load(seen + rows * r, q, i, r, every, r)
+            carry_RR = _load(carry + k * r * r, i, i, r, i < r, r)  # again, in place of registers
+            g_RP = dot(tl.trans(carry_RR), g_RP) + dot(tl.trans(seen_QR), dy_QP)
+        _store(dcarry + slot * r * r, i, i, r, i < r, r, dcarry_RR)
+        tl.debug_barrier()  # what this direction stored, other threads read in the next
+
+
+_LOWRANK_KEY = ["r", "TOGETHER", "HAS_DELTA", "length_bucket"]
+lowrank_forward = autotuned((1, 1), (2, 1), (4, 1), key=[*_LOWRANK_KEY, "KEEP"])(lowrank_forward_kernel)
+lowrank_backward = autotuned((2, 1), (4, 1), key=_LOWRANK_KEY)(lowrank_backward_kernel)

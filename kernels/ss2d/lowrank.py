@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from kernels.ss2d.reference import DIRECTIONS, driven, rows_of, to_image, to_sequence
 
-CHUNK = 32  # places; each costs Q D + 2 r D + Q r^2 multiplications
+CHUNK = 16  # places, the least of a matrix unit; each costs Q D + 2 r D + Q r^2 / 2 multiplications
 
 
 def ss2d_lowrank_chunked(
     x: Tensor, delta: Tensor | None, U: Tensor, sigma: Tensor, V: Tensor, B: Tensor, C: Tensor
 ) -> Tensor:
-    """Compute ss2d_lowrank_reference on any device. Nothing has N x N or N x D numbers."""
+    """Compute ss2d_lowrank_reference in PyTorch operators, on any device. Nothing has N x N or N x D numbers."""
     length, last = x.shape[-2] * x.shape[-1], x.shape[-2:]
     Q = min(CHUNK, length)
     pairs, seen, left, carry = chunk_matrices(*at_places(U, sigma, V, B, C, Q), Q)

@@ -14,8 +14,11 @@ from kernels.delta_rule import gated_delta_rule, kda
 from kernels.delta_rule.fla import why_no_fla
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
+from kernels.ss2d import cases as image_cases
+from kernels.ss2d import ss2d, ss2d_lowrank
 from tests.conftest import assert_close
 from tests.kernels.conftest import BFLOAT16, FLOAT32, run
+from tests.kernels.ss2d.test_ss2d import run as run_image
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
@@ -70,6 +73,34 @@ def test_twice_the_same_bits(name):
     assert all(
         torch.equal(x, y) for one, other in zip(first, second, strict=True) for x, y in zip(one, other, strict=True)
     )
+
+
+IMAGES = [
+    pytest.param(scan, options, id=f"{scan.__name__}-{case}")
+    for scan, cases in ((ss2d, image_cases.CASES), (ss2d_lowrank, image_cases.LOWRANK_CASES))
+    for case, options in cases.items()
+]
+
+
+@pytest.mark.parametrize("size", [*image_cases.SIZES, (31, 33)])
+@pytest.mark.parametrize("scan, options", IMAGES)
+def test_every_case_of_images(scan, options, size):
+    y, gradients = run_image(image_cases.make(*size, **options), "reference", scan)
+    a = {k: on_gpu(v) for k, v in image_cases.make(*size, **options, dtype=torch.float32).items()}
+    found, found_gradients = run_image(a, "triton", scan)
+    assert_close(found.cpu(), y, FLOAT32)
+    assert_close([g.cpu() for g in found_gradients], gradients, FLOAT32, floor=0.01)
+
+
+@pytest.mark.parametrize("scan, options", [(ss2d, {}), (ss2d_lowrank, dict(r=8))], ids=["ss2d", "ss2d_lowrank"])
+def test_images_of_a_large_batch(scan, options):
+    """Programs that take all four directions, and add up in place; twice the same bits, and what "auto" takes."""
+    a = image_cases.make(9, 13, N=16, **options, channels=96, batch=400, dtype=torch.float32)
+    a = {k: on_gpu(v) for k, v in a.items()}
+    found, again, other = (run_image(a, impl, scan) for impl in ("triton", "auto", "chunked"))
+    assert torch.equal(found[0], again[0]) and all(map(torch.equal, found[1], again[1]))
+    assert_close(found[0], other[0], FLOAT32)
+    assert_close(found[1], other[1], FLOAT32, floor=0.01)
 
 
 @pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)

@@ -14,7 +14,7 @@ from kernels.delta_rule import kda
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from kernels.ss2d import cases as image_cases
-from kernels.ss2d import ss2d
+from kernels.ss2d import ss2d, ss2d_lowrank
 from tests.conftest import assert_close
 from tests.kernels.conftest import needs_compiler
 
@@ -28,6 +28,7 @@ OPERATORS = {
     "chunk_scan": (chunk_scan, lambda: chunk_cases.make(8, dtype=torch.float32)),
     "delta_rule": (delta_rule, lambda: rule_cases.make(8, dtype=torch.float32)),
     "ss2d": (ss2d, lambda: image_cases.make(3, 5, dtype=torch.float32)),
+    "ss2d_lowrank": (ss2d_lowrank, lambda: image_cases.make(3, 5, r=2, dtype=torch.float32)),
     "selective_state_update": (selective_state_update, lambda: selective_cases.make_update(dtype=torch.float32)),
 }
 LOAD = """
@@ -70,6 +71,7 @@ def test_a_saved_program_runs_in_a_new_process(tmp_path, operator, make):
         ("chunk_scan", dict(x=1, dt=1, B=1, C=1)),
         ("delta_rule", dict(q=1, k=1, v=1, g=1, beta=1)),
         ("ss2d", dict(x=2, delta=3, B=3, C=3)),
+        ("ss2d_lowrank", dict(x=2, B=3, C=3)),
     ],
 )
 def test_an_export_takes_any_length(name, lengths):
@@ -89,7 +91,8 @@ def test_an_export_takes_any_length(name, lengths):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name, value", [("selective_scan", "u"), ("chunk_scan", "x"), ("delta_rule", "v"), ("ss2d", "x")]
+    "name, value",
+    [("selective_scan", "u"), ("chunk_scan", "x"), ("delta_rule", "v"), ("ss2d", "x"), ("ss2d_lowrank", "x")],
 )
 def test_forward_mode_is_refused_where_it_would_be_zero(name, value):
     scan, make = OPERATORS[name]

@@ -15,6 +15,7 @@ import torch.utils._triton
 torch.utils._triton.has_triton = lambda *device: True  # else kernels are not looked for where there is no GPU
 from kernels.chunk_scan.fused import chunk_scan_triton
 from kernels.selective_scan.fused import selective_scan_triton, update_triton
+from kernels.ss2d.fused import ss2d_lowrank_triton, ss2d_triton
 
 def traced(graph, _):
     nodes = [node for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes]
@@ -25,9 +26,14 @@ r = torch.randn
 selective = r(1, 2, 8), r(1, 2, 8), r(2, 4), r(1, 1, 4, 8), r(1, 1, 4, 8), r(1, 1, 2, 4)
 chunk = r(1, 8, 2, 16), r(1, 8, 2), r(1, 8, 2, 16), r(1, 8, 2, 1, 16), r(1, 2, 16, 16)
 update = r(1, 2, 8, 16), r(1, 2, 8), r(1, 2, 8), r(2, 8, 16), r(1, 1, 16), r(1, 1, 16), None, None, None, True
+places = r(1, 4, 2, 3, 5), r(1, 4, 2, 3, 5)
+image = r(1, 2, 3, 5), r(1, 4, 2, 3, 5), r(4, 2, 2), *places
+lowrank = r(1, 2, 3, 5), None, r(4, 2, 1), r(4, 1), r(4, 2, 1), *places
 CALLS = {
     "selective_scan": (selective_scan_triton, selective, (False, True)),
     "chunk_scan": (chunk_scan_triton, chunk, (False, True)),
+    "ss2d": (ss2d_triton, image, (False, True)),
+    "ss2d_lowrank": (ss2d_lowrank_triton, lowrank, (False, True)),
     "update": (update_triton, update, (False,)),
 }
 for name, (call, arguments, modes) in CALLS.items():
@@ -45,5 +51,6 @@ def test_the_real_kernels_are_in_one_graph():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _ in found] == ["selective_scan"] * 2 + ["chunk_scan"] * 2 + ["update"]
+    names = "selective_scan", "chunk_scan", "ss2d", "ss2d_lowrank"
+    assert [name for name, _ in found] == [name for name in names for _ in range(2)] + ["update"]
     assert all(int(kernels) > 0 for _, kernels in found), found

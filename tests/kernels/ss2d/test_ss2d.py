@@ -159,7 +159,10 @@ WRONG = {
     "infinite": (dict(A=torch.full((4, 6, 5), -torch.inf)), "A must be finite; got 0 NaN and 120 infinities of 120"),
     "integers": (dict(A=torch.ones(4, 6, 5, dtype=torch.int64)), "A must be floating-point; got torch.int64"),
     "empty": (dict(x=torch.ones(2, 6, 0, 5)), r"x must not be empty; got \(2, 6, 0, 5\)"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'cpu', 'chunked', 'doubling', 'reference'; got 'cuda'"),
+    "impl": (
+        dict(impl="cuda"),
+        r"'auto' or one of 'triton', 'cpu', 'chunked', 'doubling', 'reference'; got 'cuda'",
+    ),
     "flag": (dict(delta_softplus=1), "delta_softplus must be True or False; got int"),
 }
 
