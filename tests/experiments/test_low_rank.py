@@ -1,6 +1,6 @@
 """The table of low ranks: what is trained in which order, and what is told."""
 
-from experiments.low_rank import DIAGONAL, FULL, RATIOS, TERMS, Training, said_of, show, waves
+from experiments.low_rank import DIAGONAL, FULL, RATIOS, TERMS, said_of, show, waves
 
 
 def test_teachers_come_first_and_each_student_has_one_of_its_seed():
