@@ -39,6 +39,8 @@ def train_all(
             json_lines.append(file, [row])
             bar.update()
             bar.set_postfix_str(in_words(row))
+        pool.close()  # its processes end by themselves, and leave nothing behind
+        pool.join()
 
 
 class _Quiet:
