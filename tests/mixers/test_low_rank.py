@@ -105,7 +105,7 @@ def test_full_rank_holds_any_transition():
 
 
 @pytest.mark.parametrize("make", [low_rank, diagonal])
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (1, 9), (4, 4)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (1, 7), (4, 4)])
 def test_states_are_what_the_outputs_are_read_from(make, size):
     mixer = make()
     with recorded(mixer) as calls:
