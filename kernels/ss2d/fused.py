@@ -17,11 +17,14 @@ from kernels.ss2d.fused_kernels import (
     backward_many_states,
     forward_few_states,
     forward_many_states,
-    lowrank_backward,
+    lowrank_backward_high,
+    lowrank_backward_low,
     lowrank_forward,
 )
 from kernels.ss2d.lowrank import CHUNK, at_places, chunk_matrices
 from kernels.ss2d.reference import DIRECTIONS
+
+LOW_RANK = 16  # at most; blocks of more ranks have fewer channels and more warps
 
 
 def _block_sizes(N: int, L: int) -> tuple[int, int]:
@@ -123,8 +126,9 @@ class FusedLowRank(torch.autograd.Function):
         dy = dy.movedim(1, -1).contiguous()
         dx, ddelta = x.new_empty(DIRECTIONS // together, *x.shape), None if delta is None else torch.empty_like(delta)
         dpairs, dseen, dleft = (x.new_empty(blocks_d, *t.shape) for t in (pairs, seen, left))
-        dcarry = x.new_empty(blocks_d, batch, *carry.shape)
-        lowrank_backward[(batch, blocks_d, DIRECTIONS // together)](
+        dcarry = x.new_zeros(blocks_d, batch, *carry.shape)
+        kernel = lowrank_backward_low if r <= LOW_RANK else lowrank_backward_high
+        kernel[(batch, blocks_d, DIRECTIONS // together)](
             x, x if delta is None else delta, pairs, seen, left, carry, states, dy, dx, x if ddelta is None else ddelta,
             dpairs, dseen, dleft, dcarry, batch, D, H, W, r, chunks, length_bucket(H * W),
             TOGETHER=together, HAS_DELTA=delta is not None, **blocks,
@@ -135,8 +139,8 @@ class FusedLowRank(torch.autograd.Function):
 
 def _lowrank_blocks(D: int, r: int) -> dict[str, int]:
     """Return the places, ranks and channels of a block: 16 or more for a product."""
-    block_r = max(16, triton.next_power_of_2(r))
-    return {"Q": CHUNK, "BLOCK_R": block_r, "BLOCK_P": 32 if block_r == 16 and D > 16 else 16}
+    block_r = max(LOW_RANK, triton.next_power_of_2(r))
+    return {"Q": CHUNK, "BLOCK_R": block_r, "BLOCK_P": 32 if r <= LOW_RANK and D > 16 else 16}
 
 
 def ss2d_lowrank_triton(

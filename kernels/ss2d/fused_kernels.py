@@ -215,7 +215,8 @@ def lowrank_backward_kernel(
     """Compute the gradients of TOGETHER directions for a block of channels.
 
     Beside the tensors of lowrank_forward_kernel: dy [batch, L, D]; dx [4 / TOGETHER, batch, L, D]; ddelta as delta;
-    dpairs, dseen, dleft [blocks of D, ...] of what they are the gradients of; dcarry [blocks of D, batch, 4, r, r].
+    dpairs, dseen, dleft [blocks of D, ...] of what they are the gradients of; dcarry [blocks of D, batch, 4, r, r],
+    at first 0.
     """
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
@@ -229,7 +230,6 @@ def lowrank_backward_kernel(
         group = b * 4 + k
         slot = (block * batch + b) * 4 + k
         g_RP = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)  # gradient of the state after the chunk
-        dcarry_RR = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
         for step_back in range(chunks):
             c = chunks - 1 - step_back
             t = c * Q + q
@@ -250,14 +250,15 @@ def lowrank_backward_kernel(
             _store(dpairs + slot_rows * Q, q, q, Q, every, Q, dot(dy_QP, tl.trans(u_QP)))
             _store(dseen + slot_rows * r, q, i, r, every, r, dot(dy_QP, tl.trans(s_RP)))
             _store(dleft + slot_rows * r, q, i, r, every, r, dot(u_QP, tl.trans(g_RP)))
-            dcarry_RR += dot(g_RP, tl.trans(s_RP))
+            dcarry_RR = _load(dcarry + slot * r * r, i, i, r, i < r, r) + dot(g_RP, tl.trans(s_RP))
+            _store(dcarry + slot * r * r, i, i, r, i < r, r, dcarry_RR)
             seen_QR = _load(seen + rows * r, q, i, r, every, r)
             carry_RR = _load(carry + k * r * r, i, i, r, i < r, r)  # again, in place of registers
             g_RP = dot(tl.trans(carry_RR), g_RP) + dot(tl.trans(seen_QR), dy_QP)
-        _store(dcarry + slot * r * r, i, i, r, i < r, r, dcarry_RR)
-        tl.debug_barrier()  # what this direction stored, other threads read in the next
+            tl.debug_barrier()  # what this program stored (dcarry, dx), its other threads read
 
 
 _LOWRANK_KEY = ["r", "TOGETHER", "HAS_DELTA", "length_bucket"]
 lowrank_forward = autotuned((1, 1), (2, 1), (4, 1), key=[*_LOWRANK_KEY, "KEEP"])(lowrank_forward_kernel)
-lowrank_backward = autotuned((2, 1), (4, 1), key=_LOWRANK_KEY)(lowrank_backward_kernel)
+lowrank_backward_low = autotuned((2, 1), (4, 1), key=_LOWRANK_KEY, restore=("dcarry",))(lowrank_backward_kernel)
+lowrank_backward_high = autotuned((8, 1), key=_LOWRANK_KEY, restore=("dcarry",))(lowrank_backward_kernel)
