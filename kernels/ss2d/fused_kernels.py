@@ -260,5 +260,5 @@ def lowrank_backward_kernel(
 
 _LOWRANK_KEY = ["r", "TOGETHER", "HAS_DELTA", "length_bucket"]
 lowrank_forward = autotuned((1, 1), (2, 1), (4, 1), key=[*_LOWRANK_KEY, "KEEP"])(lowrank_forward_kernel)
-lowrank_backward_low = autotuned((2, 1), (4, 1), key=_LOWRANK_KEY, restore=("dcarry",))(lowrank_backward_kernel)
+lowrank_backward_low = autotuned((4, 1), key=_LOWRANK_KEY, restore=("dcarry",))(lowrank_backward_kernel)
 lowrank_backward_high = autotuned((8, 1), key=_LOWRANK_KEY, restore=("dcarry",))(lowrank_backward_kernel)

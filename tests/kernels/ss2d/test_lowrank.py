@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.ss2d import ss2d, ss2d_lowrank
+from kernels.ss2d import lowrank_cpu, ss2d, ss2d_lowrank
 from kernels.ss2d.cases import LOWRANK_CASES, SIZES, make
 from kernels.ss2d.reference import to_image, to_sequence, transition
 from tests.conftest import assert_close
@@ -79,6 +79,13 @@ def test_what_is_kept_for_the_backward_pass_is_of_the_size_of_the_arguments():
         y = ss2d_lowrank(**a, impl="cpu")
     own = sum(size for address, size in storages.items() if address not in given)
     assert y.requires_grad and own < sum(given.values())
+
+
+@needs_compiler
+def test_both_languages_have_the_same_sizes():
+    library = lowrank_cpu.compiled_library()
+    sizes = library.chunk_places(), library.span_places(), library.block_channels()
+    assert sizes == (lowrank_cpu.CHUNK, lowrank_cpu.SPAN, lowrank_cpu.CHANNELS)
 
 
 def test_bfloat16_is_computed_in_float32_and_autocast_changes_nothing():
