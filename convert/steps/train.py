@@ -15,6 +15,7 @@ from convert.objectives import AttentionTerm, BlockTerm
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
+from convert.training.parallel import in_parts
 from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
 from convert.training.trial import problem_of_functions
@@ -176,7 +177,8 @@ class Train(Step, Checked):
         teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
         data = session.data if self.data is None else session.prepare(self)
 
-        student = STAGES[self.stage](
+        student = in_parts(
+            STAGES[self.stage],
             student,
             teacher.model,
             session.domain.batches(data, s),
