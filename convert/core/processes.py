@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +47,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes work together; 1 while the first works alone."""
     return 1 if _joined is None or _joined.alone else _joined.size
+
+
+def launched() -> int:
+    """How many processes work together, also while the first works alone."""
+    return 1 if _joined is None else _joined.size
 
 
 def is_launched() -> bool:
@@ -110,7 +114,7 @@ def _say_once(error: Exception, rank: int) -> None:
             store.set("ended/0", words)
         else:
             store.wait(["ended/0"], datetime.timedelta(seconds=HEARD))
-            error.said_by_first = store.get("ended/0").decode() == words  # type: ignore[union-attr]
+            error.said_by_first = store.get("ended/0").decode() == words  # type: ignore[attr-defined]
             time.sleep(1.0)  # torchrun ends all processes when one ends: the first has to say it before
 
 
@@ -171,7 +175,8 @@ def summed(*numbers: float) -> list[float]:
 
     total = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     sum_in_place(total)
-    return total.tolist()  # type: ignore[no-any-return]
+    found: list[float] = total.tolist()
+    return found
 
 
 def sum_in_place(*tensors: Any) -> None:
@@ -198,14 +203,9 @@ def share(items: Sequence[Item]) -> list[tuple[int, Item, bool]]:
     """This process's part of the items: the place of each, the item, and whether it counts. All processes get equally
     many: where items are missing, the first one comes again and does not count."""
     found = [(i, items[i], True) for i in range(rank(), len(items), world())]
-    return found + [(0, items[0], False)] * (-(-len(items) // world()) - len(found))
+    return [*found, (0, items[0], False)] if len(found) * world() < len(items) else found
 
 
 def stopped_with(error: BaseException) -> bool:
     """Whether the first process says what this error says."""
     return bool(getattr(error, "said_by_first", False))
-
-
-def first_prints() -> bool:
-    """Whether this process shows progress."""
-    return rank() == 0 and sys.stderr is not None

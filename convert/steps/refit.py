@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from convert.core.processes import rank, share, sum_in_place
 from convert.data.batches import Batch
 from convert.mixers.base import Context, Mixer
 from convert.models.access import hidden_states, layers_of, slots_of
@@ -41,12 +42,13 @@ def refit_outputs(
             entering = _entering(mixer.out, lambda: mixer(x, Context(cos, sin, None, documents)))
             wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
             h_NC, y_ND = entering.float().flatten(0, 1), wanted.float().flatten(0, 1)
+            h_NC = h_NC if counts else torch.zeros_like(h_NC)
             squares[layer] = squares.get(layer, 0) + (h_NC.T @ h_NC).cpu().double()
             products[layer] = products.get(layer, 0) + (h_NC.T @ y_ND).cpu().double()
 
         return hook
 
-    for batch in tqdm(batches, desc="refit", unit="batch", dynamic_ncols=True):
+    for _, batch, counts in tqdm(share(batches), desc="refit", unit="batch", dynamic_ncols=True, disable=rank() > 0):
         batch = batch.to(next(teacher.parameters()).device)
         documents = documents_of(batch.position_ids)
         hooks = [
@@ -59,6 +61,7 @@ def refit_outputs(
             for hook in hooks:
                 hook.remove()
     for layer in layers:
+        sum_in_place(squares[layer], products[layer])
         square = squares[layer]
         square.diagonal().add_(RIDGE * square.diagonal().mean())
         solved = torch.linalg.solve(square, products[layer])

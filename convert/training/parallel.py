@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
-from convert.core.processes import share, sum_in_place, summed, world
+from convert.core.processes import launched, share, sum_in_place, summed, world
 from convert.models.access import layers_of, slots_of
 
 Stage = Callable[..., PreTrainedModel]
@@ -105,7 +105,7 @@ def _units(model: nn.Module) -> Iterable[Any]:
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model whose parameters have no memory yet."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
-    return copy.deepcopy(model, dict(empty))  # type: ignore[arg-type]  # copies that deepcopy finds made already
+    return copy.deepcopy(model, dict(empty))  # copies that deepcopy finds made already
 
 
 def _filled(outline: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
@@ -118,6 +118,17 @@ def _filled(outline: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel
             if p is not None:
                 module._parameters[name] = found[id(p)]
     return outline.train(model.training)
+
+
+def floats_held(student: PreTrainedModel, num_trained: int) -> float:
+    """Floats that a process holds of a student, of which so many parameters are trained: parameters, gradients and two
+    moments, with the root and one layer gathered, and their gradients; it begins with the whole student."""
+    total = sum(p.numel() for p in student.parameters())
+    if launched() == 1:
+        return total + 3 * num_trained
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(student)]
+    gathered = 2 * (total - sum(layers) + max(layers))
+    return max(total, gathered + (total + 3 * num_trained) / launched())
 
 
 # --- sums over the processes
