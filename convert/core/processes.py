@@ -75,7 +75,7 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
     import torch
     import torch.distributed as dist
 
-    # two minutes on one GPU, half an hour elsewhere (ours): the slowest step between two sums
+    # a process that hangs is noticed after half an hour, which no step of a stage takes (ours)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         timeout=datetime.timedelta(minutes=30),
@@ -84,24 +84,32 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
         world_size=-1 if size is None else size,
     )
     _joined = _Joined(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=FOREVER))
-    quiet = contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        with quiet if _joined.rank else contextlib.nullcontext():
-            yield
-    except (UserError, Interrupted) as error:
-        _say_once(error, _joined.rank)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            with contextlib.redirect_stdout(nowhere) if _joined.rank else contextlib.nullcontext():
+                yield
+    except (UserError, Interrupted, RuntimeError) as error:
+        if _was_left_alone(error):
+            raise UserError(
+                "The processes of a run go on together, and another one ended; what it said is above or below this"
+                " line. The same command goes on from the last checkpoint."
+            ) from error
+        if not isinstance(error, RuntimeError):
+            _say_once(error, _joined.rank)
         raise
-    except RuntimeError as error:
-        if not OTHER_ENDED.search(str(error)):
-            raise
-        raise UserError(
-            "The processes of a run go on together, and another one ended; what it said is above or below this line."
-            " The same command goes on from the last checkpoint."
-        ) from error
     finally:
         _joined = None
         with contextlib.suppress(Exception):  # of a group whose other processes are gone
             dist.destroy_process_group()
+
+
+def _was_left_alone(error: BaseException | None) -> bool:
+    """Whether the error, or what it came from, is that another process is gone."""
+    while error is not None:
+        if not isinstance(error, UserError) and OTHER_ENDED.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _say_once(error: Exception, rank: int) -> None:

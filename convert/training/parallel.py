@@ -10,6 +10,7 @@ own) is a replica in each process, whose gradients are summed.
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -50,7 +51,10 @@ def in_parts(stage: Stage, student: PreTrainedModel, *args: Any, **settings: Any
     if world() == 1:
         return stage(student, *args, **settings)
     outline = _without_weights(student)
-    stage(shard(student), *args, **settings)
+    with warnings.catch_warnings():
+        # what it warns of is a sum in place onto a mixer's output; hosts add theirs out of place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        stage(shard(student), *args, **settings)
     return _filled(outline, student)
 
 

@@ -2,13 +2,15 @@
 and norms of three steps."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from convert.core.processes import share
 from convert.data.batches import Batches
@@ -82,7 +84,7 @@ def found(name: str) -> Found:
     parts of it."""
     case = CASES[name]
     settings = dataclasses.replace(
-        SETTINGS, tokens=480, batch_tokens=160, micro_tokens=64, lr=1e-4, clip=0.5, loss_chunk=17, evaluate_every=160,
+        SETTINGS, tokens=480, batch_tokens=160, micro_tokens=64, lr=1e-4, clip=0.5, loss_chunk=17, evaluate_every=320,
         objective=Objective.of(case.objective), trains="mixers" if case.stage is align else "everything",
         checkpointing=case.checkpointing, noise=case.noise,
     )  # fmt: skip
@@ -110,9 +112,34 @@ def found(name: str) -> Found:
     return Found(gradients, track.losses, track.norms, perplexity(student, [batches(3)]), measured)
 
 
-def all_found() -> dict[str, Found]:
-    return {name: found(name) for name in CASES}
+def all_found(names: Iterable[str]) -> dict[str, Found]:
+    return {name: found(name) for name in names}
 
 
-def places(num_items: int) -> list[tuple[int, bool]]:
-    return [(i, counts) for i, _, counts in share(list(range(num_items)))]
+FAULTY = "distill gpt_neox linear"
+
+
+def all_faults() -> dict[str, Found | str]:
+    """What a case gives where a part of the work is left out: the numbers, or what was said."""
+    given: dict[str, Found | str] = {}
+    everything_counts = lambda items: [(i, item, True) for i, item, _ in share(items)]  # noqa: E731
+    left_out = {
+        "the factor of gradients": [(FSDPModule, "set_gradient_divide_factor", lambda *_: None)],
+        "the weight 0": [(parallel, "share", everything_counts)],
+        "reshard": [(parallel, "reshard", lambda model: model)],
+        "reshard, and its check": [
+            (parallel, "reshard", lambda model: model),
+            (parallel, "check_shared_out", lambda _: None),
+        ],
+        "the sum of what terms own": [(parallel, "sum_replicas", lambda _: None)],
+    }
+    for name, changes in left_out.items():
+        case = "distill qwen3 mla" if "own" in name else FAULTY
+        with pytest.MonkeyPatch.context() as patched:
+            for change in changes:
+                patched.setattr(*change)
+            try:
+                given[name] = found(case)
+            except RuntimeError as error:
+                given[name] = str(error)
+    return given

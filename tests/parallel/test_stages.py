@@ -1,21 +1,34 @@
 """Two and three processes train as one does, and a fault in how they share a batch shows."""
 
+import math
+
 import pytest
 import torch
 
+from convert.core import processes
+from convert.data.batches import Batches
+from convert.training import parallel
 from tests.conftest import assert_close, rms
 from tests.parallel import stages
 from tests.parallel.fork import together
 
 
+OF_THREE = ("distill gpt_neox linear", "distill tied llama mamba", "align qwen3 mamba2")
+
+
 @pytest.fixture(scope="module")
 def one():
-    return stages.all_found()
+    return stages.all_found(stages.CASES)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def several(request, tmp_path_factory):
-    return together(tmp_path_factory.mktemp("several") / "run", request.param, stages.all_found)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("two") / "run", 2, stages.all_found, stages.CASES)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return together(tmp_path_factory.mktemp("three") / "run", 3, stages.all_found, OF_THREE)
 
 
 def check(found: stages.Found, one: stages.Found) -> None:
@@ -30,8 +43,42 @@ def check(found: stages.Found, one: stages.Found) -> None:
     assert found.comparison == pytest.approx(one.comparison, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", stages.CASES)
-def test_several_processes_train_as_one(name, one, several):
+def check_all(name: str, several: list[dict[str, stages.Found]], one: dict[str, stages.Found]) -> None:
     for found in several:  # each process
         check(found[name], one[name])
-        assert torch.tensor(found[name].losses).equal(torch.tensor(several[0][name].losses))
+        assert found[name].losses == several[0][name].losses
+
+
+@pytest.mark.parametrize("name", stages.CASES)
+def test_two_processes_train_as_one(name, one, two):
+    check_all(name, two, one)
+
+
+@pytest.mark.parametrize("name", OF_THREE)
+def test_three_processes_train_as_one(name, one, three):
+    check_all(name, three, one)
+
+
+def test_a_fault_in_how_processes_share_shows(one, tmp_path):
+    given = together(tmp_path / "run", 2, stages.all_faults)[0]
+    assert given.pop("reshard").startswith("a stage would train gathered copies, which are thrown away: ")
+    assert len(given) == 4
+    for fault, found in given.items():
+        with pytest.raises(AssertionError):
+            check(found, one["distill qwen3 mla" if "own" in fault else stages.FAULTY])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_every_part_of_a_batch_counts_once(size, monkeypatch):
+    """Whatever the numbers are, all processes run equally often, and nothing has to divide."""
+    for rows in range(1, 10):
+        batch = Batches(stages.SHORT, 32, rows, 3)(0)
+        seen, times = [], set()
+        for rank in range(size):
+            monkeypatch.setattr(processes, "_joined", processes._Joined(rank, size, None))
+            own = parallel.shares(batch, 64)
+            times.add(len(own))
+            seen += [part.input_ids for _, part, whole in own if whole is batch]
+            assert all(whole.num_tokens == math.inf for _, _, whole in own if whole is not batch)
+        assert len(times) == 1 and sum(map(len, seen)) == rows
+        assert torch.equal(torch.cat(seen).unique(dim=0), batch.input_ids.unique(dim=0))
