@@ -1,6 +1,7 @@
 """What all commands share: options in words, exit codes, and failures as one sentence."""
 
 import argparse
+import functools
 import gc
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from convert.core.console import visible
 from convert.core.errors import Interrupted, UserError, files_in_words
 from convert.core.fields import shown
 from convert.core.places import cache_folder
+from convert.core.processes import stopped_with
 
 SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
 
@@ -31,15 +33,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def main_of(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+def main_of(
+    parser: Parser,
+    work: Callable[[argparse.Namespace], None],
+    argv: list[str] | None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
     """Parse `argv` (None: the command line's) and do the work; returns the exit code. `parser` gets the option
-    --debug."""
+    --debug. `around()` is open meanwhile."""
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return fail_in_words(lambda: work(parser.parse_args(argv)), debug="--debug" in argv)
+        return fail_in_words(functools.partial(_work, parser, work, argv, around), debug="--debug" in argv)
     finally:
         gc.unfreeze()  # libraries in C++ want to be taken apart when the process ends
+
+
+def _work(
+    parser: Parser,
+    work: Callable[[argparse.Namespace], None],
+    argv: list[str],
+    around: Callable[[], AbstractContextManager[None]],
+) -> None:
+    with around():
+        work(parser.parse_args(argv))
 
 
 def fail_in_words(work: Callable[[], object], debug: bool) -> int:
@@ -51,7 +68,8 @@ def fail_in_words(work: Callable[[], object], debug: bool) -> int:
             work()
         return 0
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if not stopped_with(stop):
+            print(stop, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("Stopped at once; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -63,7 +81,8 @@ def fail_in_words(work: Callable[[], object], debug: bool) -> int:
         if debug or os.environ.get("CONVERT_DEBUG"):
             traceback.print_exc()
         if isinstance(error, UserError):
-            print(f"error: {visible(str(error))}", file=sys.stderr)
+            if not stopped_with(error):
+                print(f"error: {visible(str(error))}", file=sys.stderr)
             return 2
         what = visible(f"{type(error).__name__}: {error}", keep="\n\t")
         print(

@@ -6,6 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from convert.core.console import console, duration
 from convert.core.errors import Interrupted, files_in_words
 from convert.core.fields import Place, Text, checked
 from convert.core.files import write_json, write_text
+from convert.core.processes import gathered, in_turn, joined, on_first
 from convert.core.provenance import commit, versions
 from convert.domains.base import Domain
 from convert.models.saving import fingerprint, load_student, save_student
@@ -30,7 +32,7 @@ from convert.runs import records
 from convert.runs.checkpoint import LOGS, StepFolder, StopRequest
 from convert.runs.ledger import locked, open_run
 from convert.runs.schemas import Export, Handover, Layers, Report, Seconds, Settings, StepResult, TokenCount
-from convert.runs.tracking import Track
+from convert.runs.tracking import Track, Unwritten
 from convert.steps.base import Session, Step
 
 RESULTS = ("report.json", "report.md", "report.html", "evaluation.json", "answers.jsonl", "layers.json")
@@ -57,7 +59,8 @@ def run_recipe(
     `stop_when`: rules like "generation<0.2", looked at whenever a stage measures."""
     started, teacher = time.monotonic(), str(teacher)
     rules = domain_for(teacher, recipe).monitor_rules(stop_when)
-    run = prepared(
+    prepare = functools.partial(
+        prepared,
         teacher,
         recipe,
         out,
@@ -67,15 +70,24 @@ def run_recipe(
         trust_remote_code=trust_remote_code,
         has_rules=bool(rules),
     )
-    out, domain = run.out, run.domain
-    open_run(out, run.settings, fresh)
-    with locked(out):
-        _check_what_is_read_back(out)
+    with joined(), ExitStack() as held:
+        run = in_turn(prepare)
+        out, domain = run.out, run.domain
+        on_first(_taken, run, fresh, held)
         report = _locked_run(run, wandb, rules, started)
-    reports.show(report, console, domain.sections)
-    scores.show(report.evaluation, console)
-    console.print(f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  {domain.try_it(out)}")
+        reports.show(report, console, domain.sections)
+        scores.show(report.evaluation, console)
+        console.print(
+            f"The student is in {out / 'model'}, the report in {out / 'report.md'}. Try:  {domain.try_it(out)}"
+        )
     return report
+
+
+def _taken(run: Run, fresh: bool, held: ExitStack) -> None:
+    """Open the run's folder, and hold it as long as `held` is open."""
+    open_run(run.out, run.settings, fresh)
+    held.enter_context(locked(run.out))
+    _check_what_is_read_back(run.out)
 
 
 def _check_what_is_read_back(out: Path) -> None:
@@ -87,35 +99,42 @@ def _check_what_is_read_back(out: Path) -> None:
 
 def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: float) -> Report:
     """Do the steps, measure, evaluate, export and report."""
-    out, domain = run.out, run.domain
-    track = Track(out, mode=wandb, config=run.settings, name=out.name)
+    tracks: list[Track] = []
+    on_first(lambda: tracks.append(Track(run.out, mode=wandb, config=run.settings, name=run.out.name)))
+    track = tracks[0] if tracks else Unwritten()
     try:
         with StopRequest() as stop:
             student, results = _steps(run, track, stop, rules)
         _round(student, run.teacher.dtype)
         report = _report(run, student, results)
-        with manifest.renewing(out, *SHIPPED):
-            cards = reports.card(report, domain.sections), reports.card(report, domain.sections, native=True)
-            exported = domain.export(student, run.teacher, out / "model", cards, run.data)
-            report = dataclasses.replace(
-                report,
-                export=records.checked(exported, Export, "The export", ""),
-                seconds=dataclasses.replace(report.seconds, this_call=time.monotonic() - started),
-            )
-            write_json(out / "report.json", dataclasses.asdict(report))
-            write_text(out / "report.md", reports.markdown(report, domain.sections))
-            write_page([out], out / "report.html", domain.sections)
-        track.enter("evaluate")
-        facts = {"architecture": run.recipe.target, domain.headline: report.headline.student}
-        track.made(fingerprint(student), facts, out / "model")
-        track.finish(report.evaluation, out / "report.html", domain.sections.numbers(report))
+        return on_first(_shipped, run, student, report, track, started)
     finally:
         track.close()
+
+
+def _shipped(run: Run, student: PreTrainedModel, report: Report, track: Unwritten, started: float) -> Report:
+    """Export the student, write the report and the page; return the report with what the export says."""
+    out, domain = run.out, run.domain
+    with manifest.renewing(out, *SHIPPED):
+        cards = reports.card(report, domain.sections), reports.card(report, domain.sections, native=True)
+        exported = domain.export(student, run.teacher, out / "model", cards, run.data)
+        report = dataclasses.replace(
+            report,
+            export=records.checked(exported, Export, "The export", ""),
+            seconds=dataclasses.replace(report.seconds, this_call=time.monotonic() - started),
+        )
+        write_json(out / "report.json", dataclasses.asdict(report))
+        write_text(out / "report.md", reports.markdown(report, domain.sections))
+        write_page([out], out / "report.html", domain.sections)
+    track.enter("evaluate")
+    facts = {"architecture": run.recipe.target, domain.headline: report.headline.student}
+    track.made(fingerprint(student), facts, out / "model")
+    track.finish(report.evaluation, out / "report.html", domain.sections.numbers(report))
     return report
 
 
 def _steps(
-    run: Run, track: Track, stop: StopRequest, rules: Sequence[Any]
+    run: Run, track: Unwritten, stop: StopRequest, rules: Sequence[Any]
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     recipe, teacher = run.recipe, run.teacher.model
@@ -126,12 +145,12 @@ def _steps(
     results: list[dict[str, Any]] = []
     student, tokens_before, steps_before = None, 0, 0
     for i, (step, folder) in enumerate(zip(recipe.steps, folders, strict=True)):
-        result = folder.result()
+        result = on_first(folder.result)
         if result is not None:
             console.print(f"{step.name}: done, skipped", style="dim")
-            folder.tidy()
+            on_first(folder.tidy)
             if i:
-                folders[i - 1].drop_weights()  # again, where a kill came before it
+                on_first(folders[i - 1].drop_weights)  # again, where a kill came before it
             student, track.model = None, result.get("model", track.model)
         else:
             start = functools.partial(folders[i - 1].student, read) if i else functools.partial(copy.deepcopy, teacher)
@@ -153,16 +172,16 @@ def _steps(
                 prepare=run.prepare,
             )
             student, result = _done(step, start() if student is None else student, session, recipe.seed)
-            result = folder.finish(functools.partial(save_student, student), result)
-            _tell(run, step, student, result, track)
+            result = on_first(folder.finish, functools.partial(save_student, student), result)
+            on_first(_tell, run, step, student, result, track)
             if i:
-                folders[i - 1].drop_weights()
+                on_first(folders[i - 1].drop_weights)
             left = planning.time_left(run.plan, [*results, result])
             ahead = f"; about {duration(left)} of training left" if left else ""
             metric = f"{run.domain.headline} {result['headline_after']:.3f}"
             console.print(f"{step.name}: {metric}{ahead}", style="dim")
         results.append(result)
-        if stop.requested:
+        if any(gathered(stop.requested)):
             raise Interrupted(f"Stopped after step {step.name}; it is saved. The same command goes on from there.")
         if step.training is not None:
             tokens_before += result["tokens"]
@@ -184,7 +203,7 @@ def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> 
     return student, result
 
 
-def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, Any], track: Track) -> None:
+def _tell(run: Run, step: Step, student: PreTrainedModel, result: Mapping[str, Any], track: Unwritten) -> None:
     """Track the student of a training step, and keep which layers have attention beside the report."""
     if step.training is not None:
         facts = {"architecture": architecture(run.domain, student), run.domain.headline: result["headline_after"]}
@@ -208,7 +227,8 @@ def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -
     metrics = run.domain.final_metrics(student, run.teacher, run.data, run.held_out(), run.out)
     console.print("evaluate", style="bold")
     models = {"teacher": run.teacher.model, "student": student}
-    evaluation = run.domain.evaluate(models, run.teacher, run.recipe.tasks, run.recipe.examples, run.out)
+    asked = models, run.teacher, run.recipe.tasks, run.recipe.examples, run.out
+    evaluation = on_first(run.domain.evaluate, *asked)
     steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
     stages = [step for step in steps if step.tokens]
     return run.domain.report_type(

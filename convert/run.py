@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from convert.cli import Parser, heavy_imports, main_of, number_of_tokens, real_number, whole_number
 from convert.core.console import console
 from convert.core.errors import UserError
+from convert.core.processes import joined
 from convert.data.corpus import check_exists
 from convert.models.catalog import Source, domain_name, resolve
 from convert.recipes.assignment import parse_assignment
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code, and read pickles, that come with the teacher"
     )
-    return main_of(parser, convert, argv)
+    return main_of(parser, convert, argv, around=joined)
 
 
 def convert(args: argparse.Namespace) -> None:

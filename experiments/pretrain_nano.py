@@ -12,12 +12,13 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor as TorchTensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from convert.cli import fail_in_words, number_of_tokens
@@ -160,7 +161,7 @@ class Folder:
             json_lines.append(self.rows, [row])
             print(json.dumps(row), flush=True)
 
-    def load(self) -> dict | None:
+    def load(self, like: Mapping[str, TorchTensor] | None = None) -> dict | None:
         checkpoint = self.out / "checkpoint.pt"
         return torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
 

@@ -36,9 +36,11 @@ class Batch:
         lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
         return [Batch(*part) for part in zip(*parts, lengths, strict=True)]
 
-    def parts(self, num_tokens: int) -> list["Batch"]:
-        """Micro-batches of at most so many tokens, or of one sequence."""
-        return self.split(max(1, num_tokens // self.input_ids.shape[1]))
+    def parts(self, num_tokens: int, at_least: int = 1) -> list["Batch"]:
+        """Micro-batches of at most so many tokens, or of one sequence; `at_least` that many, as far as equal numbers of
+        sequences give them."""
+        num_rows, length = self.input_ids.shape
+        return self.split(min(max(1, num_tokens // length), -(-num_rows // at_least)))
 
     def with_noise(self, share: float, seed: tuple[int, int]) -> "Batch":
         """That share of the input tokens, drawn from `seed`, replaced by tokens from elsewhere in the batch. Labels

@@ -20,8 +20,10 @@ class ImageBatch:
     def to(self, device: Any) -> "ImageBatch":
         return ImageBatch(self.images.to(device), self.targets.to(device))
 
-    def parts(self, size: int) -> list["ImageBatch"]:
-        """Micro-batches of at most so many images."""
+    def parts(self, size: int, at_least: int = 1) -> list["ImageBatch"]:
+        """Micro-batches of at most so many images; `at_least` that many, as far as equal numbers of images give
+        them."""
+        size = min(size, -(-len(self.images) // at_least))
         return [ImageBatch(*part) for part in zip(self.images.split(size), self.targets.split(size), strict=True)]
 
     @property

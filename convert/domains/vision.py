@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 
 from convert.core.console import console
 from convert.core.errors import UserError
+from convert.core.processes import on_first
 from convert.data.image_batch import ImageBatch
 from convert.data.image_batches import ImageBatches, held_out_images
 from convert.data.image_sets import ImageSet, image_set, whole_name
@@ -103,7 +104,7 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     ) -> None:
         from convert.evaluation import vision_metrics
 
-        vision_metrics.keep_start(student, teacher.model, batches, folder)
+        on_first(vision_metrics.keep_start, student, teacher.model, batches, folder)
 
     def corpus(self, spec: str) -> ImageSet:
         return image_set(spec)
@@ -195,7 +196,7 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     ) -> "VisionMetrics":
         from convert.evaluation import vision_metrics
 
-        return vision_metrics.final_metrics(student, teacher.model, data, batches, folder)
+        return on_first(vision_metrics.final_metrics, student, teacher.model, data, batches, folder)
 
     def evaluate(
         self,

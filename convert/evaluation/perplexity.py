@@ -5,13 +5,14 @@ Logits are made for a few tokens at a time, so that memory does not grow with th
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from convert.core.processes import rank, share, sum_in_place, summed
 from convert.data.batches import Batch
 from convert.models.access import hidden_states
 from convert.objectives.divergences import cross_entropy, forward_kl
@@ -23,11 +24,16 @@ SHORTEST_BUCKET = 64  # tokens before, where perplexity is told by position
 def _predicted(
     models: Sequence[PreTrainedModel], batches: list[Batch]
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """Yield in chunks of N target tokens: the logits [N, vocabulary] of each model, the targets [N] and their positions
-    [N]."""
+    """Yield in chunks of N target tokens, of this process's share of the batches: the logits [N, vocabulary] of each
+    model, the targets [N] and their positions [N]. Models run equally often in all processes, which may share their
+    weights out; of a batch that comes again nothing counts."""
     device = models[-1].device
-    for batch in tqdm(batches, desc="held-out text", unit="batch", dynamic_ncols=True, delay=3, leave=False):
+    bar = tqdm(
+        share(batches), desc="held-out text", unit="batch", dynamic_ncols=True, delay=3, leave=False, disable=rank() > 0
+    )
+    for _, batch, counts in bar:
         batch = batch.to(device)
+        batch = batch if counts else replace(batch, labels=torch.full_like(batch.labels, -100))
         targets, positions = batch.labels.flatten(), batch.position_ids.flatten()
         is_target = targets != -100
         hidden = [hidden_states(model, batch).flatten(0, 1)[is_target].split(HEAD_CHUNK) for model in models]
@@ -40,10 +46,11 @@ def _predicted(
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: list[Batch]) -> float:
     """Perplexity: exp of the mean nats per target token; inf where that overflows."""
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     for (logits,), targets, _ in _predicted([model], batches):
         total += cross_entropy(logits, targets).sum().item()
         tokens += len(targets)
+    total, tokens = summed(total, tokens)
     return _exp(total / tokens)
 
 
@@ -57,6 +64,7 @@ def perplexity_by_position(model: PreTrainedModel, batches: list[Batch]) -> dict
         bucket = positions.clamp(min=SHORTEST_BUCKET // 2).log2().floor().long().cpu()
         nats.index_add_(0, bucket, found)
         counts.index_add_(0, bucket, torch.ones_like(found))
+    sum_in_place(nats, counts)
     first = int(math.log2(SHORTEST_BUCKET)) - 1
     return {(1 << b if b > first else 0): _exp((nats[b] / counts[b]).item()) for b in range(first, 64) if counts[b]}
 
@@ -90,5 +98,7 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Ba
         )
         sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
         tokens += len(targets)
+    sum_in_place(sums)
+    tokens = int(summed(tokens)[0])
     teacher_nats, student_nats, top1, kl = (sums / tokens).tolist()
     return Comparison(_exp(teacher_nats), _exp(student_nats), top1, kl, tokens)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from convert.core.errors import UserError
 from convert.core.fields import Range, Text, require, shown
+from convert.core.processes import summed
 from convert.objectives.stages import Features, StagedModel
 from convert.objectives.terms import (
     AttentionTerm,
@@ -214,7 +215,8 @@ class LiveObjective(nn.Module):
         """Let each term that owns something change its state, after an optimizer step."""
         for _, term in self.terms:
             if term.name in self._sums:
-                term.advance(self.owned[_key(term.name)], float(self._sums[term.name]), progress)
+                loss = summed(float(self._sums[term.name]))[0]
+                term.advance(self.owned[_key(term.name)], loss, progress)
         self.forget()
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from convert.core.console import count, duration, size
 from convert.core.errors import UserError
+from convert.core.processes import launched
 from convert.domains.base import Domain
 from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
@@ -115,6 +116,13 @@ def _assumptions(
         "memory: float32 teacher and student, gradients and two Adam moments of what is trained, activations of one"
         " micro-batch"
     )
+    if launched() > 1:
+        yield (
+            f"{launched()} processes: each holds the teacher whole, and the student whole between steps; while it"
+            " trains each holds its part of a language model's parameters, gradients and moments, with one layer and"
+            " the embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need"
+            " less of it"
+        )
     yield (
         "disk: three checkpoints of the largest step (the third while it is written), two students, the exports;"
         " held-out measurements and data come on top of the time"

@@ -1,11 +1,12 @@
 """Every reason why a recipe cannot work on a teacher, from configurations alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from convert.core.errors import UserError
+from convert.core.processes import launched
 from convert.domains.base import Domain
 from convert.recipes.base import Recipe
 from convert.steps.base import Outline
@@ -34,7 +35,20 @@ def problems(
         if wrong := step.problems(at):
             found += wrong
         at = step.after(at)
-    return tuple(found)
+    return (*found, *_too_many_processes(recipe))
+
+
+def _too_many_processes(recipe: Recipe) -> Iterator[str]:
+    """Steps of whose batches some processes that torchrun started would get nothing."""
+    for step in recipe.steps:
+        if (settings := step.training) is None:
+            continue
+        rows, what = settings.batch_units // max(1, settings.longest), "sequences" if settings.longest else "images"
+        if rows < launched():
+            yield (
+                f"Step {step.name}: each process takes a part of every batch; a batch has {rows} {what}, and torchrun"
+                f" started {launched()} processes. Start fewer, or make batches larger."
+            )
 
 
 def named_corpora(domain: Domain, recipe: Recipe, data: str) -> dict[str, Any]:

@@ -1,31 +1,37 @@
 """What is kept of one step of a run, and the request to stop.
 
-RUN/steps/2-distill/checkpoint-40.pt   an unfinished step; the last two are kept
-RUN/steps/2-distill/student/           the finished step's weights
-RUN/steps/2-distill/DONE               its result; written last, so its existence means that the rest is whole
+RUN/steps/2-distill/checkpoint-40/   an unfinished step (parts.py); the last two are kept
+RUN/steps/2-distill/student/         the finished step's weights
+RUN/steps/2-distill/DONE             its result; written last, so its existence means that the rest is whole
 
-DONE knows its own hash (`sealed`) and those of the student's files.
+DONE knows its own hash (`sealed`) and those of the student's files; a checkpoint has those of its files in
+sha256.json. Where several processes train, all of them save and load, and the first keeps the folder.
 """
 
-import os
 import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from convert.core import manifest
 from convert.core.errors import UserError
-from convert.core.files import parse_json, sealed, sha256, sync, unsealed, write_json, write_text
+from convert.core.files import parse_json, sealed, sha256, sync, unsealed, write_json
+from convert.core.processes import on_first, rank
+from convert.runs.parts import files_named, load_parts, save_parts
 
 KEPT_CHECKPOINTS = 2
+DIGESTS = "sha256.json"
 LOGS = ("metrics.jsonl", "generations.jsonl")  # of the steps
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, pickle.PickleError,
+)  # fmt: skip
 NOT_WRITTEN = "No checkpoint could be written to"
 GO_ON = "Free some space; the same command goes on from the last one."
 
@@ -115,8 +121,8 @@ class StepFolder:
 
     def tidy(self) -> None:
         """Remove the checkpoints of a finished step, also of one that was killed before they went."""
-        for file in self._checkpoints():
-            self._remove(file)
+        for checkpoint in self._checkpoints():
+            _remove(checkpoint)
 
     def drop_weights(self) -> None:
         """A later step has its own."""
@@ -138,42 +144,65 @@ class StepFolder:
 
     # --- an unfinished step: what a stage's loop calls
 
-    def load(self) -> dict | None:
-        """The newest sound checkpoint, in the computer's memory wherever it was written."""
-        for file in reversed(self._checkpoints()):
-            digest = file.with_suffix(".sha256")
-            if not digest.exists() or sha256(file) != digest.read_text(encoding="utf-8"):
-                file.rename(file.with_suffix(".damaged"))
-                print(
-                    f"The checkpoint {file} is damaged; it was set aside; the one before it is used, or the step starts"
-                    " again."
-                )
-                continue
-            try:
-                return torch.load(file, weights_only=True, map_location="cpu")
-            except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(
-                    f"The checkpoint {file} is what was written and cannot be read here ({error}). "
-                    "Take the version of torch that wrote it, or remove the file: the step then starts again."
-                ) from error
+    def load(self, like: Mapping[str, Tensor] | None = None) -> dict | None:
+        """The newest sound checkpoint, in the computer's memory wherever it was written; of parameters that are shared
+        out as `like`, by name, this process's rows."""
+        found = on_first(self._newest)
+        if found is None:
+            return None
+        try:
+            return load_parts(found, like)
+        except UNREADABLE as error:
+            raise UserError(
+                f"The checkpoint {found} is what was written and cannot be read here ({error}). "
+                "Take the version of torch that wrote it, or remove the folder: the step then starts again."
+            ) from error
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint whose files are what was written; those that are not are set aside."""
+        for checkpoint in reversed(self._checkpoints()):
+            if _is_sound(checkpoint):
+                return checkpoint
+            shutil.rmtree(damaged := checkpoint.with_name(f"{checkpoint.name}.damaged"), ignore_errors=True)
+            checkpoint.rename(damaged)
+            print(
+                f"The checkpoint {checkpoint} is damaged; it was set aside; the one before it is used, or the step"
+                " starts again."
+            )
+        if old := next(iter(sorted(self.folder.glob("checkpoint-*[0-9].pt"))), None):
+            raise UserError(
+                f"Checkpoints are folders, and {old} is a file of an earlier version of this package. Finish the step"
+                " with that version, or delete the file: the step then starts again."
+            )
         return None
 
     def save(self, step: int, state: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log_is_on_disk()
+        """Write a checkpoint aside, note the hashes of its files, and give it its name."""
         aside = self.folder / "checkpoint.writing"
+        on_first(self._make_room, aside)
         try:
-            with aside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            write_text(self.folder / f"checkpoint-{step}.sha256", sha256(aside))
+            save_parts(aside, state)
+            on_first(self._publish, aside, step)
         except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
+            if rank() == 0:  # where it fails on one process, the others may be elsewhere
+                _remove(aside)
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
-        aside.replace(self.folder / f"checkpoint-{step}.pt")
+
+    def _make_room(self, aside: Path) -> None:
+        self._log_is_on_disk()
+        _remove(aside)
+        aside.mkdir(parents=True)
+
+    def _publish(self, aside: Path, step: int) -> None:
+        if missing := files_named(aside) - {file.name for file in aside.iterdir()}:
+            raise UserError(
+                f"The run's folder must be one that all processes share; the first does not see {sorted(missing)[0]} in"
+                f" {aside}, which another wrote. Give an --out on a shared disk."
+            )
+        write_json(aside / DIGESTS, {file.name: sha256(file) for file in sorted(aside.iterdir())})
+        aside.replace(self.folder / f"checkpoint-{step}")
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            self._remove(old)
+            _remove(old)
 
     def _log_is_on_disk(self) -> None:
         """A power cut takes no line of a step that stays: what a checkpoint goes on from was logged."""
@@ -183,9 +212,19 @@ class StepFolder:
     def stop_requested(self) -> bool:
         return self.stop is not None and self.stop.requested
 
-    def _remove(self, checkpoint: Path) -> None:
-        checkpoint.unlink()
-        checkpoint.with_suffix(".sha256").unlink(missing_ok=True)
-
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*[0-9].pt"), key=lambda file: int(file.stem.split("-")[1]))
+        found = (path for path in self.folder.glob("checkpoint-*[0-9]") if path.is_dir())
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint are what was written, all of them."""
+    try:
+        digests = parse_json((checkpoint / DIGESTS).read_bytes(), "")
+        return bool(digests) and all(sha256(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, UserError, AttributeError, TypeError):
+        return False
+
+
+def _remove(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint, ignore_errors=True)

@@ -13,7 +13,39 @@ from convert.runs.schemas import GenerationRow, MetricRow
 from convert.runs.wandb_sink import Dashboard
 
 
-class Track:
+class Unwritten:
+    """What the processes of a run that are not its first have in the place of a Track: it writes nothing."""
+
+    model: str | None = None
+    tokens_before = 0
+    file = Path("metrics.jsonl")
+
+    def enter(self, stage: str, tokens_before: int = 0, steps_before: int = 0) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
+        pass
+
+    def generations(self, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        raise RuntimeError("the first process alone reads its rows")
+
+    def made(self, model: str, facts: dict[str, Any], folder: Path | None = None) -> None:
+        pass
+
+    def finish(self, found: Evaluation, page: Path, numbers: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Track(Unwritten):
     """Writes metrics.jsonl and generations.jsonl, which are the source of truth, and tells W&B.
 
     `log` takes the step and tokens of the current stage. `model` is the fingerprint of the weights that the run has

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from convert.core.errors import UserError
+from convert.core.processes import on_first
 from convert.domains.base import Data, Domain, Monitor, Teacher
 from convert.training.settings import StageSettings
 
 if TYPE_CHECKING:
     from convert.runs.checkpoint import StepFolder
-    from convert.runs.tracking import Track
+    from convert.runs.tracking import Unwritten
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Session:
     tokens: int
     held_out: Sequence[Any]
     monitor: Monitor
-    track: "Track"
+    track: "Unwritten"
     folder: "StepFolder"
     start: Callable[[], PreTrainedModel]
     load_teacher: Callable[[str], Teacher]
@@ -60,6 +61,9 @@ class Session:
         """Return what the ledger says of a training step that began at `started` (time.monotonic) in this process: its
         `tokens`, `loss_first` and `loss_last` (means over a twentieth of the steps), `skipped` steps, and `seconds` of
         training before a crash. Raises UserError where its lines are gone."""
+        return on_first(self._trained, name, started)
+
+    def _trained(self, name: str, started: float) -> dict[str, Any]:
         rows = self.track.rows(name)
         if not rows:
             raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from convert.core.processes import rank, share, sum_in_place
 from convert.data.batches import Batch
 from convert.mixers.init.qkv import copy_qkv
 from convert.mixers.parts import QKV
@@ -29,7 +30,7 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch], look_back: bool = Fa
     blocks = layers_of(model)
     look_backs: list[Any] = [None] * len(blocks)
     means, moments, uniform, drifts = ([0.0] * len(blocks) for _ in range(4))
-    documents, share = None, 1 / len(batches)
+    documents, weight_of_batch = None, 1 / len(batches)
 
     def see(layer: int) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -41,16 +42,16 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch], look_back: bool = Fa
                 pairs, distance = _squared_attention(Projections.of(module), x, cos, sin, documents, look_back)
                 if distance is not None:
                     before = 0 if look_backs[layer] is None else look_backs[layer]
-                    look_backs[layer] = before + share * distance
+                    look_backs[layer] = before + weight_of_batch * distance
             pairs = pairs / pairs.sum()
             x, weight = x.flatten(0, 1), pairs.sum(1).flatten()
             weighted = x * ((weight + 1 / len(x)) / 2)[:, None]
-            means[layer] = means[layer] + share * weighted.sum(0)
-            moments[layer] = moments[layer] + share * weighted.T @ x
-            uniform[layer] = uniform[layer] + share / len(x) * x.T @ x
+            means[layer] = means[layer] + weight_of_batch * weighted.sum(0)
+            moments[layer] = moments[layer] + weight_of_batch * weighted.T @ x
+            uniform[layer] = uniform[layer] + weight_of_batch / len(x) * x.T @ x
             for t in (cos, sin):  # cos(a - b) = cos a cos b + sin a sin b
                 half = t[..., : t.shape[-1] // 2]
-                drifts[layer] = drifts[layer] + share * (half * (pairs @ half)).sum((0, 1))
+                drifts[layer] = drifts[layer] + weight_of_batch * (half * (pairs @ half)).sum((0, 1))
 
         return hook
 
@@ -59,13 +60,18 @@ def inputs_of(model: PreTrainedModel, batches: list[Batch], look_back: bool = Fa
         for layer, block in enumerate(blocks)
     ]
     try:
-        for batch in tqdm(batches, desc="calibrate", unit="batch", dynamic_ncols=True):
+        for _, batch, counts in tqdm(
+            share(batches), desc="calibrate", unit="batch", dynamic_ncols=True, disable=rank() > 0
+        ):
+            weight_of_batch = 1 / len(batches) if counts else 0.0
             batch = batch.to(model.device)
             documents = documents_of(batch.position_ids)
             hidden_states(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
+    for found in (means, moments, uniform, drifts, look_backs):
+        sum_in_place(*(tensor for tensor in found if tensor is not None))
     return [CalibrationStats(*parts) for parts in zip(means, moments, uniform, drifts, look_backs, strict=True)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from convert.core.processes import rank, share, sum_in_place
 from convert.data.batches import Batch
 from convert.mixers.base import Context, Mixer
 from convert.models.access import hidden_states, layers_of, slots_of
@@ -33,7 +34,7 @@ def refit_outputs(
     squares: dict[int, Tensor] = {}
     products: dict[int, Tensor] = {}
 
-    def see(layer: int, documents: Tensor | None) -> Callable[[nn.Module, tuple, dict, tuple], None]:
+    def see(layer: int, documents: Tensor | None, counts: bool) -> Callable[[nn.Module, tuple, dict, tuple], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
             mixer: Mixer = slots[layer].mixer
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -41,16 +42,17 @@ def refit_outputs(
             entering = _entering(mixer.out, lambda: mixer(x, Context(cos, sin, None, documents)))
             wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
             h_NC, y_ND = entering.float().flatten(0, 1), wanted.float().flatten(0, 1)
+            h_NC = h_NC if counts else torch.zeros_like(h_NC)
             squares[layer] = squares.get(layer, 0) + (h_NC.T @ h_NC).cpu().double()
             products[layer] = products.get(layer, 0) + (h_NC.T @ y_ND).cpu().double()
 
         return hook
 
-    for batch in tqdm(batches, desc="refit", unit="batch", dynamic_ncols=True):
+    for _, batch, counts in tqdm(share(batches), desc="refit", unit="batch", dynamic_ncols=True, disable=rank() > 0):
         batch = batch.to(next(teacher.parameters()).device)
         documents = documents_of(batch.position_ids)
         hooks = [
-            attention_of(blocks[layer]).register_forward_hook(see(layer, documents), with_kwargs=True)
+            attention_of(blocks[layer]).register_forward_hook(see(layer, documents, counts), with_kwargs=True)
             for layer in layers
         ]
         try:
@@ -59,6 +61,7 @@ def refit_outputs(
             for hook in hooks:
                 hook.remove()
     for layer in layers:
+        sum_in_place(squares[layer], products[layer])
         square = squares[layer]
         square.diagonal().add_(RIDGE * square.diagonal().mean())
         solved = torch.linalg.solve(square, products[layer])

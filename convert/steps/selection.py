@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from convert.core.processes import rank, summed, world
 from convert.data.batches import Batch
 from convert.mixers.families import attention_name
 from convert.models.access import hidden_states, layer_outputs, layers_of
@@ -73,9 +74,12 @@ def _kl_of_each(
     tokens = sum(batch.input_ids.numel() for batch in batches)
     head = student.get_output_embeddings()
     goal = head if teacher is None else teacher.get_output_embeddings()
-    with tqdm(total=len(batches) * len(layers), desc="rank layers", unit="layer", dynamic_ncols=True) as bar:
+    own = batches[rank() :: world()]
+    with tqdm(
+        total=len(own) * len(layers), desc="rank layers", unit="layer", dynamic_ncols=True, disable=rank() > 0
+    ) as bar:
         try:
-            for batch in (batch.to(student.device) for batch in batches):
+            for batch in (batch.to(student.device) for batch in own):
                 restore_layers(student, at_rest)
                 with layer_outputs(student) as outputs:
                     resting = hidden_states(student, batch)
@@ -90,7 +94,7 @@ def _kl_of_each(
                     bar.update()
         finally:
             restore_layers(student, found)
-    return kl
+    return summed(*kl)
 
 
 @contextmanager

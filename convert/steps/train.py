@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
+from convert.core.processes import launched
 from convert.models.access import layers_of, slots_of
 from convert.objectives import AttentionTerm, BlockTerm
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
+from convert.training.parallel import floats_held, in_parts
 from convert.training.selectors import name_of, selected
 from convert.training.settings import Settings, check_objective
 from convert.training.trial import problem_of_functions
@@ -152,8 +154,8 @@ class Train(Step, Checked):
             s.tokens,
             trainable + owned,
             total - trainable,
-            4 * (held + total + 3 * (trainable + owned)) + activations + logits,
-            s.num_steps * s.batch_tokens * (per_token / context.rate + scan),
+            4 * int(held + 3 * owned + floats_held(student, trainable)) + activations + logits,
+            s.num_steps * s.batch_tokens * (per_token / context.rate + scan) / launched(),
             s.tokens * SAMPLING * 2 * num_teacher / context.rate if is_sampled else 0.0,
         )
         return student, plan
@@ -176,7 +178,8 @@ class Train(Step, Checked):
         teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
         data = session.data if self.data is None else session.prepare(self)
 
-        student = STAGES[self.stage](
+        student = in_parts(
+            STAGES[self.stage],
             student,
             teacher.model,
             session.domain.batches(data, s),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name
+from convert.core.processes import launched
 from convert.models.vision.features import staged
 from convert.models.vision.operations import cost_of_pass
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
@@ -75,7 +76,7 @@ class TrainImages(Step, Checked):
             total - trainable,
             4 * (context.num_teacher + total * (2 if s.ema else 1) + 3 * (trainable + owned))
             + s.micro_images * activations,
-            s.num_steps * s.batch_images * per_image / context.rate,
+            s.num_steps * s.batch_images * per_image / context.rate / launched(),
         )
         return student, plan
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from convert.core.processes import world
+
 
 def backward(*roots: Tensor, gradients: tuple[Tensor | None, ...] | None = None) -> None:
     """Backpropagate with autocast off, wherever it is called: operators then compute their gradients in the precision
@@ -31,7 +33,8 @@ def backward_through_head(
     loss."""
     leaf = hidden_ND.detach().requires_grad_(hidden_ND.requires_grad)
     total = torch.zeros((), device=hidden_ND.device)
-    for start in range(0, len(leaf), chunk):
+    # among several processes, one without a target takes part in the sum of the head's gradients all the same
+    for start in range(0, max(len(leaf), int(world() > 1)), chunk):
         rows = slice(start, min(start + chunk, len(leaf)))
         loss = loss_of_logits(head(leaf[rows]).float(), rows)
         backward(loss)

@@ -3,24 +3,26 @@ stage's loss."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import Interrupted, UserError
+from convert.core.processes import rank, summed
 from convert.mixers.mamba_block import project_gradients
 from convert.models.access import slots_of
 from convert.objectives.base import LiveObjective
+from convert.training import parallel
 from convert.training.optimizer import Optimizers, optimizers_of, update
 from convert.training.settings import StageSettings
+from convert.training.state import Changed, other_version
 
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
@@ -43,8 +45,8 @@ class Tracker(Protocol):
 class Keeper(Protocol):
     """The store of the checkpoints of a stage, and who asks it to stop."""
 
-    def load(self) -> dict | None:
-        """The newest checkpoint, on the CPU."""
+    def load(self, like: Mapping[str, Tensor] | None = None) -> dict | None:
+        """The newest checkpoint, on the CPU; of parameters that are shared out as `like`, this process's rows."""
 
     def save(self, step: int, state: dict) -> None:
         """Write a checkpoint: tensors, numbers, and lists and dictionaries of them."""
@@ -62,7 +64,7 @@ class Silent:
     def resume(self, step: int) -> None:
         pass
 
-    def load(self) -> dict | None:
+    def load(self, like: Mapping[str, Tensor] | None = None) -> dict | None:
         return None
 
     def save(self, step: int, state: dict) -> None:
@@ -102,11 +104,11 @@ def train(
     returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` units.
     Where there is an `average` of the weights, it is what is measured, and what the student has in the end."""
     track, keep = track or Silent(), keep or Silent()
+    parallel.check_shared_out(parallel.reshard(student))
     made = optimizers_of(student, settings, objective, optimizers)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    buffers = _running_statistics(student)
-    clipped = [*trained, *objective.parameters()]
-    at = _restore(keep.load(), trained, buffers, objective, made, average)
+    changed = Changed(student, objective, made, average)
+    clipped = [*changed.trained.values(), *objective.parameters()]
+    at = _restored(keep.load(changed.trained), changed)
     track.resume(at.step)
     first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
@@ -115,8 +117,8 @@ def train(
         while at.step < settings.num_steps:
             rate = settings.rate(at.step)
             batch = settings.altered(batches(at.step), at.step)
-            loss = _accumulate(learn_from, student, batch, settings)
-            norm = torch.nn.utils.clip_grad_norm_(clipped, settings.clip).item()
+            loss = _accumulate(learn_from, student, batch, settings, clipped)
+            norm = parallel.clip_gradients(clipped, settings.clip)
             if math.isfinite(loss) and math.isfinite(norm):
                 update(made, rate)
                 if average is not None:
@@ -139,12 +141,13 @@ def train(
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
                 numbers |= measure(student if average is None else average.module)
-                student.train()
+                parallel.reshard(student).train()
             track.log(at.step, at.units, numbers)
             _refuse_hopeless(at, rate)
-            is_last, is_stopped = at.step == settings.num_steps, keep.stop_requested()
-            if is_stopped or (time.monotonic() - saved_at > settings.save_every and not is_last):
-                keep.save(at.step, _state(at, trained, buffers, objective, made, average))
+            is_late = time.monotonic() - saved_at > settings.save_every and at.step < settings.num_steps
+            is_stopped, is_late = _agreed(keep.stop_requested(), is_late)
+            if is_stopped or is_late:
+                keep.save(at.step, asdict(at) | changed.state())
                 saved_at = time.monotonic()
             if is_stopped:
                 raise Interrupted(
@@ -164,81 +167,21 @@ def train(
     return student.eval()
 
 
-def _state(
-    at: Progress,
-    trained: Sequence[nn.Parameter],
-    buffers: Sequence[Tensor],
-    objective: LiveObjective,
-    optimizers: Sequence[Optimizer],
-    average: AveragedModel | None,
-) -> dict:
-    """What a checkpoint holds."""
-    return asdict(at) | {
-        "rng": _generators(trained[0].device),
-        "parameters": [p.detach() for p in trained],
-        "buffers": list(buffers),
-        "objective": objective.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "average": {} if average is None else average.state_dict(),
-    }
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The state of the CPU's random numbers, and of the device's."""
-    found = {"cpu": torch.get_rng_state()}
-    return (
-        found if device.type == "cpu" else found | {device.type: torch.get_device_module(device).get_rng_state(device)}
-    )
-
-
-@torch.no_grad()
-def _restore(
-    state: dict | None,
-    trained: Sequence[nn.Parameter],
-    buffers: Sequence[Tensor],
-    objective: LiveObjective,
-    optimizers: Sequence[Optimizer],
-    average: AveragedModel | None,
-) -> Progress:
+def _restored(state: dict | None, changed: Changed) -> Progress:
     """Go on from a checkpoint, or from the start where there is none."""
     if state is None:
         return Progress()
+    changed.put_back(state)
     try:
-        _put_back(state, trained, buffers, objective, optimizers, average)
         return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
-    except torch.OutOfMemoryError:
-        raise
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            "The checkpoint of an unfinished step must hold what this version of the package keeps; another version"
-            f" wrote it ({found}). Go on with that version, or start again with --fresh."
-        ) from error
+    except LookupError as error:
+        raise other_version(error) from error
 
 
-def _put_back(
-    state: dict,
-    trained: Sequence[nn.Parameter],
-    buffers: Sequence[Tensor],
-    objective: LiveObjective,
-    optimizers: Sequence[Optimizer],
-    average: AveragedModel | None,
-) -> None:
-    for p, saved in zip(trained, state["parameters"], strict=True):
-        p.copy_(saved)
-    for buffer, saved in zip(buffers, state["buffers"], strict=True):
-        buffer.copy_(saved)
-    objective.load_state_dict(state["objective"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    if average is not None:
-        average.load_state_dict(state["average"])
-    device = trained[0].device
-    for kind, generator in state["rng"].items():  # of a device that is not used here: nothing is left to continue
-        if kind == "cpu":
-            torch.set_rng_state(generator.cpu())
-        elif kind == device.type:
-            torch.get_device_module(device).set_rng_state(generator.cpu(), device)
+def _agreed(is_stopped: bool, is_late: bool) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and whether a checkpoint is due by the clock of the first."""
+    stops, late = summed(is_stopped, is_late and rank() == 0)
+    return bool(stops), bool(late)
 
 
 @contextmanager
@@ -253,18 +196,23 @@ def _recomputing(student: PreTrainedModel, wanted: bool) -> Iterator[None]:
             student.activation_checkpointing_disable()
 
 
-def _accumulate(learn_from: LearnFrom, student: PreTrainedModel, batch: Any, settings: StageSettings) -> float:
+def _accumulate(
+    learn_from: LearnFrom,
+    student: PreTrainedModel,
+    batch: Any,
+    settings: StageSettings,
+    parameters: Sequence[nn.Parameter],
+) -> float:
     """The gradients of a batch, micro-batch by micro-batch; its loss."""
     device = next(student.parameters()).device
-    loss = sum(learn_from(part.to(device), batch).item() for part in batch.parts(settings.micro_units))
+    own, statistics, loss = parallel.shares(batch, settings.micro_units), parallel.Statistics(student), 0
+    for num_later, part, whole in own:
+        loss += learn_from(part.to(device), whole).item()
+        statistics.note(num_later, whole is batch)
+    statistics.sum()
+    parallel.sum_replicas(parameters)
     project_gradients(student)
-    return loss
-
-
-def _running_statistics(student: PreTrainedModel) -> list[Tensor]:
-    """The buffers that training changes: means, variances and counts of batch norms."""
-    norms = (m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms for buffer in norm.buffers()]
+    return summed(loss)[0]
 
 
 @torch.no_grad()
@@ -275,8 +223,8 @@ def _norms(student: PreTrainedModel) -> dict[str, float]:
     for layer, slot in slots_of(student).items():
         trained = [p for p in slot.parameters() if p.grad is not None]
         if trained:
-            found[f"weights/layer_{layer:02}"] = torch.nn.utils.get_total_norm([p.detach() for p in trained])
-            found[f"gradients/layer_{layer:02}"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            found[f"weights/layer_{layer:02}"] = parallel.norm_of(p.detach() for p in trained)
+            found[f"gradients/layer_{layer:02}"] = parallel.norm_of(p.grad for p in trained)
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
@@ -297,7 +245,9 @@ def _refuse_hopeless(at: Progress, rate: float) -> None:
 
 def _progress_bar(step: int, settings: StageSettings) -> tqdm:
     total, done = settings.num_steps * settings.batch_units, step * settings.batch_units
-    return tqdm(total=total, initial=done, unit=settings.abbreviation, unit_scale=True, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=done, unit=settings.abbreviation, unit_scale=True, dynamic_ncols=True, disable=rank() > 0
+    )
 
 
 def _show(bar: tqdm, loss: float, at: Progress, settings: StageSettings) -> None:

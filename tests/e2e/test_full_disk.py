@@ -4,7 +4,6 @@ import pytest
 from safetensors import SafetensorError
 
 from convert.run import main
-from convert.runs import checkpoint
 from tests.e2e.conftest import command
 
 
@@ -26,7 +25,7 @@ WRITERS = {  # in the order in which a run writes
     "tokens": ("convert.data.text.np.save", full),
     "ledger": ("convert.runs.ledger.write_json", full),
     "metrics": ("convert.core.json_lines.append", full),
-    "checkpoint": ("convert.runs.checkpoint.torch.save", full_in_torch),
+    "checkpoint": ("torch.save", full_in_torch),
     "student": ("convert.models.saving.save_model", full_in_rust),
     "answers": ("convert.evaluation.runner.json_lines.append", full),
     "evaluation": ("convert.evaluation.runner.write_json", full),
@@ -56,7 +55,7 @@ def test_a_disk_that_is_full_at_any_writer_is_a_sentence_and_the_same_command_go
 
 
 def test_a_full_disk_is_one_sentence(teacher, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr("torch.save", full)
     assert main(command(teacher, text, tmp_path / "run", "--set", "align.save_every=0")) == 2
     assert "Free some space; the same command goes on from the last one." in capsys.readouterr().err
     monkeypatch.undo()

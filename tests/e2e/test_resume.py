@@ -22,9 +22,7 @@ def killed_at(instant: str, arguments: list[str], monkeypatch) -> int:
     if child == 0:
         die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         if instant == "before a checkpoint's rename":
-            monkeypatch.setattr(
-                checkpoint.torch, "save", lambda state, file: (file.write(b"half"), file.flush(), die())
-            )
+            monkeypatch.setattr(torch, "save", lambda tensor, file: (file.write(b"half"), file.flush(), die()))
         elif instant == "after a checkpoint":
             save = checkpoint.StepFolder.save
             monkeypatch.setattr(
@@ -108,7 +106,7 @@ def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatc
     )
     assert main(command(teacher, text, tmp_path / "run")) == 130
     assert "Stopped at step 2 of 3; it is saved. The same command goes on from there." in capsys.readouterr().err
-    assert (tmp_path / "run" / "steps" / "1-align" / "checkpoint-2.pt").exists()
+    assert (tmp_path / "run" / "steps" / "1-align" / "checkpoint-2").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the caller's again
 
 
@@ -131,7 +129,7 @@ def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch,
     assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
     arguments = command(teacher, text, tmp_path / "run", *every_step)
     assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
-    newest = tmp_path / "run" / "steps" / "4-distill" / "checkpoint-2.pt"
+    newest = tmp_path / "run" / "steps" / "4-distill" / "checkpoint-2" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-100])
     assert main(arguments) == 0
     assert "damaged" in capsys.readouterr().out

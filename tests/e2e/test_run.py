@@ -105,7 +105,7 @@ def test_layers_chosen_after_alignment(teacher, text, tmp_path, monkeypatch):
         main(arguments)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert (tmp_path / "killed" / "steps" / "2-select" / "checkpoint-1.pt").exists()
+    assert (tmp_path / "killed" / "steps" / "2-select" / "checkpoint-1").exists()
     with monkeypatch.context() as patched:
         patched.setattr(selection, "kl_when_given_back", None)  # nothing is measured again
         assert main(arguments) == 0

@@ -51,7 +51,7 @@ class Kept(Silent):
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         self.steps = step
 
-    def load(self) -> dict | None:
+    def load(self, like=None) -> dict | None:
         return self.states[max(self.states)] if self.states else None
 
     def save(self, step: int, state: dict) -> None:

@@ -142,12 +142,13 @@ def test_stopped_and_resumed_is_bit_identical(stage, objective, stop_after):
 @pytest.mark.parametrize(
     "alter",
     [
-        *(lambda state, key=key: state.pop(key) for key in ("parameters", "buffers", "objective", "rng", "units")),
-        lambda state: state["parameters"].pop(),
-        lambda state: state["parameters"].__setitem__(0, torch.zeros(3, 5, 7)),
-        lambda state: state["buffers"].append(torch.zeros(1)),
+        *(lambda state, key=key: state.pop(key) for key in ("parts", "buffers", "objective", "rng", "units")),
+        lambda state: state["parts"].popitem(),
+        lambda state: next(iter(state["parts"].values())).update(value=torch.zeros(3, 5, 7)),
+        lambda state: next(iter(state["parts"].values())).pop("value"),
+        lambda state: state["buffers"].update(another=torch.zeros(1)),
         lambda state: state["objective"].popitem(),
-        lambda state: state["optimizers"].pop(),
+        lambda state: state["owned"].update(another={}),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused_in_words(alter):

@@ -1,0 +1,202 @@
+"""A stage in several processes: the student's parameters, gradients and moments shared out among them by FSDP2, each
+process on its part of every batch. In one process everything here is the identity.
+
+A stage divides its losses by the tokens of the whole batch, so gradients are summed over processes, never averaged.
+Every process draws the whole batch and takes whole micro-batches of it, so that a batch is the same one however many
+processes there are, and nothing must divide. What is not shared out (an image classifier, what terms of an objective
+own) is a replica in each process, whose gradients are summed.
+"""
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from convert.core.errors import UserError
+from convert.core.processes import launched, share, sum_in_place, summed, world
+from convert.models.access import layers_of, slots_of
+
+Stage = Callable[..., PreTrainedModel]
+
+
+class Boundless:
+    """The batch as a part sees it that does not count: its share of so much is nothing."""
+
+    num_tokens = num_targets = num_units = math.inf
+
+
+def shares(batch: Any, num_units: int) -> list[tuple[int, Any, Any]]:
+    """This process's micro-batches of at most `num_units`: how many come after each, the part, and the batch whose
+    share it is. All processes get equally many, for each runs the same sums at the same time; of the ones that are
+    missing the share is zero."""
+    parts = batch.parts(num_units) if world() == 1 else batch.parts(num_units, world())
+    return [(len(parts) - 1 - i, part, batch if counts else Boundless) for i, part, counts in share(parts)]
+
+
+# --- a student that is shared out
+
+
+def in_parts(stage: Stage, student: PreTrainedModel, *args: Any, **settings: Any) -> PreTrainedModel:
+    """Run a stage with its student shared out; return the trained student, whole in each process. In one process: the
+    stage itself. The student given is consumed."""
+    if world() == 1:
+        return stage(student, *args, **settings)
+    outline = _without_weights(student)
+    with warnings.catch_warnings():
+        # what it warns of is a sum in place onto a mixer's output; hosts add theirs out of place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        stage(shard(student), *args, **settings)
+    return _filled(outline, student)
+
+
+def shard(model: PreTrainedModel) -> PreTrainedModel:
+    """Share out the parameters of a language model, in place, by FSDP2. Each mixer is a unit, because `align` calls it
+    alone; so is each layer; embeddings and head are the root, which stays gathered between the forward and the backward
+    pass: the head runs then, a chunk at a time, as often as each process needs."""
+    if not hasattr(model, "hidden_states"):
+        model.hidden_states = functools.partial(_hidden_states, model)
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world(),))
+    for module in (*(slot.mixer for slot in slots_of(model).values()), *layers_of(model), model):
+        fully_shard(module, mesh=mesh)
+    for module in _units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # or gloo lacks the operation
+    register_fsdp_forward_method(model, "hidden_states")
+    with torch.no_grad():  # whatever runs first becomes the root: the model, not one of its mixers
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    return reshard(model)
+
+
+def reshard(model: Any) -> Any:
+    """Let each process keep its rows alone: what a gathered copy is told is lost, and an optimizer that is given one
+    trains nothing. Goes before a stage, and after a measurement in it."""
+    for module in _units(model):
+        module.reshard()
+    return model
+
+
+def check_shared_out(student: nn.Module) -> None:
+    """Raise RuntimeError where a student is shared out and one of its parameters is a gathered copy."""
+    copies = [name for name, p in student.named_parameters() if not isinstance(p, DTensor)]
+    if copies and isinstance(student, FSDPModule):
+        raise RuntimeError(f"a stage would train gathered copies, which are thrown away: {copies[0]} and others")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of all rows; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """The last hidden states [B, T, D] of a model that has no such method."""
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def _units(model: nn.Module) -> Iterable[Any]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model whose parameters have no memory yet."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+    return copy.deepcopy(model, dict(empty))  # copies that deepcopy finds made already
+
+
+def _filled(outline: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """The outline with the weights of the model that is shared out, tied where they were."""
+    reshard(model)
+    pairs = zip(outline.parameters(), model.parameters(), strict=True)
+    # a copy: of rows that do not divide, what is gathered is a part of a longer tensor
+    found = {id(empty): nn.Parameter(whole(p.detach()).clone(), False) for empty, p in pairs}
+    for module in outline.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = found[id(p)]
+    return outline.train(model.training)
+
+
+def floats_held(student: PreTrainedModel, num_trained: int) -> float:
+    """Floats that a process holds of a student, of which so many parameters are trained: parameters, gradients and two
+    moments, with the root and one layer gathered, and their gradients; it begins with the whole student."""
+    total = sum(p.numel() for p in student.parameters())
+    if launched() == 1:
+        return total + 3 * num_trained
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(student)]
+    gathered = 2 * (total - sum(layers) + max(layers))
+    return max(total, gathered + (total + 3 * num_trained) / launched())
+
+
+# --- sums over the processes
+
+
+def sum_replicas(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of parameters that each process has whole; those that no process has stay without."""
+    if world() == 1:
+        return
+    plain = [p for p in parameters if not isinstance(p, DTensor)]
+    if not plain:
+        return
+    found = summed(*(p.grad is not None for p in plain))
+    for p, count in zip(plain, found, strict=True):
+        if count:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            sum_in_place(p.grad)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
+    """Scale the gradients down to a norm of at most `largest`; return the norm that they had."""
+    if world() == 1:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest).item()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    kinds = [[g for g in gradients if isinstance(g, DTensor) is is_shared] for is_shared in (True, False)]
+    norm = math.hypot(*(norm_of(kind).item() for kind in kinds))
+    for gradient in gradients:
+        gradient.mul_(min(1.0, largest / (norm + 1e-6)))
+    return norm
+
+
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of tensors that are all shared out, or all whole."""
+    return whole(torch.nn.utils.get_total_norm(list(tensors)))
+
+
+class Statistics:
+    """Means and variances of batch norms over the micro-batches of a step, as one process that runs them one after
+    another leaves them, though each process runs some of them."""
+
+    def __init__(self, student: nn.Module) -> None:
+        modules = (m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.norms = [m for m in modules if m.track_running_stats] if world() > 1 else []
+        if any(norm.momentum is None for norm in self.norms):
+            raise UserError(
+                "Batch norms that average over all batches, without a momentum, cannot be trained by several processes;"
+                " start without torchrun."
+            )
+        self.before = [[buffer.clone() for buffer in norm.buffers()] for norm in self.norms]
+        self.moved = [[torch.zeros_like(b, dtype=torch.float64) for b in buffers] for buffers in self.before]
+
+    def note(self, num_later: int, counts: bool) -> None:
+        """Note what a micro-batch did to them, and take it back. Each later one leaves 1 - momentum of it."""
+        for norm, before, moved in zip(self.norms, self.before, self.moved, strict=True):
+            left = (1 - norm.momentum) ** num_later
+            for buffer, old, total in zip(norm.buffers(), before, moved, strict=True):
+                if counts:
+                    total += (buffer - old).double() * (left if buffer.is_floating_point() else 1)
+                buffer.copy_(old)
+
+    def sum(self) -> None:
+        """Set them to what all micro-batches of all processes made of them."""
+        for norm, before, moved in zip(self.norms, self.before, self.moved, strict=True):
+            for buffer, old, total in zip(norm.buffers(), before, moved, strict=True):
+                sum_in_place(total)
+                buffer.copy_(old + total.to(buffer.dtype))
