@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from kernels.checks import check_decay, check_dense, check_flags, check_tensors
 from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
-from kernels.ss2d import lowrank_cpu
 from kernels.ss2d.chunked import ss2d_chunked
 from kernels.ss2d.cpu import ss2d_cpu, why_unavailable
 from kernels.ss2d.doubling import ss2d_doubling
 from kernels.ss2d.lowrank import ss2d_lowrank_chunked
 from kernels.ss2d.lowrank_cpu import ss2d_lowrank_cpu
+from kernels.ss2d.lowrank_cpu import why_unavailable as why_no_lowrank_cpu
 from kernels.ss2d.reference import DIRECTIONS, ss2d_lowrank_reference, ss2d_reference
 
 __all__ = ["DIRECTIONS", "ss2d", "ss2d_lowrank"]
@@ -177,7 +177,7 @@ def _choose_lowrank(impl: str, device: str, dtype: torch.dtype, rank: int) -> st
 
     implementations: Implementations = {
         "triton": why_no_triton_for_rank,
-        "cpu": lowrank_cpu.why_unavailable,
+        "cpu": why_no_lowrank_cpu,
         "chunked": always_available,
         "reference": always_available,
     }

@@ -145,9 +145,11 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # zeros as large as all chunk states would be made, and not used
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_chunk_states:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
+    if dy is None:  # nothing depends on y
+        return (None,) * 6
     return *torch.ops.workbench.ss2d_backward(dy, *ctx.saved_tensors), None
 
 

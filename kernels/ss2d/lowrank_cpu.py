@@ -113,9 +113,11 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # zeros as large as all states would be made, and not used
 
 
-def _gradients(ctx: FunctionCtx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.has_states:
         raise RuntimeError("This scan ran without gradients in mind (keep=False).")
+    if dy is None:  # nothing depends on y
+        return (None,) * 5
     x, delta, *others = ctx.saved_tensors
     dx, ddelta, *gradients = torch.ops.workbench.ss2d_lowrank_backward(dy, x, delta, *others)
     return dx, None if delta is None else ddelta, *gradients, None

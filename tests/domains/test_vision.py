@@ -15,6 +15,7 @@ from convert.models.vision.families import StudentOptions, known_config
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 from convert.objectives import Objective
 from convert.recipes.targets import TARGETS, default_recipe
+from convert.recipes.vision import LOW_RANK
 from convert.runs.schemas import Report
 from tests.evaluation.classifiers import classifier
 
@@ -77,6 +78,10 @@ def test_every_target_has_a_recipe(name, small):
     recipe = default_recipe("tiny", config, name, seed=3)
     (settings,) = recipe.trainings
     assert recipe.target == name and settings.seed == 3
+    if name == "vmamba-lowrank":
+        assert settings.objective == LOW_RANK and settings.mixup == settings.ema == 0
+        assert settings.optimizer == "adamw" and (settings.resized_crop > 0) == (settings.flip > 0) == (not small)
+        return
     labels = "cross_entropy" if small else "cross_entropy(label_smoothing=0.1)"
     assert str(settings.objective) == f"{labels} + one_for_all"
     convolutional = name in ("resnet-nano", "resnet-18", "resnet-34", "resnet-50", "mobilenet-v2")

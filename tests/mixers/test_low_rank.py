@@ -135,10 +135,10 @@ def test_the_mean_transition_is_the_nearest_of_all_channels():
     assert (sigma.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("ratio, rank", [(0.5, 2), (1.0, 4)])
+@pytest.mark.parametrize("make", [low_rank, lambda: low_rank(1.0, 4), diagonal], ids=["half", "full", "diagonal"])
 @pytest.mark.parametrize("size", [(3, 5), (1, 1)])
-def test_gradients_reach_every_parameter_and_are_those_of_differences(ratio, rank, size):
-    mixer = low_rank(ratio, rank)
+def test_gradients_reach_every_parameter_and_are_those_of_differences(make, size):
+    mixer = make()
     x = normal(1, *size, 6).requires_grad_()
     names = [name for name, _ in mixer.named_parameters()]
 
