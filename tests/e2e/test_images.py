@@ -66,16 +66,10 @@ def test_any_architecture_teaches_any(student, digits, tmp_path, capsys):
     assert "distill: done, skipped" in capsys.readouterr().out and before
 
 
-def test_a_vmamba_is_squeezed_to_a_low_rank_and_a_killed_run_goes_on(digits, tmp_path, monkeypatch, capsys):
+def test_a_vmamba_is_squeezed_to_a_low_rank(digits, tmp_path, capsys):
     teacher, squeezed = tmp_path / "teacher", tmp_path / "squeezed"
     small_model("vmamba", channels=1, classes=10, side=16).save_pretrained(teacher)
-    more = ["--set", "lowrank.ratio=0.5", "--set", "distill.save_every=0"]
-    assert main(command(teacher, tmp_path / "straight", *more, to="vmamba-lowrank")) == 0
-    arguments = command(teacher, squeezed, *more, to="vmamba-lowrank")
-    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
-    assert main(arguments) == 0
-    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "straight", squeezed))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert main(command(teacher, squeezed, "--set", "lowrank.ratio=0.5", to="vmamba-lowrank")) == 0
     report = records.report(squeezed)
     assert [step.kind for step in report.steps] == ["Factorise", "TrainImages"]
     assert report.cost.student.parameters < 0.7 * report.cost.teacher.parameters
