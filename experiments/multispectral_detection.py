@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from convert.models.vision.vmamba_lowrank import low_rank_config, start_from
 from rich import box
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -35,6 +34,7 @@ from convert.data.image_sets import image_set
 from convert.data.images import read_images
 from convert.exporting.onnx import check_installed
 from convert.models.vision.catalog import NANO_VMAMBA
+from convert.models.vision.vmamba_lowrank import low_rank_config, start_from
 from experiments.detection import precision
 from experiments.detection.detector import Detector, backbone_config
 from experiments.detection.folder import read_pairs
