@@ -88,14 +88,13 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             with contextlib.redirect_stdout(nowhere) if _joined.rank else contextlib.nullcontext():
                 yield
-    except (UserError, Interrupted, RuntimeError) as error:
+    except Exception as error:
         if _was_left_alone(error):
             raise UserError(
                 "The processes of a run go on together, and another one ended; what it said is above or below this"
                 " line. The same command goes on from the last checkpoint."
             ) from error
-        if not isinstance(error, RuntimeError):
-            _say_once(error, _joined.rank)
+        _say_once(error, _joined.rank)
         raise
     finally:
         _joined = None
@@ -120,10 +119,11 @@ def _say_once(error: Exception, rank: int) -> None:
     with contextlib.suppress(Exception):  # a store that is gone with the first process
         if rank == 0:
             store.set("ended/0", words)
-        else:
+        elif not stopped_with(error):
             store.wait(["ended/0"], datetime.timedelta(seconds=HEARD))
             error.said_by_first = store.get("ended/0").decode() == words  # type: ignore[attr-defined]
-            time.sleep(1.0)  # torchrun ends all processes when one ends: the first has to say it before
+    if rank and stopped_with(error):
+        time.sleep(1.0)  # torchrun ends all processes when one ends: the first has to say it before
 
 
 def on_first(work: Callable[..., Result], *args: Any) -> Result:
@@ -148,6 +148,7 @@ def on_first(work: Callable[..., Result], *args: Any) -> Result:
     if failure is not None:
         raise failure
     if told[1] is not None:
+        told[1].said_by_first = True
         raise told[1]
     result: Result = told[0]
     return result

@@ -116,7 +116,8 @@ def _filled(outline: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel
     """The outline with the weights of the model that is shared out, tied where they were."""
     reshard(model)
     pairs = zip(outline.parameters(), model.parameters(), strict=True)
-    found = {id(empty): nn.Parameter(whole(p.detach()), False) for empty, p in pairs}
+    # a copy: of rows that do not divide, what is gathered is a part of a longer tensor
+    found = {id(empty): nn.Parameter(whole(p.detach()).clone(), False) for empty, p in pairs}
     for module in outline.modules():
         for name, p in module._parameters.items():
             if p is not None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -12,23 +13,46 @@ from typing import Any
 import torch.distributed as dist
 
 from convert.core.processes import joined
+from convert.run import main
 
 LONGEST = 60.0  # seconds that a test's processes may take
 
 
 def start(folder: Path, size: int, work: Callable[..., Any], *args: Any) -> list[int]:
-    """Start `size` processes that each call `work(*args)` among the others; their ids. What a process returns, or
-    raises, is in a file of its own."""
+    """Start `size` processes that each call `work(*args)` among the others; their ids. What a process returns, raises,
+    or says is in a file of its own."""
     folder.mkdir(parents=True)
     return [_fork(folder, rank, size, work, args) for rank in range(size)]
 
 
-def _fork(folder: Path, rank: int, size: int, work: Callable[..., Any], args: tuple) -> int:
+def commands(folder: Path, size: int, arguments: list[str], before: Callable[[], None] = lambda: None) -> list[int]:
+    """The exit codes of the command in `size` processes, which it joins as torchrun's. `before` runs first in each."""
+    folder.mkdir(parents=True)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    environment = {
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+    }  # fmt: skip
+
+    def work(rank: int) -> int:
+        os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        before()
+        return main(arguments)
+
+    return finished([_fork(folder, rank, 1, work, (rank,), by_itself=True) for rank in range(size)])
+
+
+def _fork(
+    folder: Path, rank: int, size: int, work: Callable[..., Any], args: tuple, by_itself: bool = False
+) -> int:
     if child := os.fork():
         return child
     code = 1
     try:
-        os.dup2(os.open(folder / f"said-{rank}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.stderr = (folder / f"said-{rank}").open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        if by_itself:
+            os._exit(work(*args))
         with joined(dist.FileStore(str(folder / "store"), size), rank, size):
             found = work(*args)
         (folder / f"returned-{rank}").write_bytes(pickle.dumps(found))

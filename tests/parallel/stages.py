@@ -15,10 +15,13 @@ from torch.distributed.fsdp import FSDPModule
 from convert.core.processes import share
 from convert.data.batches import Batches
 from convert.data.text import Tokens
-from convert.evaluation.perplexity import compare, perplexity
+from convert.evaluation.perplexity import compare, perplexity, perplexity_by_position
 from convert.models.access import slots_of
 from convert.models.swap import swap
 from convert.objectives import Objective
+from convert.steps import selection
+from convert.steps.calibration import inputs_of
+from convert.steps.refit import refit_outputs
 from convert.training import loop, parallel
 from convert.training.align import align
 from convert.training.distill import distill
@@ -114,6 +117,24 @@ def found(name: str) -> Found:
 
 def all_found(names: Iterable[str]) -> dict[str, Found]:
     return {name: found(name) for name in names}
+
+
+def looked() -> dict[str, Tensor]:
+    """What swaps measure of a model over five batches: the inputs of its layers, which layer matters, and output
+    projections that are solved for what the teacher's attention gives."""
+    teacher, batches = tiny_teacher("llama"), [Batches(SHORT, 32, 1, 3)(i) for i in range(5)]
+    seen = inputs_of(teacher, batches, look_back=True)
+    given = {f"{name} {i}": t for i, stats in enumerate(seen) for name, t in vars(stats).items()}
+    student, before = swap(tiny_teacher("llama"), "kda"), selection.parts_of(teacher)
+    given["sensitivity"] = torch.tensor(selection.sensitivity(student, before, batches))
+    refit_outputs(student, teacher, batches, (0, 2))
+    by_position = perplexity_by_position(student, batches)
+    given["perplexity"] = torch.tensor([perplexity(student, batches[:1]), *by_position.values()])
+    return given | {f"out {i}": student.slots()[i].mixer.out.weight.detach().clone() for i in (0, 2)}
+
+
+def all_found_and_looked(names: Iterable[str]) -> tuple[dict[str, Found], dict[str, Tensor]]:
+    return all_found(names), looked()
 
 
 FAULTY = "distill gpt_neox linear"

@@ -23,7 +23,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return together(tmp_path_factory.mktemp("two") / "run", 2, stages.all_found, stages.CASES)
+    return together(tmp_path_factory.mktemp("two") / "run", 2, stages.all_found_and_looked, stages.CASES)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,15 @@ def check_all(name: str, several: list[dict[str, stages.Found]], one: dict[str, 
 
 @pytest.mark.parametrize("name", stages.CASES)
 def test_two_processes_train_as_one(name, one, two):
-    check_all(name, two, one)
+    check_all(name, [found for found, _ in two], one)
+
+
+def test_two_processes_look_at_a_model_as_one(two):
+    one = stages.looked()
+    for _, looked in two:
+        assert looked.keys() == one.keys()
+        for name, value in one.items():
+            assert_close(looked[name], value, 1e-4 if name.startswith("out") else 1e-5)
 
 
 @pytest.mark.parametrize("name", OF_THREE)
