@@ -92,6 +92,14 @@ def test_the_same_number_of_processes_ends_bit_for_bit(runs):
     assert (at / "killed" / "steps" / "1-distill" / "checkpoint-4").exists()
 
 
+def test_each_process_keeps_its_part(runs):
+    """Of values and moments alike: the student is shared out evenly."""
+    at, *_ = runs
+    files = sorted((at / "stopped" / "steps" / "1-distill" / "checkpoint-2").glob("*.distcp"))
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
+
+
 def check(found: tuple[dict, list, list], losses: list, norms: list) -> None:
     assert len(found[1]) == STEPS - 2
     assert found[1] == pytest.approx(losses[2:], abs=1e-6)
