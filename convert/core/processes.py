@@ -85,9 +85,11 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
     )
     _joined = _Joined(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=FOREVER))
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            with contextlib.redirect_stdout(nowhere) if _joined.rank else contextlib.nullcontext():
-                yield
+        with contextlib.ExitStack() as quiet:
+            if _joined.rank:
+                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
     except Exception as error:
         if _was_left_alone(error):
             raise UserError(

@@ -118,10 +118,10 @@ def _assumptions(
     )
     if launched() > 1:
         yield (
-            f"{launched()} processes: each holds the teacher whole, and the student whole between steps; while it trains"
-            " each holds its part of a language model's parameters, gradients and moments, with one layer and the"
-            " embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need less"
-            " of it"
+            f"{launched()} processes: each holds the teacher whole, and the student whole between steps; while it"
+            " trains each holds its part of a language model's parameters, gradients and moments, with one layer and the"
+            " embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need"
+            " less of it"
         )
     yield (
         "disk: three checkpoints of the largest step (the third while it is written), two students, the exports;"

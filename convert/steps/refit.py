@@ -34,7 +34,7 @@ def refit_outputs(
     squares: dict[int, Tensor] = {}
     products: dict[int, Tensor] = {}
 
-    def see(layer: int, documents: Tensor | None) -> Callable[[nn.Module, tuple, dict, tuple], None]:
+    def see(layer: int, documents: Tensor | None, counts: bool) -> Callable[[nn.Module, tuple, dict, tuple], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
             mixer: Mixer = slots[layer].mixer
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -52,7 +52,7 @@ def refit_outputs(
         batch = batch.to(next(teacher.parameters()).device)
         documents = documents_of(batch.position_ids)
         hooks = [
-            attention_of(blocks[layer]).register_forward_hook(see(layer, documents), with_kwargs=True)
+            attention_of(blocks[layer]).register_forward_hook(see(layer, documents, counts), with_kwargs=True)
             for layer in layers
         ]
         try:

@@ -77,5 +77,5 @@ def test_tests_have_the_folders_of_the_source():
     mirrored = {f.parent.relative_to(ROOT / "tests") for f in TESTS}
     missing = {str(folder) for folder in folders if folder not in mirrored and folder.name != "nano"}
     assert not missing - {"mixers/init"}, "mixers are tested from their start on"
-    own = {"architecture", "e2e", "fuzz", "kernels", "experiments", "nano"}
+    own = {"architecture", "e2e", "fuzz", "kernels", "experiments", "nano", "parallel"}
     assert {folder.parts[0] for folder in mirrored if folder.parts} <= own | {f.parts[0] for f in folders if f.parts}

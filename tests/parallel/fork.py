@@ -15,7 +15,7 @@ import torch.distributed as dist
 from convert.core.processes import joined
 from convert.run import main
 
-LONGEST = 60.0  # seconds that a test's processes may take
+LONGEST = 240.0  # seconds that processes may take where all of the machine is busy: then they hang
 
 
 def start(folder: Path, size: int, work: Callable[..., Any], *args: Any) -> list[int]:
@@ -42,9 +42,7 @@ def commands(folder: Path, size: int, arguments: list[str], before: Callable[[],
     return finished([_fork(folder, rank, 1, work, (rank,), by_itself=True) for rank in range(size)])
 
 
-def _fork(
-    folder: Path, rank: int, size: int, work: Callable[..., Any], args: tuple, by_itself: bool = False
-) -> int:
+def _fork(folder: Path, rank: int, size: int, work: Callable[..., Any], args: tuple, by_itself: bool = False) -> int:
     if child := os.fork():
         return child
     code = 1

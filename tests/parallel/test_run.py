@@ -20,7 +20,9 @@ from tests.parallel.fork import commands
 # distill measures by generation while the student is shared out
 MEASURED = ("--set", "distill.evaluate_every=128", "--set", "distill.precision=float32", "--set",
             "align.precision=float32")  # fmt: skip
-OF_THE_CLOCK = re.compile(r"seconds|_per_s$|time_to_first|versions|commit|\.model$|models\.|max_abs|headline_change|export")
+OF_THE_CLOCK = re.compile(
+    r"seconds|_per_s$|time_to_first|versions|commit|\.model$|models\.|max_abs|headline_change|export"
+)
 
 
 def numbers(found, path=""):

@@ -12,7 +12,6 @@ from tests.conftest import assert_close, rms
 from tests.parallel import stages
 from tests.parallel.fork import together
 
-
 OF_THREE = ("distill gpt_neox linear", "distill tied llama mamba", "align qwen3 mamba2")
 
 
