@@ -22,8 +22,9 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 FOREVER = datetime.timedelta(days=30)  # while the first process evaluates or downloads, the others wait
+CITED = 200  # characters of what a library says when a process is gone
 HEARD = 10.0  # seconds that a process which fails waits to hear whether the first one fails alike (ours)
-OTHER_ENDED = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|peer|TCPStore|[Tt]imed out")
+OTHER_ENDED = re.compile(r"\bgloo/|NCCL|TCPStore|Connection closed by peer")
 
 
 @dataclass
@@ -94,7 +95,7 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
         if _was_left_alone(error):
             raise UserError(
                 "The processes of a run go on together, and another one ended; what it said is above or below this"
-                " line. The same command goes on from the last checkpoint."
+                f" line ({' '.join(str(error).split())[:CITED]}). The same command goes on from the last checkpoint."
             ) from error
         _say_once(error, _joined.rank)
         raise

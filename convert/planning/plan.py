@@ -119,8 +119,8 @@ def _assumptions(
     if launched() > 1:
         yield (
             f"{launched()} processes: each holds the teacher whole, and the student whole between steps; while it"
-            " trains each holds its part of a language model's parameters, gradients and moments, with one layer and the"
-            " embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need"
+            " trains each holds its part of a language model's parameters, gradients and moments, with one layer and"
+            " the embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need"
             " less of it"
         )
     yield (
