@@ -76,13 +76,17 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
     import torch
     import torch.distributed as dist
 
+    if store is None:
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node: its store outlives a restart, with the old addresses
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # a process that hangs is noticed after half an hour, which no step of a stage takes (ours)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         timeout=datetime.timedelta(minutes=30),
         store=store,
-        rank=-1 if rank is None else rank,
-        world_size=-1 if size is None else size,
+        rank=rank,
+        world_size=size,
     )
     _joined = _Joined(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=FOREVER))
     try:
