@@ -22,8 +22,9 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 FOREVER = datetime.timedelta(days=30)  # while the first process evaluates or downloads, the others wait
+CITED = 200  # characters of what a library says when a process is gone
 HEARD = 10.0  # seconds that a process which fails waits to hear whether the first one fails alike (ours)
-OTHER_ENDED = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|peer|TCPStore|[Tt]imed out")
+OTHER_ENDED = re.compile(r"\bgloo/|NCCL|TCPStore|Connection closed by peer")
 
 
 @dataclass
@@ -75,13 +76,17 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
     import torch
     import torch.distributed as dist
 
+    if store is None:
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node: its store outlives a restart, with the old addresses
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # a process that hangs is noticed after half an hour, which no step of a stage takes (ours)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         timeout=datetime.timedelta(minutes=30),
         store=store,
-        rank=-1 if rank is None else rank,
-        world_size=-1 if size is None else size,
+        rank=rank,
+        world_size=size,
     )
     _joined = _Joined(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=FOREVER))
     try:
@@ -94,7 +99,7 @@ def joined(store: Any = None, rank: int | None = None, size: int | None = None) 
         if _was_left_alone(error):
             raise UserError(
                 "The processes of a run go on together, and another one ended; what it said is above or below this"
-                " line. The same command goes on from the last checkpoint."
+                f" line ({' '.join(str(error).split())[:CITED]}). The same command goes on from the last checkpoint."
             ) from error
         _say_once(error, _joined.rank)
         raise

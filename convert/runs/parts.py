@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from convert.core.files import parse_json, write_text
 from convert.core.processes import on_first, waiting_group, world
@@ -88,9 +89,10 @@ def _empty(key: str, found: Any, like: Mapping[str, Tensor]) -> Tensor:
     """Room for a stored tensor."""
     if not hasattr(found, "size"):
         raise ValueError(f"{key} is no tensor")
-    _, name, *_ = [*key.split("/", 2), "", ""]
-    if key.startswith("parts/") and name in like and like[name].shape == found.size:
-        return torch.empty_like(like[name].detach(), dtype=found.properties.dtype, requires_grad=False)
+    kind, name, *_ = [*key.split("/"), ""]
+    parameter = like.get(name) if kind == "parts" else None
+    if isinstance(parameter, DTensor) and parameter.shape == found.size:
+        return torch.empty_like(parameter.detach(), dtype=found.properties.dtype)
     return torch.empty(found.size, dtype=found.properties.dtype)
 
 

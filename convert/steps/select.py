@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from convert.core.console import console
 from convert.core.errors import Interrupted
 from convert.core.fields import Checked, Name, Range
+from convert.core.processes import gathered
 from convert.models.access import layers_of
 from convert.steps import selection
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
@@ -102,7 +103,7 @@ class Select(Step, Checked):
             if at == len(rounds):
                 rounds.append(self._measured(student, session, left))
                 session.folder.save(at + 1, {"rounds": rounds})
-                if session.folder.stop_requested():
+                if any(gathered(session.folder.stop_requested())):
                     raise Interrupted(
                         f"Stopped after round {at + 1} of the ranking; it is saved. The same command goes on from"
                         " there."
