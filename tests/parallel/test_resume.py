@@ -137,6 +137,7 @@ def _without_the_parts_of_others(run: Path) -> None:
         save(folder, state)
         if processes.rank() == 1:
             (folder / "__1_0.distcp").unlink()
+        processes.gathered(None)  # no process looks before the file is gone
 
     checkpoint.save_parts = elsewhere
     with pytest.raises(UserError) as refused:
