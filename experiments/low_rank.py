@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
 
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core import json_lines
@@ -39,7 +38,7 @@ from convert.models.vision.vmamba_lowrank import low_rank_config, start_from
 from convert.objectives import Objective
 from convert.training.image_settings import ImageSettings
 from convert.training.images import classify
-from experiments.trainings import CORES, train_all
+from experiments.trainings import CORES, keep_weights, train_all
 
 IMAGES = {"digits": 40_000, "fashion-mnist": 240_000}
 RATIOS = (0.65, 0.60, 0.55, 0.50)  # the paper's, table IV
@@ -106,19 +105,13 @@ def train_one(training: Training, spec: str, images: int, out: Path) -> dict[str
     classify(student, teacher, ImageBatches(data.train, len(data.class_names), 64, training.seed, settings), settings)
     seconds = time.monotonic() - started
     if training.ratio == 1:
-        keep(student, weights_of(out, training.seed))
+        keep_weights(student, weights_of(out, training.seed))
     right = predict(student, held_out_images(data, 500, len(data.held_out))).is_right
     return dataclasses.asdict(training) | {"accuracy": float(right.mean()), "seconds": seconds}
 
 
 def weights_of(out: Path, seed: int) -> Path:
     return out / f"teacher-{seed}.safetensors"
-
-
-def keep(model: PreTrainedModel, file: Path) -> None:
-    aside = file.with_name(file.name + ".writing")
-    save_file(model.state_dict(), aside)
-    aside.replace(file)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core import json_lines
@@ -41,7 +41,7 @@ from experiments.detection.folder import read_pairs
 from experiments.detection.pictures import draw
 from experiments.detection.scenes import Pairs, compose
 from experiments.detection.training import found_by, on_the_edge, train
-from experiments.trainings import CORES, train_all
+from experiments.trainings import CORES, keep_weights, train_all
 
 SIDE, SCENES, HELD_OUT = 64, 4000, 500  # pixels, and scenes that are composed (ours)
 SVD, STATES, FEATURES = "0.5*transition_svd", "0.1*scan_states", "1.5*stage_features"  # the paper's weights, eq. 9
@@ -142,11 +142,7 @@ def train_one(training: Training, scenes: Scenes, images: int, out: Path) -> dic
     started = time.monotonic()
     train(detector, teacher, row.terms, pairs, images, training.seed)
     seconds = time.monotonic() - started
-    place = weights_of(out, training)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(place.name + ".writing")
-    save_file(detector.state_dict(), aside)
-    aside.replace(place)
+    keep_weights(detector, weights_of(out, training))
     found = found_by(detector, held_out)
     return dataclasses.asdict(training) | {
         "map50": precision.map50(found, held_out),

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from convert.core import json_lines
@@ -41,6 +43,14 @@ def train_all(
             bar.set_postfix_str(in_words(row))
         pool.close()  # its processes end by themselves, and leave nothing behind
         pool.join()
+
+
+def keep_weights(model: nn.Module, file: Path) -> None:
+    """Write a model's weights whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".writing")
+    save_file(model.state_dict(), aside)
+    aside.replace(file)
 
 
 class _Quiet:
