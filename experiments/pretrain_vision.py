@@ -33,7 +33,7 @@ from convert.training.image_settings import ImageSettings
 from convert.training.images import classify
 
 NAMES = ("vit-nano", "resnet-nano", "mixer-nano")
-IMAGES = {"digits": 100_000, "fashion-mnist": 600_000}
+IMAGES = {"digits": 100_000, "fashion-mnist": 240_000}
 SIDE = {"digits": 16, "fashion-mnist": 28}  # of images, where a model does not need larger ones
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(IMAGES), default="digits")
-    parser.add_argument("--images", help="seen in training, 100k for digits and 600k for fashion-mnist by default")
+    parser.add_argument("--images", help="seen in training, 100k for digits and 240k for fashion-mnist by default")
     parser.add_argument("--seeds", type=whole_number(1, 100), default=3)
     parser.add_argument("--only", choices=NAMES, help="one of the models")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain-vision"))
