@@ -13,8 +13,8 @@ HEAD = """# Architecture
 
 Data flows one way: a teacher is loaded, its attention layers are read into `Projections`, a mixer starts from them, a
 step swaps it in or trains it, a recipe orders the steps, a plan says what they cost, and the pipeline runs them,
-measures, and writes reports. A run knows its models, data and numbers through a `Domain` alone; language is the only
-one so far.
+measures, and writes reports. A run knows its models, data and numbers through a `Domain` alone: one is for text, one
+for images.
 
 `python -m tests.architecture.tree > docs/ARCHITECTURE.md` makes this page of the first sentence of every file;
 `tests/architecture/test_imports.py` enforces the table.
