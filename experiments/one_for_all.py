@@ -42,7 +42,7 @@ from convert.training.images import classify
 from experiments.trainings import CORES, train_all
 
 MODELS = ("resnet-nano", "vit-nano", "mixer-nano")
-IMAGES = {"digits": 40_000, "fashion-mnist": 240_000}
+IMAGES = {"digits": 40_000, "fashion-mnist": 16_000}
 SCRATCH, OFA = "scratch", "OFA"
 METHODS = {
     SCRATCH: "cross_entropy",
@@ -122,7 +122,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(IMAGES), default="digits")
-    parser.add_argument("--images", help="seen in training; 40k for digits and 240k for fashion-mnist by default")
+    parser.add_argument("--images", help="seen in training; 40k for digits and 16k for fashion-mnist by default")
     parser.add_argument("--labels", type=real_number(1e-6, 1), nargs="+", default=[0.1, 1.0], help="shares of labels")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
