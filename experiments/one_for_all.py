@@ -42,7 +42,7 @@ from convert.training.images import classify
 from experiments.trainings import CORES, train_all
 
 MODELS = ("resnet-nano", "vit-nano", "mixer-nano")
-IMAGES = {"digits": 40_000, "fashion-mnist": 16_000}
+DATA = ("digits", "fashion-mnist")
 SCRATCH, OFA = "scratch", "OFA"
 METHODS = {
     SCRATCH: "cross_entropy",
@@ -121,15 +121,15 @@ def train_one(training: Training, data: str, images: int) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=tuple(IMAGES), default="digits")
-    parser.add_argument("--images", help="seen in training; 40k for digits and 16k for fashion-mnist by default")
+    parser.add_argument("--data", choices=DATA, default="digits")
+    parser.add_argument("--images", default="40k", help="seen in training by each student")
     parser.add_argument("--labels", type=real_number(1e-6, 1), nargs="+", default=[0.1, 1.0], help="shares of labels")
     parser.add_argument("--seeds", type=whole_number(1, 1000), default=3)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=whole_number(1, 1024), default=CORES, help="trainings at once")
     parser.add_argument("--out", type=Path, help="runs/one-for-all/DATA-IMAGES by default")
     args = parser.parse_args()
-    images = number_of_tokens(args.images) if args.images else IMAGES[args.data]
+    images = number_of_tokens(args.images)
     out = args.out or Path("runs/one-for-all") / f"{args.data}-{images}"
     file = out / "results.jsonl"
     done = results_of(file)
