@@ -84,10 +84,11 @@ def test_killed_and_repeated_is_bit_identical(instant, teacher, text, straight, 
     assert killed_at(instant, arguments, monkeypatch) == signal.SIGKILL
     assert not (killed / "report.json").exists()
     assert main(arguments) == 0
-    whole, resumed = weights(straight), weights(killed)
-    assert whole.keys() == resumed.keys()
-    for name in whole:
-        assert torch.equal(whole[name], resumed[name]), name
+    shipped = [
+        {f.name: f.read_bytes() for f in (run / "model").iterdir() if f.name != "README.md"}
+        for run in (straight, killed)
+    ]
+    assert shipped[0] == shipped[1]  # the card has times
     reports = [json.loads((run / "report.json").read_text()) for run in (straight, killed)]
     assert keys(reports[0]) == keys(reports[1])  # a resumed run tells the same, no more and no less
     left = [{str(file.relative_to(run)) for file in (run / "steps").rglob("*")} for run in (straight, killed)]
