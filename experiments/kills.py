@@ -68,7 +68,10 @@ def main() -> None:
     code, phases, said = watched(straight, 2)
     if code:
         raise UserError(f"The run that nothing disturbs ended with {code}; it said: {said[-2000:]}")
-    lines = ["| process | killed in | seconds into it | went on with | result |", "|---|---|---|---|---|"]
+    lines = [
+        "| process | killed in | for the nth time | seconds into it | went on with | result |",
+        "|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines), flush=True)
     failed = 0
     for i, instant in enumerate(drawn(phases, args.kills, args.seed)):
@@ -76,7 +79,7 @@ def main() -> None:
         size = (1, 3)[i // 4 % 2] if (i + i // 4) % 4 == 3 else 2
         faults = trial(straight, args.out / f"{i}", instant, rank, size)
         equal = "equal bit for bit" if size == 2 else "equal to rounding"
-        where = f"{rank} | {instant.phase}, {instant.nth + 1}. time | {instant.seconds:.2f} | {size}"
+        where = f"{rank} | {instant.phase} | {instant.nth + 1} | {instant.seconds:.2f} | {size}"
         lines.append(f"| {where} | {'; '.join(faults) or equal} |")
         print(lines[-1], flush=True)
         failed += bool(faults)

@@ -4,7 +4,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-
 # what the teacher's file says of itself, not of the host
 OF_THE_FILE = ("architectures", "dtype", "transformers_version", "_name_or_path")
 
@@ -48,7 +47,7 @@ class ConvertedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers. A student that was just made and one that was read from a file give the same."""
+        """The configuration as transformers gives it; a student just made and one that was read give the same."""
         found = super().to_dict()
         found["host"] = {k: v for k, v in found["host"].items() if k not in OF_THE_FILE}
         return found
