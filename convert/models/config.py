@@ -4,6 +4,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+# what the teacher's file says of itself, not of the host
+OF_THE_FILE = ("architectures", "dtype", "transformers_version", "_name_or_path")
+
 
 def _of_host(name: str) -> property:
     """A field of the host's configuration, which is read and written there: one fact has one place."""
@@ -35,17 +38,19 @@ class ConvertedConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(host, dict):
-            fields = {
-                k: v
-                for k, v in host.items()
-                if k not in ("model_type", "dtype", "architectures", "transformers_version")
-            }
+            fields = {k: v for k, v in host.items() if k not in ("model_type", *OF_THE_FILE)}
             host = AutoConfig.for_model(host["model_type"], **fields)
         # transformers makes one without arguments, to compare with
         self.host: PreTrainedConfig = PreTrainedConfig() if host is None else host
         self.mixers = mixers or []
         kwargs.setdefault("attn_implementation", getattr(self.host, "_attn_implementation", None))
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as transformers gives it; a student just made and one that was read give the same."""
+        found = super().to_dict()
+        found["host"] = {k: v for k, v in found["host"].items() if k not in OF_THE_FILE}
+        return found
 
     def host_config(self) -> PreTrainedConfig:
         """The teacher's configuration."""

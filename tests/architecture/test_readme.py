@@ -16,6 +16,7 @@ def test_the_python_example_runs(tmp_path):
     (example,) = (
         block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from convert import" in block
     )
+    brief = "import pytest, tests.conftest; tests.conftest.measure_briefly(pytest.MonkeyPatch())\n"
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -24,7 +25,7 @@ def test_the_python_example_runs(tmp_path):
         "OMP_NUM_THREADS": "1",  # other tests use the other cores
     }
     done = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", brief + example], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").exists()

@@ -1,6 +1,7 @@
 """Files that stay readable: their length, their docstrings, and tests beside every folder."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def test_no_file_is_long():
     assert not {name: count for name, count in lines.items() if count > LONGEST}
 
 
+@functools.cache
+def names_of(file: Path) -> set[str]:
+    return names_in(file.read_text())
+
+
 def names_in(source: str) -> set[str]:
     """Every name in a file: of variables, arguments, attributes, functions, classes and keywords."""
     fields = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr", ast.keyword: "arg", ast.alias: "name"}
@@ -67,7 +73,7 @@ def names_in(source: str) -> set[str]:
 
 @pytest.mark.parametrize("word", OLD_WORDS)
 def test_old_words_are_gone(word):
-    found = [str(f.relative_to(ROOT)) for f in [*SOURCES, *TESTS] if word in names_in(f.read_text())]
+    found = [str(f.relative_to(ROOT)) for f in [*SOURCES, *TESTS] if word in names_of(f)]
     assert not found, f"{word} is called {OLD_WORDS[word]}"
 
 

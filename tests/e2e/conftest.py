@@ -1,14 +1,11 @@
 """What the tests of whole runs share: a tiny teacher, a text, the command, and runs that are quick."""
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert.evaluation import final_metrics
-from convert.exporting import verify
-from tests.conftest import VOCAB, tiny_teacher
+from tests.conftest import VOCAB, measure_briefly, tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +35,7 @@ def quiet(monkeypatch, tmp_path):
     """No W&B, a cache of our own, and the clean process only where a test asks for it (it takes seconds)."""
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(
-        verify, "check_in_clean_process", lambda folder, ids, **_: _load(folder)(ids, use_cache=False).logits.float()
-    )
-    monkeypatch.setattr(final_metrics, "PREFILL_SECONDS", 0.2)
-
-
-def _load(folder):
-    from transformers import AutoModelForCausalLM
-
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    measure_briefly(monkeypatch)
 
 
 def command(teacher, text, out, *more, to="mamba2"):

@@ -70,24 +70,39 @@ EVERY_STEP = ("--set", "align.save_every=0", "--set", "distill.save_every=0")
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The folder of a run that nothing stopped; the first test that needs it makes it."""
-    return tmp_path_factory.mktemp("straight") / "run"
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def straight(quiet, place, teacher, text):
+    """A run that nothing stopped; the first test that needs it makes it. Not to be changed."""
+    if not (place / "straight").exists():
+        assert main(command(teacher, text, place / "straight", *EVERY_STEP)) == 0
+    return place / "straight"
+
+
+@pytest.fixture
+def finished(quiet, place, teacher, text, tmp_path):
+    """The arguments of a run to linear attention that is finished; its folder is `tmp_path / "run"`."""
+    if not (place / "linear").exists():
+        assert main(command(teacher, text, place / "linear", to="linear")) == 0
+    shutil.copytree(place / "linear", tmp_path / "run")
+    return command(teacher, text, tmp_path / "run", to="linear")
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_killed_and_repeated_is_bit_identical(instant, teacher, text, straight, tmp_path, monkeypatch):
-    if not straight.exists():
-        assert main(command(teacher, text, straight, *EVERY_STEP)) == 0
     killed = tmp_path / "killed"
     arguments = command(teacher, text, killed, *EVERY_STEP)
     assert killed_at(instant, arguments, monkeypatch) == signal.SIGKILL
     assert not (killed / "report.json").exists()
     assert main(arguments) == 0
-    whole, resumed = weights(straight), weights(killed)
-    assert whole.keys() == resumed.keys()
-    for name in whole:
-        assert torch.equal(whole[name], resumed[name]), name
+    shipped = [
+        {f.name: f.read_bytes() for f in (run / "model").iterdir() if f.name != "README.md"}
+        for run in (straight, killed)
+    ]
+    assert shipped[0] == shipped[1]  # the card has times
     reports = [json.loads((run / "report.json").read_text()) for run in (straight, killed)]
     assert keys(reports[0]) == keys(reports[1])  # a resumed run tells the same, no more and no less
     left = [{str(file.relative_to(run)) for file in (run / "steps").rglob("*")} for run in (straight, killed)]
@@ -110,30 +125,27 @@ def test_sigterm_saves_and_says_how_to_go_on(teacher, text, tmp_path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the caller's again
 
 
-def test_a_finished_run_is_skipped_and_changed_settings_are_refused(teacher, text, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(command(teacher, text, out)) == 0
-    before = (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns
-    assert main(command(teacher, text, out)) == 0
-    assert (out / "steps" / "4-distill" / "DONE").stat().st_mtime_ns == before
+def test_a_finished_run_is_skipped_and_changed_settings_are_refused(finished, tmp_path, capsys):
+    done = tmp_path / "run" / "steps" / "2-distill" / "DONE"
+    before = done.stat().st_mtime_ns
+    assert main(finished) == 0
+    assert done.stat().st_mtime_ns == before
     capsys.readouterr()
-    assert main(command(teacher, text, out, "--set", "distill.lr=0.5")) == 2
+    assert main([*finished, "--set", "distill.lr=0.5"]) == 2
     error = capsys.readouterr().err
     assert "steps.distill.settings.lr: 0.002 -> 0.5" in error and "--fresh" in error
-    assert main(command(teacher, text, out, "--set", "distill.lr=0.5", "--fresh")) == 0
+    assert main([*finished, "--set", "distill.lr=0.5", "--fresh"]) == 0
     assert (tmp_path / "run.old-1" / "report.json").exists()
 
 
-def test_a_damaged_checkpoint_is_set_aside(teacher, text, tmp_path, monkeypatch, capsys):
-    every_step = ["--set", "distill.save_every=0"]
-    assert main(command(teacher, text, tmp_path / "straight", *every_step)) == 0
-    arguments = command(teacher, text, tmp_path / "run", *every_step)
+def test_a_damaged_checkpoint_is_set_aside(straight, teacher, text, tmp_path, monkeypatch, capsys):
+    arguments = command(teacher, text, tmp_path / "run", "--set", "distill.save_every=0")
     assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
     newest = tmp_path / "run" / "steps" / "4-distill" / "checkpoint-2" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-100])
     assert main(arguments) == 0
     assert "damaged" in capsys.readouterr().out
-    for name, value in weights(tmp_path / "straight").items():
+    for name, value in weights(straight).items():
         assert torch.equal(value, weights(tmp_path / "run")[name]), name
 
 
@@ -156,9 +168,7 @@ def test_another_teacher_under_the_same_name_is_refused(teacher, text, tmp_path,
         ("student/config.json", "are damaged"),
     ],
 )
-def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys):
-    arguments = command(teacher, text, tmp_path / "run", to="linear")
-    assert main(arguments) == 0
+def test_damaged_results_are_named(name, words, finished, tmp_path, capsys):
     file = tmp_path / "run" / "steps" / "2-distill" / name
     whole = bytearray(file.read_bytes())
     if file.suffix == ".safetensors":
@@ -166,15 +176,13 @@ def test_damaged_results_are_named(name, words, teacher, text, tmp_path, capsys)
     else:
         del whole[len(whole) // 2 :]
     file.write_bytes(whole)
-    assert main(arguments) == 2
+    assert main(finished) == 2
     assert words in (error := capsys.readouterr().err) and "defect" not in error
 
 
-def test_one_process_at_a_time(teacher, text, tmp_path, capsys):
-    arguments = command(teacher, text, tmp_path / "run", to="linear")
-    assert main(arguments) == 0
+def test_one_process_at_a_time(finished, tmp_path, capsys):
     with locked(tmp_path / "run"):
         for more in ([], ["--fresh"]):
-            assert main([*arguments, *more]) == 2
+            assert main([*finished, *more]) == 2
             assert "another one holds" in capsys.readouterr().err
-    assert main(arguments) == 0
+    assert main(finished) == 0

@@ -21,7 +21,8 @@ from convert.mixers import MIXERS
 from convert.run import main
 from convert.runs.checkpoint import StepFolder
 from convert.steps import selection
-from tests.e2e.conftest import _load, command
+from tests.conftest import logits_here
+from tests.e2e.conftest import command
 
 
 @pytest.mark.parametrize("target", ["linear", "mamba", "mamba2"])
@@ -142,7 +143,7 @@ def test_a_run_folder_is_a_teacher(teacher, text, tmp_path):
         "2-distill",
     ]
     again, report = (
-        evaluate_run(tmp_path / "second"),
+        evaluate_run(tmp_path / "second", limit=2),
         json.loads((tmp_path / "second" / "report.json").read_text()),
     )
     assert again.perplexity.teacher == pytest.approx(report["perplexity"]["teacher"], rel=1e-6)
@@ -159,7 +160,7 @@ def test_functions_of_the_package_survive_its_commands():
 
 
 def wrong_logits(folder, ids, **_):
-    return _load(folder)(ids, use_cache=False).logits.float() * 1.01
+    return logits_here(folder, ids) * 1.01
 
 
 def no_process(folder, ids, **_):

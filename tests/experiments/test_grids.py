@@ -19,6 +19,7 @@ from experiments import gendistill_axes, grid_table, hybrids, variants
 from experiments.gendistill_axes import FINDINGS, ROWS, longer
 from experiments.grid import TABLE, Grid, Row, options, recipe_of, run_command, run_grid
 from experiments.grid_table import DEFAULT, Result, flips, lines_of, markdown
+from tests.conftest import measure_briefly
 
 BUDGET = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
 
@@ -105,6 +106,7 @@ def test_what_would_end_every_run_is_said_once(option, words, tmp_path):
 @pytest.fixture
 def small(monkeypatch, finished_run, tmp_path):
     """A folder of a grid whose first run is finished, and its recipes small."""
+    measure_briefly(monkeypatch)
     monkeypatch.setattr(variants, "budget_of", lambda *_, **__: BUDGET)
     shutil.copytree(finished_run, tmp_path / "default-0")
     return tmp_path

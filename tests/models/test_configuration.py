@@ -162,3 +162,17 @@ def test_a_configuration_alone():
             other.host.to_dict() | {"dtype": None} == config.host.to_dict() | {"dtype": None}
             and other.mixers == config.mixers
         )
+
+
+def test_a_student_that_was_read_writes_what_one_just_made_does(tmp_path):
+    """A run that goes on reads its student; its files are those of a run that nothing stopped, and name no folder of
+    the machine that wrote them."""
+    tiny_teacher("llama").save_pretrained(tmp_path / "teacher")
+    made = swap(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher"), "mamba2", options_of("mamba2"), (0, 2))
+    assert made.host.config.dtype == torch.float32  # which a configuration that was read leaves open
+    again(made, tmp_path / "made").save_pretrained(tmp_path / "read")
+    made.config.save_pretrained(tmp_path / "config")
+    AutoConfig.from_pretrained(tmp_path / "config").save_pretrained(tmp_path / "config again")
+    for one, other in (("made", "read"), ("config", "config again")):
+        text = (tmp_path / one / "config.json").read_text()
+        assert text == (tmp_path / other / "config.json").read_text() and str(tmp_path) not in text

@@ -42,21 +42,32 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_report_what_one_does(teacher, text, tmp_path):  # noqa: F811
-    arguments = [command(teacher, text, tmp_path / f"of-{n}", *MEASURED, to="linear") for n in (1, 2)]
-    assert main(arguments[0]) == 0
-    assert commands(tmp_path / "two", 2, arguments[1]) == [0, 0]
-    one, two = report(tmp_path / "of-1"), report(tmp_path / "of-2")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture
+def straight(quiet, place, teacher, text):  # noqa: F811
+    """A run of two processes that nothing stopped; what they said is beside it."""
+    if not (place / "run").exists():
+        assert commands(place / "said", 2, command(teacher, text, place / "run", *MEASURED, to="linear")) == [0, 0]
+    return place / "run"
+
+
+def test_two_processes_report_what_one_does(straight, teacher, text, tmp_path):  # noqa: F811
+    assert main(command(teacher, text, tmp_path / "of-1", *MEASURED, to="linear")) == 0
+    one, two = report(tmp_path / "of-1"), report(straight)
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key
-    logged = [rows(tmp_path / f"of-{n}") for n in (1, 2)]
+    logged = [rows(tmp_path / "of-1"), rows(straight)]
     assert [row["step"] for row in logged[0]] == [row["step"] for row in logged[1]]
     for row, other in zip(*logged, strict=True):
         for key in ("train/loss", "train/grad_norm", "held_out/perplexity", "held_out/generation"):
             assert other.get(key, -1) == pytest.approx(row.get(key, -1), rel=1e-5), key
     assert any("held_out/generation" in row for row in logged[0])
-    assert "it/s" not in (tmp_path / "two" / "said-1").read_text()
+    assert "it/s" not in (straight.parent / "said" / "said-1").read_text()
 
 
 def dies_before_its_last_step() -> None:
@@ -70,14 +81,13 @@ def dies_before_its_last_step() -> None:
     pipeline._done = die
 
 
-def test_killed_and_repeated_is_bit_identical(teacher, text, tmp_path):  # noqa: F811
-    straight, killed = (command(teacher, text, tmp_path / name, to="linear") for name in ("straight", "killed"))
-    assert commands(tmp_path / "first", 2, straight) == [0, 0]
+def test_killed_and_repeated_is_bit_identical(straight, teacher, text, tmp_path):  # noqa: F811
+    killed = command(teacher, text, tmp_path / "killed", *MEASURED, to="linear")
     assert commands(tmp_path / "second", 2, killed, dies_before_its_last_step) == [2, -signal.SIGKILL]
     said = (tmp_path / "second" / "said-0").read_text()
     assert "error: The processes of a run go on together, and another one ended" in said and "defect" not in said
     assert commands(tmp_path / "third", 2, killed) == [0, 0]
-    one, other = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    one, other = weights(straight), weights(tmp_path / "killed")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

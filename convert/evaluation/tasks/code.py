@@ -10,6 +10,7 @@ import keyword
 import random
 import re
 import tokenize
+from bisect import bisect_left
 from collections.abc import Callable
 
 from convert.data.corpus import corpus, is_held_out
@@ -82,11 +83,13 @@ def _names(count: int, seed: int) -> list[Item]:
     rng, found = random.Random(f"names {seed}"), []
     for _, text in unseen():
         tokens = _tokens(text)
+        starts = [start for _, _, start, _ in tokens]
         for kind, name, at, _ in tokens:
             if at < CONTEXT or not _is_name(kind, name) or text[at - 1] != " " or text[at - 2] in " \n":
                 continue
             prompt = _before(text, at - 1)
-            near = {t for k, t, start, _ in tokens if at - len(prompt) <= start < at and _is_name(k, t)}
+            inside = tokens[bisect_left(starts, at - len(prompt)) : bisect_left(starts, at)]
+            near = {t for k, t, _, _ in inside if _is_name(k, t)}
             others = sorted(other for other in near if not other.startswith(name) and not name.startswith(other))
             if name in near and len(others) >= 3:
                 found.append((prompt, name, others))
