@@ -6,7 +6,6 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert.core.errors import Interrupted, UserError
 from convert.data.batches import Batch, Batches
@@ -22,7 +21,7 @@ from convert.training.align import align
 from convert.training.distill import distill
 from convert.training.selectors import mixers
 from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
-from tests.training.stages import SETTINGS, Kept, Logged, batches, student_of, tokens
+from tests.training.stages import SETTINGS, Kept, Logged, Reads, batches, student_of, tokens
 
 KL = Objective.of("forward_kl")
 STAGES = {
@@ -182,18 +181,6 @@ def test_non_finite_steps_are_skipped_then_refused():
     with pytest.raises(UserError, match="5 steps in a row had none .step 8"):
         align(student, tiny_teacher("gpt_neox"), batches(), settings)
     assert all(p.isfinite().all() for p in student.parameters())
-
-
-class Reads(TorchDispatchMode):
-    """Counts how often a number is read from a tensor while it is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["cosine", "kl", "all terms"])
