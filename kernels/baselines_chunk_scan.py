@@ -3,6 +3,8 @@
 from torch import Tensor
 
 from kernels.bench_case import (
+    BY_IMPL,
+    OURS,
     BenchmarkCase,
     Cost,
     Run,
@@ -32,10 +34,11 @@ def chunk_scan_case(size: Size) -> BenchmarkCase:
         )
 
     implementations: dict[str, Run] = {
-        "ours": lambda a: chunk_scan(**a),
+        "ours": lambda a: chunk_scan(**a, impl=OURS),
         "ours, torch operators": lambda a: chunk_scan(**a, impl="chunked"),
         "transformers": lambda a: from_transformers("mamba2", "mamba2_chunk_scan")(*a.values(), chunk_size=64),
         "mamba-ssm": lambda a: imported(MAMBA2_SCAN, "mamba_chunk_scan_combined")(**a, chunk_size=64),
+        BY_IMPL: lambda a: chunk_scan(**a, impl="mamba_ssm"),
         "flash-linear-attention": _flash_linear_attention,
     }
     Q, steps = 64, batch * L * H  # the products of chunks of Q steps: kernels/chunk_scan/README.md

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.bench_case import (
+    BY_IMPL,
+    OURS,
     BenchmarkCase,
     Cost,
     Run,
@@ -37,11 +39,12 @@ def selective_scan_case(size: Size) -> BenchmarkCase:
         )
 
     implementations: dict[str, Run] = {
-        "ours": lambda a: selective_scan(**a),
+        "ours": lambda a: selective_scan(**a, impl=OURS),
         "ours, torch operators": lambda a: selective_scan(**a, impl="chunked"),
         "mambapy": _mambapy,
         "transformers": lambda a: from_transformers("mamba", "mamba_selective_scan")(*a.values()),
         "mamba-ssm": lambda a: imported(MAMBA_SCAN, "selective_scan_fn")(**a),
+        BY_IMPL: lambda a: selective_scan(**a, impl="mamba_ssm"),
         "mamba-ssm, reference": lambda a: imported(MAMBA_SCAN, "selective_scan_ref")(**a),
     }
     return BenchmarkCase(
@@ -134,10 +137,11 @@ def state_update_case(size: Size) -> BenchmarkCase:
         )
 
     implementations: dict[str, Run] = {
-        "ours": lambda a: _step(selective_state_update, a),
+        "ours": lambda a: _step(functools.partial(selective_state_update, impl=OURS), a),
         "torch operators": lambda a: _step(functools.partial(selective_state_update, impl="reference"), a),
         "transformers": lambda a: _step(from_transformers("mamba", "mamba_selective_state_update"), a),
         "mamba-ssm": lambda a: _step(imported(MAMBA_STEP, "selective_state_update"), a),
+        BY_IMPL: lambda a: _step(functools.partial(selective_state_update, impl="mamba_ssm"), a),
     }
     states = batch * D * N
     return BenchmarkCase(

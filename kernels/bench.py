@@ -7,7 +7,8 @@
 
 Every implementation runs in a process of its own, one after another. Its output and gradients are compared with float64
 first, and a wrong one gets no time. The same call measures the ceilings: copy, float32 matrix product,
-exponentials.
+exponentials. On a GPU with mamba-ssm, impl="auto" takes the faster of ours and theirs from then on, if theirs is as
+exact as ours must be (kernels/measured.py).
 """
 
 import argparse
@@ -24,7 +25,9 @@ from torch import Tensor
 from kernels.baselines import CASES, GROUPS
 from kernels.bench_case import (
     BASELINES,
+    BY_IMPL,
     GPU_ONLY,
+    OURS,
     BenchmarkCase,
     Cost,
     Run,
@@ -34,6 +37,7 @@ from kernels.bench_case import (
 )
 from kernels.bench_report import format_opening, format_size, plot, print_table
 from kernels.machine import DEVICE, PeakMemory, ceilings, describe_machine, limit_memory, measure_seconds, trim_heap
+from kernels.measured import keep_fastest
 
 MAX_ERROR = 1e-3  # relative RMS error from which a result is called wrong
 MAX_TF32_ERROR = 1e-2  # the same for a baseline that multiplies float32 in tf32, whose 10 bits make 5e-4 to 2e-3 of it
@@ -144,6 +148,15 @@ def scale(case: str, size: Size, min_seconds: float, rates: dict[str, float]) ->
         yield row | labels | ratios(row, base, at.cost, rates)
 
 
+def faster(rows: list[dict]) -> str | None:
+    """Return which implementation of an operator "auto" is to take, by the rows of `compare`; None where they do not
+    say. One that is less exact than ours must be is not taken, however fast."""
+    times = {row["implementation"]: row["time_s"] for row in rows if "time_s" in row and row["error"] < MAX_ERROR}
+    if "ours" not in times or not any(row["implementation"] == BY_IMPL for row in rows):
+        return None
+    return "mamba_ssm" if times.get(BY_IMPL, times["ours"]) < times["ours"] else OURS
+
+
 def measure_in_process(case: str, implementation: str, size: Size, min_seconds: float) -> dict:
     """Call `measure` in a process of its own; a row with "failed" says why it has no numbers."""
     row = {"case": case, "implementation": implementation, "size": size}
@@ -228,7 +241,10 @@ def main(words: list[str] | None = None) -> None:
     rates, rows = ceilings(args.seconds), []
     print(format_opening(machine, rates), flush=True)
     for case in args.cases:
-        rows += print_table(compare(case, args.size, args.seconds, rates))
+        compared = print_table(compare(case, args.size, args.seconds, rates))
+        if DEVICE == "cuda" and (best := faster(compared)) is not None:
+            keep_fastest(case, best)
+        rows += compared
         if args.scaling:
             rows += print_table(scale(case, args.size, args.seconds, rates))
         if args.json:

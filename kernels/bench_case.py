@@ -19,6 +19,8 @@ BASELINES = {  # package -> its module
     "flash-linear-attention": "fla",
 }
 GPU_ONLY = ("mamba-ssm", "flash-linear-attention")
+OURS = "triton" if DEVICE == "cuda" else "auto"  # "auto" may be theirs on a GPU, by an earlier bench
+BY_IMPL = "mamba-ssm, by impl"  # what runs as impl="mamba_ssm" of our operator
 
 Size = dict[str, int]
 Tensors = dict[str, Tensor]

@@ -1,4 +1,5 @@
-"""Choice of the implementation of an operator: the one that the caller names, or the first that can run."""
+"""Choice of the implementation of an operator: the one that the caller names, or the first that can run; on a GPU the
+one that was measured to be the fastest there, if it can."""
 
 import functools
 import importlib.util
@@ -9,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from kernels.measured import fastest
+
 # Name of an implementation -> a function of the device type and the dtype of the states that returns why it cannot run
 # there, or None if it can. The order is that in which "auto" tries them.
 Implementations = dict[str, Callable[[str, torch.dtype], str | None]]
@@ -18,7 +21,8 @@ FOR_GPUS = ("triton", "fla")  # "auto" skips them on a CPU, where there is only 
 
 
 def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementations: Implementations) -> str:
-    """Return `impl`, or for "auto" the first implementation that runs on this device in this dtype.
+    """Return `impl`, or for "auto" the first implementation that runs on this device in this dtype, where the one that
+    `kernels.bench` measured to be the fastest on this GPU comes first.
 
     The automatic choice is printed to stderr once per process.
 
@@ -34,7 +38,8 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
     if torch.compiler.is_exporting():
         return next(name for name in PORTABLE if name in implementations)
     rejected, reason = "", None
-    for name, why_unavailable in implementations.items():
+    best = fastest(operator) if device == "cuda" else None
+    for name, why_unavailable in sorted(implementations.items(), key=lambda item: item[0] != best):
         if name in FOR_GPUS and device == "cpu":
             continue
         if (reason := why_unavailable(device, dtype)) is None:

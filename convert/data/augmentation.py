@@ -4,7 +4,7 @@ B images · C channels · H height · W width · K classes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -34,6 +34,11 @@ class Augmentation(Checked):
     mixup: Annotated[float, Range(0, 100)] = 0.0  # alpha of Beta(alpha, alpha) (arXiv 1710.09412; DeiT and OFA-KD: 0.8)
     cutmix: Annotated[float, Range(0, 100)] = 0.0  # likewise (arXiv 1905.04899; DeiT and OFA-KD: 1)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether images stay as they are."""
+        return all(getattr(self, field.name) == field.default for field in fields(Augmentation))
+
 
 class Augmenter:
     """Makes the changes. Each call draws from a generator of its own; torch's global one stays as it was."""
@@ -48,7 +53,7 @@ class Augmenter:
         Mixup and cutmix pair images whose label is known with each other, and the others with each other (ours): the
         mixture of a known and an unknown label would be either a wrong target or a label lost. Where both are on, each
         batch gets one of them, at equal odds (timm)."""
-        if self.settings == Augmentation():
+        if self.settings.is_off:
             return images, targets
         # kornia draws from torch's global generator. torch.manual_seed would seed those of GPUs, too
         with torch.random.fork_rng(devices=[]):

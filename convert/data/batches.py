@@ -19,16 +19,27 @@ from convert.data.text import Tokens
 @dataclass(frozen=True)
 class Batch:
     """Packed documents. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document or
-    is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is)."""
+    is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is); they stay on
+    the CPU, where Python asks for them. `places` [N]: see `target_places`, which finds them where they are None."""
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
     lengths: Tensor | None = None
+    places: Tensor | None = None
+
+    def pin_memory(self) -> "Batch":
+        """The batch in memory from which a GPU copies by itself."""
+        ids, labels, positions = (t.pin_memory() for t in (self.input_ids, self.labels, self.position_ids))
+        return Batch(ids, labels, positions, self.lengths)
 
     def to(self, device: Any) -> "Batch":
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), lengths)
+        """The batch on a device, which is not waited for where this one is pinned. Places are found before the labels
+        go: to ask a GPU for them would wait until it has done all that it was told."""
+        places, is_pinned = self.target_places, self.labels.is_pinned()
+        tensors = self.input_ids, self.labels, self.position_ids, places.pin_memory() if is_pinned else places
+        ids, labels, positions, places = (t.to(device, non_blocking=is_pinned) for t in tensors)
+        return Batch(ids, labels, positions, self.lengths, places)
 
     def split(self, num_sequences: int) -> list["Batch"]:
         """Micro-batches of at most so many sequences."""
@@ -58,7 +69,8 @@ class Batch:
         """[B, T], False at padding."""
         if self.lengths is None:
             return torch.ones_like(self.input_ids, dtype=torch.bool)
-        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        device = self.input_ids.device
+        return torch.arange(self.input_ids.shape[1], device=device) < self.lengths.to(device)[:, None]
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +90,13 @@ class Batch:
         return [(slice(i, i + 1), length) for i, length in enumerate(self.lengths.tolist())]
 
     @property
+    def target_places(self) -> Tensor:
+        """[N]: which of the flattened labels are targets."""
+        return (self.labels.flatten() != -100).nonzero()[:, 0] if self.places is None else self.places
+
+    @property
     def num_targets(self) -> int:
-        return int((self.labels != -100).sum())
+        return len(self.target_places)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,14 @@ class ImageBatch:
     images: Tensor
     targets: Tensor
 
+    def pin_memory(self) -> "ImageBatch":
+        """The batch in memory from which a GPU copies by itself."""
+        return ImageBatch(self.images.pin_memory(), self.targets.pin_memory())
+
     def to(self, device: Any) -> "ImageBatch":
-        return ImageBatch(self.images.to(device), self.targets.to(device))
+        """The batch on a device, which is not waited for where this one is pinned."""
+        tensors = self.images, self.targets
+        return ImageBatch(*(t.to(device, non_blocking=self.images.is_pinned()) for t in tensors))
 
     def parts(self, size: int, at_least: int = 1) -> list["ImageBatch"]:
         """Micro-batches of at most so many images; `at_least` that many, as far as equal numbers of images give

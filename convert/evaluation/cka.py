@@ -28,7 +28,7 @@ def centred_gram(x_ND: Tensor) -> Tensor:
     x_ND = x_ND.flatten(1)
     x_ND = x_ND - x_ND.mean(0)  # changes nothing in theory, and saves digits
     n = len(x_ND)
-    gram = torch.zeros(n, n, dtype=torch.float64)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=x_ND.device)
     for part in x_ND.split(WIDTH, 1):  # in float64, as untrained networks have representations of 1e-25
         gram += part.double() @ part.double().T
     gram.fill_diagonal_(0)
@@ -89,4 +89,4 @@ def minibatches(batches: Sequence[ImageBatch]) -> Iterator[Tensor]:
 def _hidden(model: PreTrainedModel, images: Tensor) -> Sequence[Tensor]:
     """Hidden states of a model for images [N, C, H, W] with values from 0 to 1."""
     inputs = model_inputs(model, images.to(model.device))
-    return [state.float().cpu() for state in model(pixel_values=inputs, output_hidden_states=True).hidden_states]
+    return [state.float() for state in model(pixel_values=inputs, output_hidden_states=True).hidden_states]

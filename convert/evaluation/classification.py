@@ -47,6 +47,7 @@ def predict(model: PreTrainedModel, batches: Sequence[ImageBatch]) -> Prediction
 
     Raises UserError where no label is known, and for classes that are not the model's."""
     found: list[tuple[torch.Tensor, ...]] = []
+    are_finite: list[torch.Tensor] = []
     with evaluating(model):
         for batch in tqdm(batches, desc="held-out images", unit="batch", dynamic_ncols=True, delay=3, leave=False):
             is_known = batch.targets.sum(-1) > 0
@@ -54,16 +55,12 @@ def predict(model: PreTrainedModel, batches: Sequence[ImageBatch]) -> Prediction
                 continue
             batch = ImageBatch(batch.images[is_known], batch.targets[is_known]).to(model.device)
             scores = logits(model, batch.images).double()
-            if not scores.isfinite().all():
-                raise UserError(
-                    f"A classifier must give finite logits; those of this {model.config.model_type} are not. Train it"
-                    " again with a lower rate (lr)."
-                )
             if scores.shape != batch.targets.shape:
                 raise UserError(
                     f"A classifier is measured on the classes that it knows; it has {scores.shape[1]:,}, and the"
                     f" images have {batch.targets.shape[1]:,}."
                 )
+            are_finite.append(scores.isfinite().all())
             log_p, labels, predicted = scores.log_softmax(-1), batch.targets.argmax(-1), scores.argmax(-1)
             rows, right = torch.arange(len(labels), device=labels.device), scores.gather(1, labels[:, None])
             is_before = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
@@ -71,6 +68,11 @@ def predict(model: PreTrainedModel, batches: Sequence[ImageBatch]) -> Prediction
             found.append((labels, predicted, rank, log_p[rows, predicted].exp(), -log_p[rows, labels]))
     if not found:
         raise UserError("A classifier is measured on images with labels; none of these has one. Give held-out labels.")
+    if not torch.stack(are_finite).all():
+        raise UserError(
+            f"A classifier must give finite logits; those of this {model.config.model_type} are not. Train it again"
+            " with a lower rate (lr)."
+        )
     labels, predicted, rank, confidence, nats = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     return Predictions(labels, predicted, rank, confidence, nats, batches[0].targets.shape[1])
 

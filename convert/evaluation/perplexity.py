@@ -32,12 +32,11 @@ def _predicted(
         share(batches), desc="held-out text", unit="batch", dynamic_ncols=True, delay=3, leave=False, disable=rank() > 0
     )
     for _, batch, counts in bar:
-        batch = batch.to(device)
-        batch = batch if counts else replace(batch, labels=torch.full_like(batch.labels, -100))
-        targets, positions = batch.labels.flatten(), batch.position_ids.flatten()
-        is_target = targets != -100
-        hidden = [hidden_states(model, batch).flatten(0, 1)[is_target].split(HEAD_CHUNK) for model in models]
-        parts = zip(*hidden, targets[is_target].split(HEAD_CHUNK), positions[is_target].split(HEAD_CHUNK), strict=True)
+        batch = (batch if counts else replace(batch, labels=torch.full_like(batch.labels, -100))).to(device)
+        places = batch.target_places
+        targets, positions = batch.labels.flatten()[places], batch.position_ids.flatten()[places]
+        hidden = [hidden_states(model, batch).flatten(0, 1)[places].split(HEAD_CHUNK) for model in models]
+        parts = zip(*hidden, targets.split(HEAD_CHUNK), positions.split(HEAD_CHUNK), strict=True)
         for *chunks, target, position in parts:
             logits = [model.get_output_embeddings()(h).float() for model, h in zip(models, chunks, strict=True)]
             yield logits, target, position
@@ -46,24 +45,26 @@ def _predicted(
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: list[Batch]) -> float:
     """Perplexity: exp of the mean nats per target token; inf where that overflows."""
-    total, tokens = 0.0, 0.0
+    nats, tokens = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for (logits,), targets, _ in _predicted([model], batches):
-        total += cross_entropy(logits, targets).sum().item()
+        nats += cross_entropy(logits, targets).sum()
         tokens += len(targets)
-    total, tokens = summed(total, tokens)
-    return _exp(total / tokens)
+    total, count = summed(nats.item(), tokens)
+    return _exp(total / count)
 
 
 @torch.no_grad()
 def perplexity_by_position(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
     """Perplexity by the number of tokens of the same document before the target: each key is where its range begins and
     the next key where it ends. The keys are 0 and the powers of two from 64 on."""
-    nats, counts = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    found, buckets = [torch.zeros(0, device=model.device)], [torch.zeros(0, dtype=torch.long, device=model.device)]
     for (logits,), targets, positions in _predicted([model], batches):
-        found = cross_entropy(logits, targets).double().cpu()
-        bucket = positions.clamp(min=SHORTEST_BUCKET // 2).log2().floor().long().cpu()
-        nats.index_add_(0, bucket, found)
-        counts.index_add_(0, bucket, torch.ones_like(found))
+        found.append(cross_entropy(logits, targets))
+        buckets.append(positions.clamp(min=SHORTEST_BUCKET // 2).log2().floor().long())
+    # on the CPU, where a sum has one order
+    each, bucket = torch.cat(found).cpu().double(), torch.cat(buckets).cpu()
+    nats = torch.zeros(64, dtype=torch.float64).index_add_(0, bucket, each)
+    counts = torch.zeros(64, dtype=torch.float64).index_add_(0, bucket, torch.ones_like(each))
     sum_in_place(nats, counts)
     first = int(math.log2(SHORTEST_BUCKET)) - 1
     return {(1 << b if b > first else 0): _exp((nats[b] / counts[b]).item()) for b in range(first, 64) if counts[b]}
@@ -87,8 +88,7 @@ class Comparison:
 @torch.no_grad()
 def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Batch]) -> Comparison:
     """Compare the next-token distributions of two models of one vocabulary, over all target tokens."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+    on_device, tokens = torch.zeros(4, dtype=torch.float64, device=student.device), 0
     for (t, s), targets, _ in _predicted([teacher, student], batches):
         terms = (
             cross_entropy(t, targets),
@@ -96,8 +96,9 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Ba
             (t.argmax(-1) == s.argmax(-1)).float(),
             forward_kl(s, t),
         )
-        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
+        on_device += torch.stack([term.sum(dtype=torch.float64) for term in terms])
         tokens += len(targets)
+    sums = on_device.cpu()
     sum_in_place(sums)
     tokens = int(summed(tokens)[0])
     teacher_nats, student_nats, top1, kl = (sums / tokens).tolist()

@@ -175,7 +175,8 @@ def _log_p(model: PreTrainedModel, prompt: list[int], rests: list[list[int]]) ->
     where no real token can see it."""
     logits, cache = prefill(model, torch.tensor([prompt], device=model.device))
     first = logits[0, -1].float().log_softmax(-1)
-    found, longest = [first[rest[0]].item() for rest in rests], max(map(len, rests))
+    begins = torch.tensor([rest[0] for rest in rests], device=model.device)
+    found, longest = first[begins].tolist(), max(map(len, rests))
     if longest > 1:
         rows = torch.tensor([rest + [0] * (longest - len(rest)) for rest in rests], device=model.device)
         cache.batch_select_indices(torch.zeros(len(rests), dtype=torch.long, device=model.device))

@@ -64,11 +64,11 @@ def checked(
 def largest_change(head: nn.Module, before: Tensor, after: Tensor) -> tuple[float, float]:
     """Return the largest change of the logits of two hidden states [1, T, D], and the largest logit. A swap leaves the
     head alone."""
-    worst = largest = 0.0
+    worst = largest = torch.zeros((), device=before.device)
     for a, b in zip(before[0].split(CHUNK), after[0].split(CHUNK), strict=True):
         a, b = head(a), head(b)
-        worst, largest = max(worst, (a - b).abs().max().item()), max(largest, a.abs().max().item())
-    return worst, largest
+        worst, largest = torch.maximum(worst, (a - b).abs().max()), torch.maximum(largest, a.abs().max())
+    return worst.item(), largest.item()
 
 
 def _change_in_float64(

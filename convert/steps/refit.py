@@ -43,8 +43,8 @@ def refit_outputs(
             wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
             h_NC, y_ND = entering.float().flatten(0, 1), wanted.float().flatten(0, 1)
             h_NC = h_NC if counts else torch.zeros_like(h_NC)
-            squares[layer] = squares.get(layer, 0) + (h_NC.T @ h_NC).cpu().double()
-            products[layer] = products.get(layer, 0) + (h_NC.T @ y_ND).cpu().double()
+            squares[layer] = squares.get(layer, 0) + (h_NC.T @ h_NC).double()
+            products[layer] = products.get(layer, 0) + (h_NC.T @ y_ND).double()
 
         return hook
 

@@ -70,7 +70,7 @@ def _kl_of_each(
     for one of `layers`, which has what is `exchanged`; and at the end that of the student with none exchanged. Layers
     below the exchanged one are recalled, not run again. In float32: half precision alone moves neox-nano by 1e-4 nats,
     and more in earlier layers."""
-    found, kl = parts_of(student), [0.0] * (len(layers) + 1)
+    found, kl = parts_of(student), torch.zeros(len(layers) + 1, dtype=torch.float64, device=student.device)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     head = student.get_output_embeddings()
     goal = head if teacher is None else teacher.get_output_embeddings()
@@ -94,7 +94,7 @@ def _kl_of_each(
                     bar.update()
         finally:
             restore_layers(student, found)
-    return summed(*kl)
+    return summed(*kl.tolist())
 
 
 @contextmanager
@@ -110,11 +110,12 @@ def _recalled(student: ConvertedForCausalLM, outputs: list[Tensor]) -> Iterator[
             del block.forward
 
 
-def _sum_of_kl(head: nn.Module, hidden: Tensor, goal: nn.Module, reference: Tensor) -> float:
-    """The KL of the logits that the head makes of `hidden` from those that `goal` makes of `reference`, over tokens."""
-    total = 0.0
+def _sum_of_kl(head: nn.Module, hidden: Tensor, goal: nn.Module, reference: Tensor) -> Tensor:
+    """The KL of the logits that the head makes of `hidden` from those that `goal` makes of `reference`, over tokens: a
+    number on their device, in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for h, r in zip(hidden.flatten(0, 1).split(HEAD_CHUNK), reference.flatten(0, 1).split(HEAD_CHUNK), strict=True):
-        total += forward_kl(head(h).float(), goal(r).float()).sum().item()
+        total += forward_kl(head(h).float(), goal(r).float()).sum()
     return total
 
 

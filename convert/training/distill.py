@@ -34,9 +34,8 @@ def distill(
     needs_teacher_logits = objective.needs_teacher(LogitTerm)
 
     def learn_from(batch: Batch, whole: Batch) -> Tensor:
-        targets = batch.labels.flatten()
-        known = targets != -100
-        targets = targets[known]
+        known = batch.target_places
+        targets = batch.labels.flatten()[known]
         teacher_outputs: list[Tensor] = []
         with autocast(batch.input_ids.device, settings.precision):
             if objective.needs_teacher():

@@ -34,3 +34,8 @@ class ImageSettings(StageSettings, Augmentation):
     @property
     def micro_units(self) -> int:
         return self.micro_images
+
+    @property
+    def is_batch_own(self) -> bool:
+        """Augmentation draws from torch's global generator, which recomputed layers and checkpoints use, too."""
+        return self.is_off

@@ -20,6 +20,7 @@ from convert.mixers.mamba_block import project_gradients
 from convert.models.access import slots_of
 from convert.objectives.base import LiveObjective
 from convert.training import parallel
+from convert.training.fetching import BatchOfStep, fetched
 from convert.training.optimizer import Optimizers, optimizers_of, update
 from convert.training.settings import StageSettings
 from convert.training.state import Changed, other_version
@@ -27,7 +28,6 @@ from convert.training.state import Changed, other_version
 NORMS = 50  # times in a stage that the sizes of weights and gradients are logged, layer by layer (ours)
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients before a stage gives up (ours)
 
-BatchOfStep = Callable[[int], Any]  # the batch of a step, a function of nothing else; its size may change
 LearnFrom = Callable[[Any, Any], Tensor]  # see train()
 Measure = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -113,12 +113,20 @@ def train(
     first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
     student.train()
-    with _recomputing(student, settings.checkpointing), _progress_bar(at.step, settings) as bar:
+
+    def altered(step: int) -> Any:
+        return settings.altered(batches(step), step)
+
+    device, num_steps = next(student.parameters()).device, settings.num_steps
+    with (
+        _recomputing(student, settings.checkpointing),
+        _progress_bar(at.step, settings) as bar,
+        fetched(altered, num_steps, device, settings.is_batch_own) as batch_of,
+    ):
         while at.step < settings.num_steps:
             rate = settings.rate(at.step)
-            batch = settings.altered(batches(at.step), at.step)
-            loss = _accumulate(learn_from, student, batch, settings, clipped)
-            norm = parallel.clip_gradients(clipped, settings.clip)
+            batch = batch_of(at.step)
+            loss, norm = _accumulate(learn_from, student, batch, settings, clipped)
             if math.isfinite(loss) and math.isfinite(norm):
                 update(made, rate)
                 if average is not None:
@@ -202,17 +210,21 @@ def _accumulate(
     batch: Any,
     settings: StageSettings,
     parameters: Sequence[nn.Parameter],
-) -> float:
-    """The gradients of a batch, micro-batch by micro-batch; its loss."""
+) -> tuple[float, float]:
+    """The clipped gradients of a batch, micro-batch by micro-batch; its loss, and the norm that they had. Both are read
+    from the device at once, when it has been told everything: reading waits for it."""
     device = next(student.parameters()).device
-    own, statistics, loss = parallel.shares(batch, settings.micro_units), parallel.Statistics(student), 0
+    own, statistics = parallel.shares(batch, settings.micro_units), parallel.Statistics(student)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for num_later, part, whole in own:
-        loss += learn_from(part.to(device), whole).item()
+        loss += learn_from(part.to(device), whole)
         statistics.note(num_later, whole is batch)
     statistics.sum()
     parallel.sum_replicas(parameters)
     project_gradients(student)
-    return summed(loss)[0]
+    norm = parallel.clip_gradients(parameters, settings.clip)
+    own_loss, norm_of_all = torch.stack([loss, norm.to(loss)]).tolist()
+    return summed(own_loss)[0], norm_of_all
 
 
 @torch.no_grad()

@@ -153,15 +153,15 @@ def sum_replicas(parameters: Iterable[nn.Parameter]) -> None:
             sum_in_place(p.grad)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
-    """Scale the gradients down to a norm of at most `largest`; return the norm that they had."""
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `largest`; return the norm that they had, on their device."""
     if world() == 1:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest).item()
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
     gradients = [p.grad for p in parameters if p.grad is not None]
     kinds = [[g for g in gradients if isinstance(g, DTensor) is is_shared] for is_shared in (True, False)]
-    norm = math.hypot(*(norm_of(kind).item() for kind in kinds))
+    norm = torch.stack([norm_of(kind) for kind in kinds if kind]).double().norm() if gradients else torch.zeros(())
     for gradient in gradients:
-        gradient.mul_(min(1.0, largest / (norm + 1e-6)))
+        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -71,6 +71,11 @@ class StageSettings(Checked):
         return batch
 
     @property
+    def is_batch_own(self) -> bool:
+        """Whether making a batch touches nothing that training uses, so that a thread may do it meanwhile."""
+        return True
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps."""
         return math.ceil(self.units / self.batch_units)

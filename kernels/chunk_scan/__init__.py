@@ -3,6 +3,7 @@
 batch · L time · H heads · P channels of a head · N state · G groups that share B · R queries per state
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -15,6 +16,7 @@ from kernels.chunk_scan.chunked import chunk_scan_chunked
 from kernels.chunk_scan.cpu import chunk_scan_cpu, why_unavailable
 from kernels.chunk_scan.reference import chunk_scan_reference
 from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
+from kernels.mamba_ssm import chunk_scan_lacks, chunk_scan_mamba_ssm, why_no_mamba_ssm
 
 EPSILON = 1e-6  # added to |den| (HedgeMamba, arXiv 2604.14191, Listing 2)
 
@@ -82,7 +84,9 @@ def chunk_scan(
         return_final_states: whether the states after the last step are returned too.
         normalize: whether y = num / (|den| + 1e-6) before D, where den is the same recurrence driven by ones.
             States then have P + 1 columns, of which the last is that of den.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", "mamba_ssm" (where that is
+            installed; it multiplies float32 in TF32), or "auto": the first that runs, or what `kernels.bench` measured
+            to be faster on this GPU.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
@@ -92,7 +96,14 @@ def chunk_scan(
     _check_required(x, dt, A, B, C)
     _check_optional(x, dt, A, B, C, D, initial_states, document_ids, normalize)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out_dtype, heads, implementation = x.dtype, x.shape[2], _choose(impl, x.device.type, dtype)
+    if document_ids is not None:  # numbered by change, because an id that comes back is another document
+        document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
+    lacks = chunk_scan_lacks(B.shape[2], C.shape[2], normalize)
+    out_dtype, heads, implementation = x.dtype, x.shape[2], _choose(impl, x.device.type, dtype, lacks)
+    if implementation == "mamba_ssm":
+        with without_autocast(x.device.type):
+            y, S = chunk_scan_mamba_ssm(x, dt, A, B, C, D, initial_states, document_ids)
+        return (y, S) if return_final_states else y
     # Sums and states are in `dtype`. The factors of matrix products may be bfloat16, but not with a denominator, which
     # would cost more than 1e-2 of the gradients.
     bf16_products = implementation == "triton" and x.dtype == torch.bfloat16 and not normalize
@@ -108,8 +119,6 @@ def chunk_scan(
         S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1])
     else:
         S = initial_states.to(dtype)
-    if document_ids is not None:  # numbered by change, because an id that comes back is another document
-        document_ids = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0)).cumsum(1)
     with without_autocast(x.device.type):  # products of states stay in this dtype
         y, S = SCANS[implementation]((values * dt[..., None]).to(factor_dtype), dt * A, B, C, S, document_ids)
     if normalize:
@@ -142,8 +151,9 @@ SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not trace into it
-def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
-    return choose("chunk_scan", impl, device, dtype, IMPLEMENTATIONS)
+def _choose(impl: str, device: str, dtype: torch.dtype, lacks: str | None) -> str:
+    theirs = functools.partial(why_no_mamba_ssm, operator="chunk_scan", lacks=lacks)
+    return choose("chunk_scan", impl, device, dtype, IMPLEMENTATIONS | {"mamba_ssm": theirs})
 
 
 def _check_required(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:

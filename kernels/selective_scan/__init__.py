@@ -3,6 +3,7 @@
 batch · D channels · L time · N state · G groups that share B and C · P = D / G · R queries per state
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, overload
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from kernels.checks import check_decay, check_dense, check_documents, check_flags, check_tensors
 from kernels.dispatch import Implementations, always_available, choose, why_no_triton, without_autocast
+from kernels.mamba_ssm import needs_gradients, selective_scan_lacks, selective_scan_mamba_ssm, why_no_mamba_ssm
 from kernels.selective_scan.chunked import selective_scan_chunked
 from kernels.selective_scan.cpu import selective_scan_cpu, why_unavailable
 from kernels.selective_scan.reference import selective_scan_reference
@@ -96,7 +98,8 @@ def selective_scan(
         initial_state: [batch, D, N]; with `normalize`, a pair (num, den) of such states.
         document_ids: integers [batch, L]; the state starts anew where the id changes.
         normalize: whether y = num / (|den| + 1e-6) before D and z, where den is the same recurrence driven by ones.
-        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", or "auto": the first that runs.
+        impl: "triton", "cpu" (compiled), "chunked" (PyTorch operators), "reference", "mamba_ssm" (where that is
+            installed), or "auto": the first that runs, or what `kernels.bench` measured to be faster on this GPU.
 
     Raises:
         ValueError: for a wrong type, shape, dtype or device, an A that is not finite, or an `impl` that cannot run.
@@ -123,7 +126,12 @@ def selective_scan(
     starts = None
     if document_ids is not None:
         starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    scan = SCANS[_choose(impl, u.device.type, dtype)]
+    tensors = u, delta, A, B, C, *states.values()
+    lacks = selective_scan_lacks(
+        A.shape[1], C.shape[1] // B.shape[1], initial_state is not None, starts is not None, normalize,
+        return_last_state and needs_gradients(*tensors),
+    )  # fmt: skip
+    scan = SCANS[_choose(impl, u.device.type, dtype, lacks)]
     with without_autocast(u.device.type):  # products of states stay in this dtype
         outputs, h = scan(u, delta, A, B, C, h.to(dtype), starts)
     y = outputs[0] / (outputs[1].abs() + EPSILON) if normalize else outputs[0]
@@ -158,12 +166,14 @@ SCANS: dict[str, Callable[..., tuple[tuple[Tensor, ...], Tensor]]] = {
     "cpu": selective_scan_cpu,
     "chunked": selective_scan_chunked,
     "reference": selective_scan_reference,
+    "mamba_ssm": selective_scan_mamba_ssm,
 }
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not trace into it
-def _choose(impl: str, device: str, dtype: torch.dtype) -> str:
-    return choose("selective_scan", impl, device, dtype, IMPLEMENTATIONS)
+def _choose(impl: str, device: str, dtype: torch.dtype, lacks: str | None) -> str:
+    theirs = functools.partial(why_no_mamba_ssm, operator="selective_scan", lacks=lacks)
+    return choose("selective_scan", impl, device, dtype, IMPLEMENTATIONS | {"mamba_ssm": theirs})
 
 
 def _initial_states(initial_state: object, normalize: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One step of the selective scan, for decoding: the state is changed in place."""
 
+import functools
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from kernels.checks import check_decay, check_dense, check_flags, check_tensors
 from kernels.cpp_build import require_library
 from kernels.dispatch import Implementations, always_available, choose, why_no_triton
+from kernels.mamba_ssm import update_mamba_ssm, why_no_mamba_ssm
 from kernels.selective_scan.cpu import SOURCE, compiled_library, why_unavailable
 
 MIN_THREADED = 1 << 17  # state elements from which more than one thread is faster (ours)
@@ -42,7 +44,8 @@ def selective_state_update(
         B, C: [batch, N] or [batch, G, N].
         D, dt_bias: as x, without the batch.
         dt_softplus: whether dt is softplus(dt + dt_bias).
-        impl: "triton", "cpu" (compiled), "reference", or "auto": the first that runs.
+        impl: "triton", "cpu" (compiled), "reference", "mamba_ssm" (where that is installed), or "auto": the first that
+            runs, or what `kernels.bench` measured to be faster on this GPU.
 
     Raises:
         ValueError: for wrong types, shapes, dtypes or devices, for an A that is not finite, for tensors that need
@@ -261,11 +264,13 @@ IMPLEMENTATIONS: Implementations = {
     "triton": why_no_triton,
     "cpu": why_unavailable,
     "reference": always_available,
+    "mamba_ssm": functools.partial(why_no_mamba_ssm, operator="selective_state_update", lacks=None),
 }
 UPDATES: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
     "cpu": update_cpu,
     "reference": update_reference,
+    "mamba_ssm": update_mamba_ssm,
 }
 
 

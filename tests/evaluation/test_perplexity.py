@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from convert.data.batches import Batch
-from convert.evaluation.perplexity import perplexity, perplexity_by_position
+from convert.evaluation.perplexity import compare, perplexity, perplexity_by_position
+from convert.models.access import hidden_states
 from tests.conftest import VOCAB, tiny_teacher
-from tests.training.stages import batches
+from tests.training.stages import Reads, batches
 
 
 def test_perplexity_by_hand():
@@ -42,3 +43,18 @@ def test_perplexity_by_position_is_that_of_the_tokens_there():
     assert perplexity(model, [Batch(ids[:, :-1], labels, positions)]) == pytest.approx(
         math.exp(whole / int((labels != -100).sum())), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("measure", [perplexity, perplexity_by_position, lambda m, b: compare(m, m, b)])
+def test_sums_are_read_from_the_device_once(measure):
+    """However many batches there are; but each model looks in each of them whether it has several documents."""
+    model, counts = tiny_teacher("llama"), []
+    given = [batches()(i) for i in range(4)]
+    for some in (given[:1], given):
+        with Reads() as reads:
+            measure(model, some)
+        counts.append(reads.count)
+    with torch.no_grad(), Reads() as of_a_pass:
+        hidden_states(model, given[0])
+    passes = 2 if measure not in (perplexity, perplexity_by_position) else 1
+    assert of_a_pass.count and counts[1] - counts[0] == 3 * passes * of_a_pass.count

@@ -12,6 +12,7 @@ from kernels.chunk_scan import chunk_scan
 from kernels.delta_rule import cases as rule_cases
 from kernels.delta_rule import gated_delta_rule, kda
 from kernels.delta_rule.fla import why_no_fla
+from kernels.mamba_ssm import why_no_mamba_ssm
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from kernels.ss2d import cases as image_cases
@@ -21,7 +22,6 @@ from tests.kernels.conftest import BFLOAT16, FLOAT32, run
 from tests.kernels.ss2d.test_ss2d import run as run_image
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
 needs_fla = pytest.mark.skipif(
     importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
 )
@@ -112,25 +112,47 @@ def test_state_update(options):
     assert_close(single["state"].cpu(), a["state"], FLOAT32)
 
 
-@needs_mamba
-def test_selective_scan_is_mamba_ssms():
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    a = {
-        k: on_gpu(v) for k, v in selective_cases.make(127, N=16, D=True, z=True, bias=True, dtype=torch.float32).items()
-    }
-    a.pop("normalize")
-    assert_close(selective_scan(**a, impl="triton"), selective_scan_fn(**a), FLOAT32)
+def by_mamba_ssm(operator: str) -> None:
+    if reason := why_no_mamba_ssm("cuda", torch.float32, operator=operator, lacks=None):
+        pytest.skip(reason)
 
 
-@needs_mamba
-def test_chunk_scan_is_mamba_ssms():
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+@pytest.mark.parametrize("case", ["plain", "groups", "strong-decay", "D-z-softplus"])
+def test_the_selective_scan_is_mamba_ssms(case):
+    by_mamba_ssm("selective_scan")
+    options = selective_cases.CASES[case] | dict(R=1)
+    a = {k: on_gpu(v) for k, v in selective_cases.make(127, N=16, **options, dtype=torch.float32).items()}
+    leaves = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in a.items()}
+    tensors = [v for v in leaves.values() if isinstance(v, Tensor)]
+    found = []
+    for impl in ("triton", "mamba_ssm"):
+        y = selective_scan(**leaves, impl=impl)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), tensors)])
+        with torch.no_grad():
+            found[-1].append(selective_scan(**leaves, return_last_state=True, impl=impl)[1])
+    assert_close(*found, FLOAT32, floor=0.01)
 
-    a = {k: on_gpu(v) for k, v in chunk_cases.make(128, N=16, G=2, dtype=torch.float32).items()}
-    a.pop("normalize")
-    # theirs multiplies in TF32
-    assert_close(chunk_scan(**a, impl="triton"), mamba_chunk_scan_combined(**a, chunk_size=64), 1e-2)
+
+@pytest.mark.parametrize("case", ["plain", "groups", "initial-state", "documents", "D"])
+def test_the_chunk_scan_is_mamba_ssms(case):
+    """Theirs multiplies in TF32."""
+    by_mamba_ssm("chunk_scan")
+    options = chunk_cases.CASES[case] | dict(R=1)
+    a = {k: on_gpu(v) for k, v in chunk_cases.make(300, **options | dict(N=16), dtype=torch.float32).items()}
+    outputs, gradients = run(chunk_scan, a, "mamba_ssm")
+    expected, expected_gradients = run(chunk_scan, a, "triton")
+    assert_close(outputs, expected, 1e-2)
+    assert_close(gradients, expected_gradients, 1e-2, floor=0.1)
+
+
+@pytest.mark.parametrize("options", selective_cases.UPDATE_CASES.values(), ids=selective_cases.UPDATE_CASES)
+def test_the_decoding_step_is_mamba_ssms(options):
+    by_mamba_ssm("selective_state_update")
+    a, b = (
+        {k: on_gpu(v) for k, v in selective_cases.make_update(**options, dtype=torch.float32).items()} for _ in range(2)
+    )
+    found, expected = selective_state_update(**a, impl="mamba_ssm"), selective_state_update(**b, impl="triton")
+    assert_close([found, a["state"]], [expected, b["state"]], FLOAT32)
 
 
 @needs_fla

@@ -1,5 +1,7 @@
 """The selector on teachers built so that the right answer is known."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ from convert.mixers import MIXERS
 from convert.models.slot import Slot, attention_of
 from convert.models.swap import swap
 from convert.steps import selection
+from convert.steps.handover import largest_change
 from tests.conftest import FAMILIES, options_of, tiny_teacher, token_ids
+from tests.training.stages import Reads
 
 
 def batches(length: int = 64):
@@ -87,3 +91,23 @@ def test_a_kept_layer_is_the_teachers_again():
     assert list(student.slots()) == [0, 2] and student.config.mixers[1] is None and student.config.keeps_attention
     expected = swap(tiny_teacher("llama"), "mamba2", layers=(0, 2))(ids).logits
     assert (student(ids).logits - expected).abs().max() < 1e-4
+
+
+def test_a_ranking_is_read_from_the_device_once():
+    """However many batches and layers it has; but a model looks in each pass whether rows have documents."""
+    student, counts = swap(tiny_teacher("gpt_neox"), "gate-swa", options_of("gate-swa")), []
+    for layers in ([0], [0, 1, 2]):
+        with Reads() as reads:
+            selection.kl_when_given_back(student, selection.parts_of(student), layers, student, batches())
+        counts.append(reads.count)
+    with torch.no_grad(), Reads() as of_a_pass:
+        selection.hidden_states(student, batches()[0])
+    assert of_a_pass.count == 1 and counts[1] - counts[0] == 2 * len(batches())
+
+
+def test_logits_that_are_no_numbers_are_a_change():
+    head, before = torch.nn.Identity(), torch.ones(1, 3, 4)
+    after = before.clone()
+    after[0, 1, 2] = torch.nan
+    assert largest_change(head, before, before + 0.5) == (0.5, 1.0)
+    assert math.isnan(largest_change(head, before, after)[0])

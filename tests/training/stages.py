@@ -3,6 +3,7 @@
 import io
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert.data.batches import Batches
 from convert.data.text import Tokens
@@ -74,3 +75,15 @@ class Logged(Silent):
     def log(self, step: int, tokens: int, numbers: dict[str, float]) -> None:
         self.losses.append(numbers["train/loss"])
         self.norms.append(numbers["train/grad_norm"])
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))

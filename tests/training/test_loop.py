@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from convert.core.errors import Interrupted, UserError
-from convert.data.batches import Batches
+from convert.data.batches import Batch, Batches
 from convert.data.text import Tokens
 from convert.mixers import MIXERS
 from convert.mixers.mamba_block import DecayRate, project_gradients
+from convert.models.access import hidden_states
 from convert.models.swap import swap
 from convert.objectives import AttentionTerm, Objective
 from convert.objectives.features import cosine_distance
@@ -20,7 +21,7 @@ from convert.training.align import align
 from convert.training.distill import distill
 from convert.training.selectors import mixers
 from tests.conftest import assert_close, options_of, perturb, rms, tiny_teacher
-from tests.training.stages import SETTINGS, Kept, batches, student_of, tokens
+from tests.training.stages import SETTINGS, Kept, Logged, Reads, batches, student_of, tokens
 
 KL = Objective.of("forward_kl")
 STAGES = {
@@ -180,3 +181,39 @@ def test_non_finite_steps_are_skipped_then_refused():
     with pytest.raises(UserError, match="5 steps in a row had none .step 8"):
         align(student, tiny_teacher("gpt_neox"), batches(), settings)
     assert all(p.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["cosine", "kl", "all terms"])
+def test_micro_batches_read_nothing_but_documents_from_the_device(name):
+    """A model looks once whether its rows have several documents; of losses, norms and targets nothing is read before
+    the end of a step, however many micro-batches it has."""
+    stage, objective = STAGES[name]
+    teacher, student, counts = tiny_teacher("gpt_neox"), student_of("gpt_neox"), {}
+    settings = dataclasses.replace(SETTINGS, tokens=128, objective=objective)
+    for rows in (4, 1):
+        with Reads() as reads:
+            stage(student, teacher, batches(), dataclasses.replace(settings, micro_tokens=32 * rows))
+        counts[rows] = reads.count
+    with torch.no_grad(), Reads() as of_a_pass:
+        for model in (teacher, student):
+            hidden_states(model, batches()(0))
+    assert of_a_pass.count and counts[1] - counts[4] == 3 * of_a_pass.count
+
+
+def test_the_loss_is_the_sum_of_its_parts_in_double_precision():
+    """Bit for bit as Python adds what each micro-batch gives."""
+    student, parts, logged = student_of("gpt_neox"), [], Logged()
+    weight = mixers(student)[0]
+
+    def learn_from(batch: Batch, whole: Batch) -> Tensor:
+        loss = (weight.square().sum() * batch.input_ids.float().std()).div(whole.num_targets)
+        loss.backward()
+        parts.append(loss.item())
+        return loss.detach()
+
+    settings = dataclasses.replace(SETTINGS, tokens=3 * 128, micro_tokens=32)
+    objective = settings.objective.build(student, None)
+    given = {"track": logged, "keep": None, "measure": None}
+    loop.train(student, learn_from, batches(), settings, objective, **given)
+    assert logged.losses == [sum(parts[i : i + 4]) for i in (0, 4, 8)] and len(set(parts)) > 4
+    assert logged.losses != [torch.tensor(parts[i : i + 4]).sum().item() for i in (0, 4, 8)]

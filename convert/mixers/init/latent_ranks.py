@@ -108,10 +108,8 @@ def _errors(p: Projections, options: MLA.Options) -> dict[int, float]:
     rows, _ = weighted_rows(*unrotated(m, m.keep(options.rope_dim)))
     energies = torch.linalg.eigvalsh(rows @ m.moment @ rows.mT).flip(0).clamp(min=0)
     full = _full_rank(p.shape, options)
-    return {
-        rank: float(energies[rank:].sum())
-        for rank in sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})
-    }
+    ranks = sorted({1, *range(8 if full >= 64 else 1, full, 8 if full >= 64 else 1), full})
+    return dict(zip(ranks, torch.stack([energies[rank:].sum() for rank in ranks]).tolist(), strict=True))
 
 
 def _check_teacher(layers: list[Projections], options: MLA.Options) -> None:

@@ -202,7 +202,7 @@ WRONG = {
     "C": (dict(C=torch.ones(2, 8, 1, 6)), r"C must be .* batch 2, L 8; got \(2, 8, 1, 6\)"),
     "groups of B": (dict(B=torch.ones(2, 8, 3, 5), C=torch.ones(2, 8, 3, 5)), r"must divide H; .* got H 4, B 3, C 3"),
     "groups of C": (dict(B=torch.ones(2, 8, 2, 5), C=torch.ones(2, 8, 3, 5)), r"those of C .* got H 4, B 2, C 3"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference', 'mamba_ssm'; got 'cuda'"),
     "D": (dict(D=torch.ones(8)), r"D must .*4.*; got \(8,\)"),
     "initial_states": (
         dict(initial_states=torch.ones(1, 4, 5, 3)),

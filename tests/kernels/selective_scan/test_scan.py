@@ -213,7 +213,7 @@ WRONG = {
     "C": (dict(C=torch.ones(2, 1, 5, 9)), r"C must be .*batch 2, N 5, L 8; got \(2, 1, 5, 9\)"),
     "groups of B": (dict(B=torch.ones(2, 4, 5, 8), C=torch.ones(2, 4, 5, 8)), r"must divide D .*got D 6, B 4, C 4"),
     "groups of C": (dict(B=torch.ones(2, 2, 5, 8), C=torch.ones(2, 3, 5, 8)), r"groups of C; got D 6, B 2, C 3"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'chunked', 'reference', 'mamba_ssm'; got 'cuda'"),
     "D": (dict(D=torch.ones(1)), r"D must .*6.*; got \(1,\)"),
     "z": (dict(z=torch.ones(2, 1, 8)), r"z must .*\(2, 6, 8\).*; got \(2, 1, 8\)"),
     "delta_bias": (dict(delta_bias=torch.ones(1)), r"delta_bias must .*6.*; got \(1,\)"),

@@ -96,7 +96,7 @@ WRONG = {
     "groups": (dict(B=torch.ones(2, 2, 16), C=torch.ones(2, 2, 16)), r"G dividing the heads; got \(2, 2, 16\)"),
     "strided state": (dict(state=torch.ones(2, 16, 6).mT), r"state must be contiguous"),
     "gradients": (dict(x=torch.ones(2, 6, requires_grad=True)), r"no gradients"),
-    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'reference'; got 'cuda'"),
+    "impl": (dict(impl="cuda"), r"'auto' or one of 'triton', 'cpu', 'reference', 'mamba_ssm'; got 'cuda'"),
 }
 
 
