@@ -19,22 +19,27 @@ from convert.data.text import Tokens
 @dataclass(frozen=True)
 class Batch:
     """Packed documents. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document or
-    is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is)."""
+    is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is). `recorded`:
+    what a teacher said of each token, [B, T, ...]; none where the teacher is asked."""
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
     lengths: Tensor | None = None
+    recorded: tuple[Tensor, ...] = ()
 
     def to(self, device: Any) -> "Batch":
         lengths = None if self.lengths is None else self.lengths.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), lengths)
+        recorded = tuple(each.to(device) for each in self.recorded)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), lengths, recorded)
 
     def split(self, num_sequences: int) -> list["Batch"]:
         """Micro-batches of at most so many sequences."""
         parts = [t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids)]
         lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
-        return [Batch(*part) for part in zip(*parts, lengths, strict=True)]
+        pieces = [each.split(num_sequences) for each in self.recorded]
+        recorded = [tuple(piece[i] for piece in pieces) for i in range(len(parts[0]))]
+        return [Batch(*part) for part in zip(*parts, lengths, recorded, strict=True)]
 
     def parts(self, num_tokens: int, at_least: int = 1) -> list["Batch"]:
         """Micro-batches of at most so many tokens, or of one sequence; `at_least` that many, as far as equal numbers of
