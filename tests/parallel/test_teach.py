@@ -10,7 +10,7 @@ from convert.core import processes
 from convert.data import recorded
 from convert.run import main
 from tests.e2e.conftest import command, quiet, teacher, text  # noqa: F401  # fixtures
-from tests.e2e.test_teach import EXACT, files, from_, losses, recording, small_parts  # noqa: F401
+from tests.e2e.test_teach import EXACT, files, from_, logged, recording, small_parts  # noqa: F401
 from tests.parallel.fork import commands
 
 
@@ -42,4 +42,4 @@ def test_two_processes_learn_from_a_recording_as_one_does(teacher, text, tmp_pat
     arguments = [command(teacher, text, tmp_path / f"of-{n}", *EXACT, *from_(said), to="linear") for n in (1, 2)]
     assert main(arguments[0]) == 0
     assert commands(tmp_path / "two", 2, arguments[1]) == [0, 0]
-    assert losses(tmp_path / "of-2") == pytest.approx(losses(tmp_path / "of-1"), rel=1e-5)
+    assert logged(tmp_path / "of-2") == pytest.approx(logged(tmp_path / "of-1"), rel=1e-5)
