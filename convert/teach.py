@@ -127,7 +127,7 @@ def _tell_size(recording: Recording) -> None:
         highlight=False,
     )
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    left = most - sum(file.stat().st_size for file in folder.rglob("*.npy"))
+    left = most - sum(file.stat().st_size for file in (folder / "parts").glob("*.npy"))
     if (free := shutil.disk_usage(there).free) < left:
         raise UserError(
             f"The recording needs about {size(left)} more on disk; {there} has {size(free)} free. Free some, or give"

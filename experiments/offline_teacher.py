@@ -79,7 +79,10 @@ class Bench:
 
     def train(self, row: Row, folder: Path) -> dict[str, Any]:
         """Train one student: the line of the results."""
-        found: dict[str, Any] = dataclasses.asdict(row) | {"seed": self.settings.seed, "tokens": self.settings.units}
+        found: dict[str, Any] = dataclasses.asdict(row) | {
+            "seed": self.settings.seed,
+            "tokens": self.settings.units,
+        }  # not those of the comparison
         student, batches = load_teacher(self.start).model, self.domain.batches(self.data, self.settings)
         if row == Row():
             started = time.process_time()
@@ -91,7 +94,7 @@ class Bench:
                 started = time.process_time()
                 distill(student, None, Recorded(folder).batches(batches), self.settings, recorded=True)
         found["seconds"] = time.process_time() - started
-        return found | dataclasses.asdict(compare(student, self.teacher.model, self.held_out))
+        return dataclasses.asdict(compare(student, self.teacher.model, self.held_out)) | found
 
 
 bench_of = functools.cache(Bench)

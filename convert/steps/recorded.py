@@ -39,6 +39,9 @@ def step_to_record(steps: Sequence[Step], name: str) -> tuple[Step, Settings]:
     step, settings = fitting[name]
     if step.own_teacher is not None or step.recorded is not None:
         raise UserError(f"A recording is of the run's teacher; step {name} has another. Leave out {name}.teacher.")
+    for _, term in settings.objective.terms:
+        if reason := term.why_not_recorded():
+            raise UserError(f"A recording is not enough for step {name}: its objective has {term}, {reason}.")
     return step, settings
 
 

@@ -118,6 +118,10 @@ def test_a_recording_of_something_else_is_one_sentence(teacher, text, tmp_path, 
         (recording(teacher, text, tmp_path / "new", "--top-k", "0"), "--top-k and --sample are both 0"),
         (recording(teacher, text, tmp_path / "new", "--top-k", str(VOCAB + 1)), "--top-k counts tokens of the voc"),
         (recording(teacher, text, tmp_path / "new", "--step", "handover"), "for a step that trains on text: align, di"),
+        (
+            recording(teacher, text, tmp_path / "new", "--step", "align"),
+            "has cosine_distance, which compares attention",
+        ),
     ):
         capsys.readouterr()
         assert (teach.main if arguments[1] == "--data" else main)(arguments) == 2, words
