@@ -170,6 +170,7 @@ def _steps(
                 start=start,
                 load_teacher=run.load_teacher,
                 prepare=run.prepare,
+                load_run_teacher=run.load_again,
             )
             student, result = _done(step, start() if student is None else student, session, recipe.seed)
             result = on_first(folder.finish, functools.partial(save_student, student), result)

@@ -1,6 +1,7 @@
 """What comes before a run: everything is found, planned, loaded and checked before its folder is taken."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig
 from convert.core.console import console, size
 from convert.core.errors import UserError
 from convert.core.places import path_of, refuse_overlap
+from convert.data.recorded import Recorded
 from convert.domains import domain_of
 from convert.domains.base import Data, Domain, Source, Teacher
 from convert.models.devices import pick_device
@@ -29,7 +31,8 @@ from convert.steps.base import Step
 class Run:
     """One run: what is done to which teacher, on which data, and where.
 
-    `load_teacher` gives the teacher of a name, and `prepare` the data of a step, for the steps that have their own."""
+    `load_teacher` gives the teacher of a name, and `prepare` the data of a step, for the steps that have their own;
+    `load_again` the run's teacher once more."""
 
     domain: Domain
     recipe: Recipe
@@ -40,6 +43,7 @@ class Run:
     settings: dict[str, Any]
     load_teacher: Callable[[str], Teacher]
     prepare: Callable[[Step], Data]
+    load_again: Callable[[], Teacher]
 
     def held_out(self) -> list[Any]:
         """Return the batches that every headline metric of the run is measured on."""
@@ -75,6 +79,7 @@ def prepared(
     check_out(folder, fresh)
     named = [domain.resolve(name) for name in _named_teachers(recipe)]
     places = [("teacher", place) for each in (source, *named) for place in _places(each)]
+    places += [("recording", step.recorded) for step in recipe.steps if step.recorded is not None]
     refuse_overlap(folder, places + [("data", place) for corpus in corpora.values() for place in corpus.places()])
 
     def load(name: str) -> Teacher:
@@ -90,7 +95,7 @@ def prepared(
         return domain.prepare(corpora[step.own_data], its_teacher, settings.units, settings)
 
     data_of_run = domain.prepare(corpora[spec], loaded, recipe.units, recipe.measured_by)
-    run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare)
+    run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare, functools.partial(load, teacher))
     run.held_out()  # too little data is said now,
     domain.check(loaded, recipe.tasks)  # and so is a teacher that cannot be asked anything
     for step in recipe.steps:
@@ -153,12 +158,16 @@ def _settings(run: Run, teacher: str, source: Source, data: str) -> dict[str, An
 
 def _own_fingerprints(run: Run, step: Step) -> dict[str, str]:
     """Fingerprints of the data and the teacher that a training step names. Raises UserError for a teacher that cannot
-    teach in this run, and for data that are too short."""
+    teach in this run, for a recording of others, and for data that are too short."""
     found: dict[str, str] = {}
     if step.own_data is not None and (settings := step.training) is not None:
         data = run.prepare(step)
         run.domain.batches(data, settings)
         found["data_fingerprint"] = data.fingerprint
+    if step.recorded is not None:
+        recorded, data = Recorded(step.recorded), run.data if step.own_data is None else run.prepare(step)
+        recorded.check("of", run.domain.origins(run.teacher, data))
+        found["teacher_fingerprint"] = recorded.fingerprint
     if step.own_teacher is not None:
         teacher = run.load_teacher(step.own_teacher)
         if reason := run.domain.problem_of_loaded_pair(run.teacher, teacher):

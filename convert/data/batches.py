@@ -20,18 +20,20 @@ from convert.data.text import Tokens
 class Batch:
     """Packed documents. All [B, T]; `labels` are the next tokens, -100 where the next token is of another document or
     is not to be learnt. `lengths` [B]: tokens of each row, behind which it is padded (None: no row is); they stay on
-    the CPU, where Python asks for them. `places` [N]: see `target_places`, which finds them where they are None."""
+    the CPU, where Python asks for them. `places` [N]: see `target_places`, which finds them where they are None.
+    `recorded`: what a teacher said of each token, [B, T, ...]; none where the teacher is asked."""
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor  # from 0 in each document: that is how models tell documents apart
     lengths: Tensor | None = None
     places: Tensor | None = None
+    recorded: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """The batch in memory from which a GPU copies by itself."""
         ids, labels, positions = (t.pin_memory() for t in (self.input_ids, self.labels, self.position_ids))
-        return Batch(ids, labels, positions, self.lengths)
+        return Batch(ids, labels, positions, self.lengths, recorded=tuple(t.pin_memory() for t in self.recorded))
 
     def to(self, device: Any) -> "Batch":
         """The batch on a device, which is not waited for where this one is pinned. Places are found before the labels
@@ -39,13 +41,16 @@ class Batch:
         places, is_pinned = self.target_places, self.labels.is_pinned()
         tensors = self.input_ids, self.labels, self.position_ids, places.pin_memory() if is_pinned else places
         ids, labels, positions, places = (t.to(device, non_blocking=is_pinned) for t in tensors)
-        return Batch(ids, labels, positions, self.lengths, places)
+        recorded = tuple(t.to(device, non_blocking=is_pinned) for t in self.recorded)
+        return Batch(ids, labels, positions, self.lengths, places, recorded)
 
     def split(self, num_sequences: int) -> list["Batch"]:
         """Micro-batches of at most so many sequences."""
         parts = [t.split(num_sequences) for t in (self.input_ids, self.labels, self.position_ids)]
         lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
-        return [Batch(*part) for part in zip(*parts, lengths, strict=True)]
+        pieces = [each.split(num_sequences) for each in self.recorded]
+        recorded = [tuple(piece[i] for piece in pieces) for i in range(len(parts[0]))]
+        return [Batch(*part, recorded=said) for *part, said in zip(*parts, lengths, recorded, strict=True)]
 
     def parts(self, num_tokens: int, at_least: int = 1) -> list["Batch"]:
         """Micro-batches of at most so many tokens, or of one sequence; `at_least` that many, as far as equal numbers of

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from convert.models.saving import fingerprint
+
 if TYPE_CHECKING:  # a plan needs neither reports nor the types of their files
     from convert.reports.sections import Sections
     from convert.runs.evaluation_schemas import Evaluation
@@ -79,6 +81,9 @@ class Monitor(Protocol):
     stopped_by: Any
 
     def __call__(self, student: PreTrainedModel) -> dict[str, float]: ...
+
+    def ask_teacher(self) -> Any:
+        """Ask the teacher what is compared with the student, where it is: it may be gone later."""
 
 
 S = TypeVar("S", bound=Source)
@@ -168,6 +173,10 @@ class Domain(ABC, Generic[S, T, C, D]):
     @abstractmethod
     def problem_of_loaded_pair(self, run: T, step: T) -> str | None:
         """Say why a training step cannot learn from the loaded teacher `step`, as problem_of_pair does."""
+
+    def origins(self, teacher: T, data: D) -> dict[str, str]:
+        """Return the fingerprints of what a recording of the teacher's outputs depends on."""
+        return {"teacher": fingerprint(teacher.model), "data": data.fingerprint}
 
     @abstractmethod
     def load_teacher(self, source: S, device: str, trust_remote_code: bool) -> T:

@@ -11,7 +11,7 @@ from convert.data import chat
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.corpus import Corpus, corpus, whole_name
 from convert.data.packing import PackedBatches
-from convert.data.text import TokenData
+from convert.data.text import TokenData, tokenizer_fingerprint
 from convert.domains.base import Domain
 from convert.mixers.projections import refusal
 from convert.models import from_scratch
@@ -114,6 +114,14 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
 
     def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
         return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+
+    def origins(self, teacher: Teacher, data: TokenData) -> dict[str, str]:
+        found = super().origins(teacher, data)
+        return {
+            "teacher": found["teacher"],
+            "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
+            "data": found["data"],
+        }
 
     def prepare(self, corpus: Corpus, teacher: Teacher, limit: int, settings: "Settings") -> TokenData:
         from convert.evaluation.completions import prepare

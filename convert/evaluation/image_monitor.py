@@ -20,6 +20,9 @@ class ErrorMonitor:
         self.generations: list[dict] = []
         self.stopped_by: Rule | None = None
 
+    def ask_teacher(self) -> None:
+        """The teacher is asked nothing."""
+
     def __call__(self, student: PreTrainedModel) -> dict[str, float]:
         """Top-1 error on the held-out images, in percent."""
         numbers = {"held_out/error": error(student.eval(), self.batches)}

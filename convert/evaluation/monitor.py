@@ -37,13 +37,10 @@ class Monitor:
         """Perplexity on the held-out batches, and the share of correct answers by generation with its gap to the
         teacher's, both means of the tasks."""
         student.eval()
-        if self.teacher_answers is None:
-            self.teacher_answers = {
-                task: (items, self._answers(self.teacher.model, task, items)) for task, items in self._examples()
-            }
+        theirs_by_task = self.ask_teacher()
         numbers, self.generations = {"held_out/perplexity": perplexity(student, self.batches)}, []
         shares, gaps = [], []
-        for task, (items, theirs) in self.teacher_answers.items():
+        for task, (items, theirs) in theirs_by_task.items():
             answers = self._answers(student, task, items)
             shares.append(sum(answer.correct for answer in answers) / len(items))
             gaps.append(gap(items, theirs, answers)["gap"])
@@ -64,6 +61,14 @@ class Monitor:
             }
         self.stopped_by = first_that_holds(self.rules, numbers)
         return numbers
+
+    def ask_teacher(self) -> dict[Task, tuple[list[Item], list[Answer]]]:
+        """The examples with the teacher's answers, which it is asked once."""
+        if self.teacher_answers is None:
+            self.teacher_answers = {
+                task: (items, self._answers(self.teacher.model, task, items)) for task, items in self._examples()
+            }
+        return self.teacher_answers
 
     def _examples(self) -> list[tuple[Task, list[Item]]]:
         """The items of each task that fit into the model's positions."""

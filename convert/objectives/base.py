@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convert.core.errors import UserError
 from convert.core.fields import Range, Text, require, shown
 from convert.core.processes import summed
+from convert.objectives.recorded import RecordedTeacher
 from convert.objectives.stages import Features, StagedModel
 from convert.objectives.terms import (
     AttentionTerm,
@@ -168,7 +169,9 @@ class LiveObjective(nn.Module):
         """Whether a term of this kind needs the teacher."""
         return any(isinstance(term, kind) and term.needs_teacher for _, term in self.terms)
 
-    def on_logits(self, student: Tensor, teacher: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    def on_logits(
+        self, student: Tensor, teacher: Tensor | RecordedTeacher | None, targets: Tensor, scale: float
+    ) -> Tensor:
         """The sum of the LogitTerms over a chunk of N tokens or images, times `scale`: one over those of the whole
         batch."""
         total = student.new_zeros(())

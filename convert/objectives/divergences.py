@@ -1,6 +1,6 @@
 """Terms that compare distributions over the next token, or over the classes of an image.
 
-N tokens or images · V vocabulary or classes
+N tokens or images · V vocabulary or classes · K most likely tokens
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convert.core.fields import Range
+from convert.objectives.recorded import RecordedTeacher
 from convert.objectives.terms import LogitTerm
 
 
@@ -30,6 +31,28 @@ def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     with torch.autocast(p.device.type, enabled=False):  # its dots would be in bfloat16
         # two dots instead of p (log p - log q): no passes over tensors of this size
         return temperature**2 * (torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q))
+
+
+def recorded_kl(student_NV: Tensor, teacher: RecordedTeacher) -> Tensor:
+    """KL(teacher || student), [N] nats, as far as it can be told from what was kept.
+
+    Without drawn tokens all tokens but the K are one: never above the whole KL, and the same at K = V. With drawn
+    tokens it is an estimate whose mean over draws is the whole KL, and the mean of its gradient the whole gradient
+    (importance sampling, "Sparse Logit Sampling", arXiv 2503.16870; the K exact ones, which leave the draws less to
+    differ in, are ours)."""
+    ids, kept = teacher.ids, teacher.log_p.shape[-1] - 1
+    picked = student_NV.gather(-1, ids)
+    if ids.shape[-1] == kept == student_NV.shape[-1]:
+        return forward_kl(picked, teacher.log_p[:, :-1])
+    if ids.shape[-1] == kept:
+        others = student_NV.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return forward_kl(torch.cat([picked, others], -1), teacher.log_p)
+    if teacher.negative_entropy is None:
+        raise ValueError("tokens were drawn, and the entropy is missing")
+    p, num_drawn = F.softmax(teacher.log_p, -1), ids.shape[-1] - kept
+    weights = torch.cat([p[:, :-1], (p[:, -1:] / num_drawn).expand(-1, num_drawn)], -1)
+    with torch.autocast(p.device.type, enabled=False):  # its dot would be in bfloat16
+        return teacher.negative_entropy - torch.linalg.vecdot(weights, picked) + student_NV.logsumexp(-1)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -69,7 +92,18 @@ class ForwardKL(LogitTerm):
 
     temperature: Annotated[float, Range(0.01, 100)] = 1.0
 
-    def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
+    def why_not_recorded(self) -> str | None:
+        return None if self.temperature == 1 else "whose temperature needs the teacher's probabilities of all tokens"
+
+    def loss(
+        self,
+        student: Tensor,
+        teacher: Tensor | RecordedTeacher | None,
+        targets: Tensor,
+        owned: nn.Module | None,
+    ) -> Tensor:
+        if isinstance(teacher, RecordedTeacher):
+            return recorded_kl(student, teacher)
         return forward_kl(student, teacher, self.temperature)
 
 

@@ -39,6 +39,11 @@ class Term(Checked):
         The models may be on the meta device. Raises UserError if the term cannot compare them."""
         return None
 
+    def why_not_recorded(self) -> str | None:
+        """Why the term cannot be computed from what was recorded of a teacher (RecordedTeacher), as the end of a
+        sentence; None where it can."""
+        return f"which compares {self.compares}" if self.needs_teacher else None
+
     def advance(self, owned: nn.Module, loss: float, progress: float) -> None:
         """Called after each optimizer step with the term's own loss (unweighted) in that step, and the share of the
         stage's steps that came before it."""
@@ -58,11 +63,15 @@ class LogitTerm(Term):
 
     compares = "logits"
 
+    def why_not_recorded(self) -> str | None:
+        return "which needs the teacher's probabilities of all tokens" if self.needs_teacher else None
+
     def loss(self, student: Tensor, teacher: Tensor | None, targets: Tensor, owned: nn.Module | None) -> Tensor:
         """The loss [N] of N tokens, from logits [N, V] of both in float32 and the next tokens [N]; or of N images, from
         logits [N, K] and the probabilities of the classes [N, K], all 0 for an image whose label is not known.
 
-        Called on one chunk of tokens after another. `teacher` is None for a term that needs none."""
+        Called on one chunk of tokens after another. `teacher` is None for a term that needs none, and a RecordedTeacher
+        for one that can be computed from that, where the teacher is not there."""
         raise NotImplementedError
 
 

@@ -194,6 +194,10 @@ def show(plan: Plan, console: Console) -> None:
         f"teacher {count(plan.parameters_teacher)} parameters, student {count(plan.parameters_student)}; about"
         f" {duration(total)} of training, {before}{size(plan.disk_bytes)} of disk"
     )
+    if names := ", ".join(row.name for row in plan.steps if row.is_without_teacher):
+        console.print(
+            f"the teacher is loaded at the start, leaves the memory before {names}, and is loaded again after it"
+        )
     for line in plan.assumptions:
         console.print(f"assumes {line}", style="dim")
 

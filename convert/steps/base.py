@@ -6,8 +6,10 @@ A step is a frozen dataclass with a `name` and the methods of `Step`. A new kind
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.processes import on_first
 from convert.domains.base import Data, Domain, Monitor, Teacher
+from convert.models.absent import out_of_memory
 from convert.training.settings import StageSettings
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ class Session:
 
     `training` are the settings of the last training step on the run's data, by whose sequences a run measures; `tokens`
     are those of all training steps together. `start()` makes the student from before the step once more. `load_teacher`
-    gives the teacher of a name, and `prepare` the data of a training step, for one that does not use the run's."""
+    gives the teacher of a name, and `prepare` the data of a training step, for one that does not use the run's.
+    `load_run_teacher` gives the run's once more, for a step that does not want it in memory."""
 
     domain: Domain
     teacher: Teacher
@@ -42,12 +46,22 @@ class Session:
     start: Callable[[], PreTrainedModel]
     load_teacher: Callable[[str], Teacher]
     prepare: "Callable[[Step], Data]"
+    load_run_teacher: Callable[[], Teacher]
 
     def sequences(self, tokens: int) -> list[Any]:
         """Return so many tokens of the run's training data, one sequence a batch."""
         one_by_one = dataclasses.replace(self.training, batch_tokens=self.training.seq_len, masking="all")
         batches = self.domain.batches(self.data, one_by_one)
         return [batches(i) for i in range(max(1, tokens // self.training.seq_len))]
+
+    @contextmanager
+    def without_teacher(self, settings: StageSettings) -> Iterator[None]:
+        """The run's teacher has no memory while this is open. What a stage of these settings measures of it is measured
+        before."""
+        if settings.evaluate_every:
+            self.monitor.ask_teacher()
+        with out_of_memory(self.teacher.model, lambda: self.load_run_teacher().model):
+            yield
 
     def measure(self, student: PreTrainedModel) -> dict[str, float]:
         """Measure the student while a step trains; the numbers are logged."""
@@ -84,7 +98,8 @@ class Session:
 @dataclass(frozen=True)
 class StepPlan:
     """What a step will cost: a row of the plan. Sizes are in parameters, tokens, bytes and seconds. `sampling_seconds`:
-    what the teacher takes to make the step's data, before the first step."""
+    what the teacher takes to make the step's data, before the first step. `is_without_teacher`: the teacher is not in
+    memory meanwhile."""
 
     name: str
     what: str
@@ -94,6 +109,7 @@ class StepPlan:
     peak_bytes: int
     seconds: float
     sampling_seconds: float = 0.0
+    is_without_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,11 @@ class Step(ABC):
     @property
     def own_data(self) -> str | None:
         """The name of the step's own data, where it does not use the run's."""
+        return None
+
+    @property
+    def recorded(self) -> Path | None:
+        """The folder of what was recorded of the run's teacher, where the step learns from that alone."""
         return None
 
     @abstractmethod

@@ -2,7 +2,9 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,8 +13,10 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.core.processes import launched
+from convert.data.recorded import Recorded
 from convert.models.access import layers_of, slots_of
 from convert.objectives import AttentionTerm, BlockTerm
+from convert.steps import recorded
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count, host_config
 from convert.steps.layers import SAME_LAYERS, differing_layers
 from convert.training import STAGES
@@ -36,7 +40,8 @@ class Train(Step, Checked):
     """Train the student by a stage: `align` (layer by layer) or `distill` (the whole model).
 
     `data`, `teacher`: as for the command, where this step needs others than the run's; the teacher must have the
-    vocabulary of the run's. The data may also be `teacher`: what the step's teacher writes."""
+    vocabulary of the run's. The data may also be `teacher`: what the step's teacher writes. The teacher may also be
+    `cache:FOLDER`: a recording of what the run's teacher says, which is then not in memory (convert.teach)."""
 
     name: Name
     stage: Literal["align", "distill"]
@@ -50,7 +55,11 @@ class Train(Step, Checked):
 
     @property
     def own_teacher(self) -> str | None:
-        return self.teacher
+        return None if self.recorded is not None else self.teacher
+
+    @property
+    def recorded(self) -> Path | None:
+        return recorded.folder_of(self.teacher)
 
     @property
     def own_data(self) -> str | None:
@@ -84,7 +93,7 @@ class Train(Step, Checked):
 
     def _bad_objective(self) -> list[str]:
         try:
-            check_objective(self.stage, self.settings.objective)
+            check_objective(self.stage, self.settings.objective, recorded=self.recorded is not None)
             self.settings.objective.check_plain()
         except UserError as error:
             return [f"Step {self.name}: {error}"]
@@ -93,6 +102,8 @@ class Train(Step, Checked):
     def _bad_teacher(self, before: Outline) -> list[str]:
         """Why the step's teacher, its own or the run's, cannot teach the student of that moment."""
         config, name = before.teacher, "the run's teacher"
+        if self.recorded is not None:
+            return self._bad_recording(self.recorded, config.vocab_size)
         if self.teacher is not None:
             config, name = before.domain.outline(before.teachers[self.teacher])[0], self.teacher
             if reason := before.domain.problem(config) or before.domain.problem_of_pair(before.teacher, config):
@@ -109,11 +120,21 @@ class Train(Step, Checked):
             ]
         return []
 
+    def _bad_recording(self, folder: Path, vocab_size: int) -> list[str]:
+        """Why a recording is none of this step's batches."""
+        try:
+            found = Recorded(folder)
+            found.check("batches", recorded.batches_of(self.settings))
+            found.check("kept", {"vocab_size": vocab_size})
+        except UserError as error:
+            return [f"Step {self.name}: {error}"]
+        return []
+
     def plan(self, student: PreTrainedModel, context: PlanContext) -> tuple[PreTrainedModel, StepPlan]:
         """Count what is trained, and estimate memory and time. Raises UserError where the functions of the settings
         cannot train this student."""
         s, layerwise = self.settings, self.stage == "align"
-        config = context.config if self.teacher is None else context.teachers[self.teacher]
+        config = context.config if self.own_teacher is None else context.teachers[self.own_teacher]
         with torch.device("meta"):
             teacher = context.domain.empty_model(config)
             reason = problem_of_functions(s, student, teacher)
@@ -121,7 +142,9 @@ class Train(Step, Checked):
             raise UserError(reason)
         objective = s.objective.build(student, teacher)
         owned = count(objective)
-        num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.teacher else 0)
+        num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.own_teacher else 0)
+        if self.recorded is not None:
+            num_teacher = held = 0
         chosen = {id(p): p.numel() for p in selected(student, s.trains)}
         trainable, total = sum(chosen.values()), count(student)
         slots = slots_of(student)
@@ -156,7 +179,8 @@ class Train(Step, Checked):
             total - trainable,
             4 * int(held + 3 * owned + floats_held(student, trainable)) + activations + logits,
             s.num_steps * s.batch_tokens * (per_token / context.rate + scan) / launched(),
-            s.tokens * SAMPLING * 2 * num_teacher / context.rate if is_sampled else 0.0,
+            s.tokens * SAMPLING * 2 * count(teacher) / context.rate if is_sampled else 0.0,
+            is_without_teacher=self.recorded is not None,
         )
         return student, plan
 
@@ -167,7 +191,10 @@ class Train(Step, Checked):
             own.append("on what the teacher writes first" + f" after the prompts of {file}" * bool(file))
         elif self.data is not None:
             own.append(f"on {self.data}")
-        own += [f"from {self.teacher}"] * (self.teacher is not None)
+        if self.recorded is not None:
+            own.append(f"from what was recorded in {self.recorded}, without the teacher in memory")
+        elif self.teacher is not None:
+            own.append(f"from {self.teacher}")
         return ", ".join([f"{self.stage}: {self.settings.objective}", f"trains {name_of(self.settings.trains)}", *own])
 
     # --- in a run
@@ -175,26 +202,42 @@ class Train(Step, Checked):
     def run(self, student: PreTrainedModel, session: Session) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Train. The result is what `Session.trained` says."""
         started, s = time.monotonic(), self.settings
-        teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
-        data = session.data if self.data is None else session.prepare(self)
+        batches = session.domain.batches(session.data if self.data is None else session.prepare(self), s)
+        if self.recorded is not None:
+            batches = Recorded(self.recorded).batches(batches)
+            with session.without_teacher(s):
+                student = self._trained(student, None, batches, session, recorded=True)
+        else:
+            teacher = session.teacher if self.teacher is None else session.load_teacher(self.teacher)
+            student = self._trained(student, teacher.model, batches, session)
+        return student, session.trained(self.name, started)
 
-        student = in_parts(
+    def _trained(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        batches: Callable[[int], Any],
+        session: Session,
+        **more: Any,
+    ) -> PreTrainedModel:
+        return in_parts(
             STAGES[self.stage],
             student,
-            teacher.model,
-            session.domain.batches(data, s),
-            s,
+            teacher,
+            batches,
+            self.settings,
             track=session.track,
             keep=session.folder,
             measure=session.measure,
+            **more,
         )
-        return student, session.trained(self.name, started)
 
     # --- as data
 
     def describe(self) -> dict[str, Any]:
         found = {"kind": "Train", "name": self.name, "stage": self.stage, "settings": self.settings.plain()}
-        return found | {key: value for key in ("data", "teacher") if (value := getattr(self, key)) is not None}
+        found |= {key: value for key in ("data", "teacher") if (value := getattr(self, key)) is not None}
+        return found | ({} if self.recorded is None else {"teacher": f"{recorded.PREFIX}{self.recorded.absolute()}"})
 
     def dials(self) -> dict[str, Dial]:
         found = {"lr": Dial.around(self.settings.lr)}

@@ -140,8 +140,9 @@ class Settings(StageSettings):
         return self.batch_tokens // self.seq_len
 
 
-def check_objective(stage: str, objective: Objective, has_teacher: bool = True) -> None:
-    """Raises UserError if a stage cannot compute a term of the objective, or if there is none."""
+def check_objective(stage: str, objective: Objective, has_teacher: bool = True, recorded: bool = False) -> None:
+    """Raises UserError if a stage cannot compute a term of the objective, or if there is none. `recorded`: in place of
+    a teacher there is what was recorded of one."""
     kinds = COMPARED[stage]
     if not objective.terms:
         raise UserError(f"a loss needs a term; the objective of {stage} has none.")
@@ -151,5 +152,10 @@ def check_objective(stage: str, objective: Objective, has_teacher: bool = True) 
                 f"{stage} compares {' and '.join(kind.compares for kind in kinds)}; its objective cannot be"
                 f" {term.name}, which compares {term.compares}."
             )
-        if term.needs_teacher and not has_teacher:
+        if recorded and (reason := term.why_not_recorded()):
+            raise UserError(
+                f"{stage} has recorded probabilities in place of a teacher; its objective cannot be {term}, {reason}."
+                " Leave that term out, or let the teacher itself teach."
+            )
+        if term.needs_teacher and not has_teacher and not recorded:
             raise UserError(f"{stage} has no teacher to compare with; its objective cannot be {term.name}.")

@@ -56,7 +56,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 
 def test_every_command_of_the_readme_has_its_flags():
-    for module in ("convert.run", "convert.evaluate", "convert.generate"):
+    for module in ("convert.run", "convert.teach", "convert.evaluate", "convert.generate"):
         shown = subprocess.run(
             [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout

@@ -25,7 +25,13 @@ def start(folder: Path, size: int, work: Callable[..., Any], *args: Any) -> list
     return [_fork(folder, rank, size, work, args) for rank in range(size)]
 
 
-def commands(folder: Path, size: int, arguments: list[str], before: Callable[[], None] = lambda: None) -> list[int]:
+def commands(
+    folder: Path,
+    size: int,
+    arguments: list[str],
+    before: Callable[[], None] = lambda: None,
+    main: Callable[[list[str]], int] = main,
+) -> list[int]:
     """The exit codes of the command in `size` processes, which it joins as torchrun's. `before` runs first in each."""
     folder.mkdir(parents=True)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
