@@ -50,7 +50,8 @@ class Batch:
         lengths = [None] * len(parts[0]) if self.lengths is None else self.lengths.split(num_sequences)
         pieces = [each.split(num_sequences) for each in self.recorded]
         recorded = [tuple(piece[i] for piece in pieces) for i in range(len(parts[0]))]
-        return [Batch(*part, recorded=said) for *part, said in zip(*parts, lengths, recorded, strict=True)]
+        rows = zip(*parts, lengths, recorded, strict=True)
+        return [Batch(ids, labels, positions, n, recorded=said) for ids, labels, positions, n, said in rows]
 
     def parts(self, num_tokens: int, at_least: int = 1) -> list["Batch"]:
         """Micro-batches of at most so many tokens, or of one sequence; `at_least` that many, as far as equal numbers of
