@@ -198,7 +198,7 @@ def is_better(a: NDArray, b: NDArray) -> bool:
 
 def in_words(right: NDArray) -> str:
     by_seed = 100 * right.mean(1)
-    return f"{by_seed.mean():.1f} ± {np.ptp(by_seed):.1f}"
+    return f"{by_seed.mean():.1f}" + (f" ± {np.ptp(by_seed):.1f}" if len(by_seed) > 1 else "")
 
 
 if __name__ == "__main__":
