@@ -124,7 +124,7 @@ def to_vit_ss2d(budget: Budget) -> Recipe:
     )  # fmt: skip
     if budget.is_small:
         common |= dict(micro_images=batch, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10))
-        rates, objective = (1e-2, 1e-3), OBJECTIVE
+        rates, objective = (1e-2, 3e-3), OBJECTIVE
     else:
         common |= dict(micro_images=min(batch, 64), resized_crop=0.08, flip=0.5, evaluate_every=IMAGENET_IMAGES)
         rates, objective = (1e-3, 1e-4 * batch / 512), SMOOTHED
