@@ -124,15 +124,14 @@ def to_vit_ss2d(budget: Budget) -> Recipe:
     )  # fmt: skip
     if budget.is_small:
         common |= dict(micro_images=batch, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10))
-        rates, objective = (1e-2, 3e-3), OBJECTIVE
+        rates, objective, more = (1e-2, 3e-3), OBJECTIVE, dict[str, Any]()
     else:
         common |= dict(micro_images=min(batch, 64), resized_crop=0.08, flip=0.5, evaluate_every=IMAGENET_IMAGES)
-        rates, objective = (1e-3, 1e-4 * batch / 512), SMOOTHED
-    align = ImageSettings(
-        **common, images=first, lr=rates[0], objective=Objective.of("energy_mse"), trains="mixers"
-    )  # fmt: skip
+        rates, objective, more = (1e-3, 1e-4 * batch / 512), SMOOTHED, DEIT
+    attention = Objective.of("energy_mse")
+    align = ImageSettings(**common, images=first, lr=rates[0], objective=attention, trains="mixers")
     distill = ImageSettings(
-        **common, images=budget.images - first, lr=rates[1], objective=objective, trains="everything"
+        **common, images=budget.images - first, lr=rates[1], objective=objective, trains="everything", **more
     )  # fmt: skip
     steps = SwapSS2D("swap"), TrainImages("align", align, "align"), TrainImages("distill", distill)
     return Recipe("vit-ss2d", steps, examples=1)
