@@ -24,6 +24,7 @@ DEIT: dict[str, Any] = {
     "randaugment": 9.0, "randaugment_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "ema": 0.99996,
 }  # fmt: skip
 ALIGN_SHARE = 0.25  # of the images, teacher-forced (ours)
+SAME_STAGES = "forward_kl + stage_features"  # of a student whose stages are its teacher's (ours)
 OBJECTIVE = Objective.of("cross_entropy + one_for_all")
 # DLRMamba's, eq. 9, with the labels of images as task
 LOW_RANK = Objective.of("cross_entropy + 0.5*transition_svd + 0.1*scan_states + 1.5*stage_features")
@@ -115,8 +116,8 @@ def low_rank(budget: Budget) -> Recipe:
 @checked
 def to_vit_ss2d(budget: Budget) -> Recipe:
     """Attention -> SS2D of the same width. Teacher-forced first: each mixer learns the attention's output from the
-    teacher's own input to its layer (as Attention Editing, arXiv 2604.05688); then the whole model learns from labels
-    and from the teacher's logits. The shares and rates are ours."""
+    teacher's own input to its layer (as Attention Editing, arXiv 2604.05688); then the whole model learns from labels,
+    and the teacher's logits and hidden states. The shares and rates are ours."""
     batch, first = budget.batch_images, int(budget.images * ALIGN_SHARE)
     common: dict[str, Any] = dict(
         batch_images=batch, labels=budget.labels, warmup=0.1, seed=budget.seed, schedule="cosine", weight_decay=0.05,
@@ -124,14 +125,14 @@ def to_vit_ss2d(budget: Budget) -> Recipe:
     )  # fmt: skip
     if budget.is_small:
         common |= dict(micro_images=batch, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10))
-        rates, objective, more = (1e-2, 3e-3), OBJECTIVE, dict[str, Any]()
+        rates, labels, more = (1e-2, 3e-3), "cross_entropy", dict[str, Any]()
     else:
         common |= dict(micro_images=min(batch, 64), resized_crop=0.08, flip=0.5, evaluate_every=IMAGENET_IMAGES)
-        rates, objective, more = (1e-3, 1e-4 * batch / 512), SMOOTHED, DEIT
-    attention = Objective.of("energy_mse")
+        rates, labels, more = (1e-3, 1e-4 * batch / 512), "cross_entropy(label_smoothing=0.1)", DEIT
+    attention, whole = (Objective.of(text) for text in ("energy_mse", f"{labels} + {SAME_STAGES}"))
     align = ImageSettings(**common, images=first, lr=rates[0], objective=attention, trains="mixers")
     distill = ImageSettings(
-        **common, images=budget.images - first, lr=rates[1], objective=objective, trains="everything", **more
+        **common, images=budget.images - first, lr=rates[1], objective=whole, trains="everything", **more
     )  # fmt: skip
     steps = SwapSS2D("swap"), TrainImages("align", align, "align"), TrainImages("distill", distill)
     return Recipe("vit-ss2d", steps, examples=1)

@@ -87,7 +87,8 @@ def test_every_target_has_a_recipe(name, small):
         assert (align.trains, str(align.objective)) == ("mixers", "energy_mse") and align.seed == 3
         assert align.images + settings.images == (60_000 if small else 300 * IMAGENET_IMAGES)
     labels = "cross_entropy" if small else "cross_entropy(label_smoothing=0.1)"
-    assert str(settings.objective) == f"{labels} + one_for_all"
+    of_teacher = "forward_kl + stage_features" if before else "one_for_all"
+    assert str(settings.objective) == f"{labels} + {of_teacher}"
     convolutional = name in ("resnet-nano", "resnet-18", "resnet-34", "resnet-50", "mobilenet-v2")
     assert settings.optimizer == ("sgd" if convolutional and not small else "adamw")
     assert (settings.mixup > 0) == (settings.ema > 0) == (not convolutional and not small)
