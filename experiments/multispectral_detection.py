@@ -7,8 +7,8 @@
 A VMamba sees a visible and an infrared image fused, and a head without anchors finds the objects. Students of low rank
 keep a share of the numbers of the backbone's matrices; distilled ones start from a teacher of full rank and learn its
 transitions, states and features beside the task. Every detector is a line of results.jsonl; table.md has mean and
-spread of the seeds, found.png what the smallest distilled one finds. Size is that of the weights, time that of one
-image on one thread, by onnxruntime."""
+spread of the seeds, found.png what the smallest distilled one finds, report.html both. Size is that of the
+weights, time that of one image on one thread, by onnxruntime."""
 
 import argparse
 import copy
@@ -39,6 +39,7 @@ from experiments.detection import precision
 from experiments.detection.detector import Detector, backbone_config
 from experiments.detection.folder import read_pairs
 from experiments.detection.pictures import draw
+from experiments.detection.report import page
 from experiments.detection.scenes import Pairs, compose
 from experiments.detection.training import found_by, on_the_edge, train
 from experiments.trainings import CORES, keep_weights, train_all
@@ -48,6 +49,7 @@ SVD, STATES, FEATURES = "0.5*transition_svd", "0.1*scan_states", "1.5*stage_feat
 ALL = " + ".join((SVD, STATES, FEATURES))
 DISTILLED, TUNED = "low rank 0.50, distilled", "low rank 0.50, distilled, then tuned"
 TABLE = "table.md"
+SAID = "mAP50 in percent: mean and spread of the seeds; in 8 bits of seed 0. Time is that of one image on one thread."
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,13 @@ def main() -> None:
     torch.set_num_threads(1)  # times are those of one thread
     classes = len(pairs.class_names)
     costs = {row.name: on_the_edge(load(out, Training(row.name, 0), classes), pairs, held_out) for row in ROWS}
-    write_text(out / TABLE, show(results_of(file), costs))
-    smallest = load(out, Training(DISTILLED, 0), classes)
-    draw(held_out, found_by(smallest, held_out), out / "found.png")
-    console.print(f"The table is in {out / TABLE}, a picture in {out / 'found.png'}.", highlight=False)
+    rows = rows_of(results_of(file), costs)
+    write_text(out / TABLE, show(rows))
+    found = found_by(load(out, Training(DISTILLED, 0), classes), held_out)
+    draw(held_out, found, out / "found.png")
+    lead = f"Scenes of {', '.join(scenes.objects) if args.pairs is None else named}, {images:,} seen in training.", SAID
+    write_text(out / "report.html", page(rows, lead, DISTILLED, held_out, found))
+    console.print(f"The table is in {out / TABLE}, with pictures in {out / 'report.html'}.", highlight=False)
 
 
 def waves() -> list[list[Row]]:
@@ -214,10 +219,9 @@ def results_of(file: Path) -> dict[Training, dict[str, Any]]:
     return {Training(row["row"], row["seed"]): row for row in json_lines.read(file)}
 
 
-def show(found: dict[Training, dict[str, Any]], costs: dict[str, dict[str, float]]) -> str:
-    """Print the table; its lines of Markdown."""
-    columns = ("detector", "parameters", "mAP50", "ONNX", "ms", "8 bits", "ms", "mAP50")
-    table, lines = Table(*columns, box=box.SIMPLE_HEAD), ["| " + " | ".join(columns) + " |", "|---" * 8 + "|"]
+def rows_of(found: dict[Training, dict[str, Any]], costs: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    """The table, its head first."""
+    rows = [("detector", "parameters", "mAP50", "ONNX", "ms", "8 bits", "ms", "mAP50")]
     for row in ROWS:
         of_row = [value for training, value in found.items() if training.row == row.name]
         scores, cost = [100 * value["map50"] for value in of_row], costs[row.name]
@@ -231,14 +235,20 @@ def show(found: dict[Training, dict[str, Any]], costs: dict[str, dict[str, float
             f"{cost['int8_ms']:.1f}",
             f"{100 * cost['int8_map50']:.1f}",
         )
+        rows.append(cells)
+    return rows
+
+
+def show(rows: list[tuple[str, ...]]) -> str:
+    """Print the table; its lines of Markdown."""
+    columns, *others = rows
+    table, lines = Table(*columns, box=box.SIMPLE_HEAD), ["| " + " | ".join(columns) + " |", "|---" * 8 + "|"]
+    for cells in others:
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     console.print(table)
-    said = (
-        "mAP50 in percent: mean and spread of the seeds; in 8 bits of seed 0. Time is that of one image on one thread."
-    )
-    console.print(said, highlight=False)
-    return "\n".join([*lines, "", said, ""])
+    console.print(SAID, highlight=False)
+    return "\n".join([*lines, "", SAID, ""])
 
 
 if __name__ == "__main__":

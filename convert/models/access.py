@@ -1,5 +1,5 @@
-"""The parts of a causal language model that training and evaluation need, found in the same way in a teacher, in a
-converted student and in a plain transformers model.
+"""The parts of a model that training and evaluation need, found in the same way in a teacher, in a converted student
+and in a plain transformers model: a causal language model, or an image classifier with attention in each layer.
 
 B batch · T tokens · D width
 """
@@ -26,12 +26,17 @@ class TokenBatch(Protocol):
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers, first to last."""
-    return model.blocks if isinstance(model, ConvertedForCausalLM) else model.base_model.layers
+    """The layers, first to last; a converted model (of text or images) is asked for them."""
+    return model.blocks if hasattr(model, "blocks") else model.base_model.layers
+
+
+def replaced_attention(model: nn.Module) -> dict[int, nn.Module]:
+    """Layer -> what stands where its attention was, of each converted layer; {} for a model that has none."""
+    return model.slots() if hasattr(model, "slots") else {}
 
 
 def slots_of(model: nn.Module) -> dict[int, Slot]:
-    """Layer -> slot of each converted layer; {} for a model that has none."""
+    """Layer -> slot of each converted layer of a language model; {} for a model that has none."""
     return model.slots() if isinstance(model, ConvertedForCausalLM) else {}
 
 

@@ -26,6 +26,7 @@ _HOMES = {  # module -> the names that are public here; each is imported when a 
     "steps.select": ("Select",),
     "steps.set_decay": ("SetDecay",),
     "steps.swap": ("Swap",),
+    "steps.swap_ss2d": ("SwapSS2D",),
     "steps.train": ("Train",),
 }
 _HOME = {name: f"convert.{module}" for module, names in _HOMES.items() for name in names}

@@ -54,6 +54,7 @@ TARGETS = {
     "hybrid-kda": Target("Kimi Delta Attention in three layers of four", "language", "to_hybrid_kda"),
     "hybrid-gdn": Target("Gated DeltaNet in three layers of four", "language", "to_hybrid_gdn"),
     "scratch": Target("nothing: a smaller Llama learns from random weights, to compare with", "language", "to_scratch"),
+    "vit-ss2d": Target("a vision transformer with VMamba's SS2D in place of attention", "vision", "to_vit_ss2d"),
     "vmamba-lowrank": Target("a VMamba of low rank, from the weights of a VMamba", "vision", "low_rank"),
 } | {name: Target(known.about, "vision", "one_for_all", name) for name, known in CLASSIFIERS.items()}
 

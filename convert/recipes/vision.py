@@ -1,5 +1,6 @@
-"""The recipes of image classifiers: any architecture teaches any by One-for-All distillation (arXiv 2310.19444), and a
-VMamba one of low rank by structure-aware distillation (DLRMamba, arXiv 2603.06920)."""
+"""The recipes of image classifiers: any architecture teaches any by One-for-All distillation (arXiv 2310.19444), a
+VMamba one of low rank by structure-aware distillation (DLRMamba, arXiv 2603.06920), and a vision transformer itself
+with SS2D in place of attention."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from convert.objectives import Objective
 from convert.recipes.base import Recipe
 from convert.steps.build import Build
 from convert.steps.factorise import Factorise
+from convert.steps.swap_ss2d import SwapSS2D
 from convert.steps.train_images import TrainImages
 from convert.training.image_settings import ImageSettings
 
@@ -21,6 +23,8 @@ IMAGENET_IMAGES = 1_281_167
 DEIT: dict[str, Any] = {
     "randaugment": 9.0, "randaugment_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "ema": 0.99996,
 }  # fmt: skip
+ALIGN_SHARE = 0.25  # of the images, teacher-forced (ours)
+SAME_STAGES = "forward_kl + stage_features"  # of a student whose stages are its teacher's (ours)
 OBJECTIVE = Objective.of("cross_entropy + one_for_all")
 # DLRMamba's, eq. 9, with the labels of images as task
 LOW_RANK = Objective.of("cross_entropy + 0.5*transition_svd + 0.1*scan_states + 1.5*stage_features")
@@ -107,3 +111,28 @@ def low_rank(budget: Budget) -> Recipe:
             evaluate_every=IMAGENET_IMAGES,
         )  # fmt: skip
     return Recipe("vmamba-lowrank", (Factorise("lowrank"), TrainImages("distill", settings)), examples=1)
+
+
+@checked
+def to_vit_ss2d(budget: Budget) -> Recipe:
+    """Attention -> SS2D of the same width. Teacher-forced first: each mixer learns the attention's output from the
+    teacher's own input to its layer (as Attention Editing, arXiv 2604.05688); then the whole model learns from labels,
+    and the teacher's logits and hidden states. The shares and rates are ours."""
+    batch, first = budget.batch_images, int(budget.images * ALIGN_SHARE)
+    common: dict[str, Any] = dict(
+        batch_images=batch, labels=budget.labels, warmup=0.1, seed=budget.seed, schedule="cosine", weight_decay=0.05,
+        beta2=0.999, clip=5.0,
+    )  # fmt: skip
+    if budget.is_small:
+        common |= dict(micro_images=batch, precision="float32", crop=1, evaluate_every=max(1, budget.images // 10))
+        rates, labels, more = (1e-2, 3e-3), "cross_entropy", dict[str, Any]()
+    else:
+        common |= dict(micro_images=min(batch, 64), resized_crop=0.08, flip=0.5, evaluate_every=IMAGENET_IMAGES)
+        rates, labels, more = (1e-3, 1e-4 * batch / 512), "cross_entropy(label_smoothing=0.1)", DEIT
+    attention, whole = (Objective.of(text) for text in ("energy_mse", f"{labels} + {SAME_STAGES}"))
+    align = ImageSettings(**common, images=first, lr=rates[0], objective=attention, trains="mixers")
+    distill = ImageSettings(
+        **common, images=budget.images - first, lr=rates[1], objective=whole, trains="everything", **more
+    )  # fmt: skip
+    steps = SwapSS2D("swap"), TrainImages("align", align, "align"), TrainImages("distill", distill)
+    return Recipe("vit-ss2d", steps, examples=1)

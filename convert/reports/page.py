@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from convert.core import manifest
 from convert.core.files import write_text
 from convert.reports import charts, report
-from convert.reports.sections import Chart, Curve, PageSection, R, Run, Sections, Table
+from convert.reports.sections import Card, Chart, Curve, PageSection, R, Run, Sections, Table
 
 POINTS = 300  # of a curve
 
@@ -30,9 +30,7 @@ def write_report_page(run: Path, sections: Sections[Any]) -> None:
 
 
 def page(runs: Sequence[Run[R]], sections: Sections[R]) -> str:
-    """The page as HTML. The template escapes all that is not Markup."""
-    environment = Environment(autoescape=True, trim_blocks=False)
-    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    """The page as HTML."""
     one = runs[0] if len(runs) == 1 else None
     title = f"{one.report.teacher} → {one.report.target}" if one else f"{len(runs)} conversions side by side"
     made = PageSection(
@@ -41,12 +39,29 @@ def page(runs: Sequence[Run[R]], sections: Sections[R]) -> str:
         tables=[Table(_provenance(runs))],
     )
     shown = [*sections.results(runs), _training(runs, sections.curves), *sections.costs(runs), made]
+    lead = [_lead(run, sections, named=one is None) for run in runs]
+    settings = [(f"Settings of {run.name}", json.dumps(vars(run.report.settings), indent=1)) for run in runs]
+    return rendered(title, lead, shown, cards=sections.cards(one) if one else (), settings=settings)
+
+
+def rendered(
+    title: str,
+    lead: Sequence[str],
+    sections: Sequence[PageSection],
+    *,
+    cards: Sequence[Card] = (),
+    settings: Sequence[tuple[str, str]] = (),
+) -> str:
+    """A page of these sections as HTML; empty ones are left out. `settings` are texts, each with its title, that are
+    folded away. The template escapes all that is not Markup."""
+    environment = Environment(autoescape=True, trim_blocks=False)
+    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.render(
         title=title,
-        lead=[_lead(run, sections, named=one is None) for run in runs],
-        cards=sections.cards(one) if one else [],
-        sections=[section for section in shown if not _is_empty(section)],
-        settings=[(f"Settings of {run.name}", json.dumps(vars(run.report.settings), indent=1)) for run in runs],
+        lead=lead,
+        cards=cards,
+        sections=[section for section in sections if not _is_empty(section)],
+        settings=settings,
         table=_table,
         colours=charts.COLOURS,
     )

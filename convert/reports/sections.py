@@ -54,7 +54,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its title. Titles are text, and escaped; the SVG is markup."""
+    """A chart, or a picture, with its title. Titles are text, and escaped; the SVG, or the img element, is markup."""
 
     title: str
     svg: Markup

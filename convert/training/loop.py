@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from convert.core.errors import Interrupted, UserError
 from convert.core.processes import rank, summed
 from convert.mixers.mamba_block import project_gradients
-from convert.models.access import slots_of
+from convert.models.access import replaced_attention
 from convert.objectives.base import LiveObjective
 from convert.training import parallel
 from convert.training.fetching import BatchOfStep, fetched
@@ -232,8 +232,8 @@ def _norms(student: PreTrainedModel) -> dict[str, float]:
     """The norms of the trained parameters of each new mixer and of their clipped gradients, read from the device at
     once."""
     found = {}
-    for layer, slot in slots_of(student).items():
-        trained = [p for p in slot.parameters() if p.grad is not None]
+    for layer, mixer in replaced_attention(student).items():
+        trained = [p for p in mixer.parameters() if p.grad is not None]
         if trained:
             found[f"weights/layer_{layer:02}"] = parallel.norm_of(p.detach() for p in trained)
             found[f"gradients/layer_{layer:02}"] = parallel.norm_of(p.grad for p in trained)

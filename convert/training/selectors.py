@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from convert.core.fields import Written
 from convert.mixers.hedgehog import FeatureMap
-from convert.models.access import layers_of, slots_of
-from convert.models.slot import Slot, attention_of
+from convert.models.access import layers_of, replaced_attention, slots_of
+from convert.models.slot import attention_of
 
 
 def feature_maps(student: PreTrainedModel) -> list[nn.Parameter]:
@@ -23,13 +23,14 @@ def feature_maps(student: PreTrainedModel) -> list[nn.Parameter]:
 
 def mixers(student: PreTrainedModel) -> list[nn.Parameter]:
     """All of the new mixers, the projections they inherited included."""
-    return [p for slot in slots_of(student).values() for p in slot.parameters()]
+    return [p for mixer in replaced_attention(student).values() for p in mixer.parameters()]
 
 
 def kept_attention(student: PreTrainedModel) -> list[nn.Parameter]:
     """The attention of layers that keep theirs."""
-    kept = (attention_of(block) for block in layers_of(student))
-    return [p for module in kept if not isinstance(module, Slot) for p in module.parameters()]
+    replaced = replaced_attention(student)
+    kept = (attention_of(block) for layer, block in enumerate(layers_of(student)) if layer not in replaced)
+    return [p for module in kept for p in module.parameters()]
 
 
 def mlps(student: PreTrainedModel) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from convert.models.vision.families import StudentOptions, known_config
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 from convert.objectives import Objective
 from convert.recipes.targets import TARGETS, default_recipe
-from convert.recipes.vision import LOW_RANK
+from convert.recipes.vision import IMAGENET_IMAGES, LOW_RANK
 from convert.runs.schemas import Report
 from tests.evaluation.classifiers import classifier
 
@@ -76,14 +76,19 @@ def test_every_target_has_a_recipe(name, small):
     if small:
         set_preprocessing(config, Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3))
     recipe = default_recipe("tiny", config, name, seed=3)
-    (settings,) = recipe.trainings
+    *before, settings = recipe.trainings
     assert recipe.target == name and settings.seed == 3
     if name == "vmamba-lowrank":
         assert settings.objective == LOW_RANK and settings.mixup == settings.ema == 0
         assert settings.optimizer == "adamw" and (settings.resized_crop > 0) == (settings.flip > 0) == (not small)
         return
+    assert len(before) == (name == "vit-ss2d")
+    for align in before:
+        assert (align.trains, str(align.objective)) == ("mixers", "energy_mse") and align.seed == 3
+        assert align.images + settings.images == (60_000 if small else 300 * IMAGENET_IMAGES)
     labels = "cross_entropy" if small else "cross_entropy(label_smoothing=0.1)"
-    assert str(settings.objective) == f"{labels} + one_for_all"
+    of_teacher = "forward_kl + stage_features" if before else "one_for_all"
+    assert str(settings.objective) == f"{labels} + {of_teacher}"
     convolutional = name in ("resnet-nano", "resnet-18", "resnet-34", "resnet-50", "mobilenet-v2")
     assert settings.optimizer == ("sgd" if convolutional and not small else "adamw")
     assert (settings.mixup > 0) == (settings.ema > 0) == (not convolutional and not small)

@@ -87,6 +87,51 @@ def test_a_vmamba_is_squeezed_to_a_low_rank(digits, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_of_a_vit_becomes_ss2d_and_a_killed_run_goes_on(digits, tmp_path, monkeypatch, capsys):
+    more = ["--set", "swap.state_size=4", "--set", "align.save_every=0", "--set", "align.mixup=0.2"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert main(command(digits, tmp_path / "planned", *more, "--plan", to="vit-ss2d")) == 0
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "inner width 16, 4 states" in planned and "align: energy_mse, trains mixers" in planned
+    assert not (tmp_path / "planned").exists()
+    assert main(command(digits, straight, *more, to="vit-ss2d")) == 0
+    report = records.report(straight)
+    kinds = [("swap", "SwapSS2D"), ("align", "TrainImages"), ("distill", "TrainImages")]
+    assert [(step.name, step.kind) for step in report.steps] == kinds
+    assert [step.tokens for step in report.steps] == [0, 48, 48] and report.steps[1].loss_last is not None
+    assert records.report(straight).settings.steps[1]["stage"] == "align"
+    rows = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["gradients/layer_02"] > 0 for row in rows if "gradients/layer_00" in row)
+    arguments = command(digits, killed, *more, to="vit-ss2d")
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    assert not (killed / "steps" / "1-align" / "DONE").exists()
+    assert main(arguments) == 0
+    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in (straight, killed))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    teacher = load_teacher(resolve(str(straight)))  # the student is a teacher like any other
+    assert teacher.model.config.model_type == "vit_ss2d" and not any("q_proj" in name for name in whole)
+
+
+NOT_SWAPPED = {
+    "a CNN": ("resnet-nano", [], "this teacher is a resnet. Take --to vmamba"),
+    "an MLP-Mixer": ("mixer-nano", [], "this teacher is a mlp_mixer. Take --to vmamba"),
+    "a setting": ("vit-nano", ["--set", "swap.state_size=0"], "state_size must be within 1 .. 256"),
+    "a term": ("vit-nano", ["--set", "align.objective=cross_entropy"], "align compares attention outputs and block"),
+    "nothing compared": ("vit-nano", ["--set", "align.trains=mlps"], "mlps has nothing of it. Set trains=mixers"),
+    "no images": ("vit-nano", ["--set", "align.images=0"], "every step needs images; it has 0"),
+}
+
+
+@pytest.mark.parametrize("teacher, more, words", NOT_SWAPPED.values(), ids=NOT_SWAPPED)
+def test_attention_that_cannot_be_replaced_is_refused(teacher, more, words, tmp_path, capsys):
+    arguments = command(teacher, tmp_path / "out", *more, to="vit-ss2d")
+    arguments.remove("--tiny")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The folder of a run that nothing stopped; the first test that needs it makes it."""

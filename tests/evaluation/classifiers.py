@@ -6,13 +6,14 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from convert.data.image_batch import ImageBatch
-from convert.models.vision import mixer, vmamba  # noqa: F401  # transformers knows both by them
+from convert.models.vision import mixer, vit_ss2d, vmamba  # noqa: F401  # transformers knows all three by them
 from convert.models.vision.inputs import Preprocessing, set_preprocessing
 
 SIZES = {
     "vit": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 8, 12, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"},
     "vmamba": {"hidden_sizes": [8, 16], "depths": [1, 1], "state_size": 4, "rank_ratio": 0.5},
+    "vit_ss2d": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "state_size": 4},
     "mlp_mixer": {"hidden_size": 16, "num_hidden_layers": 2, "token_size": 8, "channel_size": 24},
 }
 

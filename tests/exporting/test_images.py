@@ -22,10 +22,12 @@ def exported(model, folder, images, **changes):
     return export_and_verify(model, folder, images=images, **fields | changes)
 
 
-@pytest.mark.parametrize("family, channels, side", [("resnet", 3, 16), ("mlp_mixer", 1, 9), ("vmamba", 1, 16)])
+@pytest.mark.parametrize(
+    "family, channels, side", [("resnet", 3, 16), ("mlp_mixer", 1, 9), ("vmamba", 1, 16), ("vit_ss2d", 1, 16)]
+)
 def test_a_folder_works_in_a_clean_process(family, channels, side, tmp_path):
-    """A family of transformers with images of its size; two of ours, one with images that are resized, one of low
-    rank."""
+    """A family of transformers with images of its size; three of ours, one with images that are resized, one of low
+    rank, one around a model of transformers."""
     model = classifier(family, channels)
     (batch,) = image_batches(3, channels=channels, side=side)
     found = exported(model, tmp_path / "model", batch.images)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range, Text, require
-from convert.models.vision import mixer, vmamba  # noqa: F401  # transformers knows both by them
+from convert.models.vision import mixer, vit_ss2d, vmamba  # noqa: F401  # transformers knows all three by them
 from convert.models.vision.catalog import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, KnownClassifier
 from convert.models.vision.inputs import Preprocessing, preprocessing_of, set_preprocessing
 

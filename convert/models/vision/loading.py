@@ -26,10 +26,12 @@ from convert.models.vision.families import known_config, preprocessing_from
 from convert.models.vision.inputs import FIELD, preprocessing_of, set_preprocessing
 from convert.models.vision.mixer import MlpMixerConfig
 from convert.models.vision.timm_models import timm_config
+from convert.models.vision.vit_ss2d import ViTSS2DConfig
 from convert.models.vision.vmamba import VMambaConfig
 from convert.models.weights import check_size, refuse_left_over, refuse_misfits
 
-FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MlpMixerConfig.model_type, VMambaConfig.model_type}
+OURS = {kind.model_type for kind in (MlpMixerConfig, VMambaConfig, ViTSS2DConfig)}
+FAMILIES = {*MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, *OURS}
 # what published checkpoints hold beside a classifier: poolers, tokens of masks, and positions that are made anew
 UNUSED = re.compile(
     r"(^|\.)(pooler\.|mask_token$)|(position_ids|relative_position_index|relative_coords_table|num_batches_tracked)$"

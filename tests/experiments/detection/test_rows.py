@@ -11,7 +11,7 @@ from convert.objectives import Objective
 from experiments import multispectral_detection as command
 from experiments.detection.scenes import compose
 from experiments.detection.training import BATCH, found_by, train
-from experiments.multispectral_detection import ALL, FULL, NAMES, ROWS, Training, detector_of, show, waves
+from experiments.multispectral_detection import ALL, FULL, NAMES, ROWS, Training, detector_of, rows_of, show, waves
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_table_tells_mean_and_spread(capsys):
         Training(row.name, seed): {"map50": 0.5 + seed / 10, "parameters": 1000} for row in ROWS for seed in (0, 1)
     }
     cost = {"bytes": 4000.0, "ms": 1.0, "map50": 0.5, "int8_bytes": 1000.0, "int8_ms": 0.5, "int8_map50": 0.4}
-    text = show(found, {row.name: cost for row in ROWS})
+    text = show(rows_of(found, {row.name: cost for row in ROWS}))
     assert text.count("| 55.0 ± 10.0 |") == len(ROWS) and "mean and spread" in capsys.readouterr().out
 
 
