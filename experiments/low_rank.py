@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -38,7 +37,7 @@ from convert.models.vision.vmamba_lowrank import low_rank_config, start_from
 from convert.objectives import Objective
 from convert.training.image_settings import ImageSettings
 from convert.training.images import classify
-from experiments.trainings import CORES, keep_weights, train_all
+from experiments.trainings import CORES, keep_weights, mean_and_spread, train_all
 
 DATA = ("digits", "fashion-mnist")
 RATIOS = (0.65, 0.60, 0.55, 0.50)  # the paper's, table IV
@@ -155,7 +154,7 @@ def show(found: dict[Training, float], spec: str) -> str:
         cells = []
         for terms in TERMS:
             scores = [100 * each for run, each in found.items() if run.ratio == ratio and run.terms == terms]
-            cells.append(f"{np.mean(scores):.1f} ± {np.ptp(scores):.1f}" if scores else "")
+            cells.append(mean_and_spread(scores) if scores else "")
         name = f"rank ratio {ratio:.2f}" if ratio in RATIOS else Training(ratio, "", 0).name
         row = (name, size(of_model.weight_bytes), f"{of_model.latency_ms:.1f}", *cells)
         table.add_row(*row)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -42,7 +41,7 @@ from experiments.detection.pictures import draw
 from experiments.detection.report import page
 from experiments.detection.scenes import Pairs, compose
 from experiments.detection.training import found_by, on_the_edge, train
-from experiments.trainings import CORES, keep_weights, train_all
+from experiments.trainings import CORES, keep_weights, mean_and_spread, train_all
 
 SIDE, SCENES, HELD_OUT = 64, 4000, 500  # pixels, and scenes that are composed (ours)
 SVD, STATES, FEATURES = "0.5*transition_svd", "0.1*scan_states", "1.5*stage_features"  # the paper's weights, eq. 9
@@ -228,7 +227,7 @@ def rows_of(found: dict[Training, dict[str, Any]], costs: dict[str, dict[str, fl
         cells = (
             row.name,
             f"{of_row[0]['parameters']:,}",
-            f"{np.mean(scores):.1f} ± {np.ptp(scores):.1f}",
+            mean_and_spread(scores),
             size(int(cost["bytes"])),
             f"{cost['ms']:.1f}",
             size(int(cost["int8_bytes"])),

@@ -39,7 +39,7 @@ from convert.models.vision.inputs import preprocessing_of
 from convert.objectives import Objective
 from convert.recipes import vision as recipes
 from convert.training.images import classify
-from experiments.trainings import CORES, train_all
+from experiments.trainings import CORES, mean_and_spread, train_all
 
 MODELS = ("resnet-nano", "vit-nano", "mixer-nano")
 DATA = ("digits", "fashion-mnist")
@@ -197,8 +197,7 @@ def is_better(a: NDArray, b: NDArray) -> bool:
 
 
 def in_words(right: NDArray) -> str:
-    by_seed = 100 * right.mean(1)
-    return f"{by_seed.mean():.1f}" + (f" ± {np.ptp(by_seed):.1f}" if len(by_seed) > 1 else "")
+    return mean_and_spread(100 * right.mean(1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -43,6 +44,12 @@ def train_all(
             bar.set_postfix_str(in_words(row))
         pool.close()  # its processes end by themselves, and leave nothing behind
         pool.join()
+
+
+def mean_and_spread(percentages: Sequence[float]) -> str:
+    """The mean over seeds, and the largest minus the smallest where there are several."""
+    spread = f" ± {np.ptp(percentages):.1f}" if len(percentages) > 1 else ""
+    return f"{np.mean(percentages):.1f}{spread}"
 
 
 def keep_weights(model: nn.Module, file: Path) -> None:

@@ -41,7 +41,7 @@ from convert.recipes.vision import Budget, one_for_all, to_vit_ss2d
 from convert.steps.swap_ss2d import SwapSS2D
 from convert.steps.train_images import STAGES
 from convert.training.image_settings import ImageSettings
-from experiments.trainings import CORES, train_all
+from experiments.trainings import CORES, mean_and_spread, train_all
 
 FORCED, AT_ONCE = "SS2D, teacher-forced first", "SS2D, whole model from the start"
 VMAMBA, ALONE = "VMamba, One-for-All", "SS2D, labels alone"
@@ -169,7 +169,7 @@ def show(found: dict[Training, dict[str, Any]], teacher: PreTrainedModel, of_tea
 
 def _spread(shares: list[float | None]) -> str:
     known = [100 * share for share in shares if share is not None]
-    return f"{np.mean(known):.1f} ± {np.ptp(known):.1f}" if known else ""
+    return mean_and_spread(known) if known else ""
 
 
 if __name__ == "__main__":
