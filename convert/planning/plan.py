@@ -152,7 +152,7 @@ def _assumptions(
         held = "its part of the teacher" if shares else "the teacher whole"
         yield (
             f"{launched()} processes: each holds {held} and its part of a language model's parameters, gradients and"
-            " moments, with one layer and the embeddings gathered. Time is that of a device for each, and of no"
+            " moments, with two layers and the embeddings gathered. Time is that of a device for each, and of no"
             " exchange: large micro-batches need less of it"
         )
     yield (

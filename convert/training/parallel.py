@@ -63,13 +63,13 @@ def check_shared_out(student: nn.Module) -> None:
 
 def floats_held(model: PreTrainedModel, num_trained: int = 0) -> float:
     """Floats that a process holds of a model that is shared out, of which so many parameters are trained: its part of
-    parameters, gradients and two moments, with the root and one layer gathered, and their gradients. In one process all
-    of it."""
+    parameters, gradients and two moments, with the root and two layers gathered, of which one comes while the other
+    runs, and their gradients. In one process all of it."""
     total = sum(p.numel() for p in model.parameters())
     if launched() == 1:
         return total + 3 * num_trained
     layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-    gathered = (2 if num_trained else 1) * (total - sum(layers) + max(layers))
+    gathered = (2 if num_trained else 1) * (total - sum(layers) + 2 * max(layers))
     return gathered + (total + 3 * num_trained) / launched()
 
 
