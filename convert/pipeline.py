@@ -1,6 +1,5 @@
 """run_recipe(): the one place where recipe, data, tracking, checkpoints and measurements meet."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -21,9 +20,11 @@ from convert.core.files import write_json, write_text
 from convert.core.processes import gathered, in_turn, joined, on_first
 from convert.core.provenance import commit, versions
 from convert.domains.base import Domain
-from convert.models.saving import fingerprint, load_student, save_student
+from convert.models.saving import fingerprint, save_student
+from convert.models.sharding import reshard
 from convert.planning import plan as planning
-from convert.preparation import Run, domain_for, prepared, whole_name, whole_steps
+from convert.planning.plan import ShareTeacher
+from convert.preparation import Run, domain_for, planned, prepared, whole_name, whole_steps
 from convert.recipes.base import Recipe
 from convert.reports import report as reports
 from convert.reports import scores
@@ -52,15 +53,17 @@ def run_recipe(
     wandb: Literal["online", "offline", "disabled"] | None = None,
     stop_when: Sequence[Text] = (),
     trust_remote_code: bool = False,
+    share_teacher: ShareTeacher = "auto",
 ) -> Report:
     """Do what the recipe (or the default one of a target) says to the teacher, in the folder `out`; return the report.
 
     Steps already done are skipped, an unfinished one goes on. `wandb`: online, offline, disabled, None: as configured.
-    `stop_when`: rules like "generation<0.2", looked at whenever a stage measures."""
+    `stop_when`: rules like "generation<0.2", looked at whenever a stage measures. `share_teacher`: whether several
+    processes share the teacher out among them (auto: where it does not fit each)."""
     started, teacher = time.monotonic(), str(teacher)
     rules = domain_for(teacher, recipe).monitor_rules(stop_when)
-    prepare = functools.partial(
-        prepared,
+    plan = functools.partial(
+        planned,
         teacher,
         recipe,
         out,
@@ -69,9 +72,10 @@ def run_recipe(
         fresh=fresh,
         trust_remote_code=trust_remote_code,
         has_rules=bool(rules),
+        share_teacher=share_teacher,
     )
     with joined(), ExitStack() as held:
-        run = in_turn(prepare)
+        run = prepared(in_turn(plan))
         out, domain = run.out, run.domain
         on_first(_taken, run, fresh, held)
         report = _locked_run(run, wandb, rules, started)
@@ -105,9 +109,9 @@ def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: floa
     try:
         with StopRequest() as stop:
             student, results = _steps(run, track, stop, rules)
-        _round(student, run.teacher.dtype)
+        _round(reshard(student), run.teacher.dtype)
         report = _report(run, student, results)
-        return on_first(_shipped, run, student, report, track, started)
+        return _shipped(run, student, report, track, started)
     finally:
         track.close()
 
@@ -115,7 +119,8 @@ def _locked_run(run: Run, wandb: str | None, rules: Sequence[Any], started: floa
 def _shipped(run: Run, student: PreTrainedModel, report: Report, track: Unwritten, started: float) -> Report:
     """Export the student, write the report and the page; return the report with what the export says."""
     out, domain = run.out, run.domain
-    with manifest.renewing(out, *SHIPPED):
+    with ExitStack() as held:
+        on_first(held.enter_context, manifest.renewing(out, *SHIPPED))
         cards = reports.card(report, domain.sections), reports.card(report, domain.sections, native=True)
         exported = domain.export(student, run.teacher, out / "model", cards, run.data)
         report = dataclasses.replace(
@@ -123,14 +128,20 @@ def _shipped(run: Run, student: PreTrainedModel, report: Report, track: Unwritte
             export=records.checked(exported, Export, "The export", ""),
             seconds=dataclasses.replace(report.seconds, this_call=time.monotonic() - started),
         )
-        write_json(out / "report.json", dataclasses.asdict(report))
-        write_text(out / "report.md", reports.markdown(report, domain.sections))
-        write_page([out], out / "report.html", domain.sections)
+        on_first(_write, run, report)
     track.enter("evaluate")
     facts = {"architecture": run.recipe.target, domain.headline: report.headline.student}
     track.made(fingerprint(student), facts, out / "model")
     track.finish(report.evaluation, out / "report.html", domain.sections.numbers(report))
     return report
+
+
+def _write(run: Run, report: Report) -> None:
+    """Write the report and the page."""
+    sections = run.domain.sections
+    write_json(run.out / "report.json", dataclasses.asdict(report))
+    write_text(run.out / "report.md", reports.markdown(report, sections))
+    write_page([run.out], run.out / "report.html", sections)
 
 
 def _steps(
@@ -139,7 +150,7 @@ def _steps(
     """Do the steps that are not done yet. The student of the last finished step is on disk."""
     recipe, teacher = run.recipe, run.teacher.model
     folders = [StepFolder(run.out, i, step.name, stop) for i, step in enumerate(recipe.steps)]
-    read = functools.partial(load_student, teacher=teacher, empty=run.domain.empty_model)
+    read = functools.partial(run.domain.load_student, teacher=teacher)
     held_out = run.held_out()
     monitor = run.domain.monitor(run.teacher, held_out, rules)
     results: list[dict[str, Any]] = []
@@ -153,7 +164,9 @@ def _steps(
                 on_first(folders[i - 1].drop_weights)  # again, where a kill came before it
             student, track.model = None, result.get("model", track.model)
         else:
-            start = functools.partial(folders[i - 1].student, read) if i else functools.partial(copy.deepcopy, teacher)
+            start = (
+                functools.partial(folders[i - 1].student, read) if i else functools.partial(run.domain.copy, teacher)
+            )
             console.print(step.name, style="bold")
             if step.training is not None:
                 track.enter(step.name, tokens_before, steps_before)
@@ -173,7 +186,7 @@ def _steps(
                 load_run_teacher=run.load_again,
             )
             student, result = _done(step, start() if student is None else student, session, recipe.seed)
-            result = on_first(folder.finish, functools.partial(save_student, student), result)
+            result = folder.finish(functools.partial(save_student, student), result)
             on_first(_tell, run, step, student, result, track)
             if i:
                 on_first(folders[i - 1].drop_weights)
@@ -195,7 +208,7 @@ def _done(step: Step, student: PreTrainedModel, session: Session, seed: int) -> 
     started = time.monotonic()
     result: dict[str, Any] = {"name": step.name, "kind": type(step).__name__, "tokens": 0, "seconds": 0.0}
     torch.manual_seed(seed)  # a swap draws too: what is new in a mixer and cannot start at zero
-    student, found = step.run(student, session)
+    student, found = step.run(reshard(student), session)
     result |= found
     result["headline_after"] = session.domain.measure(student, session.held_out)
     result["seconds"] += time.monotonic() - started
@@ -229,7 +242,7 @@ def _report(run: Run, student: PreTrainedModel, results: list[dict[str, Any]]) -
     console.print("evaluate", style="bold")
     models = {"teacher": run.teacher.model, "student": student}
     asked = models, run.teacher, run.recipe.tasks, run.recipe.examples, run.out
-    evaluation = on_first(run.domain.evaluate, *asked)
+    evaluation = run.domain.evaluate(*asked)
     steps = [records.checked(result, StepResult, "The ledger", "") for result in results]
     stages = [step for step in steps if step.tokens]
     return run.domain.report_type(

@@ -13,18 +13,36 @@ from transformers import PreTrainedConfig
 from convert.core.console import console, size
 from convert.core.errors import UserError
 from convert.core.places import path_of, refuse_overlap
+from convert.core.processes import gathered
 from convert.data.recorded import Recorded
 from convert.domains import domain_of
 from convert.domains.base import Data, Domain, Source, Teacher
 from convert.models.devices import pick_device
 from convert.models.saving import fingerprint
 from convert.planning import plan as planning
-from convert.planning.plan import Plan
+from convert.planning.plan import Plan, ShareTeacher
 from convert.planning.validate import named_corpora, named_teachers
 from convert.recipes.base import Recipe
 from convert.recipes.targets import TARGETS, default_recipe
 from convert.runs.ledger import check_out
 from convert.steps.base import Step
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of which nothing is loaded yet. `corpora`: name -> data set, of the run's data `spec` and of those that
+    steps name."""
+
+    domain: Domain
+    recipe: Recipe
+    teacher: str
+    source: Source
+    plan: Plan
+    device: str
+    out: Path
+    spec: str
+    corpora: dict[str, Any]
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class Run:
         return self.domain.held_out(self.data, self.recipe.units, self.recipe.measured_by)
 
 
-def prepared(
+def planned(
     teacher: str,
     recipe: str | Recipe,
     out: str | Path | None,
@@ -60,8 +78,9 @@ def prepared(
     fresh: bool,
     trust_remote_code: bool,
     has_rules: bool,
-) -> Run:
-    """Return a run that can begin. Raises UserError for whatever would stop it: the cheapest reasons come first."""
+    share_teacher: ShareTeacher,
+) -> Planned:
+    """Plan a run. Raises UserError for whatever would stop it: the cheapest reasons come first."""
     domain = domain_for(teacher, recipe)
     source = domain.resolve(teacher)
     config = domain.read_config(source, trust_remote_code)
@@ -75,17 +94,25 @@ def prepared(
     folder = path_of(out or f"runs/{source.name}-{recipe.target}", "--out")
     device, spec = pick_device(device), source.data if data is None else str(data)
     corpora = named_corpora(domain, recipe, spec)
-    plan = _planned(domain, source, config, recipe, spec, device, folder, trust_remote_code)
+    plan = _shown(domain, source, config, recipe, spec, device, folder, trust_remote_code, share_teacher)
     check_out(folder, fresh)
     named = [domain.resolve(name) for name in _named_teachers(recipe)]
     places = [("teacher", place) for each in (source, *named) for place in _places(each)]
     places += [("recording", step.recorded) for step in recipe.steps if step.recorded is not None]
     refuse_overlap(folder, places + [("data", place) for corpus in corpora.values() for place in corpus.places()])
+    return Planned(domain, recipe, teacher, source, plan, device, folder, spec, corpora, trust_remote_code)
+
+
+def prepared(it: Planned) -> Run:
+    """Return a run that can begin: several processes load what it needs together. Raises UserError as `planned`
+    does."""
+    domain, recipe, corpora = it.domain, it.recipe, it.corpora
+    shares = any(gathered(it.plan.shares_teacher))  # machines may differ
 
     def load(name: str) -> Teacher:
-        return domain.load_teacher(domain.resolve(name), device, trust_remote_code)
+        return domain.load_teacher(domain.resolve(name), it.device, it.trust_remote_code, shares)
 
-    loaded = load(teacher)
+    loaded = load(it.teacher)
 
     def prepare(step: Step) -> Data:
         """The step's own data; its own teacher, where it has one, makes what is made."""
@@ -94,14 +121,16 @@ def prepared(
         its_teacher = loaded if step.own_teacher is None else load(step.own_teacher)
         return domain.prepare(corpora[step.own_data], its_teacher, settings.units, settings)
 
-    data_of_run = domain.prepare(corpora[spec], loaded, recipe.units, recipe.measured_by)
-    run = Run(domain, recipe, loaded, data_of_run, folder, plan, {}, load, prepare, functools.partial(load, teacher))
+    data_of_run = domain.prepare(corpora[it.spec], loaded, recipe.units, recipe.measured_by)
+    run = Run(
+        domain, recipe, loaded, data_of_run, it.out, it.plan, {}, load, prepare, functools.partial(load, it.teacher)
+    )
     run.held_out()  # too little data is said now,
     domain.check(loaded, recipe.tasks)  # and so is a teacher that cannot be asked anything
     for step in recipe.steps:
         if step.own_data is None and (settings := step.training) is not None:
             domain.batches(run.data, settings)
-    return dataclasses.replace(run, settings=_settings(run, teacher, source, spec))
+    return dataclasses.replace(run, settings=_settings(run, it.teacher, it.source, it.spec))
 
 
 def domain_for(teacher: str, recipe: str | Recipe) -> Domain:
@@ -110,7 +139,7 @@ def domain_for(teacher: str, recipe: str | Recipe) -> Domain:
     return domain_of(teacher, None if target is None else target.domain)
 
 
-def _planned(
+def _shown(
     domain: Domain,
     source: Source,
     config: PreTrainedConfig,
@@ -119,10 +148,11 @@ def _planned(
     device: str,
     out: Path,
     trust_remote_code: bool,
+    share_teacher: ShareTeacher,
 ) -> Plan:
     """Print the plan. Raises UserError where it cannot work, or has too little room on the disk."""
     teachers = named_teachers(domain, recipe, trust_remote_code)
-    plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers)
+    plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers, share_teacher)
     planning.show(plan, console)
     if plan.refusals:
         raise UserError(plan.refusals[0])

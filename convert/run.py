@@ -26,6 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--labels", type=real_number(1e-6, 1), help="images: share whose label may be used, of each class; default 1"
     )
+    parser.add_argument(
+        "--share-teacher",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="under torchrun: share the teacher out among the processes, or let each hold it whole; auto: where it does"
+        " not fit each",
+    )
     parser.add_argument("--tasks", help="with commas: only these at the end, of those that convert.evaluate takes")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start anew")
     parser.add_argument(
@@ -56,6 +63,7 @@ def convert(args: argparse.Namespace) -> None:
     run_recipe(
         args.teacher, dataclasses.replace(found.recipe, tasks=args.tasks), out, data=args.data, device=args.device,
         fresh=args.fresh, wandb=args.wandb, stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
+        share_teacher=args.share_teacher,
     )  # fmt: skip
 
 
@@ -70,7 +78,9 @@ def _plan(args: argparse.Namespace, found: Asked) -> None:
     named_corpora(domain, recipe, found.data)  # refuses a folder without text
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)
-    plan = planning.make_plan(domain, found.source.name, found.config, recipe, found.data, device, teachers)
+    plan = planning.make_plan(
+        domain, found.source.name, found.config, recipe, found.data, device, teachers, args.share_teacher
+    )
     planning.show(plan, console)
     if plan.refusals:
         raise UserError(plan.refusals[0])

@@ -15,7 +15,7 @@ from convert.cli import Parser, heavy_imports, main_of, whole_number
 from convert.core.console import console, count, size
 from convert.core.errors import UserError
 from convert.core.places import path_of
-from convert.core.processes import in_turn, joined, on_first
+from convert.core.processes import joined, on_first
 from convert.recipe_options import Asked, add_recipe_options, asked
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def teach(args: argparse.Namespace) -> None:
     _tell_size(Recording(out, recorded.about({}, settings, kept)))
     if args.plan:
         return
-    teacher = in_turn(lambda: domain.load_teacher(found.source, device, args.trust_remote_code))
+    teacher = domain.load_teacher(found.source, device, args.trust_remote_code)
     own, units = (found.data, recipe.units) if step.own_data is None else (step.own_data, settings.units)
     like = recipe.measured_by if step.own_data is None else settings
-    data = in_turn(lambda: domain.prepare(corpora[own], teacher, units, like))
+    data = domain.prepare(corpora[own], teacher, units, like)
     batches = domain.batches(data, settings)
     recording = Recording(out, recorded.about(domain.origins(teacher, data), settings, kept))
     with ExitStack() as held:

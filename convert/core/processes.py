@@ -161,6 +161,12 @@ def on_first(work: Callable[..., Result], *args: Any) -> Result:
     return result
 
 
+def raise_first(errors: Sequence[Exception]) -> None:
+    """Raise the first error, if there is one: by `on_first`, so that no process goes on without the others."""
+    if errors:
+        raise errors[0]
+
+
 def in_turn(work: Callable[[], Result]) -> Result:
     """Let the first process do the work, then all others: what it put into a cache is there for them. Each returns its
     own result, which need not be plain."""

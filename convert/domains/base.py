@@ -93,11 +93,13 @@ D = TypeVar("D", bound=Data)
 
 
 class Domain(ABC, Generic[S, T, C, D]):
-    """One kind of models. The headline metric is what a run reports after each step; lower is better."""
+    """One kind of models. The headline metric is what a run reports after each step; lower is better. Several processes
+    call the methods of a run together."""
 
     name: ClassVar[str]
     unit: ClassVar[str]  # what training counts: tokens, images
     headline: ClassVar[str]  # the name of the headline metric
+    shares_models: ClassVar[bool] = False  # whether several processes share models out; else each has them whole
 
     @property
     @abstractmethod
@@ -179,8 +181,17 @@ class Domain(ABC, Generic[S, T, C, D]):
         return {"teacher": fingerprint(teacher.model), "data": data.fingerprint}
 
     @abstractmethod
-    def load_teacher(self, source: S, device: str, trust_remote_code: bool) -> T:
-        """Load a teacher, refusing what cannot be one before its weights are read."""
+    def load_teacher(self, source: S, device: str, trust_remote_code: bool, shared: bool = False) -> T:
+        """Load a teacher, refusing what cannot be one before its weights are read. `shared`: the processes share it out
+        among them."""
+
+    @abstractmethod
+    def copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make a model of its own with the same weights: a student that starts as its teacher."""
+
+    @abstractmethod
+    def load_student(self, folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Read the student of a finished step back, frozen, on the teacher's device."""
 
     @abstractmethod
     def prepare(self, corpus: C, teacher: T, limit: int, settings: Any) -> D:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from convert.core.errors import UserError
+from convert.core.processes import launched, on_first, world
 from convert.data import chat
 from convert.data.batches import Batch, Batches, held_out_batches
 from convert.data.corpus import Corpus, corpus, whole_name
@@ -17,6 +19,8 @@ from convert.mixers.projections import refusal
 from convert.models import from_scratch
 from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
+from convert.models.saving import load_in_parts, load_student
+from convert.models.sharding import copied
 
 if TYPE_CHECKING:
     from convert.evaluation.monitor import Monitor
@@ -33,6 +37,7 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     name = "language"
     unit = "tokens"
     headline = "perplexity"
+    shares_models = True
 
     # what a plan does not need is imported where it is used, so that a plan is quick
 
@@ -54,6 +59,11 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return resolve(teacher)
 
     def read_config(self, source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+        if source.gguf and launched() > 1:
+            raise UserError(
+                f"Several processes read rows of safetensors files, and {source.where} would be unpacked whole. Start"
+                " one process, or give the model's folder of safetensors."
+            )
         return read_config(source, trust_remote_code=trust_remote_code)
 
     def outline(self, config: PreTrainedConfig) -> tuple[PreTrainedConfig, tuple[str | None, ...]]:
@@ -90,7 +100,7 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         with torch.device(teacher.model.device):
             built = self.empty_model(self.build_config(model, options, teacher.model.config))
         built.generation_config = teacher.model.generation_config
-        return built
+        return built if world() == 1 else copied(built)
 
     def keep_start(self, student: PreTrainedModel, teacher: Teacher, batches: Sequence[Batch], folder: Path) -> None:
         pass  # a report tells nothing of it
@@ -112,8 +122,14 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
 
     # --- models and data of a run
 
-    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> Teacher:
-        return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+    def load_teacher(self, source: Source, device: str, trust_remote_code: bool, shared: bool = False) -> Teacher:
+        return load_teacher(source, device=device, trust_remote_code=trust_remote_code, shared=shared)
+
+    def copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        return copied(model)
+
+    def load_student(self, folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
+        return load_student(folder, teacher, self.empty_model) if world() == 1 else load_in_parts(folder, teacher)
 
     def origins(self, teacher: Teacher, data: TokenData) -> dict[str, str]:
         found = super().origins(teacher, data)
@@ -181,7 +197,7 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         answers = folder / "answers.jsonl"
         chosen = runner.chosen(tasks, teacher.tokenizer)
         found = runner.evaluate_tasks(dict(models), teacher.tokenizer, chosen, limit=examples, file=answers)
-        runner.write(found, folder / "evaluation.json")
+        on_first(runner.write, found, folder / "evaluation.json")
         return found
 
     def try_it(self, run: Path) -> str:

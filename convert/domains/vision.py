@@ -1,6 +1,8 @@
 """Image classifiers: the domain of images."""
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +12,14 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 
 from convert.core.console import console
 from convert.core.errors import UserError
-from convert.core.processes import on_first
+from convert.core.processes import in_turn, on_first
 from convert.data.image_batch import ImageBatch
 from convert.data.image_batches import ImageBatches, held_out_images
 from convert.data.image_sets import ImageSet, image_set, whole_name
 from convert.data.images import ImageData, read_images
 from convert.domains.base import Domain
 from convert.models.catalog import Source, resolve
+from convert.models.saving import load_student
 from convert.models.vision.catalog import CLASSIFIERS, IMAGENET
 from convert.models.vision.families import StudentOptions, student_config
 from convert.models.vision.inputs import preprocessing_of
@@ -123,12 +126,19 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
 
     # --- models and data of a run
 
-    def load_teacher(self, source: Source, device: str, trust_remote_code: bool) -> ImageTeacher:
-        return load_teacher(source, device=device, trust_remote_code=trust_remote_code)
+    def load_teacher(self, source: Source, device: str, trust_remote_code: bool, shared: bool = False) -> ImageTeacher:
+        return in_turn(lambda: load_teacher(source, device=device, trust_remote_code=trust_remote_code))
+
+    def copy(self, model: PreTrainedModel) -> PreTrainedModel:
+        return copy.deepcopy(model)
+
+    def load_student(self, folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
+        return load_student(folder, teacher, self.empty_model)
 
     def prepare(self, corpus: ImageSet, teacher: ImageTeacher, limit: int, settings: "ImageSettings") -> ImageData:
         wanted = preprocessing_of(teacher.model.config)
-        data = read_images(corpus, size=(wanted.height, wanted.width), labels=settings.labels, seed=settings.seed)
+        size = wanted.height, wanted.width
+        data = in_turn(lambda: read_images(corpus, size=size, labels=settings.labels, seed=settings.seed))
         if len(data.class_names) != teacher.model.config.num_labels:
             raise UserError(
                 f"A teacher must know the classes of the data; {corpus.spec} has {len(data.class_names):,}, and"
@@ -218,7 +228,8 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
     ) -> dict[str, Any]:
         from convert.exporting.images import export_and_verify
 
-        return export_and_verify(
+        write = functools.partial(
+            export_and_verify,
             student,
             folder,
             card=cards[0],
@@ -227,3 +238,4 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
             images=held_out_images(data, PROBED, PROBED)[0].images,
             dtype=teacher.dtype,
         )
+        return on_first(write)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from convert.core.console import console
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Range, broken
 from convert.core.places import cache_folder
+from convert.core.processes import gathered, in_turn, on_first, raise_first, rank
 from convert.data.chat import Conversation, chat_tokens, conversations, is_chat
 from convert.data.corpus import Corpus, is_held_out
 from convert.data.prompts import encode, has_chat_template, leading, rendered
@@ -34,6 +35,7 @@ from convert.evaluation.statistics import writing
 from convert.evaluation.tasks import TASKS
 from convert.models.loading import Teacher
 from convert.models.saving import fingerprint
+from convert.models.sharding import is_shared_out
 
 BLOCK = 8  # batches whose prompts are sorted by length together (ours)
 HOPELESS = 256  # completions of which at least one must be of use (ours)
@@ -67,8 +69,8 @@ def prepare(source: Corpus, teacher: Teacher, limit: int, seq_len: int) -> Token
     if source.is_sampled:
         return completions(source, teacher, limit, seq_len, Sampling(min(Sampling.new_tokens, max(1, seq_len // 2))))
     if is_chat(source):
-        return chat_tokens(source, teacher.tokenizer, limit)
-    return tokenize(source, teacher.tokenizer, limit=limit)
+        return in_turn(lambda: chat_tokens(source, teacher.tokenizer, limit))
+    return in_turn(lambda: tokenize(source, teacher.tokenizer, limit=limit))
 
 
 def completions(source: Corpus, teacher: Teacher, limit: int, seq_len: int, how: Sampling) -> TokenData:
@@ -80,7 +82,28 @@ def completions(source: Corpus, teacher: Teacher, limit: int, seq_len: int, how:
     name = hashlib.sha256(made.encode()).hexdigest()[:20]
     file = cache_folder() / "completions" / f"{name}.jsonl"
     documents = functools.partial(_documents, file, teacher, prompts, limit, how)
-    return cached(f"completions {name}", source.spec, teacher.tokenizer, documents, limit, doing="sample")
+    work = functools.partial(
+        cached, f"completions {name}", source.spec, teacher.tokenizer, documents, limit, doing="sample"
+    )
+    return _led(work, teacher, prompts, how) if is_shared_out(teacher.model) else in_turn(work)
+
+
+def _led(work: Callable[[], TokenData], teacher: Teacher, prompts: Sequence[Prompt], how: Sampling) -> TokenData:
+    """Let the first process do the work; whenever it samples, all processes, which share the teacher out, do. Each
+    returns what is in the cache then."""
+    failed: list[Exception] = []
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+        finally:
+            gathered(None)
+    else:
+        while (told := gathered(None)[0]) is not None:
+            _written(teacher, prompts, *told, how)
+    on_first(raise_first, failed)
+    return work()
 
 
 # --- prompts
@@ -189,11 +212,24 @@ def _batches(prompts: Sequence[Prompt], teacher: Teacher, limit: int, how: Sampl
 def _sampled(
     teacher: Teacher, prompts: Sequence[Prompt], turn: int, places: list[int], how: Sampling
 ) -> list[dict[str, Any]]:
-    """What the teacher writes after these prompts. The batch has random numbers of its own, so that a run that was
-    stopped draws the same."""
+    """What the teacher writes after these prompts."""
+    if is_shared_out(teacher.model):
+        gathered((turn, places))  # the others write it, too
+    written = _written(teacher, prompts, turn, places, how)
+    texts = teacher.tokenizer.batch_decode(written)
+    return [
+        {"round": turn, "prompt": i, "ids": ids, "text": text}
+        for i, ids, text in zip(places, written, texts, strict=True)
+    ]
+
+
+def _written(
+    teacher: Teacher, prompts: Sequence[Prompt], turn: int, places: list[int], how: Sampling
+) -> list[list[int]]:
+    """The completions of a batch. It has random numbers of its own, so that a run that was stopped draws the same."""
     digest = hashlib.sha256(f"{how.seed} {turn} {places}".encode()).digest()
     generator = torch.Generator(teacher.model.device).manual_seed(int.from_bytes(digest[:7]))
-    written = generate(
+    return generate(
         teacher.model,
         teacher.tokenizer,
         [prompts[i].ids for i in places],
@@ -201,11 +237,6 @@ def _sampled(
         choose=drawn(how.temperature, generator),
         keep_end=True,
     )
-    texts = teacher.tokenizer.batch_decode(written)
-    return [
-        {"round": turn, "prompt": i, "ids": ids, "text": text}
-        for i, ids, text in zip(places, written, texts, strict=True)
-    ]
 
 
 def _known(file: Path, num_prompts: int, vocab_size: int) -> dict[tuple[int, int], list[int]]:

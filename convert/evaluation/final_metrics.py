@@ -2,7 +2,6 @@
 
 from transformers import PreTrainedModel
 
-from convert.core.processes import on_first
 from convert.data.batches import Batch, held_out_batches
 from convert.data.text import TokenData
 from convert.evaluation.generation import continuations
@@ -15,7 +14,7 @@ from convert.evaluation.inference import (
     context_costs,
     formula_bytes,
 )
-from convert.evaluation.perplexity import Comparison, compare
+from convert.evaluation.perplexity import compare
 from convert.models.loading import Teacher
 from convert.runs.language_schemas import (
     Agreement,
@@ -45,14 +44,8 @@ def held_out(text: TokenData, tokens: int, seq_len: int, micro_tokens: int) -> l
 
 def final_metrics(student: PreTrainedModel, teacher: Teacher, text: TokenData, batches: list[Batch]) -> LanguageMetrics:
     """Measure a finished student beside its teacher on held-out batches of `text`. Several processes share the batches
-    of the comparison; the first measures the rest, whose loops end by the clock or by what a model writes."""
+    of the comparison, and do the rest alike."""
     both = compare(student, teacher.model, batches)
-    return on_first(_measured, both, student, teacher, text, batches)
-
-
-def _measured(
-    both: Comparison, student: PreTrainedModel, teacher: Teacher, text: TokenData, batches: list[Batch]
-) -> LanguageMetrics:
     cache_bytes, contexts = _context_costs(student, teacher)
     return LanguageMetrics(
         headline=Headline(name="perplexity", unit="", teacher=both.perplexity_teacher, student=both.perplexity_student),

@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from convert.core.processes import on_first
 from convert.evaluation.generation import prefill, steps
 from convert.mixers.base import StateSize
 from convert.mixers.families import layer_window
 from convert.mixers.projections import Projections
 from convert.models.access import layers_of
 from convert.models.cache import layer_bytes
+from convert.models.sharding import gathered
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.runs.language_schemas import ContextCost
@@ -75,12 +77,14 @@ def context_costs(
     model: PreTrainedModel, dtype: torch.dtype, lengths: tuple[int, ...], seconds: float = math.inf
 ) -> dict[int, ContextCost]:
     """Context length -> its cost. Lengths above 1,024 whose prefill would take longer than `seconds`, going by the one
-    before, are left out."""
+    before, are left out. Of several processes the first one's clock counts; where they share a model out, its layers
+    are gathered for each token."""
     found, before, took = {}, 1, 0.0
     for length in sorted(lengths):
         if length > ALWAYS_MEASURED and took * (length / before) ** 2 > seconds:
             break
-        found[length] = context_cost(model, length, dtype)[0]
+        cost = context_cost(model, length, dtype)[0]
+        found[length] = on_first(lambda cost=cost: cost)
         before, took = length, found[length].time_to_first_token_s
     return found
 
@@ -95,7 +99,8 @@ def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:
         if layer in slots:
             sizes.append(slots[layer].mixer.state_size())
             continue
-        shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
+        with gathered(block):
+            shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
         # transformers keeps one less than the window: the token that looks is the last of it
         sizes.append(
             StateSize(elements_per_token=2 * shape.num_kv_heads * shape.head_dim, window=window and window - 1)

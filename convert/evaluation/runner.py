@@ -20,6 +20,7 @@ from convert.core.errors import UserError, files_in_words
 from convert.core.fields import Place, Range, Text, checked
 from convert.core.files import write_json
 from convert.core.places import path_of
+from convert.core.processes import on_first, rank
 from convert.data.corpus import corpus
 from convert.data.prompts import chat_text, has_chat_template
 from convert.evaluation.completions import prepare
@@ -78,26 +79,27 @@ def _require_consent(task: Task, execute_code: bool) -> None:
 
 class Answers:
     """All answers so far, a line each in `file`; None keeps them in memory alone. A line that a power cut left half is
-    dropped."""
+    dropped. Of several processes all ask all questions, and the first one has the file."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self.known: dict[str, dict[int, Answer]] = {}
-        if file is not None and file.exists():
-            manifest.check(file.parent, file.name)
-            json_lines.mend(file)
-            for row in records.rows(file, AnswerRow):
-                parts = row.prediction, row.text, tuple(row.tokens), tuple(row.nats), row.share
-                self._keep(row.key, Answer(row.item, row.correct, *parts))
+        self.known: dict[str, dict[int, Answer]] = on_first(self._read)
 
-    def _keep(self, key: str, answer: Answer) -> None:
-        self.known.setdefault(key, {})[answer.item] = answer
+    def _read(self) -> dict[str, dict[int, Answer]]:
+        found: dict[str, dict[int, Answer]] = {}
+        if self.file is not None and self.file.exists():
+            manifest.check(self.file.parent, self.file.name)
+            json_lines.mend(self.file)
+            for row in records.rows(self.file, AnswerRow):
+                parts = row.prediction, row.text, tuple(row.tokens), tuple(row.nats), row.share
+                found.setdefault(row.key, {})[row.item] = Answer(row.item, row.correct, *parts)
+        return found
 
     def add(self, key: str, answers: Sequence[Answer]) -> None:
         """Keep these answers, and append them to the file."""
         for answer in answers:
-            self._keep(key, answer)
-        if self.file is not None:
+            self.known.setdefault(key, {})[answer.item] = answer
+        if self.file is not None and rank() == 0:
             rows = [AnswerRow(key=key, **dataclasses.asdict(answer)) for answer in answers]
             json_lines.append(self.file, map(dataclasses.asdict, rows))
 
@@ -122,7 +124,7 @@ def evaluate_tasks(
     weights = {name: fingerprint(model) for name, model in models.items()}
     prompted = {task: items_of(models, tokenizer, task, limit, seed) for task in tasks}
     total = len(models) * len(SCORING_METHODS) * sum(map(len, prompted.values()))
-    with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1) as bar:
+    with tqdm(total=total, desc="evaluate", unit="answer", dynamic_ncols=True, delay=1, disable=rank() > 0) as bar:
         for task, items in prompted.items():
             found: dict[tuple[str, Scoring], list[Answer]] = {}
             for name, model in models.items():

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.errors import UserError
 from convert.core.fields import Place, checked
+from convert.core.processes import on_first, rank
 from convert.exporting.code import CONFIG, MODEL, flat, model_code
 from convert.exporting.portability import make_rotary_portable, make_tokenizer_portable
+from convert.models.sharding import reshard
 from convert.models.student import ConvertedForCausalLM
+from convert.models.weight_files import write_files
 
 NO_CODE = ".converted"  # an empty file that says who wrote a folder, of those without this model's code
 MARKS = (NO_CODE, f"{flat(MODEL)}.py")  # one of these is in every export
@@ -48,9 +51,10 @@ def export(
         code = {NO_CODE: ""}
 
     def write(side: Path) -> None:
-        _write(student, config, tokenizer, side, card, dtype, code, in_full)
+        on_first(_write_facts, student, config, tokenizer, side, card, dtype, code)
+        write_weights(student, side, dtype, in_full)
         if not is_converted:
-            make_rotary_portable(side)
+            on_first(make_rotary_portable, side)
 
     replace_folder(Path(folder), write)
 
@@ -62,6 +66,20 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     renames: killed exactly between them, the old one is `NAME.replaced` and the next export starts by putting it back.
     """
     side, replaced = (folder.with_name(folder.name + end) for end in (".writing", ".replaced"))
+    on_first(_make_room, folder, side, replaced)
+    try:
+        write(side)
+        on_first(_put_in_place, folder, side, replaced)
+    except BaseException:
+        if rank() == 0:
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            shutil.rmtree(side, ignore_errors=True)
+        raise
+
+
+def _make_room(folder: Path, side: Path, replaced: Path) -> None:
+    """An empty folder `side`. Raises UserError where the folder holds what is no export."""
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -72,46 +90,44 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(side, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     side.mkdir(parents=True)
-    try:
-        write(side)
-        if folder.exists():
-            folder.rename(replaced)
-        side.rename(folder)
-    except BaseException:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(side, ignore_errors=True)
-        raise
+
+
+def _put_in_place(folder: Path, side: Path, replaced: Path) -> None:
+    if folder.exists():
+        folder.rename(replaced)
+    side.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write(
+def _write_facts(
     model: PreTrainedModel, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
-    dtype: torch.dtype | None, code: dict[str, str], in_full: Sequence[str],
+    dtype: torch.dtype | None, code: dict[str, str],
 ) -> None:  # fmt: skip
+    """Write everything but the weights."""
     for name, source in code.items():
         (folder / name).write_text(source, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     tokenizer.save_pretrained(folder)
     make_tokenizer_portable(folder, tokenizer)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = dtype or model.dtype
     config.save_pretrained(folder)
     # not save_pretrained, which refuses settings of a published teacher that transformers itself only warns about
     model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    save_torch_state_dict(cast_weights(model, dtype, in_full), folder, metadata={"format": "pt"})
 
 
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype | None, in_full: Sequence[str]) -> dict[str, Tensor]:
-    """The state, cast, in the computer's memory, without the tensors that loading ties to others again."""
-    state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)
+def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, in_full: Sequence[str]) -> None:
+    """Write the state, cast, without the tensors that loading ties to others again. Of several processes the first one
+    writes."""
+    state, tied = reshard(model).state_dict(keep_vars=True), model.get_expanded_tied_weights_keys(all_submodels=True)
 
     def dtype_of(name: str) -> torch.dtype:
         is_cast = dtype is not None and name not in in_full and state[name].is_floating_point()
         return dtype if is_cast else state[name].dtype
 
-    return {
-        name: tensor.to("cpu", dtype_of(name))
-        for name, tensor in state.items()
-        if name not in tied or tensor.data_ptr() != state[tied[name]].data_ptr()
-    }
+    tensors = {name: t for name, t in state.items() if name not in tied or not _are_one(t, state[tied[name]])}
+    write_files(folder, tensors, {name: dtype_of(name) for name in tensors}, {"format": "pt"})
+
+
+def _are_one(a: Tensor, b: Tensor) -> bool:
+    return a is b or (not isinstance(a, DTensor) and a.data_ptr() == b.data_ptr())

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from convert.core.console import console
 from convert.core.files import write_json
 from convert.exporting.code import OURS, code_of, flat
-from convert.exporting.hub import NO_CODE, cast_weights, replace_folder
+from convert.exporting.hub import NO_CODE, replace_folder, write_weights
 from convert.exporting.verify import run_without_us, set_aside
 from convert.models.vision.features import logits
 from convert.models.vision.inputs import Preprocessing, model_inputs, preprocessing_of
@@ -69,7 +68,7 @@ def export(
         write_json(side / PROCESSOR, processor_config(preprocessing_of(config)))
         config.save_pretrained(side)
         buffers = [name for name, _ in student.named_buffers()]
-        save_torch_state_dict(cast_weights(student, dtype, buffers), side, metadata={"format": "pt"})
+        write_weights(student, side, dtype, buffers)
 
     replace_folder(folder, write)
 

@@ -1,7 +1,7 @@
 """What a run hands over: model/, and native/ where there is one, each read back in a process that does not know this
 project."""
 
-import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.console import console
 from convert.core.errors import UserError, disk_reason
+from convert.core.processes import on_first
 from convert.exporting import native
 from convert.exporting.code import IS_WHEEL, OURS, ROOT
 from convert.exporting.hub import export
+from convert.models.sharding import copied, is_shared_out
 from convert.models.student import ConvertedForCausalLM
 
 
@@ -39,7 +41,10 @@ def export_and_verify(
     }
     if not is_converted:
         return found
-    if reason := native.obstacle(student):
+    reason = native.obstacle(student)
+    if reason is None and is_shared_out(student):
+        reason = "one process makes it: repeat the run's command without torchrun"
+    if reason is not None:
         console.print(
             f"transformers has no architecture for this student ({reason}): model/ brings its code along.", style="dim"
         )
@@ -69,7 +74,10 @@ def verify(student: PreTrainedModel, folder: Path, input_ids: Tensor, *, trust_r
     def differences(model: PreTrainedModel, dtype: torch.dtype) -> tuple[float, float]:
         with torch.no_grad():
             reference = model(input_ids.to(model.device), use_cache=False).logits.to("cpu", dtype)
-        logits = check_in_clean_process(folder, input_ids, trust_remote_code=trust_remote_code, dtype=dtype)
+        check = functools.partial(
+            check_in_clean_process, folder, input_ids, trust_remote_code=trust_remote_code, dtype=dtype
+        )
+        logits = on_first(check)
         return (logits - reference).abs().max().item(), reference.abs().max().item()
 
     try:
@@ -77,7 +85,7 @@ def verify(student: PreTrainedModel, folder: Path, input_ids: Tensor, *, trust_r
         allowed = max(1e-4, 1e-5 * largest)
         found = {"max_abs_logit": difference, "allowed": allowed}
         if not difference <= allowed and student.device.type != "mps":  # which has no float64
-            difference, _ = differences(copy.deepcopy(student).double(), torch.float64)
+            difference, _ = differences(copied(student, torch.float64), torch.float64)
             found["max_abs_logit_float64"] = difference
         if not difference <= allowed:
             raise RuntimeError(
@@ -85,7 +93,7 @@ def verify(student: PreTrainedModel, folder: Path, input_ids: Tensor, *, trust_r
                 f" {allowed:.2g})."
             )
     except (RuntimeError, OSError):
-        set_aside(folder)
+        on_first(set_aside, folder)
         raise
     return found
 

@@ -8,12 +8,17 @@ from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.models.saving import fingerprint
+from convert.models.sharding import is_shared_out
 
 
 @contextmanager
 def out_of_memory(model: PreTrainedModel, again: Callable[[], PreTrainedModel]) -> Iterator[None]:
     """Parameters and buffers of the model have no memory while this is open; then it gets those of the model that
-    `again()` loads. Raises UserError where that has other weights. After an exception the model stays without."""
+    `again()` loads. Raises UserError where that has other weights. After an exception the model stays without. One that
+    processes share out stays: each has its part alone."""
+    if is_shared_out(model):
+        yield
+        return
     known, device = fingerprint(model), model.device
     model.to_empty(device=torch.device("meta"))
     if device.type == "cuda":

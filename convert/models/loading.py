@@ -12,22 +12,35 @@ from typing import Any
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TokenizersBackend
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
 from transformers.models.auto import CONFIG_MAPPING
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from convert.core import manifest
 from convert.core.errors import UserError
 from convert.core.fields import Place, checked, shown
+from convert.core.files import parse_json
 from convert.core.network import hub_offline, is_hub_reachable
+from convert.core.processes import in_turn
 from convert.mixers.projections import refusal
 from convert.models import gguf_file, teacher_files
 from convert.models import student as _registers  # noqa: F401  # transformers knows converted models by it
+from convert.models.cache import check_cache
 from convert.models.catalog import TEACHERS, Source, resolve
 from convert.models.config import ConvertedConfig
 from convert.models.devices import check_device
 from convert.models.failures import explained, first_line
+from convert.models.saving import outline_of_config
+from convert.models.sharding import shared_out
 from convert.models.tokenizer import load_tokenizer
+from convert.models.weight_files import read_files
 from convert.models.weights import check_size, check_whole
 
 
@@ -83,10 +96,16 @@ class Teacher:
 
 @checked
 def load_teacher(
-    name: Place | Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: Place | Source,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    shared: bool = False,
 ) -> Teacher:
     """Load the model and the tokenizer of a teacher. `trust_remote_code` also allows pickled weights. The tokenizer has
-    a pad token and pads on the left. Raises UserError where the name, its files or the device cannot be used."""
+    a pad token and pads on the left. Several processes load it together; `shared`: they share it out among them, and
+    each reads its rows. Raises UserError where the name, its files or the device cannot be used."""
     place = check_device(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"A teacher's dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
@@ -102,13 +121,42 @@ def load_teacher(
         manifest.check_model(Path(source.where))
         if files := weight_files(Path(source.where), trust):
             check_size(config, files, source.where)
-    with explained(source), quiet(bars=source.is_remote):
-        local = not (source.is_remote and is_hub_reachable())
-        with hub_offline(huggingface_hub.constants, when=local):  # some look-ups ignore local_files_only
-            tokenizer = load_tokenizer(source, config.vocab_size, trust, local)
-            model = _load_model(source, config, dtype, trust, local)
-    model.requires_grad_(False).to(place)
+
+    def read() -> tuple[TokenizersBackend, PreTrainedModel, list[Path]]:
+        """The tokenizer, and the model; of one to share out its outline and its files."""
+        with explained(source), quiet(bars=source.is_remote):
+            local = not (source.is_remote and is_hub_reachable())
+            with hub_offline(huggingface_hub.constants, when=local):  # some look-ups ignore local_files_only
+                tokenizer = load_tokenizer(source, config.vocab_size, trust, local)
+                if shared:
+                    return tokenizer, *_outline(source, config, dtype, local)
+                return tokenizer, _load_model(source, config, dtype, trust, local).requires_grad_(False).to(place), []
+
+    tokenizer, model, files = in_turn(read)
+    if shared:
+        model = shared_out(model, place)
+        read_files(model, files, source.where)
+        if is_ours:
+            check_cache(model)
     return Teacher(source, model, tokenizer, dtype if source.gguf else config.dtype or dtype)
+
+
+def _outline(
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype, local: bool
+) -> tuple[PreTrainedModel, list[Path]]:
+    """The model without its weights, and the safetensors files that have them."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    model, where = outline_of_config(config, dtype), source.where
+    with contextlib.suppress(OSError):  # not every model has settings of its own
+        model.generation_config = GenerationConfig.from_pretrained(where, local_files_only=local)
+    index = cached_file(
+        where, SAFE_WEIGHTS_INDEX_NAME, local_files_only=local, _raise_exceptions_for_missing_entries=False
+    )
+    names = [SAFE_WEIGHTS_NAME]
+    if index is not None:
+        names = sorted(set(parse_json(Path(index).read_bytes(), index)["weight_map"].values()))
+    return model, [Path(cached_file(where, name, local_files_only=local)) for name in names]
 
 
 def _load_model(

@@ -2,19 +2,22 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.fields import Range, checked, require, shown
 from convert.mixers import MIXERS
+from convert.mixers.base import Mixer
 from convert.mixers.families import attention_name
 from convert.mixers.init import STARTS
 from convert.mixers.projections import CalibrationStats, Projections, refusal
 from convert.models.config import ConvertedConfig
+from convert.models.sharding import gathered, is_shared_out, outline_of, reshard, shared_out, take_over
 from convert.models.slot import Slot, attention_of
 from convert.models.student import ConvertedForCausalLM
 
@@ -40,18 +43,14 @@ def swap(
     stats: Sequence[CalibrationStats] | None = None,
 ) -> ConvertedForCausalLM:
     """Replace the attention, or the mixer, of these layers (None: all) by the mixer `name`. The model given is
-    consumed. Other layers keep what they have: swaps of different layers make a hybrid of several mixers.
+    consumed. Other layers keep what they have: swaps of different layers make a hybrid of several mixers. Of a model
+    that is shared out another one is made, so are its mixers, and one layer at a time is whole.
 
     `stats`: what a calibration saw, layer by layer."""
-    kind, start = MIXERS[name], STARTS[name]
+    kind = MIXERS[name]
     options = kind.Options() if options is None else options
     require(kind.Options, options, f"swap(): options of {name}")
-    if isinstance(model, ConvertedForCausalLM):
-        host, config = model.host, model.config
-        specs = list(config.mixers)
-    else:
-        host, config = model, None
-        specs = [None] * model.config.num_hidden_layers
+    host = _host_of(model)
     if reason := refusal(host.config):
         raise UserError(f"swap(): {reason}")
     blocks = host.base_model.layers
@@ -60,21 +59,60 @@ def swap(
         raise UserError(f"swap(): layers must be within 0 .. {len(blocks) - 1}, each once; got {shown(layers)}.")
     if stats is not None and len(stats) != len(blocks):
         raise UserError(f"swap(): stats must be one for each of {len(blocks)} layers; got {len(stats)}.")
+    fitted = STARTS[name].fit(_read(reshard(model), layers, stats), options)
+    replace = _replaced_in_parts if is_shared_out(model) else _replaced
+    student = replace(model, name, fitted, layers, stats)
+    student.generation_config.cache_implementation = None  # the teacher's own cache means nothing to its student
+    return student.train(model.training)
 
-    def read(layer: int) -> Projections:
-        projections = projections_of(model, layer)
-        return projections if stats is None else dataclasses.replace(projections, stats=stats[layer])
 
-    for layer, fitted in zip(layers, start.fit(map(read, layers), options), strict=True):
-        projections = read(layer)
+def _host_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model around the mixers."""
+    return model.host if isinstance(model, ConvertedForCausalLM) else model
+
+
+def _read(
+    model: PreTrainedModel, layers: Sequence[int], stats: Sequence[CalibrationStats] | None
+) -> Iterator[Projections]:
+    """The record of each of these layers, which is there until the next one is asked for."""
+    for layer in layers:
+        with gathered(_host_of(model).base_model.layers[layer]):
+            found = projections_of(model, layer)
+            yield found if stats is None else dataclasses.replace(found, stats=stats[layer])
+
+
+def _mixers(
+    model: PreTrainedModel,
+    name: str,
+    fitted: Sequence[Any],
+    layers: Sequence[int],
+    stats: Sequence[CalibrationStats] | None,
+) -> Iterator[tuple[int, Projections, Mixer]]:
+    """Each layer, its record, and the mixer that starts from it, whole in each process."""
+    for layer, options, projections in zip(layers, fitted, _read(model, layers, stats), strict=True):
         with torch.device(projections.q.device):
-            mixer = start.from_projections(projections, fitted).to(projections.q.dtype)
+            mixer = STARTS[name].from_projections(projections, options).to(projections.q.dtype)
+        yield layer, projections, mixer
+
+
+def _replaced(
+    model: PreTrainedModel,
+    name: str,
+    fitted: Sequence[Any],
+    layers: Sequence[int],
+    stats: Sequence[CalibrationStats] | None,
+) -> ConvertedForCausalLM:
+    """The student, made of the model itself. `fitted`: the options of each layer."""
+    host = _host_of(model)
+    config = model.config if isinstance(model, ConvertedForCausalLM) else None
+    specs = [None] * model.config.num_hidden_layers if config is None else list(config.mixers)
+    for layer, projections, mixer in _mixers(model, name, fitted, layers, stats):
         specs[layer] = {
             "name": name,
             "shape": dataclasses.asdict(projections.shape),
             "options": dataclasses.asdict(mixer.options),
         }
-        setattr(blocks[layer], attention_name(host.config.model_type), Slot(mixer, layer))
+        setattr(host.base_model.layers[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:
         config = ConvertedConfig(host.config, specs)
     else:
@@ -82,5 +120,27 @@ def swap(
         config.mixers = specs
     student = ConvertedForCausalLM(config, host)
     student.generation_config = model.generation_config
-    student.generation_config.cache_implementation = None  # the teacher's own cache means nothing to its student
-    return student.train(model.training)
+    return student
+
+
+def _replaced_in_parts(
+    model: PreTrainedModel,
+    name: str,
+    fitted: Sequence[Any],
+    layers: Sequence[int],
+    stats: Sequence[CalibrationStats] | None,
+) -> ConvertedForCausalLM:
+    """The student of a model that is shared out: rows of what it keeps stay where they are."""
+    nowhere = None if stats is None else [CalibrationStats(**_on_meta(seen)) for seen in stats]
+    with torch.random.fork_rng(devices=()):
+        outline = _replaced(copy.deepcopy(outline_of(model)), name, fitted, layers, nowhere)
+    student = shared_out(outline, model.device)
+    slots = student.slots()
+    take_over(student.host, _host_of(model), but=[slots[layer] for layer in layers])
+    for layer, _, mixer in _mixers(model, name, fitted, layers, stats):
+        take_over(slots[layer].mixer, mixer)
+    return student
+
+
+def _on_meta(stats: CalibrationStats) -> dict[str, Tensor | None]:
+    return {name: None if t is None else t.to("meta") for name, t in vars(stats).items()}

@@ -27,10 +27,7 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
         model.config.tie_word_embeddings
         and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     ):
-        raise UserError(
-            f"A head that config.json ties to the embedding must equal it; {where} holds another beside it. Say"
-            " tie_word_embeddings: false if the head is what the model was trained with, or take it out of the file."
-        )
+        refuse_untied(where)
     refuse_left_over([name for name in found["unexpected_keys"] if not MASKS.search(name)], where)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
@@ -40,7 +37,7 @@ def check_whole(model: PreTrainedModel, found: dict, where: str, files: Iterable
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in (name for name in tensors.keys() if name.endswith("rotary_emb.inv_freq")):  # noqa: SIM118
-                _check_frequencies(model, tensors.get_tensor(name), name, where)
+                check_frequencies(model, tensors.get_tensor(name), name, where)
 
 
 def check_size(
@@ -70,6 +67,14 @@ def refuse_misfits(found: dict, where: str) -> None:
         )
 
 
+def refuse_untied(where: str) -> None:
+    """Raises UserError: the head of these files is not the embedding that it should be."""
+    raise UserError(
+        f"A head that config.json ties to the embedding must equal it; {where} holds another beside it. Say"
+        " tie_word_embeddings: false if the head is what the model was trained with, or take it out of the file."
+    )
+
+
 def refuse_left_over(names: list[str], where: str) -> None:
     """Raises UserError where these names of tensors that no parameter took are not none."""
     if names:
@@ -84,7 +89,7 @@ def rotary_of(model: nn.Module) -> nn.Module:
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
 
 
-def _check_frequencies(model: PreTrainedModel, stored: torch.Tensor, name: str, where: str) -> None:
+def check_frequencies(model: PreTrainedModel, stored: torch.Tensor, name: str, where: str) -> None:
     """Raises UserError where stored rotary frequencies (in old checkpoints) are not those of the configuration, from
     which transformers makes them."""
     made, precision = rotary_of(model).inv_freq.cpu().double(), torch.finfo(stored.dtype)

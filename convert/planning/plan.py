@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -26,14 +26,17 @@ from convert.planning.validate import outline, problems
 from convert.recipes.base import Recipe
 from convert.steps import base
 from convert.steps.base import PlanContext, StepPlan
+from convert.training.parallel import floats_held
 from convert.training.precision import uses_bfloat16
 
+ShareTeacher = Literal["auto", "always", "never"]
 MATMUL_SHARE = 0.5  # of the measured matrix-product rate that training reaches (ours, measured on neox-nano)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do and cost. Sizes are in parameters, bytes and seconds; `refusals` say why it cannot work."""
+    """What a run would do and cost, in each process. Sizes are in parameters, bytes and seconds; `refusals` say why it
+    cannot work. `shares_teacher`: whether the processes share the teacher out among them."""
 
     teacher: str
     target: str
@@ -42,6 +45,7 @@ class Plan:
     unit: str
     parameters_teacher: int = 0
     parameters_student: int = 0
+    shares_teacher: bool = False
     steps: tuple[StepPlan, ...] = ()
     disk_bytes: int = 0
     assumptions: tuple[str, ...] = ()
@@ -56,11 +60,13 @@ def make_plan(
     data: str,
     device: str,
     teachers: Mapping[str, PreTrainedConfig] | None = None,
+    share_teacher: ShareTeacher = "auto",
 ) -> Plan:
     """Plan a run. Counts come from the real modules on the meta device, time from rates measured on this machine.
 
-    `teachers` are the configurations of the teachers that training steps name."""
-    teachers = teachers or {}
+    `teachers` are the configurations of the teachers that training steps name. `share_teacher`: whether several
+    processes share the teacher out among them; "auto" where it does not fit a process beside all else."""
+    teachers, shares = teachers or {}, launched() > 1 and domain.shares_models and share_teacher == "always"
     refused = functools.partial(Plan, teacher, recipe.target, data, device, domain.unit)
     if found := problems(domain, config, recipe, teachers):
         return refused(refusals=found)
@@ -74,6 +80,8 @@ def make_plan(
         domain=domain,
         config=config,
         num_teacher=num_teacher,
+        held_teacher=_floats_of_teacher(shares, student),
+        floats_of_teacher=functools.partial(_floats_of_teacher, shares),
         teachers=teachers,
         longest=max(settings.longest for settings in recipe.trainings),
         rate=speed.per_second * MATMUL_SHARE,
@@ -87,15 +95,38 @@ def make_plan(
         except UserError as error:
             return refused(refusals=(f"Step {step.name}: {error}",))
         rows.append(row)
+    if launched() > 1 and domain.shares_models:
+        peak, room = max(row.peak_bytes for row in rows), memory_of_process(torch.device(device))
+        if peak > room and not shares and share_teacher == "auto":
+            return make_plan(domain, teacher, config, recipe, data, device, teachers, "always")
+        if reason := _too_large(peak, room, shares):
+            return refused(refusals=(reason,))
     num_student, biggest = base.count(student), max(row.trainable for row in rows)
     end = functools.reduce(lambda at, step: step.after(at), recipe.steps, outline(domain, config, recipe, teachers))
     exports = 1 + any(name is not None and MIXERS[name].native_architecture is not None for name in end.mixers)
     return refused(
         parameters_teacher=num_teacher,
         parameters_student=num_student,
+        shares_teacher=shares,
         steps=tuple(rows),
         disk_bytes=3 * 12 * biggest + 2 * 4 * num_student + exports * 4 * num_student,
-        assumptions=tuple(_assumptions(domain, config, student, device, dtype, speed)),
+        assumptions=tuple(_assumptions(domain, config, student, device, dtype, speed, shares)),
+    )
+
+
+def _floats_of_teacher(shares: bool, teacher: PreTrainedModel) -> float:
+    """The floats that a process holds of a teacher."""
+    return floats_held(teacher) if shares else base.count(teacher)
+
+
+def _too_large(peak: int, room: int, shares: bool) -> str | None:
+    """Why this many processes cannot hold a run, and the way out; None where they can."""
+    if peak <= room:
+        return None
+    wayout = "Start more processes" if shares else "Let them share the teacher out (--share-teacher always)"
+    return (
+        f"Each of {launched()} processes needs about {size(peak)} at the peak, and has {size(room)}. {wayout}, or set"
+        " smaller micro-batches (STEP.micro_tokens) or STEP.checkpointing=true."
     )
 
 
@@ -106,6 +137,7 @@ def _assumptions(
     device: str,
     dtype: torch.dtype,
     speed: Rate,
+    shares: bool,
 ) -> Iterator[str]:
     """What the numbers of a plan rest on."""
     yield (
@@ -117,11 +149,11 @@ def _assumptions(
         " micro-batch"
     )
     if launched() > 1:
+        held = "its part of the teacher" if shares else "the teacher whole"
         yield (
-            f"{launched()} processes: each holds the teacher whole, and the student whole between steps; while it"
-            " trains each holds its part of a language model's parameters, gradients and moments, with one layer and"
-            " the embeddings gathered. Time is that of a device for each, and of no exchange: large micro-batches need"
-            " less of it"
+            f"{launched()} processes: each holds {held} and its part of a language model's parameters, gradients and"
+            " moments, with two layers and the embeddings gathered. Time is that of a device for each, and of no"
+            " exchange: large micro-batches need less of it"
         )
     yield (
         "disk: three checkpoints of the largest step (the third while it is written), two students, the exports;"
@@ -205,6 +237,13 @@ def show(plan: Plan, console: Console) -> None:
 def physical_memory() -> int:
     """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_of_process(device: torch.device) -> int:
+    """Return the bytes that a process of several may have: its device's, or its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return physical_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
 
 
 def free_memory(device: torch.device) -> int:

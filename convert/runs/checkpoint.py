@@ -97,22 +97,28 @@ class StepFolder:
         return self.index == 0 or any(self.folder.parent.glob(f"{self.index - 1}-*/student/model.safetensors"))
 
     def finish(self, write: Callable[[Path], None], result: dict[str, Any]) -> dict[str, Any]:
-        """Have `write` fill a folder with the student, then write DONE; the checkpoints can go after that. Returns the
-        result as a later process reads it."""
-        weights = self.folder / "student"
+        """Have `write` fill a folder with the student, which all processes do together; then write DONE; the
+        checkpoints can go after that. Returns the result as a later process reads it."""
         aside = self.folder / "student.writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(weights, ignore_errors=True)
         try:
-            aside.mkdir(parents=True)
+            on_first(self._make_room_for_student, aside)
             write(aside)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            if rank() == 0:
+                _remove(aside)
             raise UserError(f"{NOT_WRITTEN} {self.folder} ({error}). {GO_ON}") from error
+        return on_first(self._finished, aside, result)
+
+    def _make_room_for_student(self, aside: Path) -> None:
+        _remove(aside)
+        _remove(self.folder / "student")
+        aside.mkdir(parents=True)
+
+    def _finished(self, aside: Path, result: dict[str, Any]) -> dict[str, Any]:
         for file in aside.iterdir():
             sync(file)
         digests = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        aside.rename(weights)
+        aside.rename(self.folder / "student")
         self._log_is_on_disk()
         manifest.record(self.run, *LOGS)
         write_json(self.folder / "DONE", sealed(result | {"sha256": digests}))
@@ -130,17 +136,20 @@ class StepFolder:
 
     def student(self, read: Callable[[Path], Model]) -> Model:
         """Return what `read` makes of the finished step's student."""
-        done = self._done() or {}  # damage to it is a sentence of its own
+        done = on_first(self._done) or {}  # damage to it is a sentence of its own
         try:
-            for name, digest in done["sha256"].items():
-                if sha256(self.folder / "student" / name) != digest:
-                    raise ValueError(f"{name} is not what was written")
+            on_first(self._check_student, done)
             return read(self.folder / "student")
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"The weights of {self.folder} are damaged ({error}). Start again with --fresh; the old run is moved"
                 " aside."
             ) from error
+
+    def _check_student(self, done: dict) -> None:
+        for name, digest in done["sha256"].items():
+            if sha256(self.folder / "student" / name) != digest:
+                raise ValueError(f"{name} is not what was written")
 
     # --- an unfinished step: what a stage's loop calls
 

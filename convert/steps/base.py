@@ -114,13 +114,16 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What a step needs to plan itself. `rate` is floating-point operations per second in training, `scan_rate()`
-    state updates per second, `rule_rate()` operations per second of delta rules; `teachers` has the configuration of
-    each teacher that a training step names. Models are made on the meta device."""
+    """What a step needs to plan itself. `held_teacher` are the floats that a process holds of the run's teacher, and
+    `floats_of_teacher` tells it of any. `rate` is floating-point operations per second in training, `scan_rate()` state
+    updates per second, `rule_rate()` operations per second of delta rules; `teachers` has the configuration of each
+    teacher that a training step names. Models are made on the meta device."""
 
     domain: Domain
     config: PreTrainedConfig
     num_teacher: int
+    held_teacher: float
+    floats_of_teacher: Callable[[PreTrainedModel], float]
     teachers: Mapping[str, PreTrainedConfig]
     longest: int  # training sequence of the recipe, in tokens
     rate: float

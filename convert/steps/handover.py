@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from convert.core.console import console
 from convert.core.errors import UserError
 from convert.models.access import hidden_states
+from convert.models.sharding import copied, is_shared_out
 from convert.steps.base import Session
 
 TOKENS = 2048  # over which logits are compared (ours)
@@ -76,7 +77,8 @@ def _change_in_float64(
 ) -> float:
     """Return the largest change of the logits by this swap of a student that is then of no more use. (Norms of some
     hosts still round to float32 there.)"""
-    before = hidden_states(student.double(), batch)
+    student = copied(student, torch.float64) if is_shared_out(student) else student.double()
+    before = hidden_states(student, batch)
     torch.set_default_dtype(torch.float64)  # the new mixers' constants, too
     try:
         student = swapped(student)

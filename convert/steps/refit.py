@@ -16,6 +16,7 @@ from convert.data.batches import Batch
 from convert.mixers.base import Context, Mixer
 from convert.models.access import hidden_states, layers_of, slots_of
 from convert.models.positions import documents_of
+from convert.models.sharding import fill, gathered
 from convert.models.slot import attention_of
 
 RIDGE = 0.1  # of the mean square of the channels (ours: as good at once as 1e-3, and after 40 steps of align better)
@@ -40,7 +41,8 @@ def refit_outputs(
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"]
             entering = _entering(mixer.out, lambda: mixer(x, Context(cos, sin, None, documents)))
-            wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
+            with gathered(mixer):
+                wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
             h_NC, y_ND = entering.float().flatten(0, 1), wanted.float().flatten(0, 1)
             h_NC = h_NC if counts else torch.zeros_like(h_NC)
             squares[layer] = squares.get(layer, 0) + (h_NC.T @ h_NC).double()
@@ -65,8 +67,7 @@ def refit_outputs(
         square = squares[layer]
         square.diagonal().add_(RIDGE * square.diagonal().mean())
         solved = torch.linalg.solve(square, products[layer])
-        out = slots[layer].mixer.out
-        out.weight.copy_(solved.T)
+        fill(slots[layer].mixer.out.weight, lambda rows, whole=solved.T: whole[rows])
 
 
 def _entering(module: nn.Module, run: Callable[[], object]) -> Tensor:

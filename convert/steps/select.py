@@ -16,6 +16,7 @@ from convert.core.processes import gathered
 from convert.models.access import layers_of
 from convert.steps import selection
 from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPlan, count
+from convert.training.parallel import floats_held
 
 TINY_CALIBRATION = 3 * 128  # tokens
 MEASURES = {  # what is measured -> in words for the plan, and with its unit for the table
@@ -83,7 +84,7 @@ class Select(Step, Checked):
         words, _ = MEASURES[self.by]
         what = f"give attention back to {wanted} of {num_layers} layers, by measurement of {words}"
         total = count(student)
-        peak = 4 * (context.num_teacher + total)
+        peak = 4 * int(context.held_teacher + floats_held(student))
         return student, StepPlan(self.name, what, 0, 0, total, peak, tokens * 2 * context.num_teacher / context.rate)
 
     # --- in a run
@@ -110,7 +111,7 @@ class Select(Step, Checked):
                     )
             measured = dict(zip(left, rounds[at][:-1], strict=True))  # the last number is that of none
             best = sorted(left, key=lambda layer: measured[layer])[: 1 if self.greedy else wanted]
-            selection.give_back(student, teacher, best)
+            student = selection.give_back(student, teacher, best)
             chosen += best
         *alone, none = rounds[0]
         self._show(alone, none, chosen)
@@ -120,7 +121,7 @@ class Select(Step, Checked):
     def _measured(self, student: PreTrainedModel, session: Session, layers: list[int]) -> list[float]:
         """The number of each layer given back alone, and at the end that of none; lower is better."""
         teacher = session.teacher.model
-        parts = selection.parts_of(teacher)
+        parts = selection.copies_of(teacher)
         if self.by == "kl":
             batches = session.sequences(min(self.calibration, session.tokens))
             return selection.kl_when_given_back(student, parts, layers, teacher, batches)

@@ -12,17 +12,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from convert.core.processes import rank, summed, world
+from convert.core.processes import rank, share, summed
 from convert.data.batches import Batch
 from convert.mixers.families import attention_name
 from convert.models.access import hidden_states, layer_outputs, layers_of
+from convert.models.sharding import give_memory, is_shared_out, outline_of, reshard, shared_out, take_over
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.objectives.divergences import forward_kl
 
 HEAD_CHUNK = 512  # tokens whose logits are held at once
-# layer -> what is in the place of attention, and its entry in the configuration
-Parts = Mapping[int, tuple[nn.Module, dict | None]]
+Part = tuple[nn.Module, dict | None]  # what is in the place of attention, and its entry in the configuration
+Parts = Mapping[int, Part]  # by layer
+
+
+class Copies(Parts):
+    """What a model that is shared out has in its layers, for another one to try: each time that a layer is asked for, a
+    copy of it that is whole in each process."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.outline, self.parts = model, outline_of(model), parts_of(reshard(model))
+
+    def __getitem__(self, layer: int) -> Part:
+        module, spec = self.parts[layer]
+        made = copy.deepcopy(attention_of(layers_of(self.outline)[layer]))
+        give_memory(made, self.model.device)
+        take_over(made, module)
+        return made.train(self.model.training), spec
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def copies_of(model: PreTrainedModel) -> Parts:
+    """Return the part of every layer, as another model can try it."""
+    return Copies(model) if is_shared_out(model) else parts_of(model)
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
@@ -39,9 +66,14 @@ def restore_layers(student: ConvertedForCausalLM, parts: Parts) -> None:
 
 
 @torch.no_grad()
-def sensitivity(student: ConvertedForCausalLM, before: Parts, batches: list[Batch]) -> list[float]:
+def sensitivity(student: ConvertedForCausalLM, before: Parts | PreTrainedModel, batches: list[Batch]) -> list[float]:
     """Return for each layer the KL in nats per token between the model with all of `before` in place, and the same with
-    the student's own part in this layer. The student is left as it came."""
+    the student's own part in this layer. The student is left as it came. `before`: parts, or, of models that are shared
+    out, the model that has them."""
+    if isinstance(before, PreTrainedModel):
+        layers = range(len(layers_of(before)))
+        resting = give_back(student, before, layers)
+        return _kl_of_each(resting, parts_of(resting), Copies(student), layers, batches)[:-1]
     return _kl_of_each(student, before, parts_of(student), tuple(before), batches)[:-1]
 
 
@@ -74,22 +106,23 @@ def _kl_of_each(
     tokens = sum(batch.input_ids.numel() for batch in batches)
     head = student.get_output_embeddings()
     goal = head if teacher is None else teacher.get_output_embeddings()
-    own = batches[rank() :: world()]
+    own = share(batches)
     with tqdm(
         total=len(own) * len(layers), desc="rank layers", unit="layer", dynamic_ncols=True, disable=rank() > 0
     ) as bar:
         try:
-            for batch in (batch.to(student.device) for batch in own):
+            for _, batch, counts in own:
+                batch, weight = batch.to(student.device), counts / tokens
                 restore_layers(student, at_rest)
                 with layer_outputs(student) as outputs:
                     resting = hidden_states(student, batch)
                 reference = resting if teacher is None else hidden_states(teacher, batch)
                 if teacher is not None:
-                    kl[-1] += _sum_of_kl(head, resting, goal, reference) / tokens
+                    kl[-1] += _sum_of_kl(head, resting, goal, reference) * weight
                 for i, layer in enumerate(layers):
                     restore_layers(student, {layer: exchanged[layer]})
                     with _recalled(student, outputs[:layer]):
-                        kl[i] += _sum_of_kl(head, hidden_states(student, batch), goal, reference) / tokens
+                        kl[i] += _sum_of_kl(head, hidden_states(student, batch), goal, reference) * weight
                     restore_layers(student, {layer: at_rest[layer]})
                     bar.update()
         finally:
@@ -139,11 +172,21 @@ def score_when_given_back(
     return [*found, score(student)]
 
 
-def give_back(student: ConvertedForCausalLM, teacher: PreTrainedModel, layers: Collection[int]) -> None:
-    """Put copies of what the teacher has in these layers into their places."""
+def give_back(student: ConvertedForCausalLM, teacher: PreTrainedModel, layers: Collection[int]) -> ConvertedForCausalLM:
+    """Put copies of what the teacher has in these layers into their places; return the student. Of one that is shared
+    out another one is made."""
+    if is_shared_out(student):
+        outline = give_back(copy.deepcopy(outline_of(student)), outline_of(teacher), layers)
+        made, parts = shared_out(outline, student.device), parts_of(reshard(teacher))
+        own = {layer: attention_of(made.blocks[layer]) for layer in layers}
+        take_over(made, reshard(student), but=own.values())
+        for layer, module in own.items():
+            take_over(module, parts[layer][0])
+        return made
     parts, host = parts_of(teacher), getattr(teacher.config, "host", teacher.config)
     for layer in layers:
         module, spec = parts[layer]
         # attention asks its configuration how to compute: the copy must ask the student's
         copied = copy.deepcopy(module, {id(host): student.config.host}).train(student.training)
         restore_layers(student, {layer: (copied, copy.deepcopy(spec))})
+    return student

@@ -15,6 +15,7 @@ from convert.mixers import MIXERS
 from convert.mixers.init import STARTS
 from convert.mixers.projections import CalibrationStats
 from convert.models.access import layers_of, slots_of
+from convert.models.sharding import is_shared_out
 from convert.models.student import ConvertedForCausalLM
 from convert.models.swap import projections_of, swap
 from convert.steps import handover, selection
@@ -22,6 +23,7 @@ from convert.steps.base import Dial, Outline, PlanContext, Session, Step, StepPl
 from convert.steps.calibration import inputs_of
 from convert.steps.layers import SAME_LAYERS, Keep, MostSensitive, differing_layers
 from convert.steps.refit import refit_outputs
+from convert.training.parallel import floats_held
 
 RANKING_TOKENS = 2048  # of training text, for each layer (ours)
 TINY_CALIBRATION = 3 * 128  # tokens
@@ -158,7 +160,7 @@ class Swap(Step):
         looks = self.calibration if self.looks_first or self.refits else 0
         ranks = RANKING_TOKENS * num_layers / 2 if isinstance(self.keep, MostSensitive) else 0
         held = 4 * (2 * num_layers * config.hidden_size**2 + 4 * context.longest**2) if looks else 0
-        peak = 4 * (context.num_teacher + total) + held if looks or ranks else 0
+        peak = 4 * int(context.held_teacher + floats_held(student)) + held if looks or ranks else 0
         seconds = (looks + ranks) * 2 * context.num_teacher / context.rate
         return student, StepPlan(self.name, self._what(num_layers), 0, 0, total, peak, seconds)
 
@@ -228,15 +230,18 @@ class Swap(Step):
     ) -> tuple[ConvertedForCausalLM, dict[str, Any]]:
         """Edit all layers, put all back, and edit again all but those that cost most when they alone are edited: sizes
         that depend on all edited layers (a cache budget) are then shared out among these."""
-        before = selection.parts_of(student)
+        original, before = student, selection.parts_of(student)
         student = swap(student, self.mixer, self.options, stats=stats).eval()
         if self.refits:
             self._refit(student, session, tuple(before))
-        batches = session.sequences(min(RANKING_TOKENS, session.tokens))
-        sensitivity = selection.sensitivity(student, before, batches)
+        batches, is_shared = session.sequences(min(RANKING_TOKENS, session.tokens)), is_shared_out(student)
+        sensitivity = selection.sensitivity(student, original if is_shared else before, batches)
         ranked = sorted(before, key=lambda layer: -sensitivity[layer])
         kept = sorted(ranked[: len(self.kept(len(before)))])
-        selection.restore_layers(student, before)
+        if is_shared:  # then the student is another model, and the original one as it was
+            student = original
+        else:
+            selection.restore_layers(student, before)
         layers = tuple(layer for layer in before if layer not in kept)
         student = swap(student, self.mixer, self.options, layers, stats).eval()
         if self.refits:

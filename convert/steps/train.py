@@ -142,9 +142,10 @@ class Train(Step, Checked):
             raise UserError(reason)
         objective = s.objective.build(student, teacher)
         owned = count(objective)
-        num_teacher, held = count(teacher), context.num_teacher + (count(teacher) if self.own_teacher else 0)
-        if self.recorded is not None:
-            num_teacher = held = 0
+        num_teacher = count(teacher)
+        held = context.held_teacher + (context.floats_of_teacher(teacher) if self.own_teacher else 0)
+        if self.recorded is not None:  # a teacher that is shared out stays
+            num_teacher, held = 0, 0 if context.held_teacher == context.num_teacher else context.held_teacher
         chosen = {id(p): p.numel() for p in selected(student, s.trains)}
         trainable, total = sum(chosen.values()), count(student)
         slots = slots_of(student)

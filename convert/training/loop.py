@@ -18,6 +18,7 @@ from convert.core.errors import Interrupted, UserError
 from convert.core.processes import rank, summed
 from convert.mixers.mamba_block import project_gradients
 from convert.models.access import replaced_attention
+from convert.models.sharding import reshard
 from convert.objectives.base import LiveObjective
 from convert.training import parallel
 from convert.training.fetching import BatchOfStep, fetched
@@ -104,7 +105,7 @@ def train(
     returns that part. `measure(student)` returns more numbers to log, every `settings.evaluate_every` units.
     Where there is an `average` of the weights, it is what is measured, and what the student has in the end."""
     track, keep = track or Silent(), keep or Silent()
-    parallel.check_shared_out(parallel.reshard(student))
+    parallel.check_shared_out(reshard(student))
     made = optimizers_of(student, settings, objective, optimizers)
     changed = Changed(student, objective, made, average)
     clipped = [*changed.trained.values(), *objective.parameters()]
@@ -149,7 +150,7 @@ def train(
             _show(bar, loss, at, settings)
             if measure and _is_measurement_due(at.step, settings):
                 numbers |= measure(student if average is None else average.module)
-                parallel.reshard(student).train()
+                reshard(student).train()
             track.log(at.step, at.units, numbers)
             _refuse_hopeless(at, rate)
             is_late = time.monotonic() - saved_at > settings.save_every and at.step < settings.num_steps

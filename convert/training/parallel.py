@@ -7,8 +7,6 @@ processes there are, and nothing must divide. What is not shared out (an image c
 own) is a replica in each process, whose gradients are summed.
 """
 
-import copy
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from convert.core.errors import UserError
 from convert.core.processes import launched, share, sum_in_place, summed, world
-from convert.models.access import layers_of, slots_of
+from convert.models.access import layers_of
+from convert.models.sharding import copied, is_shared_out, whole
 
 Stage = Callable[..., PreTrainedModel]
 
@@ -46,43 +44,14 @@ def shares(batch: Any, num_units: int) -> list[tuple[int, Any, Any]]:
 
 
 def in_parts(stage: Stage, student: PreTrainedModel, *args: Any, **settings: Any) -> PreTrainedModel:
-    """Run a stage with its student shared out; return the trained student, whole in each process. In one process: the
-    stage itself. The student given is consumed."""
+    """Run a stage with its student shared out; return the trained student, which still is. In one process: the stage
+    itself. The student given is consumed."""
     if world() == 1:
         return stage(student, *args, **settings)
-    outline = _without_weights(student)
     with warnings.catch_warnings():
         # what it warns of is a sum in place onto a mixer's output; hosts add theirs out of place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        stage(shard(student), *args, **settings)
-    return _filled(outline, student)
-
-
-def shard(model: PreTrainedModel) -> PreTrainedModel:
-    """Share out the parameters of a language model, in place, by FSDP2. Each mixer is a unit, because `align` calls it
-    alone; so is each layer; embeddings and head are the root, which stays gathered between the forward and the backward
-    pass: the head runs then, a chunk at a time, as often as each process needs."""
-    if not hasattr(model, "hidden_states"):
-        model.hidden_states = functools.partial(_hidden_states, model)
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (world(),))
-    for module in (*(slot.mixer for slot in slots_of(model).values()), *layers_of(model), model):
-        fully_shard(module, mesh=mesh)
-    for module in _units(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # or gloo lacks the operation
-    register_fsdp_forward_method(model, "hidden_states")
-    with torch.no_grad():  # whatever runs first becomes the root: the model, not one of its mixers
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    return reshard(model)
-
-
-def reshard(model: Any) -> Any:
-    """Let each process keep its rows alone: what a gathered copy is told is lost, and an optimizer that is given one
-    trains nothing. Goes before a stage, and after a measurement in it."""
-    for module in _units(model):
-        module.reshard()
-    return model
+        return stage(student if is_shared_out(student) else copied(student), *args, **settings)
 
 
 def check_shared_out(student: nn.Module) -> None:
@@ -92,48 +61,16 @@ def check_shared_out(student: nn.Module) -> None:
         raise RuntimeError(f"a stage would train gathered copies, which are thrown away: {copies[0]} and others")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of all rows; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """The last hidden states [B, T, D] of a model that has no such method."""
-    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
-
-def _units(model: nn.Module) -> Iterable[Any]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model whose parameters have no memory yet."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
-    return copy.deepcopy(model, dict(empty))  # copies that deepcopy finds made already
-
-
-def _filled(outline: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
-    """The outline with the weights of the model that is shared out, tied where they were."""
-    reshard(model)
-    pairs = zip(outline.parameters(), model.parameters(), strict=True)
-    # a copy: of rows that do not divide, what is gathered is a part of a longer tensor
-    found = {id(empty): nn.Parameter(whole(p.detach()).clone(), False) for empty, p in pairs}
-    for module in outline.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = found[id(p)]
-    return outline.train(model.training)
-
-
-def floats_held(student: PreTrainedModel, num_trained: int) -> float:
-    """Floats that a process holds of a student, of which so many parameters are trained: parameters, gradients and two
-    moments, with the root and one layer gathered, and their gradients; it begins with the whole student."""
-    total = sum(p.numel() for p in student.parameters())
+def floats_held(model: PreTrainedModel, num_trained: int = 0) -> float:
+    """Floats that a process holds of a model that is shared out, of which so many parameters are trained: its part of
+    parameters, gradients and two moments, with the root and two layers gathered, of which one comes while the other
+    runs, and their gradients. In one process all of it."""
+    total = sum(p.numel() for p in model.parameters())
     if launched() == 1:
         return total + 3 * num_trained
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(student)]
-    gathered = 2 * (total - sum(layers) + max(layers))
-    return max(total, gathered + (total + 3 * num_trained) / launched())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+    gathered = (2 if num_trained else 1) * (total - sum(layers) + 2 * max(layers))
+    return gathered + (total + 3 * num_trained) / launched()
 
 
 # --- sums over the processes

@@ -225,14 +225,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_killed_export_leaves_the_old_one(students, tokenizer, tmp_path, monkeypatch):
     folder, student = tmp_path / "x", students["neox-linear"]
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "save_torch_state_dict", half_written)
+        patch.setattr(export_module, "write_files", half_written)
         with pytest.raises(OSError, match="disk full"):
             export(student, tokenizer, folder, card="new")
         assert list(tmp_path.iterdir()) == []
     export(student, tokenizer, folder, card="old")
     old = contents(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "save_torch_state_dict", half_written)
+        patch.setattr(export_module, "write_files", half_written)
         with pytest.raises(OSError, match="disk full"):
             export(student, tokenizer, folder, card="new")
         assert contents(folder) == old and list(tmp_path.iterdir()) == [folder]
@@ -247,7 +247,7 @@ def test_a_killed_export_leaves_the_old_one(students, tokenizer, tmp_path, monke
     assert contents(folder) == old | {"README.md": b"new"} and list(tmp_path.iterdir()) == [folder]
 
 
-def half_written(state, folder, metadata):
+def half_written(folder, *_):
     (folder / "model.safetensors").write_bytes(b"half")
     raise OSError("disk full")
 

@@ -17,6 +17,7 @@ from convert.data.batches import Batches
 from convert.data.text import Tokens
 from convert.evaluation.perplexity import compare, perplexity, perplexity_by_position
 from convert.models.access import slots_of
+from convert.models.sharding import copied, is_shared_out, reshard, whole
 from convert.models.swap import swap
 from convert.objectives import Objective
 from convert.steps import selection
@@ -97,15 +98,17 @@ def found(name: str) -> Found:
     def norms(student: Any) -> dict[str, float]:
         for key, p in student.named_parameters():
             if p.grad is not None and len(track.losses) == 0:
-                gradients[key] = parallel.whole(p.grad).clone()
+                gradients[key] = whole(p.grad).clone()
         return seen(student)
 
     teacher = tiny_teacher(case.family, tie_word_embeddings=case.is_tied)
     batches = Batches(SHORT, 32, 5, 3)
     loop._norms = norms
+    student = copied(student_of(case))
+    perplexity(student, [batches(0)])  # as in a run, which leaves parts of it gathered
     try:
         student = parallel.in_parts(
-            case.stage, student_of(case), teacher, batches, settings, track=track,
+            case.stage, student, teacher, batches, settings, track=track,
             measure=lambda model: {"perplexity": perplexity(model, [batches(0), batches(1), batches(2)])},
         )  # fmt: skip
     finally:
@@ -121,17 +124,24 @@ def all_found(names: Iterable[str]) -> dict[str, Found]:
 
 def looked() -> dict[str, Tensor]:
     """What swaps measure of a model over five batches: the inputs of its layers, which layer matters, and output
-    projections that are solved for what the teacher's attention gives."""
-    teacher, batches = tiny_teacher("llama"), [Batches(SHORT, 32, 1, 3)(i) for i in range(5)]
+    projections that are solved for what the teacher's attention gives; several processes share both models out."""
+    teacher, batches = copied(tiny_teacher("llama")), [Batches(SHORT, 32, 1, 3)(i) for i in range(5)]
     seen = inputs_of(teacher, batches, look_back=True)
     given = {f"{name} {i}": t for i, stats in enumerate(seen) for name, t in vars(stats).items()}
     torch.manual_seed(0)  # a swap draws what is new
-    student, before = swap(tiny_teacher("llama"), "kda"), selection.parts_of(teacher)
+    student, before = swap(copied(teacher), "kda"), teacher if is_shared_out(teacher) else selection.parts_of(teacher)
     given["sensitivity"] = torch.tensor(selection.sensitivity(student, before, batches))
-    refit_outputs(student, teacher, batches, (0, 2))
+    refit_outputs(reshard(student), teacher, batches, (0, 2))
     by_position = perplexity_by_position(student, batches)
     given["perplexity"] = torch.tensor([perplexity(student, batches[:1]), *by_position.values()])
-    return given | {f"out {i}": student.slots()[i].mixer.out.weight.detach().clone() for i in (0, 2)}
+    given |= {f"out {i}": whole(reshard(student).slots()[i].mixer.out.weight.detach()).clone() for i in (0, 2)}
+    parts = selection.copies_of(teacher)
+    given["given back"] = torch.tensor(selection.kl_when_given_back(student, parts, (0, 1, 2), teacher, batches))
+    for slot in reshard(student).slots().values():
+        slot.mixer.set_decay(0.3)
+    student = selection.give_back(student, teacher, [1])
+    given["of a hybrid"] = torch.tensor([perplexity(student, batches), len(student.slots())])
+    return given
 
 
 def all_found_and_looked(names: Iterable[str]) -> tuple[dict[str, Found], dict[str, Tensor]]:
@@ -148,9 +158,9 @@ def all_faults() -> dict[str, Found | str]:
     left_out = {
         "the factor of gradients": [(FSDPModule, "set_gradient_divide_factor", lambda *_: None)],
         "the weight 0": [(parallel, "share", everything_counts)],
-        "reshard": [(parallel, "reshard", lambda model: model)],
+        "reshard": [(loop, "reshard", lambda model: model)],
         "reshard, and its check": [
-            (parallel, "reshard", lambda model: model),
+            (loop, "reshard", lambda model: model),
             (parallel, "check_shared_out", lambda _: None),
         ],
         "the sum of what terms own": [(parallel, "sum_replicas", lambda _: None)],

@@ -13,6 +13,7 @@ import torch
 
 from convert.core import processes
 from convert.core.errors import Interrupted, UserError
+from convert.models.saving import weights_of
 from convert.objectives import Objective
 from convert.runs import checkpoint
 from convert.runs.checkpoint import StepFolder, StopRequest
@@ -57,7 +58,7 @@ def trained(run: Path, stop_after: int | None = None, die_after: int | None = No
         )  # fmt: skip
     except Interrupted:
         return {}, track.losses, track.norms
-    return dict(student.state_dict()), track.losses, track.norms
+    return dict(weights_of(student)), track.losses, track.norms
 
 
 def both(*runs: tuple[Any, ...]) -> list[Any]:

@@ -49,9 +49,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def straight(quiet, place, teacher, text):  # noqa: F811
-    """A run of two processes that nothing stopped; what they said is beside it."""
+    """A run of two processes that nothing stopped, which share the teacher out; what they said is beside it."""
     if not (place / "run").exists():
-        assert commands(place / "said", 2, command(teacher, text, place / "run", *MEASURED, to="linear")) == [0, 0]
+        shared = command(teacher, text, place / "run", *MEASURED, "--share-teacher", "always", to="linear")
+        assert commands(place / "said", 2, shared) == [0, 0]
     return place / "run"
 
 
@@ -82,6 +83,7 @@ def dies_before_its_last_step() -> None:
 
 
 def test_killed_and_repeated_is_bit_identical(straight, teacher, text, tmp_path):  # noqa: F811
+    """With a teacher that each process has whole, too."""
     killed = command(teacher, text, tmp_path / "killed", *MEASURED, to="linear")
     assert commands(tmp_path / "second", 2, killed, dies_before_its_last_step) == [2, -signal.SIGKILL]
     said = (tmp_path / "second" / "said-0").read_text()

@@ -35,7 +35,8 @@ class Start(ABC):
 
     @classmethod
     def fit(cls, layers: Iterable[Projections], options: Any) -> list[Any]:
-        """The options of each layer, where they depend on what all of these layers hold."""
+        """The options of each layer, where they depend on what all of these layers hold. The weights of a layer are
+        there until the next one is asked for."""
         return [options for _ in layers]
 
     @classmethod

@@ -1,6 +1,7 @@
 """How large the latents and rotary keys of latent attention are: as given, all there is, or what fits a share of the
 teacher's cache."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -12,25 +13,39 @@ from convert.mixers.mla import MLA
 from convert.mixers.projections import Projections
 
 
-def choose_ranks(layers: list[Projections], options: MLA.Options) -> list[MLA.Options]:
-    """The options of each layer, with kv_rank and rope_dim as numbers.
+def choose_ranks(layers: Iterable[Projections], options: MLA.Options) -> list[MLA.Options]:
+    """The options of each layer, with kv_rank and rope_dim as numbers. One layer's weights are looked at at a time.
 
     Under a cache budget the exact shape shares it out among the layers so that the sum of their relative errors is the
     least; the native shape has one rank for all."""
-    shape = layers[0].shape
-    _check_teacher(layers, options)
+    chosen: list[MLA.Options] = []
+    errors: list[dict[int, float]] = []
+    for p in layers:
+        _check_teacher(p, options)
+        chosen.append(_sizes(p, options))
+        if chosen[-1].kv_rank is None:
+            errors.append(_errors(p, chosen[-1]))
+            room = len(errors) * _rank_in_the_room(p.shape, chosen[-1])
+    if not errors:
+        return chosen
+    return [replace(own, kv_rank=rank) for own, rank in zip(chosen, _by_energy(errors, room), strict=True)]
+
+
+def _sizes(p: Projections, options: MLA.Options) -> MLA.Options:
+    """The options with all sizes as numbers; kv_rank stays None where it depends on what all layers hold."""
+    shape = p.shape
     if options.rope_dim is None:
         options = replace(
             options, rope_dim=shape.rotary_dim if options.cache_budget is None else _rope_dim(shape, options)
         )
     _check_sizes(shape, options)
     if options.kv_rank is not None:
-        return [replace(options, cache_budget=None)] * len(layers)  # what is given needs no budget
+        return replace(options, cache_budget=None)  # what is given needs no budget
     if options.cache_budget is None:
-        return [replace(options, kv_rank=_full_rank(shape, options))] * len(layers)
-    if options.shape == "native" or options.start == "random" or layers[0].q.is_meta:
-        return [replace(options, kv_rank=_rank_in_the_room(shape, options))] * len(layers)
-    return [replace(options, kv_rank=rank) for rank in _by_energy(layers, options)]
+        return replace(options, kv_rank=_full_rank(shape, options))
+    if options.shape == "native" or options.start == "random" or p.q.is_meta:
+        return replace(options, kv_rank=_rank_in_the_room(shape, options))
+    return options
 
 
 def left_out(shape: AttentionShape, options: MLA.Options) -> str | None:
@@ -84,11 +99,9 @@ def _rank_in_the_room(shape: AttentionShape, options: MLA.Options) -> int:
     return min(rank, _full_rank(shape, options))
 
 
-def _by_energy(layers: list[Projections], options: MLA.Options) -> list[int]:
+def _by_energy(errors: list[dict[int, float]], room: int) -> list[int]:
     """The rank of each layer. Lagrange: each takes the one that minimises error + price x rank; the price is the lowest
     that fits the room."""
-    errors = [_errors(p, options) for p in layers]
-    room = sum(_rank_in_the_room(p.shape, options) for p in layers)
 
     def ranks(price: float) -> list[int]:
         return [min((error + price * rank, rank) for rank, error in e.items())[1] for e in errors]
@@ -112,20 +125,19 @@ def _errors(p: Projections, options: MLA.Options) -> dict[int, float]:
     return dict(zip(ranks, torch.stack([energies[rank:].sum() for rank in ranks]).tolist(), strict=True))
 
 
-def _check_teacher(layers: list[Projections], options: MLA.Options) -> None:
-    shape = layers[0].shape
-    for p in layers:
-        if p.window is not None:
-            raise UserError(
-                f"Latent attention has no window; this layer's is {p.window}. Edit it with gate-swa, or keep it"
-                " (edit.keep)."
-            )
+def _check_teacher(p: Projections, options: MLA.Options) -> None:
+    shape = p.shape
+    if p.window is not None:
+        raise UserError(
+            f"Latent attention has no window; this layer's is {p.window}. Edit it with gate-swa, or keep it"
+            " (edit.keep)."
+        )
     if options.shape == "native" and (shape.norm_eps is not None or shape.qkv_bias or shape.out_bias):
         has = "q/k norm" if shape.norm_eps is not None else "biases"
         raise UserError(
             f"The native shape of MLA has neither q/k norm nor biases; this teacher has {has}. Take edit.shape=exact."
         )
-    if options.start == "calibrated" and layers[0].stats is None:
+    if options.start == "calibrated" and p.stats is None:
         raise UserError(
             "A calibrated start needs the layers' inputs; there are none. Take edit.start=svd, or calibrate"
             " (Swap.calibration)."

@@ -20,7 +20,7 @@ class MLAStart(Start):
 
     @classmethod
     def fit(cls, layers: Iterable[Projections], options: MLA.Options) -> list[MLA.Options]:
-        return choose_ranks(list(layers), options)
+        return choose_ranks(layers, options)
 
     @classmethod
     def why_inexact(cls, projections: Projections, options: MLA.Options, tokens: int) -> str | None:

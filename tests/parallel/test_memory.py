@@ -1,0 +1,112 @@
+"""No process holds a whole model: while one is loaded, copied, swapped, measured, saved, exported and read back, a
+process never has as much memory as its parameters take."""
+
+import ctypes
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from convert.core.processes import rank
+from convert.data.batches import Batches
+from convert.evaluation.generation import generate
+from convert.evaluation.perplexity import perplexity
+from convert.exporting.hub import write_weights
+from convert.models.loading import load_teacher
+from convert.models.saving import fingerprint, load_in_parts, save_student
+from convert.models.sharding import copied
+from convert.models.swap import swap
+from tests.e2e.conftest import teacher  # noqa: F401  # a fixture
+from tests.parallel.fork import together
+from tests.training.stages import tokens
+
+STATUS = Path("/proc/self/status")
+PROCESSES = 6
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's count of a process's memory")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, without pages of files, which the system drops where it needs room."""
+    return int(re.search(r"RssAnon:\s+(\d+)", STATUS.read_text())[1]) * 1024
+
+
+class Peak:
+    """The most memory that a process had while this was open, above what it had before."""
+
+    def __enter__(self) -> "Peak":
+        self.before, self.most, self.is_over = resident(), 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.is_over.wait(0.002):
+            self.most = max(self.most, resident() - self.before)
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over.set()
+        self.thread.join()
+
+
+def return_memory() -> None:
+    """Give back to the system what was freed, from now on at once, as with MALLOC_MMAP_THRESHOLD_=262144."""
+    glibc = ctypes.CDLL(None)
+    assert glibc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    glibc.malloc_trim(0)
+
+
+def used(folder: Path, out: Path, is_shared: bool) -> dict[str, int]:
+    """Peaks of what a run does with models, by name."""
+    found = {}
+    batches = [Batches(tokens(), 32, 1, 3)(i) for i in range(2)]
+
+    def peak(name: str, work, *args):
+        with Peak() as seen:
+            result = work(*args)
+        found[name] = seen.most
+        return result
+
+    return_memory()
+    with Peak() as overall:
+        loaded = peak("load", lambda: load_teacher(folder, shared=is_shared))
+        model = loaded.model
+        perplexity(model, batches)
+        student = peak("copy", copied, model)
+        student = peak("swap", swap, student, "linear")
+        peak("perplexity", perplexity, student, batches)
+        peak("generate", generate, student, loaded.tokenizer, [[5, 6, 7]], 3)
+        peak("fingerprint", fingerprint, student)
+        for name in ("step", "export"):
+            if rank() == 0:
+                (out / name).mkdir(parents=True)
+        peak("save", save_student, student, out / "step")
+        peak("export", write_weights, student, out / "export", torch.bfloat16, ())
+        del student
+        if is_shared:
+            peak("read back", load_in_parts, out / "step", model)
+    return found | {"all of it": overall.most}
+
+
+def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
+    """The same path with one process does, so that the measurement would see it."""
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+        max_position_embeddings=128, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    size = 4 * model.num_parameters()
+    model.save_pretrained(tmp_path / "model")
+    del model
+    for file in teacher.glob("tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    whole = together(tmp_path / "one", 1, used, tmp_path / "model", tmp_path / "out-one", False)[0]
+    assert whole["copy"] > 0.9 * size and whole["all of it"] > size
+    for found in together(tmp_path / "many", PROCESSES, used, tmp_path / "model", tmp_path / "out", True):
+        print({name: f"{peak / size:.2f}" for name, peak in found.items()})
+        assert all(peak < 0.5 * size for name, peak in found.items() if name != "all of it"), found
+        assert found["all of it"] < size

@@ -1,0 +1,67 @@
+"""Plans under torchrun: what a process holds, whether the teacher is shared out, and what is refused."""
+
+import functools
+
+import pytest
+
+from convert import recipes
+from convert.core import processes
+from convert.core.errors import UserError
+from convert.domains.language import Language
+from convert.models.catalog import resolve
+from convert.models.loading import read_config
+from convert.planning import plan as planning
+from convert.planning.plan import make_plan as make_plan_in
+
+LANGUAGE = Language()
+make_plan = functools.partial(make_plan_in, LANGUAGE)
+
+
+@pytest.fixture
+def of_two_processes(monkeypatch):
+    """Plans of a process of two, which has so many bytes."""
+    monkeypatch.setattr(processes, "_joined", processes._Joined(0, 2, None))
+
+    def planned(room, share="auto"):
+        monkeypatch.setattr(planning, "memory_of_process", lambda _: room)
+        config = read_config(resolve("pythia-1b"))
+        recipe = recipes.TARGETS["mamba"].recipe(recipes.budget("pythia-1b", config, None))
+        return make_plan("pythia-1b", config, recipe, "stdlib", "cpu", share_teacher=share)
+
+    return planned
+
+
+def test_several_processes_share_a_teacher_out_where_it_does_not_fit_each(of_two_processes):
+    peaks = {share: max(s.peak_bytes for s in of_two_processes(10**15, share).steps) for share in ("never", "always")}
+    assert not of_two_processes(peaks["never"]).shares_teacher
+    between = of_two_processes(peaks["never"] - 1)
+    assert between.shares_teacher and not between.refusals
+    assert max(step.peak_bytes for step in between.steps) == peaks["always"] < peaks["never"]
+    assert any("each holds its part of the teacher and" in line for line in between.assumptions)
+    assert any("each holds the teacher whole and" in line for line in of_two_processes(10**15).assumptions)
+
+
+def test_a_plan_that_does_not_fit_its_processes_is_refused(of_two_processes):
+    peak = max(step.peak_bytes for step in of_two_processes(10**15, "always").steps)
+    (reason,) = of_two_processes(peak - 1).refusals
+    assert reason.startswith("Each of 2 processes needs about") and "Start more processes" in reason
+    (reason,) = of_two_processes(peak, "never").refusals
+    assert "Let them share the teacher out (--share-teacher always)" in reason
+    assert not of_two_processes(peak).refusals
+
+
+def test_one_process_plans_as_if_nothing_could_be_shared(of_two_processes, monkeypatch):
+    monkeypatch.setattr(processes, "_joined", None)
+    plan = of_two_processes(1)
+    assert not plan.shares_teacher and not plan.refusals
+    assert max(s.peak_bytes for s in plan.steps) > 4 * (plan.parameters_teacher + 4 * plan.parameters_student)
+
+
+def test_several_processes_refuse_a_gguf_file(monkeypatch, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    monkeypatch.setattr(processes, "_joined", processes._Joined(0, 2, None))
+    with pytest.raises(
+        UserError, match="Several processes read rows of safetensors files, and .*gguf would be unpacked"
+    ):
+        LANGUAGE.read_config(resolve(str(file)))
