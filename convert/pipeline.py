@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -186,6 +187,7 @@ def _steps(
                 load_run_teacher=run.load_again,
             )
             student, result = _done(step, start() if student is None else student, session, recipe.seed)
+            gc.collect()  # a model that is shared out holds itself in circles, and a swap leaves one behind
             result = folder.finish(functools.partial(save_student, student), result)
             on_first(_tell, run, step, student, result, track)
             if i:

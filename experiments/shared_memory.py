@@ -6,6 +6,7 @@ python -m experiments.shared_memory --parameters 100M
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ MIB = 2**20
 
 def resident() -> int:
     """Bytes of this process in memory."""
+    gc.collect()
     trim_heap()
     with PeakMemory() as now:
         pass

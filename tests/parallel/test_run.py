@@ -91,6 +91,10 @@ def test_killed_and_repeated_is_bit_identical(straight, teacher, text, tmp_path)
     assert commands(tmp_path / "third", 2, killed) == [0, 0]
     one, other = weights(straight), weights(tmp_path / "killed")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    files = [
+        {f.name: f.read_bytes() for f in (run / "model").glob("*.json")} for run in (straight, tmp_path / "killed")
+    ]
+    assert files[0] == files[1]
 
 
 def test_a_batch_too_small_for_all_is_said_once(teacher, text, tmp_path):  # noqa: F811
