@@ -50,9 +50,8 @@ def shared_out(outline: PreTrainedModel, device: torch.device) -> PreTrainedMode
     for module in (*(slot.mixer for slot in slots_of(model).values()), *layers_of(model), model):
         fully_shard(module, mesh=mesh)
     for module in _units(model):
-        module.set_gradient_divide_factor(
-            1.0
-        )  # losses are divided by the tokens of the whole batch: gradients are sums
+        # losses are divided by the tokens of the whole batch, so gradients are sums
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # or gloo lacks the operation
     give_memory(model, device)
     register_fsdp_forward_method(model, "hidden_states")
