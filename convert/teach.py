@@ -82,7 +82,7 @@ def teach(args: argparse.Namespace) -> None:
     with ExitStack() as held:
 
         def take() -> None:
-            recording.open()
+            recording.begin()
             held.enter_context(locked(out))
 
         on_first(take)

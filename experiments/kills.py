@@ -150,7 +150,7 @@ def _follow(run: Path, running: subprocess.Popen, instant: Instant | None, rank:
 
 def process_of(torchrun: int, rank: int) -> int:
     """The process of this rank among those that torchrun started."""
-    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text(encoding="utf-8").split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
     raise UserError(f"torchrun must have started a process of rank {rank}; process {torchrun} has none.")
@@ -254,7 +254,7 @@ def _is_close(one: Any, other: Any) -> bool:
 
 def content(file: Path) -> dict[str, Any]:
     """The numbers and words of a file of JSON, or of lines of it, by their path; without those of a clock."""
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     found = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
     return {path: value for path, value in _leaves(found) if not CLOCK.search(path)}
 

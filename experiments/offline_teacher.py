@@ -72,7 +72,7 @@ class Bench:
         kept = {"vocab_size": self.teacher.model.config.vocab_size, "top_k": row.top_k, "sample": row.sample}
         origins = self.domain.origins(self.teacher, self.data)
         recording = Recording(folder, recorded.about(origins, self.settings, kept))
-        recording.open()
+        recording.begin()
         batches = self.domain.batches(self.data, self.settings)
         recorded.record(recording, self.teacher.model, batches, self.settings)
         return time.process_time() - started

@@ -59,7 +59,7 @@ class Recording:
         batches = self.about["batches"]
         return batches["steps"] * batches["batch_tokens"] * self.record.itemsize
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Make the folder, or go on with what is there. Raises UserError for a folder of something else."""
         description = self.folder / "recording.json"
         if not description.exists():

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from convert.models.saving import fingerprint
-
 if TYPE_CHECKING:  # a plan needs neither reports nor the types of their files
     from convert.reports.sections import Sections
     from convert.runs.evaluation_schemas import Evaluation
@@ -176,9 +174,9 @@ class Domain(ABC, Generic[S, T, C, D]):
     def problem_of_loaded_pair(self, run: T, step: T) -> str | None:
         """Say why a training step cannot learn from the loaded teacher `step`, as problem_of_pair does."""
 
+    @abstractmethod
     def origins(self, teacher: T, data: D) -> dict[str, str]:
         """Return the fingerprints of what a recording of the teacher's outputs depends on."""
-        return {"teacher": fingerprint(teacher.model), "data": data.fingerprint}
 
     @abstractmethod
     def load_teacher(self, source: S, device: str, trust_remote_code: bool, shared: bool = False) -> T:

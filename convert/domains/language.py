@@ -19,7 +19,7 @@ from convert.mixers.projections import refusal
 from convert.models import from_scratch
 from convert.models.catalog import Source, resolve
 from convert.models.loading import Teacher, load_teacher, read_config
-from convert.models.saving import load_in_parts, load_student
+from convert.models.saving import fingerprint, load_in_parts, load_student
 from convert.models.sharding import copied
 
 if TYPE_CHECKING:
@@ -132,11 +132,10 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         return load_student(folder, teacher, self.empty_model) if world() == 1 else load_in_parts(folder, teacher)
 
     def origins(self, teacher: Teacher, data: TokenData) -> dict[str, str]:
-        found = super().origins(teacher, data)
         return {
-            "teacher": found["teacher"],
+            "teacher": fingerprint(teacher.model),
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer),
-            "data": found["data"],
+            "data": data.fingerprint,
         }
 
     def prepare(self, corpus: Corpus, teacher: Teacher, limit: int, settings: "Settings") -> TokenData:

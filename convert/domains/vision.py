@@ -19,7 +19,7 @@ from convert.data.image_sets import ImageSet, image_set, whole_name
 from convert.data.images import ImageData, read_images
 from convert.domains.base import Domain
 from convert.models.catalog import Source, resolve
-from convert.models.saving import load_student
+from convert.models.saving import fingerprint, load_student
 from convert.models.vision.catalog import CLASSIFIERS, IMAGENET
 from convert.models.vision.families import StudentOptions, student_config
 from convert.models.vision.inputs import preprocessing_of
@@ -134,6 +134,9 @@ class Vision(Domain[Source, ImageTeacher, ImageSet, ImageData]):
 
     def load_student(self, folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
         return load_student(folder, teacher, self.empty_model)
+
+    def origins(self, teacher: ImageTeacher, data: ImageData) -> dict[str, str]:
+        return {"teacher": fingerprint(teacher.model), "data": data.fingerprint}
 
     def prepare(self, corpus: ImageSet, teacher: ImageTeacher, limit: int, settings: "ImageSettings") -> ImageData:
         wanted = preprocessing_of(teacher.model.config)

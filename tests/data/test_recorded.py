@@ -44,7 +44,7 @@ def records(step: int) -> np.ndarray:
 
 def written(folder, parts=None, about=ABOUT):
     recording = Recording(folder, about)
-    recording.open()
+    recording.begin()
     for number, steps in enumerate(recording.parts()):
         if parts is None or number in parts:
             recording.write(number, [records(step) for step in steps])
@@ -101,7 +101,7 @@ def test_an_unfinished_recording_goes_on_and_ends_the_same(tmp_path):
     with pytest.raises(UserError, match="the first does not see .*00001.json, which another wrote. Give an --out on a"):
         recording.finish()
     again = Recording(folder, ABOUT)
-    again.open()
+    again.begin()
     again.write(1, [records(2), records(3)])
     again.finish()
     assert files(folder) == files(tmp_path / "straight")
@@ -141,13 +141,13 @@ def test_more_steps_than_wanted_are_no_difference(tmp_path):
 def test_a_folder_of_something_else_is_not_written_into(tmp_path):
     written(tmp_path / "a")
     with pytest.raises(UserError, match=r"recording of something else \(teacher: recorded t, now u\). Give another"):
-        Recording(tmp_path / "a", ABOUT | {"of": {"teacher": "u", "data": "d"}}).open()
+        Recording(tmp_path / "a", ABOUT | {"of": {"teacher": "u", "data": "d"}}).begin()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="a folder of its own; .*b is none"):
-        Recording(tmp_path / "b", ABOUT).open()
+        Recording(tmp_path / "b", ABOUT).begin()
     with pytest.raises(UserError, match="a folder of its own; .*notes.txt is none"):
-        Recording(tmp_path / "b" / "notes.txt", ABOUT).open()
+        Recording(tmp_path / "b" / "notes.txt", ABOUT).begin()
     with pytest.raises(UserError, match="names a finished recording of a teacher; .*b holds none"):
         Recorded(tmp_path / "b")
 

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     recording = Recording(
         folder, recorded.about({}, settings, {"vocab_size": CONFIG.vocab_size, "top_k": 2, "sample": 0})
     )
-    recording.open()
+    recording.begin()
     for number, steps in enumerate(recording.parts()):
         recording.write(number, [np.zeros(0, recording.record) for _ in steps])
     recording.finish()
