@@ -9,7 +9,7 @@ OLDEST ?= .venv-oldest
 OLDEST_TRITON ?= .venv-triton
 FUZZ ?= 20
 BIN = $(VENV)/bin
-PYTEST = -m pytest -n auto --dist loadfile
+PYTEST = -m pytest -n auto --dist loadfile --no-loadscope-reorder
 MODELS = $(addprefix tests/,mixers models training exporting steps/test_selection.py evaluation/test_scoring.py data/test_prompts.py)
 
 demo: $(VENV)/installed
