@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from convert.core.processes import on_first
+from convert.core.processes import gathered
 from convert.evaluation.generation import prefill, steps
 from convert.mixers.base import StateSize
 from convert.mixers.families import layer_window
 from convert.mixers.projections import Projections
 from convert.models.access import layers_of
 from convert.models.cache import layer_bytes
-from convert.models.sharding import gathered
+from convert.models.sharding import unsharded
 from convert.models.slot import attention_of
 from convert.models.student import ConvertedForCausalLM
 from convert.runs.language_schemas import ContextCost
@@ -83,8 +83,7 @@ def context_costs(
     for length in sorted(lengths):
         if length > ALWAYS_MEASURED and took * (length / before) ** 2 > seconds:
             break
-        cost = context_cost(model, length, dtype)[0]
-        found[length] = on_first(lambda cost=cost: cost)
+        found[length] = gathered(context_cost(model, length, dtype)[0])[0]
         before, took = length, found[length].time_to_first_token_s
     return found
 
@@ -99,7 +98,7 @@ def cache_formula(model: PreTrainedModel) -> tuple[StateSize, ...]:
         if layer in slots:
             sizes.append(slots[layer].mixer.state_size())
             continue
-        with gathered(block):
+        with unsharded(block):
             shape, window = Projections.of(attention_of(block)).shape, layer_window(config, layer)
         # transformers keeps one less than the window: the token that looks is the last of it
         sizes.append(

@@ -98,7 +98,7 @@ def fill(tensor: Tensor, read: Callable[[Rows], Tensor]) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def unsharded(module: nn.Module) -> Iterator[None]:
     """Give each process all rows of this module's parameters, to be read, while this is open."""
     try:
         for unit in _units(module):

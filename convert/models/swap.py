@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,14 +18,17 @@ from convert.mixers.families import attention_name
 from convert.mixers.init import STARTS
 from convert.mixers.projections import CalibrationStats, Projections, refusal
 from convert.models.config import ConvertedConfig
-from convert.models.sharding import gathered, is_shared_out, outline_of, reshard, shared_out, take_over
+from convert.models.sharding import is_shared_out, outline_of, reshard, shared_out, take_over, unsharded
 from convert.models.slot import Slot, attention_of
 from convert.models.student import ConvertedForCausalLM
+
+Stats = Sequence[CalibrationStats]  # what a calibration saw, layer by layer
+Mixers = Iterator[tuple[int, dict[str, Any], Mixer]]  # each layer, its entry in the configuration, and its mixer
 
 
 def projections_of(model: PreTrainedModel, layer: int) -> Projections:
     """The record of the attention, or of the mixer, of one layer."""
-    host = model.host if isinstance(model, ConvertedForCausalLM) else model
+    host = _host_of(model)
     old, rotary = attention_of(host.base_model.layers[layer]), host.base_model.rotary_emb
     if isinstance(old, Slot):
         found = STARTS[model.config.mixers[layer]["name"]].projections(old.mixer)
@@ -60,8 +64,11 @@ def swap(
     if stats is not None and len(stats) != len(blocks):
         raise UserError(f"swap(): stats must be one for each of {len(blocks)} layers; got {len(stats)}.")
     fitted = STARTS[name].fit(_read(reshard(model), layers, stats), options)
-    replace = _replaced_in_parts if is_shared_out(model) else _replaced
-    student = replace(model, name, fitted, layers, stats)
+    mixers = functools.partial(_mixers, name, layers, fitted)
+    if is_shared_out(model):
+        student = _replaced_in_parts(model, layers, mixers, stats)
+    else:
+        student = _replaced(model, mixers(model, stats))
     student.generation_config.cache_implementation = None  # the teacher's own cache means nothing to its student
     return student.train(model.training)
 
@@ -71,47 +78,32 @@ def _host_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.host if isinstance(model, ConvertedForCausalLM) else model
 
 
-def _read(
-    model: PreTrainedModel, layers: Sequence[int], stats: Sequence[CalibrationStats] | None
-) -> Iterator[Projections]:
+def _read(model: PreTrainedModel, layers: Sequence[int], stats: Stats | None) -> Iterator[Projections]:
     """The record of each of these layers, which is there until the next one is asked for."""
     for layer in layers:
-        with gathered(_host_of(model).base_model.layers[layer]):
+        with unsharded(_host_of(model).base_model.layers[layer]):
             found = projections_of(model, layer)
             yield found if stats is None else dataclasses.replace(found, stats=stats[layer])
 
 
 def _mixers(
-    model: PreTrainedModel,
-    name: str,
-    fitted: Sequence[Any],
-    layers: Sequence[int],
-    stats: Sequence[CalibrationStats] | None,
-) -> Iterator[tuple[int, Projections, Mixer]]:
-    """Each layer, its record, and the mixer that starts from it, whole in each process."""
+    name: str, layers: Sequence[int], fitted: Sequence[Any], model: PreTrainedModel, stats: Stats | None
+) -> Mixers:
+    """The new mixers of a model, each whole in each process. `fitted`: the options of each layer."""
     for layer, options, projections in zip(layers, fitted, _read(model, layers, stats), strict=True):
         with torch.device(projections.q.device):
             mixer = STARTS[name].from_projections(projections, options).to(projections.q.dtype)
-        yield layer, projections, mixer
+        shape, chosen = dataclasses.asdict(projections.shape), dataclasses.asdict(mixer.options)
+        yield layer, {"name": name, "shape": shape, "options": chosen}, mixer
 
 
-def _replaced(
-    model: PreTrainedModel,
-    name: str,
-    fitted: Sequence[Any],
-    layers: Sequence[int],
-    stats: Sequence[CalibrationStats] | None,
-) -> ConvertedForCausalLM:
-    """The student, made of the model itself. `fitted`: the options of each layer."""
+def _replaced(model: PreTrainedModel, mixers: Mixers) -> ConvertedForCausalLM:
+    """The student, made of the model itself."""
     host = _host_of(model)
     config = model.config if isinstance(model, ConvertedForCausalLM) else None
     specs = [None] * model.config.num_hidden_layers if config is None else list(config.mixers)
-    for layer, projections, mixer in _mixers(model, name, fitted, layers, stats):
-        specs[layer] = {
-            "name": name,
-            "shape": dataclasses.asdict(projections.shape),
-            "options": dataclasses.asdict(mixer.options),
-        }
+    for layer, spec, mixer in mixers:
+        specs[layer] = spec
         setattr(host.base_model.layers[layer], attention_name(host.config.model_type), Slot(mixer, layer))
     if config is None:
         config = ConvertedConfig(host.config, specs)
@@ -125,19 +117,20 @@ def _replaced(
 
 def _replaced_in_parts(
     model: PreTrainedModel,
-    name: str,
-    fitted: Sequence[Any],
     layers: Sequence[int],
-    stats: Sequence[CalibrationStats] | None,
+    mixers: Callable[[PreTrainedModel, Stats | None], Mixers],
+    stats: Stats | None,
 ) -> ConvertedForCausalLM:
-    """The student of a model that is shared out: rows of what it keeps stay where they are."""
+    """The student of a model that is shared out: rows of what it keeps stay where they are. `mixers` makes
+    those of a model."""
     nowhere = None if stats is None else [CalibrationStats(**_on_meta(seen)) for seen in stats]
     with torch.random.fork_rng(devices=()):
-        outline = _replaced(copy.deepcopy(outline_of(model)), name, fitted, layers, nowhere)
+        outline = copy.deepcopy(outline_of(model))
+        outline = _replaced(outline, mixers(outline, nowhere))
     student = shared_out(outline, model.device)
     slots = student.slots()
     take_over(student.host, _host_of(model), but=[slots[layer] for layer in layers])
-    for layer, _, mixer in _mixers(model, name, fitted, layers, stats):
+    for layer, _, mixer in mixers(model, stats):
         take_over(slots[layer].mixer, mixer)
     return student
 

@@ -16,7 +16,7 @@ from convert.data.batches import Batch
 from convert.mixers.base import Context, Mixer
 from convert.models.access import hidden_states, layers_of, slots_of
 from convert.models.positions import documents_of
-from convert.models.sharding import fill, gathered
+from convert.models.sharding import fill, unsharded
 from convert.models.slot import attention_of
 
 RIDGE = 0.1  # of the mean square of the channels (ours: as good at once as 1e-3, and after 40 steps of align better)
@@ -41,7 +41,7 @@ def refit_outputs(
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"]
             entering = _entering(mixer.out, lambda: mixer(x, Context(cos, sin, None, documents)))
-            with gathered(mixer):
+            with unsharded(mixer):
                 wanted = output[0] if mixer.out.bias is None else output[0] - mixer.out.bias
             h_NC, y_ND = entering.float().flatten(0, 1), wanted.float().flatten(0, 1)
             h_NC = h_NC if counts else torch.zeros_like(h_NC)

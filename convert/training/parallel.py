@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -57,7 +56,7 @@ def in_parts(stage: Stage, student: PreTrainedModel, *args: Any, **settings: Any
 def check_shared_out(student: nn.Module) -> None:
     """Raise RuntimeError where a student is shared out and one of its parameters is a gathered copy."""
     copies = [name for name, p in student.named_parameters() if not isinstance(p, DTensor)]
-    if copies and isinstance(student, FSDPModule):
+    if copies and is_shared_out(student):
         raise RuntimeError(f"a stage would train gathered copies, which are thrown away: {copies[0]} and others")
 
 
