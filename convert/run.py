@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace) -> None:
     """Refuse at once what needs no model to refuse; then plan, or run the whole conversion."""
     found = asked(args)
+    found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, tasks=args.tasks))
     if args.plan:
         _plan(args, found)
         return
@@ -61,7 +62,7 @@ def convert(args: argparse.Namespace) -> None:
 
     out = f"runs/{found.source.name}-{args.to}" + ("-tiny" if args.tiny else "") if args.out is None else args.out
     run_recipe(
-        args.teacher, dataclasses.replace(found.recipe, tasks=args.tasks), out, data=args.data, device=args.device,
+        args.teacher, found.recipe, out, data=args.data, device=args.device,
         fresh=args.fresh, wandb=args.wandb, stop_when=args.stop_when, trust_remote_code=args.trust_remote_code,
         share_teacher=args.share_teacher,
     )  # fmt: skip
@@ -74,7 +75,7 @@ def _plan(args: argparse.Namespace, found: Asked) -> None:
         from convert.planning import plan as planning
         from convert.planning.validate import named_corpora, named_teachers
 
-    domain, recipe = found.domain, dataclasses.replace(found.recipe, tasks=args.tasks)
+    domain, recipe = found.domain, found.recipe
     named_corpora(domain, recipe, found.data)  # refuses a folder without text
     teachers = named_teachers(domain, recipe, args.trust_remote_code)
     device = pick_device(args.device)

@@ -135,7 +135,7 @@ def said_of(line: dict[str, Any]) -> str:
 
 def results_of(file: Path) -> dict[tuple[Row, int], dict[str, Any]]:
     """What was trained before."""
-    lines = json_lines.read(file) if file.exists() else []
+    lines = json_lines.read(file)
     return {(Row(line["top_k"], line["sample"]), line["seed"]): line for line in lines}
 
 

@@ -148,7 +148,7 @@ def said_of(row: dict[str, Any]) -> str:
 def results_of(file: Path) -> dict[Training, NDArray]:
     """What was trained before."""
     names = [field.name for field in dataclasses.fields(Training)]
-    rows = json_lines.read(file) if file.exists() else []
+    rows = json_lines.read(file)
     return {Training(**{name: row[name] for name in names}): np.array([c == "1" for c in row["right"]]) for row in rows}
 
 

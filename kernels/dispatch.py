@@ -39,7 +39,9 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
         return next(name for name in PORTABLE if name in implementations)
     rejected, reason = "", None
     best = fastest(operator) if device == "cuda" else None
-    for name, why_unavailable in sorted(implementations.items(), key=lambda item: item[0] != best):
+    if best is not None:
+        implementations = dict(sorted(implementations.items(), key=lambda item: item[0] != best))
+    for name, why_unavailable in implementations.items():
         if name in FOR_GPUS and device == "cpu":
             continue
         if (reason := why_unavailable(device, dtype)) is None:

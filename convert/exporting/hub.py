@@ -126,7 +126,7 @@ def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | Non
         return dtype if is_cast else state[name].dtype
 
     tensors = {name: t for name, t in state.items() if name not in tied or not _are_one(t, state[tied[name]])}
-    write_files(folder, tensors, {name: dtype_of(name) for name in tensors}, {"format": "pt"})
+    write_files(folder, tensors, {name: dtype_of(name) for name in tensors})
 
 
 def _are_one(a: Tensor, b: Tensor) -> bool:

@@ -23,24 +23,22 @@ DTYPES = {  # torch's -> the file's, in the order in which tensors of different 
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FORMAT = {"format": "pt"}  # of an export, by which transformers knows whose tensors they are
 LARGEST_FILE = "5GB"  # of an export; Hugging Face's
 
 
 # --- writing
 
 
-def write_files(
-    folder: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
-) -> None:
+def write_files(folder: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """Write tensors in these dtypes as `model.safetensors`, or as several files with an index where they are large, as
     Hugging Face's save_torch_state_dict does. All processes call it, and the first one writes."""
     described = {name: torch.empty(t.shape, dtype=dtypes[name], device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(described, max_shard_size=LARGEST_FILE)
     for file, names in split.filename_to_tensors.items():
-        its_own = metadata | {"format": "pt"} if not split.is_sharded else {"format": "pt"}
-        write_file(folder / file, {name: tensors[name] for name in names}, dtypes, its_own)
+        write_file(folder / file, {name: tensors[name] for name in names}, dtypes, FORMAT)
     if split.is_sharded and rank() == 0:
-        index = {"metadata": split.metadata | metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata | FORMAT, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

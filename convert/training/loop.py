@@ -118,11 +118,11 @@ def train(
     def altered(step: int) -> Any:
         return settings.altered(batches(step), step)
 
-    device, num_steps = next(student.parameters()).device, settings.num_steps
+    device = next(student.parameters()).device
     with (
         _recomputing(student, settings.checkpointing),
         _progress_bar(at.step, settings) as bar,
-        fetched(altered, num_steps, device, settings.is_batch_own) as batch_of,
+        fetched(altered, settings.num_steps, device, settings.is_batch_own) as batch_of,
     ):
         while at.step < settings.num_steps:
             rate = settings.rate(at.step)

@@ -31,7 +31,7 @@ def records_of(
     for part in batch.parts(settings.micro_units):
         part = part.to(teacher.device)
         with autocast(teacher.device, settings.precision):
-            hidden_ND = hidden_states(teacher, part)[part.labels != -100]
+            hidden_ND = hidden_states(teacher, part).flatten(0, 1)[part.target_places]
             for chunk in hidden_ND.split(settings.loss_chunk):
                 logits = teacher.get_output_embeddings()(chunk).float()
                 found.append(recorded(logits, kept["top_k"], kept["sample"], generator))
