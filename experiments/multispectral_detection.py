@@ -69,6 +69,7 @@ ROWS = (
     Row("VMamba, infrared alone", bands="infrared"),
     Row("VMamba, both bands"),
     Row(FULL, 1.0),
+    Row(f"{FULL}, then tuned", 1.0, teacher=FULL),  # as long as those that start from it
     *(Row(f"low rank {ratio:.2f}, random start", ratio) for ratio in (0.65, 0.60, 0.55, 0.50)),
     Row("low rank 0.50, SVD start", 0.5, teacher=FULL),
     Row("low rank 0.50, SVD start, transitions", 0.5, teacher=FULL, terms=SVD),

@@ -69,11 +69,12 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, powers: Tensor, b: Tensor, o: Tensor) -> Tensor:
         ctx.save_for_backward(powers, b, o)
-        pairs = b.new_zeros(*b.shape[:-1], b.shape[-2])
+        lags, by_lag = torch.arange(b.shape[-2], device=b.device), [torch.zeros_like(b[..., 0])]  # of each row t
         for lag in range(1, b.shape[-2]):
             moved = b[..., :-lag, :] @ powers[:, lag - 1, None].mT
-            pairs.diagonal(-lag, -2, -1).copy_((o[..., lag:, :] * moved).sum(-1))
-        return pairs
+            by_lag.append(F.pad((o[..., lag:, :] * moved).sum(-1), (lag, 0)))
+        columns = (lags[:, None] - lags).clamp(min=0)  # t - s; at s >= t the zeros of lag 0
+        return torch.stack(by_lag, -1).gather(-1, columns.expand(*b.shape[:-1], -1))
 
     @staticmethod
     def backward(ctx: FunctionCtx, dpairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,9 +60,11 @@ def test_a_run_becomes_a_file_that_runs_alone(run, capsys):
 
 @installed
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter
-def test_scans_over_images_are_exported(tmp_path):
+@pytest.mark.parametrize("rank_ratio", [None, 0.5])
+def test_scans_over_images_are_exported(rank_ratio, tmp_path):
     torch.manual_seed(0)
-    config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, hidden_sizes=[16, 32], depths=[1, 1])
+    sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "rank_ratio": rank_ratio}
+    config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, **sizes)
     set_preprocessing(config, Preprocessing(24, 24, (0.5,), (0.5,)))
     model = VMambaForImageClassification(config).eval()
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-5
@@ -72,7 +74,9 @@ def test_scans_over_images_are_exported(tmp_path):
     sizes = [(tmp_path / name).stat().st_size for name in ("model.onnx", "int8.onnx")]
     float32, int8 = (session_of(tmp_path / name) for name in ("model.onnx", "int8.onnx"))
     one, other = (session.run(None, {"images": pixels[0]})[0] for session in (float32, int8))
-    assert sizes[1] < 0.75 * sizes[0] and 0 < np.abs(one - other).max() < 0.2 * np.abs(one).max()
+    if rank_ratio is None:  # of low rank most of so small a file is its program
+        assert sizes[1] < 0.75 * sizes[0]
+    assert 0 < np.abs(one - other).max() < 0.2 * np.abs(one).max()
     assert latency_ms(float32, pixels[0]) > 0
 
 
