@@ -46,8 +46,9 @@ def add_recipe_options(parser: Parser, default_target: str | None = None) -> Non
     )
     parser.add_argument(
         "--data",
-        help="text: stdlib, a file or folder, or hub:NAME[:CONFIG]; images: digits, fashion-mnist, a folder with a"
-        " folder for each class, or hub:NAME[:CONFIG]; the default depends on the teacher",
+        help="text: stdlib, a file or folder, hub:NAME[:CONFIG], or stream:NAME[:CONFIG], which is read while the run"
+        " trains; images: digits, fashion-mnist, a folder with a folder for each class, or hub:NAME[:CONFIG]; the"
+        " default depends on the teacher",
     )
     parser.add_argument("--tokens", help="text: in all training steps together: 20000, 500k, 12M, 1B")
     parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="text: tokens in a training sequence")

@@ -5,6 +5,7 @@ B sequences · T tokens of a sequence
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from convert.core.errors import UserError
 from convert.core.fields import Range, check, checked
+from convert.data.stream import Stream
 from convert.data.text import Tokens
 
 
@@ -107,9 +109,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch."""
+    """`batches(step)`: the batch of one step. Windows of `seq_len` tokens in an order drawn anew for each epoch, which
+    of a stream has tokens of its own."""
 
-    tokens: Tokens
+    tokens: Tokens | Stream
     seq_len: Annotated[int, Range(1, 2**24)]
     num_sequences: Annotated[int, Range(1, 2**27)]
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
@@ -124,12 +127,40 @@ class Batches:
 
     @checked
     def __call__(self, step: Annotated[int, Range(0, 2**53)]) -> Batch:
-        per_epoch = len(self.tokens) // self.seq_len - 1
-        rows = []
-        for i in range(step * self.num_sequences, (step + 1) * self.num_sequences):
-            offset, order = _epoch_order(per_epoch, self.seq_len, self.seed, i // per_epoch)
-            rows.append(offset + self.seq_len * int(order[i % per_epoch]))
-        return _windows(self.tokens, rows, self.seq_len)
+        found = []
+        of_step = range(step * self.num_sequences, (step + 1) * self.num_sequences)
+        for epoch, places in groupby(of_step, lambda i: i // self.per_epoch):
+            offset, order = _epoch_order(self.per_epoch, self.seq_len, self.seed, epoch)
+            rows = [offset + self.seq_len * int(order[i % self.per_epoch]) for i in places]
+            found.append(_windows(self.tokens.of_epoch(epoch), rows, self.seq_len))
+        fields = zip(*((b.input_ids, b.labels, b.position_ids) for b in found), strict=True)
+        return found[0] if len(found) == 1 else Batch(*(torch.cat(parts) for parts in fields))
+
+    @property
+    def per_epoch(self) -> int:
+        """The windows of an epoch."""
+        return len(self.tokens) // self.seq_len - 1
+
+
+class StreamBatches(Batches):
+    """Batches of a stream, whose next chunk is begun when half of one is read."""
+
+    tokens: Stream
+
+    def __call__(self, step: int) -> Batch:
+        batch = super().__call__(step)
+        epoch, place = divmod((step + 1) * self.num_sequences, self.per_epoch)
+        if place > self.per_epoch // 2:
+            self.tokens.begin(epoch + 1)
+        return batch
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The place of a step's data in their files, which its checkpoint keeps."""
+        return self.tokens.position(step * self.num_sequences // self.per_epoch)
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on from the position of a step. Raises UserError where it is one of other data."""
+        self.tokens.go_to(position)
 
 
 @lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ from convert.data.hub import hub_data
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SAMPLED = "teacher:"  # and a file of prompts
+HUB = ("hub", "stream")  # data sets of the hub: tokenised onto the disk first, or read while they are trained on
 HELD_OUT_SHARE = 1 / 16  # of the documents, by a hash of their key (ours)
 
 # What every distribution of Python 3.11 and later ships: no tests, idlelib, tkinter, venv or ensurepip (Debian packs
@@ -40,18 +41,22 @@ unittest urllib uuid warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp 
 @dataclass(frozen=True)
 class Corpus:
     """A source of text or of conversations. `files` are read in order; `hub` is (name, configuration) of a data set for
-    `datasets`. `is_sampled`: the teacher completes the prompts in the files, or without files those of the tasks."""
+    `datasets`. `is_streamed`: it is read while it is trained on, and never lies on the disk as a whole. `is_sampled`:
+    the teacher completes the prompts in the files, or without files those of the tasks."""
 
     spec: str
     root: Path = Path()
     files: tuple[Path, ...] = ()
     hub: tuple[str, str | None] | None = None
+    is_streamed: bool = False
     is_sampled: bool = False
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """(key, text) pairs. The key decides the split, so it depends on no absolute path."""
+        """(key, text) pairs. The key decides the split, so it depends on no absolute path. Of what is streamed, whose
+        rows have no numbers that count, it is the text."""
         if self.hub:
-            yield from _hub_documents(*self.hub)
+            documents = _hub_documents(*self.hub)
+            yield from ((text, text) for _, text in documents) if self.is_streamed else documents
         for file in self.files:
             key = file.relative_to(self.root).as_posix()
             if file.suffix == ".jsonl":
@@ -84,7 +89,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """A hash that changes when any of the text does; for a hub data set, when its name or configuration does."""
-        digest = hashlib.sha256(repr(self.hub).encode())
+        digest = hashlib.sha256((repr(self.hub) + " streamed" * self.is_streamed).encode())
         for file in self.files:
             digest.update(_bytes(file.relative_to(self.root).as_posix()) + b"\0")
             digest.update(bytes.fromhex(sha256(file)))
@@ -95,9 +100,10 @@ class Corpus:
 def check_exists(spec: str | Path) -> None:
     """Raises UserError where `spec` names no text, by one look at the disk."""
     spec = str(spec)
-    if spec.startswith("hub:"):
-        if not spec[4:].partition(":")[0]:
-            raise UserError(f"A hub data set is written hub:NAME or hub:NAME:CONFIG; got {spec!r}.")
+    kind, _, name = spec.partition(":")
+    if kind in HUB and name != spec:
+        if not name.partition(":")[0]:
+            raise UserError(f"A hub data set is written {kind}:NAME or {kind}:NAME:CONFIG; got {spec!r}.")
     elif spec.startswith(SAMPLED):
         if not spec.endswith(".jsonl") or not path_of(spec.removeprefix(SAMPLED), "--data").is_file():
             raise UserError(
@@ -105,8 +111,8 @@ def check_exists(spec: str | Path) -> None:
             )
     elif spec not in ("stdlib", "teacher") and not path_of(spec, "--data").exists():
         raise UserError(
-            f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, or hub:NAME;"
-            " training steps also take 'teacher' and teacher:FILE.jsonl."
+            f"There is no data at {spec!r}. Give 'stdlib', a file or folder of {', '.join(TEXT_SUFFIXES)}, hub:NAME or"
+            " stream:NAME; training steps also take 'teacher' and teacher:FILE.jsonl."
         )
 
 
@@ -119,9 +125,9 @@ def whole_name(spec: str) -> str:
 
 @checked
 def corpus(spec: str | Path) -> Corpus:
-    """The data that `spec` names: "stdlib", a file or folder of .txt/.md/.py/.jsonl, "hub:NAME[:CONFIG]", or what the
-    teacher writes after the prompts of a file ("teacher:FILE.jsonl") or of the tasks ("teacher"). Raises UserError
-    where there is none; nothing is read yet."""
+    """The data that `spec` names: "stdlib", a file or folder of .txt/.md/.py/.jsonl, "hub:NAME[:CONFIG]",
+    "stream:NAME[:CONFIG]", or what the teacher writes after the prompts of a file ("teacher:FILE.jsonl") or of the
+    tasks ("teacher"). Raises UserError where there is none; nothing is read yet."""
     spec = str(spec)
     check_exists(spec)
     if spec == "teacher":
@@ -135,9 +141,9 @@ def corpus(spec: str | Path) -> Corpus:
         files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("*.py")))]
         skipped = {"test", "tests", "__pycache__"}
         return Corpus(spec, root, tuple(f for f in files if not skipped & set(f.relative_to(root).parts)))
-    if spec.startswith("hub:"):
-        name, _, config = spec[4:].partition(":")
-        return Corpus(spec, hub=(name, config or None))
+    if spec.startswith(tuple(f"{kind}:" for kind in HUB)):
+        kind, name, *config = spec.split(":", 2)
+        return Corpus(spec, hub=(name, (config or [""])[0] or None), is_streamed=kind == "stream")
     path = path_of(spec, "--data")
     root = path if path.is_dir() else path.parent
     files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]
@@ -191,18 +197,23 @@ def check_characters(text: str, where: str) -> None:
 def _hub_documents(name: str, config: str | None) -> Iterator[tuple[str, str]]:
     empty = 0
     for number, row in _hub_rows(name, config):
-        if "text" not in row:
-            raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
-        if row["text"] is None:  # a stream is long: what was read so far is worth more than the row
+        text = text_of(row, name, f"row {number}")
+        if text is None:  # a stream is long: what was read so far is worth more than the row
             empty += 1
-        elif isinstance(row["text"], str):
-            yield f"{number}", row["text"]
         else:
-            raise UserError(
-                f"The 'text' of data set {name} must be strings; row {number} has a {type(row['text']).__name__}."
-            )
+            yield f"{number}", text
     if empty:
         print(f"{empty:,} rows of {name} have no text (null); they were left out.")
+
+
+def text_of(row: dict[str, Any], name: str, place: str = "a row") -> str | None:
+    """The text of a row, None where it has none. Raises UserError for a row of another kind."""
+    if "text" not in row:
+        raise UserError(f"Data set {name} has no 'text' column; it has {', '.join(row)}.")
+    text: Any = row["text"]
+    if not isinstance(text, str | None):
+        raise UserError(f"The 'text' of data set {name} must be strings; {place} has a {type(text).__name__}.")
+    return text
 
 
 def _hub_rows(name: str, config: str | None) -> Iterator[tuple[int, dict[str, Any]]]:

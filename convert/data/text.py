@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from convert.core.fields import Range, checked
 from convert.data import array_cache
 from convert.data.corpus import HELD_OUT_SHARE, Corpus, is_held_out
 from convert.data.prompts import leading
+
+if TYPE_CHECKING:
+    from convert.data.stream import Stream
 
 PARTS = ("train", "held_out")
 GROUP = 64  # documents
@@ -44,10 +47,14 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def of_epoch(self, epoch: int) -> "Tokens":
+        """What an epoch trains on: always all of it."""
+        return self
+
 
 @dataclass(frozen=True)
 class TokenData:
-    train: Tokens
+    train: "Tokens | Stream"
     held_out: Tokens
     fingerprint: str
     text_bytes: int
@@ -78,13 +85,14 @@ def _documents(source: Corpus, tokenizer: Any) -> Iterator[list[Document]]:
     for key, text in source.documents():
         group.append((key, text))
         if len(group) == GROUP:
-            yield _tokenized(group, tokenizer, front)
+            yield tokenized(group, tokenizer, front)
             group = []
     if group:
-        yield _tokenized(group, tokenizer, front)
+        yield tokenized(group, tokenizer, front)
 
 
-def _tokenized(group: list[tuple[str, str]], tokenizer: Any, front: list[int]) -> list[Document]:
+def tokenized(group: list[tuple[str, str]], tokenizer: Any, front: list[int]) -> list[Document]:
+    """The documents of (key, text) pairs, which begin with the ids `front` and end with the end token."""
     found = tokenizer([text for _, text in group], verbose=False, add_special_tokens=False)["input_ids"]
     documents = []
     for (key, text), ids in zip(group, found, strict=True):
@@ -127,8 +135,7 @@ def _write_cache(
     name: str, tokenizer: Any, documents: Iterator[list[Document]], limit: int | None, folder: Path, doing: str
 ) -> dict[str, Any]:
     """Tokens go to disk as they come: a data set may be larger than the memory."""
-    largest = max(tokenizer.get_vocab().values())  # ids may be larger than their number
-    dtype = np.uint16 if largest < 1 << 16 else np.uint32
+    dtype = id_type(tokenizer)
     starts, text_bytes = _write_raw(documents, limit, folder, dtype, doing)
     if not text_bytes:
         raise UserError(f"The data {name!r} holds no text.")
@@ -142,6 +149,11 @@ def _write_cache(
         if not file.suffix:
             file.unlink()
     return {"source": name, "text_bytes": text_bytes}
+
+
+def id_type(tokenizer: Any) -> type:
+    """The type in which ids are kept. They may be larger than their number."""
+    return np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
 
 
 def _raw(file: Path, dtype: type, ends: list[int]) -> Tokens:

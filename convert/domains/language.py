@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.processes import launched, on_first, world
 from convert.data import chat
-from convert.data.batches import Batch, Batches, held_out_batches
+from convert.data.batches import Batch, Batches, StreamBatches, held_out_batches
 from convert.data.corpus import Corpus, corpus, whole_name
 from convert.data.packing import PackedBatches
+from convert.data.stream import Stream
 from convert.data.text import TokenData, tokenizer_fingerprint
 from convert.domains.base import Domain
 from convert.mixers.projections import refusal
@@ -146,6 +147,8 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
     def batches(self, data: TokenData, settings: "Settings") -> Batches | PackedBatches:
         s = settings
         chat.check_masking(data.train.completions is not None, s.masking, "the data")
+        if isinstance(data.train, Stream):
+            return StreamBatches(data.train, s.seq_len, s.num_sequences, s.seed)
         if data.train.completions is None:
             return Batches(data.train, s.seq_len, s.num_sequences, s.seed)
         return PackedBatches(data.train, s.seq_len, s.num_sequences, s.seed, s.masking)

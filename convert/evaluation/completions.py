@@ -28,6 +28,7 @@ from convert.core.processes import gathered, in_turn, on_first, raise_first, ran
 from convert.data.chat import Conversation, chat_tokens, conversations, is_chat
 from convert.data.corpus import Corpus, is_held_out
 from convert.data.prompts import encode, has_chat_template, leading, rendered
+from convert.data.stream import stream
 from convert.data.text import Document, TokenData, cached, tokenize, tokenizer_fingerprint
 from convert.evaluation.generation import drawn, generate
 from convert.evaluation.scoring import BATCH_ROWS, STEP_TOKENS, batches
@@ -68,6 +69,8 @@ def prepare(source: Corpus, teacher: Teacher, limit: int, seq_len: int) -> Token
     and give at least `limit` tokens to train on if the prompts do."""
     if source.is_sampled:
         return completions(source, teacher, limit, seq_len, Sampling(min(Sampling.new_tokens, max(1, seq_len // 2))))
+    if source.is_streamed:
+        return in_turn(lambda: stream(source, teacher.tokenizer, limit))
     if is_chat(source):
         return in_turn(lambda: chat_tokens(source, teacher.tokenizer, limit))
     return in_turn(lambda: tokenize(source, teacher.tokenizer, limit=limit))

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import Interrupted, UserError
-from convert.core.processes import rank, summed
+from convert.core.processes import on_first, rank, summed
+from convert.data.batches import StreamBatches
 from convert.mixers.mamba_block import project_gradients
 from convert.models.access import replaced_attention
 from convert.models.sharding import reshard
@@ -109,7 +110,7 @@ def train(
     made = optimizers_of(student, settings, objective, optimizers)
     changed = Changed(student, objective, made, average)
     clipped = [*changed.trained.values(), *objective.parameters()]
-    at = _restored(keep.load(changed.trained), changed)
+    at = _restored(keep.load(changed.trained), changed, batches)
     track.resume(at.step)
     first_unit, first_second, started = at.units, at.seconds, time.monotonic()
     saved_at = started
@@ -156,7 +157,7 @@ def train(
             is_late = time.monotonic() - saved_at > settings.save_every and at.step < settings.num_steps
             is_stopped, is_late = _agreed(keep.stop_requested(), is_late)
             if is_stopped or is_late:
-                keep.save(at.step, asdict(at) | changed.state())
+                keep.save(at.step, asdict(at) | changed.state() | _position(batches, at.step))
                 saved_at = time.monotonic()
             if is_stopped:
                 raise Interrupted(
@@ -176,15 +177,22 @@ def train(
     return student.eval()
 
 
-def _restored(state: dict | None, changed: Changed) -> Progress:
+def _restored(state: dict | None, changed: Changed, batches: BatchOfStep) -> Progress:
     """Go on from a checkpoint, or from the start where there is none."""
     if state is None:
         return Progress()
     changed.put_back(state)
+    if isinstance(batches, StreamBatches) and "stream" in state:
+        on_first(batches.go_to, state["stream"])
     try:
         return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
     except LookupError as error:
         raise other_version(error) from error
+
+
+def _position(batches: BatchOfStep, step: int) -> dict[str, Any]:
+    """The place of a step's data in their files, if they are streamed."""
+    return {"stream": on_first(batches.position, step)} if isinstance(batches, StreamBatches) else {}
 
 
 def _agreed(is_stopped: bool, is_late: bool) -> tuple[bool, bool]:

@@ -75,7 +75,7 @@ WRONG = {
     "missing": (
         None,
         "",
-        r"There is no data at .*nowhere.*Give 'stdlib', a file or folder of .txt, .md, .py, .jsonl, or hub:NAME",
+        r"There is no data at .*nowhere.*Give 'stdlib', a file or folder of .txt, .md, .py, .jsonl, hub:NAME or stream",
     ),
     "empty-folder": (".", None, r"The folder .* has no .txt, .md, .py, .jsonl files"),
     "other-suffix": ("table.csv", b"a,b", r"Data files end in .txt, .md, .py, .jsonl; got 'table.csv'"),

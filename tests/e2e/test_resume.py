@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.data import hub
 from convert.exporting import images, verify
 from convert.run import main
 from convert.runs import checkpoint, tracking
@@ -186,3 +187,23 @@ def test_one_process_at_a_time(finished, tmp_path, capsys):
             assert main([*finished, *more]) == 2
             assert "another one holds" in capsys.readouterr().err
     assert main(finished) == 0
+
+
+def test_a_streamed_run_goes_on_with_the_data_that_it_stopped_at(teacher, tmp_path, monkeypatch):
+    """Also where the cache is gone: the checkpoint knows where the data lie in their files."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(hub, "is_hub_reachable", lambda: False)
+    (tmp_path / "rows").mkdir()
+    for i in range(2):
+        rows = [{"text": f"{i} {n}: " + "the cat sat on the mat. " * (3 + n % 5)} for n in range(60)]
+        (tmp_path / "rows" / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = f"stream:{tmp_path / 'rows'}"
+    assert main(command(teacher, stream, tmp_path / "straight", *EVERY_STEP, to="linear")) == 0
+    arguments = command(teacher, stream, tmp_path / "killed", *EVERY_STEP, to="linear")
+    assert killed_at("after a checkpoint", arguments, monkeypatch) == signal.SIGKILL
+    state = json.loads((tmp_path / "killed" / "steps" / "1-align" / "checkpoint-2" / "state.json").read_text())
+    assert state["stream"]["places"] and state["stream"]["of"]
+    shutil.rmtree(tmp_path / "cache")
+    assert main(arguments) == 0
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(value, weights(tmp_path / "killed")[name])
