@@ -58,13 +58,15 @@ def config(student: ConvertedForCausalLM) -> PreTrainedConfig:
     )
 
 
-def weights(student: ConvertedForCausalLM) -> dict[str, Tensor]:
-    """The weights of the same model, by its names."""
-    slot = ".self_attn.mixer."
-    found = {name.removeprefix("host."): tensor for name, tensor in student.state_dict().items() if slot not in name}
-    for layer, part in student.slots().items():
-        found |= {f"model.layers.{layer}.self_attn.{name}": tensor for name, tensor in _attention(part.mixer).items()}
-    return found
+def around(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the same model that are of no layer, of those that the student has."""
+    return kept
+
+
+def of_layer(student: ConvertedForCausalLM, layer: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a layer of the same model: what the student kept of its teacher, and what its mixer has."""
+    attention = _attention(student.slots()[layer].mixer)
+    return kept | {f"self_attn.{name}": tensor for name, tensor in attention.items()}
 
 
 def in_full(names: Iterable[str]) -> list[str]:

@@ -72,24 +72,21 @@ def config(student: ConvertedForCausalLM) -> PreTrainedConfig:
     )
 
 
-def weights(student: ConvertedForCausalLM) -> dict[str, Tensor]:
-    """The weights of the same model, by its names."""
-    found = {
-        name.removeprefix("host."): tensor
-        for name, tensor in student.state_dict().items()
-        if ".self_attn.mixer." not in name
-    }
-    heads = student.host.config.num_attention_heads
-    for layer in set(range(len(student.blocks))) - set(student.slots()):
-        of = f"model.layers.{layer}.self_attn."
-        for part in ("q_proj.weight", "q_proj.bias"):
-            if of + part in found:
-                q = found[of + part].unflatten(0, (heads, -1))
-                found[of + part] = torch.cat([q, torch.zeros_like(q)], 1).flatten(0, 1)
-        found[of + "o_proj.weight"] = 2 * found[of + "o_proj.weight"]
-    found = {name: tensor - 1 if name.endswith(NORM) else tensor for name, tensor in found.items()}
-    for layer, slot in student.slots().items():
-        found |= {f"model.layers.{layer}.linear_attn.{name}": tensor for name, tensor in weights_of(slot.mixer).items()}
+def around(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the same model that are of no layer, of those that the student has."""
+    return {name: tensor - 1 if name.endswith(NORM) else tensor for name, tensor in kept.items()}
+
+
+def of_layer(student: ConvertedForCausalLM, layer: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a layer of the same model: what the student kept of its teacher, and what its mixer has."""
+    found, slot = around(kept), student.slots().get(layer)
+    if slot is not None:
+        return found | {f"linear_attn.{name}": tensor for name, tensor in weights_of(slot.mixer).items()}
+    for part in ("self_attn.q_proj.weight", "self_attn.q_proj.bias"):
+        if part in found:
+            q = found[part].unflatten(0, (student.host.config.num_attention_heads, -1))
+            found[part] = torch.cat([q, torch.zeros_like(q)], 1).flatten(0, 1)
+    found["self_attn.o_proj.weight"] = 2 * found["self_attn.o_proj.weight"]
     return found
 
 

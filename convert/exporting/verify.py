@@ -20,7 +20,7 @@ from convert.core.processes import on_first
 from convert.exporting import native
 from convert.exporting.code import IS_WHEEL, OURS, ROOT
 from convert.exporting.hub import export
-from convert.models.sharding import copied, is_shared_out
+from convert.models.sharding import copied
 from convert.models.student import ConvertedForCausalLM
 
 
@@ -42,8 +42,6 @@ def export_and_verify(
     if not is_converted:
         return found
     reason = native.obstacle(student)
-    if reason is None and is_shared_out(student):
-        reason = "one process makes it: repeat the run's command without torchrun"
     if reason is not None:
         console.print(
             f"transformers has no architecture for this student ({reason}): model/ brings its code along.", style="dim"
@@ -51,8 +49,10 @@ def export_and_verify(
         return found | {"native": {"obstacle": reason}}
     beside, kind = folder.with_name("native"), native.native_config(student).model_type
     try:
-        in_full = native.in_full(student)
-        export(native.to_native(student), tokenizer, beside, card=card_without_code, dtype=dtype, in_full=in_full)
+        made = native.to_native(student)
+        in_full = native.in_full(student, made)
+        export(made, tokenizer, beside, card=card_without_code, dtype=dtype, in_full=in_full)
+        del made
         checked = verify(student, beside, input_ids, trust_remote_code=False)
     except (RuntimeError, OSError, UserError) as error:  # model/ is good, and the run with it
         if disk_reason(error):

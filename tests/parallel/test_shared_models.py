@@ -15,14 +15,16 @@ from transformers.core_model_loading import Concatenate, WeightConverter
 
 from convert.core.errors import UserError
 from convert.core.processes import rank
+from convert.exporting import native
 from convert.exporting.hub import write_weights
+from convert.mixers import GDN, MLA
 from convert.models import weight_files
 from convert.models.loading import load_teacher
 from convert.models.saving import fingerprint, load_in_parts, save_student
-from convert.models.sharding import copied
+from convert.models.sharding import copied, is_shared_out
 from convert.models.swap import swap
 from convert.steps.set_decay import SetDecay
-from tests.conftest import options_of, tiny_teacher, token_ids
+from tests.conftest import options_of, perturb, tiny_teacher, token_ids
 from tests.e2e.conftest import teacher  # noqa: F401  # a fixture
 from tests.parallel.fork import together
 
@@ -183,3 +185,33 @@ def unwritable(folder: Path) -> str:
 
 def test_all_processes_hear_that_the_first_cannot_write(tmp_path):
     assert together(tmp_path / "run", 2, unwritable, tmp_path) == ["FileNotFoundError", "UserError"]
+
+
+NATIVE = {  # what transformers has as deepseek_v3 and as qwen3_5_text
+    "llama": ("mla", MLA.Options(shape="native", kv_rank=11, q_rank=9), (0, 1, 2)),
+    "qwen3": ("gdn", GDN.Options(), (0, 2)),
+}
+
+
+def native_written(family: str, folder: Path) -> tuple[torch.Tensor, bool]:
+    """Write the native model of a student that has left its start; its logits, and whether it is shared out."""
+    model, (mixer, options, layers) = tiny_teacher(family, tie_word_embeddings=family == "llama"), NATIVE[family]
+    torch.manual_seed(0)
+    student = swap(model, mixer, options, layers)
+    for slot in student.slots().values():
+        perturb(slot.mixer)
+    student = copied(student.eval())
+    made = native.to_native(student)
+    write_weights(made, folder, torch.bfloat16, native.in_full(student, made))
+    assert torch.allclose(logits(made), logits(student), atol=1e-4)
+    return logits(made), is_shared_out(made)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_the_native_model_of_a_shared_student_is_that_of_a_whole_one(family, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    expected, _ = native_written(family, tmp_path / "one")
+    for found, is_shared in together(tmp_path / "run", 2, native_written, family, tmp_path / "two"):
+        assert torch.equal(found, expected) and is_shared
+    assert files(tmp_path / "two") == files(tmp_path / "one") and files(tmp_path / "one")
