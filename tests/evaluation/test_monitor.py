@@ -55,8 +55,8 @@ def test_other_rules_are_refused(text):
 
 
 def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
-    budget = recipes.Budget(4096, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=1)
-    recipe = recipes.with_setting(recipes.to_linear(budget), "distill.evaluate_every=2048")
+    budget = recipes.Budget(1024, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=1)
+    recipe = recipes.with_setting(recipes.to_linear(budget), "distill.evaluate_every=512")
     recipe = dataclasses.replace(recipe, tasks="names")
     arguments = {"recipe": recipe, "out": tmp_path / "run", "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
@@ -71,7 +71,7 @@ def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
         "student",
         "reference",
     } <= set(texts[0])
-    assert run_recipe("neox-nano", **arguments).tokens.total >= 4096
+    assert run_recipe("neox-nano", **arguments).tokens.total >= 1024
 
 
 def test_generations_after_a_crash_are_dropped(tmp_path):
