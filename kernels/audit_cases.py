@@ -46,6 +46,7 @@ def chunk_scan(
     H: int = 32,
     P: int = 64,
     L: int = 2048,
+    G: int = 32,
     R: int = 1,
     ones: bool = False,
     documents: bool = False,
@@ -55,7 +56,8 @@ def chunk_scan(
     from kernels.chunk_scan.fused import chunk_scan_triton
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    x, B, C = _floats(training, (batch, L, H, P + ones), (batch, L, H, N), (batch, L, H, R, N), dtype=dtype)
+    rows_of_C = (G if R == 1 else H), R
+    x, B, C = _floats(training, (batch, L, H, P + ones), (batch, L, G, N), (batch, L, *rows_of_C, N), dtype=dtype)
     log_decay, S = _floats(training, (batch, L, H), (batch, H, N, P + ones))
     ids = torch.empty(batch, L, dtype=torch.int64) if documents else None
     _backward(*chunk_scan_triton(x, log_decay, B, C, S, ids))
@@ -129,8 +131,10 @@ CASES = [
     AuditCase(chunk_scan, dict(N=16, batch=1)),
     AuditCase(chunk_scan, dict(N=128)),
     AuditCase(chunk_scan, dict(N=128, bf16=True)),
+    AuditCase(chunk_scan, dict(N=128, G=1)),
+    AuditCase(chunk_scan, dict(N=128, G=1, bf16=True)),
     AuditCase(chunk_scan, dict(N=100, R=2, ones=True, documents=True)),
-    AuditCase(chunk_scan, dict(N=512, R=2, ones=True, documents=True, bf16=True)),
+    AuditCase(chunk_scan, dict(N=512, G=4, R=2, ones=True, documents=True, bf16=True)),
     AuditCase(ss2d, dict(N=16)),
     AuditCase(ss2d, dict(N=16, training=False)),
     AuditCase(ss2d, dict(N=1, batch=1)),

@@ -15,6 +15,8 @@ try:
 except ImportError:  # in a try block, so that transformers loads an exported copy on a machine without Triton
     raise
 
+PROGRAMS = 1024  # of a launch, enough for all multiprocessors of a large GPU (ours)
+
 
 def autotuned(*candidates: tuple[int, int], key: list[str], restore: tuple[str, ...] = ()) -> Callable:
     """Return a decorator that autotunes a kernel.

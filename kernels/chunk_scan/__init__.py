@@ -110,10 +110,7 @@ def chunk_scan(
     factor_dtype = torch.bfloat16 if bf16_products else dtype
     x, dt, A = (t.to(dtype) for t in (x, dt, A))
     B, C = (t.to(factor_dtype) for t in (B, C))
-    B = B.repeat_interleave(heads // B.shape[2], 2)
-    if C.shape[2] < heads:
-        C = C.repeat_interleave(heads // C.shape[2], 2)
-    C = C.unflatten(2, (heads, -1))
+    C = C.unflatten(2, (min(heads, C.shape[2]), -1))  # of a group of B, or of a head
     values = torch.cat([x, torch.ones_like(x[..., :1])], -1) if normalize else x
     if initial_states is None:
         S = x.new_zeros(x.shape[0], heads, B.shape[-1], values.shape[-1])

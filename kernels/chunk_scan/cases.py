@@ -6,6 +6,7 @@ from torch import Tensor
 CASES: dict[str, dict] = {
     "plain": {},
     "groups": dict(G=2),
+    "heads": dict(G=4),
     "queries": dict(G=2, R=3),
     "initial-state": dict(state=True),
     "documents": dict(documents=True, state=True),

@@ -2,7 +2,8 @@
 
 A chunk of Q steps is Q x Q attention inside, and a state of N x P passes from chunk to chunk: nothing is of size L x L.
 
-b batch · c chunk · t, s time in the chunk · H heads · R queries per state · N state · P channels
+b batch · c chunk · t, s time in the chunk · H heads · G groups of heads with one B · R queries per state · N state · P
+channels
 """
 
 import torch
@@ -28,16 +29,16 @@ def chunk_scan_chunked(
     if can_read_values(x) and not all(bool(t.detach().sum().isfinite()) for t in (x, log_decay, B, C, S)):
         return _scan_by_steps(x, log_decay, B, C, S, document_ids)
     length, R = x.shape[1], C.shape[3]
-    Q = min(CHUNK, length)
+    Q, G, rows = min(CHUNK, length), B.shape[2], C.shape[2] // B.shape[2]  # rows: of C, that see a group of B
     padding = -length % Q
 
     def chunks(t: Tensor) -> Tensor:
-        """[batch, L, H, ...] -> [b, c, H, Q, ...]; the padding adds nothing to a state and does not decay it."""
+        """[batch, L, H, ...] -> [b, c, H, Q, ...], or G; the padding adds nothing to a state and does not decay it."""
         t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)) if padding else t
         return t.unflatten(1, (-1, Q)).transpose(2, 3)
 
     x, B, log_decay = chunks(x).contiguous(), chunks(B).contiguous(), chunks(log_decay[..., None])[..., 0]
-    C = chunks(C).transpose(3, 4).flatten(3, 4)  # [b, c, H, R Q, N]
+    C = chunks(C).transpose(3, 4).flatten(3, 4)  # [b, c, G or H, R Q, N]
     summed = _cumulative_log_decay(log_decay)  # [b, c, H, Q]
     log_decays = (summed[..., :, None] - summed[..., None, :]).to(x.dtype)  # from s to t
     mask = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
@@ -62,23 +63,36 @@ def chunk_scan_chunked(
     # exp(0) without a gradient on the diagonal: its gradients would be far larger than those of the other decays
     decays = torch.exp(log_decays.masked_fill(~mask, -torch.inf).masked_fill(diagonal, 0.0))
 
-    mask = mask.repeat(*(1,) * (mask.ndim - 2), R, 1)  # [..., R Q, Q]
-    scores = masked_scores(C, B, mask).unflatten(3, (R, Q)) * decays[:, :, :, None]
-    y = weighted_sum(scores.flatten(3, 4), x, mask)
+    scores = masked_scores(C.unflatten(2, (G, rows)).flatten(3, 4), B, torch.cat([mask] * rows * R, -2))
+    scores = scores.unflatten(3, (rows, R, Q)) * decays.unflatten(2, (G, -1))[:, :, :, :, None]  # of each head
+    y = weighted_sum(scores.flatten(2, 3).flatten(3, 4), x, torch.cat([mask] * R, -2))
 
     values, keys = x * decay_out, B
     if carried is not None:
         values, keys = values.masked_fill(other_after, 0), B.masked_fill(other_after, 0)
-    added = product(keys.mT, values)  # [b, c, H, N, P]
+    added = _product_by_group(keys.mT, values)  # [b, c, H, N, P]
     states = []
     for c in range(x.shape[1]):
         states.append(S)
         S = chunk_decay[:, c] * (S if carried is None else S.masked_fill(~carried[:, c], 0)) + added[:, c]
-    from_states = decay_in[:, :, :, None] * product(queries, torch.stack(states, 1)).unflatten(3, (R, Q))
+    from_states = _product_by_group(queries, torch.stack(states, 1)).unflatten(3, (R, Q))
+    from_states = decay_in[:, :, :, None] * from_states
     if carried is not None:
         from_states = from_states.masked_fill(other_before[:, :, :, None], 0)
     y = y.unflatten(3, (R, Q)) + from_states
     return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :length], S  # [batch, L, H, R, P]
+
+
+def _product_by_group(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply a matrix per group [b, c, G, rows, K] with one per head [b, c, H, K, columns]: [b, c, H, rows, columns].
+
+    The columns of a group's heads stand side by side, so neither a matrix nor its gradient is repeated.
+    """
+    heads = b.shape[2] // a.shape[2]
+    if heads == 1:
+        return product(a, b)
+    side_by_side = b.unflatten(2, (-1, heads)).transpose(3, 4).flatten(4)
+    return product(a, side_by_side).unflatten(4, (heads, -1)).transpose(3, 4).flatten(2, 3)
 
 
 def _cumulative_log_decay(log_decay: Tensor) -> Tensor:

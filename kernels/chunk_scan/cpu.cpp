@@ -1,9 +1,10 @@
 // The chunk scan on a CPU. README.md has the derivation, and counts bytes and operations.
 //
-// A task has one batch entry and one head, and walks over its chunks with the state in its cache. Every product of a
-// chunk is one call of `multiply`. Sums have one order, whatever the number of threads is. A chunk whose results are
-// not all finite is computed again, step by step: in a product, 0 x NaN would reach what the recurrence does not reach,
-// and 0 x infinity would be NaN.
+// A head of a batch entry walks over its chunks with the state in its cache. Every product of a chunk is one call of
+// `multiply`. A task of the backward pass has a slice of the heads of a group, one after another, and adds up their
+// gradients of B and C. The number of slices depends on shapes alone, so sums have one order, whatever the number of
+// threads is. A chunk whose results are not all finite is computed again, step by step: in a product, 0 x NaN would
+// reach what the recurrence does not reach, and 0 x infinity would be NaN.
 //
 // t, s time in a chunk · n state · p channel · r query · F log of the decay since the chunk's start
 #include <cmath>
@@ -16,14 +17,14 @@ constexpr int STEPS = 64;  // steps per chunk
 // The arguments of a call. `state` is the first state, and the last when done; backward it is the gradient of the last
 // state, and of the first when done.
 struct Scan {
-    int64_t batch, length, heads, queries, states, channels, threads;
-    const void *x, *B, *C;         // [batch, L, H, P], [batch, L, H, N], [batch, L, H, R, N]
+    int64_t batch, length, heads, groups, groups_of_C, queries, states, channels, slices, threads;
+    const void *x, *B, *C;         // [batch, L, H, P], [batch, L, G, N], [batch, L, G or H, R, N]
     const double* log_decay;       // [batch, L, H]
     const int64_t* document_ids;   // [batch, L] or null
     void* state;                   // [batch, H, N, P]
     void* chunk_states;            // [batch, H, chunks, N, padded P]: the state before each chunk
     void* y;                       // [batch, L, H, R, P]
-    void *dx, *dB, *dC;            // as x, B, C
+    void *dx, *dB, *dC;            // as x, [slices, *B], and [slices, *C] or [1, *C] if C has a group per head
     double* dlog_decay;
 };
 
@@ -32,6 +33,9 @@ template <typename T> struct Head {
     static constexpr int W = WIDTH<T>;
     const Scan& scan;
     int64_t b, h, L, H, R, N, P, Pp, Np, chunks;
+    int64_t row_B, row_C;      // numbers from a step of B, C to the next
+    int64_t slice = 0;         // backward: the slice of dB and dC to which this head belongs
+    bool adds = false;         // whether another head has stored its part there
     std::vector<Vec<T>> memory;
     T *S, *next;                        // the state (backward: its gradient) before and after the chunk [N][Pp]
     T *x, *xs, *Bt, *decay, *scores;    // x and scaled x [STEPS][Pp]; B^T [N][STEPS]; [STEPS][STEPS] twice
@@ -42,9 +46,10 @@ template <typename T> struct Head {
     T chunk_decay;                        // from end to end
     int first[STEPS];                     // the first step of t's document in this chunk
 
-    Head(const Scan& s, int64_t task, bool backward)
-        : scan(s), b(task / s.heads), h(task % s.heads), L(s.length), H(s.heads), R(s.queries), N(s.states),
-          P(s.channels), Pp(padded<T>(s.channels)), Np(padded<T>(s.states)), chunks((s.length + STEPS - 1) / STEPS) {
+    Head(const Scan& s, int64_t b, int64_t h, bool backward)
+        : scan(s), b(b), h(h), L(s.length), H(s.heads), R(s.queries), N(s.states), P(s.channels),
+          Pp(padded<T>(s.channels)), Np(padded<T>(s.states)), chunks((s.length + STEPS - 1) / STEPS),
+          row_B(s.groups * s.states), row_C(s.groups_of_C * s.queries * s.states) {
         int64_t sizes[] = {N * Pp, N * Pp, STEPS * Pp, STEPS * Pp, N * STEPS, STEPS * STEPS, STEPS * STEPS};
         int64_t more[] = {P * Np, P * Np, P * STEPS, STEPS * Pp, STEPS * STEPS, STEPS * Pp, STEPS * Np, STEPS * Np};
         T** places[] = {&S, &next, &x, &xs, &Bt, &decay, &scores};
@@ -57,9 +62,14 @@ template <typename T> struct Head {
         for (int i = 0; i < 7; i++) *places[i] = at, at += sizes[i];
         if (backward) for (int i = 0; i < 8; i++) *others[i] = at, at += more[i];
     }
-    const T* B(int64_t t) { return (const T*)scan.B + ((b * L + t) * H + h) * N; }
-    int64_t row_of_C(int64_t t, int64_t r) { return ((b * L + t) * H + h) * R + r; }
-    const T* C(int64_t t, int64_t r) { return (const T*)scan.C + row_of_C(t, r) * N; }
+    int64_t in_B(int64_t t) { return (b * L + t) * row_B + h / (H / scan.groups) * N; }
+    int64_t in_C(int64_t t, int64_t r) { return (b * L + t) * row_C + (h / (H / scan.groups_of_C) * R + r) * N; }
+    const T* B(int64_t t) { return (const T*)scan.B + in_B(t); }
+    const T* C(int64_t t, int64_t r) { return (const T*)scan.C + in_C(t, r); }
+    bool shares_C() { return scan.groups_of_C < H; }
+    T* dB(int64_t t) { return (T*)scan.dB + slice * scan.batch * L * row_B + in_B(t); }
+    T* dC(int64_t t, int64_t r) { return (T*)scan.dC + (shares_C() ? slice : 0) * scan.batch * L * row_C + in_C(t, r); }
+    T* y(int64_t t, int64_t r) { return (T*)scan.y + (((b * L + t) * H + h) * R + r) * P; }
     T decay_of(int64_t t) { return std::exp(scan.log_decay[(b * L + t) * H + h]); }
     bool starts(int64_t t) {  // whether a document starts at t
         return scan.document_ids && t > 0 && scan.document_ids[b * L + t] != scan.document_ids[b * L + t - 1];
@@ -111,15 +121,21 @@ template <typename T> struct Head {
                 e = i > (T)t ? Vec<T>{} : e;
                 store(decay + t * STEPS + s, i < (T)first[t] ? Vec<T>{} : e);
             }
-        transpose(steps, N, B(t0), H * N, Bt, STEPS);
+        transpose(steps, N, B(t0), row_B, Bt, STEPS);
         return steps;
+    }
+    // Stores rows [steps][Np] of dB or dC, or adds them to those of the slice's heads before this one.
+    void store_rows(int steps, const T* from, T* to, int64_t row_to, bool add) {
+        for (int t = 0; t < steps; t++, from += Np, to += row_to)
+            if (add) for (int64_t n = 0; n < N; n++) to[n] += from[n];
+            else memcpy(to, from, sizeof(T) * N);
     }
     void scale(int steps, const T* from, const T* by, T* to) {
         for (int t = 0; t < steps; t++)
             for (int64_t p = 0; p < Pp; p += W) store(to + t * Pp + p, load<T>(from + t * Pp + p) * by[t]);
     }
     void score(int steps, int64_t t0, int64_t r) {  // the lower triangle of C B^T
-        multiply<T>(steps, STEPS, N, C(t0, r), H * R * N, 1, Bt, STEPS, scores, STEPS, false, LOWER_OUT);
+        multiply<T>(steps, STEPS, N, C(t0, r), row_C, 1, Bt, STEPS, scores, STEPS, false, LOWER_OUT);
     }
 };
 
@@ -136,7 +152,7 @@ template <typename T> static void forward_by_steps(Head<T>& k, int64_t t0, int s
     for (int t = 0; t < steps; t++) {
         advance(k, t0 + t, k.x + t * k.Pp, k.S, k.S);
         for (int64_t r = 0; r < k.R; r++) {
-            T* y = (T*)k.scan.y + k.row_of_C(t0 + t, r) * k.P;
+            T* y = k.y(t0 + t, r);
             for (int64_t p = 0; p < k.P; p++) y[p] = 0;
             for (int64_t n = 0; n < k.N; n++)
                 for (int64_t p = 0; p < k.P; p++) y[p] += k.C(t0 + t, r)[n] * k.S[n * k.Pp + p];
@@ -148,7 +164,7 @@ template <typename T> static void forward(const Scan& s) {
     constexpr int W = WIDTH<T>;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t task = 0; task < s.batch * s.heads; task++) {
-        Head<T> k(s, task, false);
+        Head<T> k(s, task / s.heads, task % s.heads, false);
         std::vector<Vec<T>> tile(STEPS * k.Pp / W);
         T* y = (T*)tile.data();
         k.load_state(k.S);
@@ -160,12 +176,11 @@ template <typename T> static void forward(const Scan& s) {
                 k.score(steps, t0, r);
                 for (int64_t i = 0; i < steps * STEPS; i += W)
                     store(k.scores + i, load<T>(k.scores + i) * load<T>(k.decay + i));
-                multiply<T>(steps, k.Pp, k.N, k.C(t0, r), k.H * k.R * k.N, 1, k.S, k.Pp, y, k.Pp, false);
+                multiply<T>(steps, k.Pp, k.N, k.C(t0, r), k.row_C, 1, k.S, k.Pp, y, k.Pp, false);
                 k.scale(steps, y, k.decay_in, y);
                 multiply<T>(steps, k.Pp, steps, k.scores, STEPS, 1, k.x, k.Pp, y, k.Pp, true, LOWER_A);
                 finite &= all_finite(steps * k.Pp, y);
-                for (int t = 0; t < steps; t++)
-                    memcpy((T*)s.y + k.row_of_C(t0 + t, r) * k.P, y + t * k.Pp, sizeof(T) * k.P);
+                for (int t = 0; t < steps; t++) memcpy(k.y(t0 + t, r), y + t * k.Pp, sizeof(T) * k.P);
             }
             k.scale(steps, k.x, k.decay_out, k.xs);
             for (int64_t i = 0; i < k.N * k.Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.chunk_decay);
@@ -207,19 +222,19 @@ template <typename T> static void backward_by_steps(Head<T>& k, int64_t t0, int 
     for (int t = steps - 1; t >= 0; t--) {
         const T *before = &states[t * N * Pp], *after = before + N * Pp, *x = k.x + t * Pp, *B = k.B(t0 + t);
         int64_t row = (k.b * k.L + t0 + t) * k.H + k.h;
-        T *dx = (T*)k.scan.dx + row * P, *dB = (T*)k.scan.dB + row * N, decay = k.decay_of(t0 + t);
+        T *dx = (T*)k.scan.dx + row * P, *dB = k.dB(t0 + t), decay = k.decay_of(t0 + t);
         for (int64_t r = 0; r < k.R; r++) {
-            const T *dy = (const T*)k.scan.y + k.row_of_C(t0 + t, r) * P, *C = k.C(t0 + t, r);
-            T* dC = (T*)k.scan.dC + k.row_of_C(t0 + t, r) * N;
+            const T *dy = k.y(t0 + t, r), *C = k.C(t0 + t, r);
+            T* dC = k.dC(t0 + t, r);
             for (int64_t n = 0; n < N; n++) {
-                dC[n] = dot(P, dy, after + n * Pp);
+                dC[n] = (k.adds && k.shares_C() ? dC[n] : 0) + dot(P, dy, after + n * Pp);
                 for (int64_t p = 0; p < P; p++) k.S[n * Pp + p] += C[n] * dy[p];
             }
         }
         double dS_S = 0;  // the product of the state before the step and its gradient
         for (int64_t p = 0; p < P; p++) dx[p] = 0;
         for (int64_t n = 0; n < N; n++) {
-            dB[n] = dot(P, k.S + n * Pp, x);
+            dB[n] = (k.adds ? dB[n] : 0) + dot(P, k.S + n * Pp, x);
             dS_S += dot(P, k.S + n * Pp, before + n * Pp);
             for (int64_t p = 0; p < P; p++) dx[p] += k.S[n * Pp + p] * B[n];
         }
@@ -229,85 +244,99 @@ template <typename T> static void backward_by_steps(Head<T>& k, int64_t t0, int 
     }
 }
 
-// The gradients of all arguments; `y` holds the gradient of y, and `state` that of the last state.
-template <typename T> static void backward(const Scan& s) {
+// The gradients of all arguments of a head.
+template <typename T> static void backward(Head<T>& k) {
     constexpr int W = WIDTH<T>;
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int64_t task = 0; task < s.batch * s.heads; task++) {
-        Head<T> k(s, task, true);
-        int64_t N = k.N, P = k.P, Pp = k.Pp, Np = k.Np, H = k.H, R = k.R;
-        k.load_state(k.S);
-        for (int64_t t0 = (k.L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
-            int steps = k.enter(t0);
-            const T* S = k.chunk_state(t0 / STEPS);
-            double dF[STEPS] = {};
-            transpose(N, P, S, Pp, k.ST, Np);
-            transpose<T>(N, P, k.S, Pp, k.DT, Np);
-            transpose<T>(steps, P, k.x, Pp, k.xT, STEPS);
-            // from the state that leaves: dB = decay_out x D^T, dx = decay_out B D
-            k.scale(steps, k.x, k.decay_out, k.xs);
-            T *dB = k.tile_n, *dx = k.tile_p;
-            multiply<T>(steps, Np, P, k.xs, Pp, 1, k.DT, Np, dB, Np, false);
-            multiply<T>(steps, Pp, N, k.B(t0), H * N, 1, k.S, Pp, dx, Pp, false);
-            k.scale(steps, dx, k.decay_out, dx);
-            for (int t = 0; t < steps; t++) {
-                double dx_x = dot(P, k.x + t * Pp, dx + t * Pp);
-                dF[t] -= dx_x, dF[steps - 1] += dx_x;
-            }
-            if (k.chunk_decay != 0) dF[steps - 1] += k.chunk_decay * dot<T>(N * Pp, k.S, S);
-            for (int64_t i = 0; i < N * Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.chunk_decay);
-            bool finite = true;
-            for (int64_t r = 0; r < R; r++) {
-                for (int t = 0; t < steps; t++)
-                    memcpy(k.dy + t * Pp, (const T*)s.y + k.row_of_C(t0 + t, r) * P, sizeof(T) * P);
-                k.score(steps, t0, r);
-                // the rows of B and C are not padded and far apart, so the matrices that products walk down are copies
-                T* right = k.Bt;  // no longer used; [STEPS][Np] fits where N is a whole number of vectors, else `side`
-                std::vector<Vec<T>> side;
-                if (Np != N) side.assign(STEPS * Np / W, Vec<T>{}), right = (T*)side.data();
-                for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.C(t0 + t, r), sizeof(T) * N);
-                // from the state that enters: dC = decay_in dy S^T, D += C^T decay_in dy
-                k.scale(steps, k.dy, k.decay_in, k.xs);
-                multiply<T>(steps, Np, P, k.xs, Pp, 1, k.ST, Np, k.row, Np, false);
-                for (int t = 0; t < steps; t++) dF[t] += dot(N, k.C(t0 + t, r), k.row + t * Np);
-                multiply<T>(N, Pp, steps, right, 1, Np, k.xs, Pp, k.next, Pp, true);
-                // inside the chunk: products = dy x^T
-                multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
-                Wide<T> lost[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
-                for (int t = 0; t < steps; t++) {
-                    Wide<T> gained{};
-                    for (int i = 0; i < STEPS; i += W) {  // the decays are 0 above the diagonal
-                        T *c = k.scores + t * STEPS + i, *p = k.products + t * STEPS + i;
-                        Vec<T> m = load<T>(k.decay + t * STEPS + i), dscore = i > t ? m : load<T>(p) * m;
-                        Vec<T> e = i > t ? m : dscore * load<T>(c);
-                        store(p, dscore);
-                        store(c, i > t ? m : load<T>(c) * m);
-                        if (i <= t && t < i + W) e[t - i] = 0;  // F_t - F_t has no gradient
-                        gained += widened<T>(e), lost[i / W] += widened<T>(e);
-                    }
-                    dF[t] += sum_of_lanes<T>(gained);
-                }
-                for (int t = 0; t < steps; t++) dF[t] -= lost[t / W][t % W];
-                multiply<T>(steps, Pp, steps, k.scores, 1, STEPS, k.dy, Pp, dx, Pp, true, UPPER_A);
-                multiply<T>(steps, Np, steps, k.products, 1, STEPS, right, Np, dB, Np, true, UPPER_A);
-                for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.B(t0 + t), sizeof(T) * N);
-                multiply<T>(steps, Np, steps, k.products, STEPS, 1, right, Np, k.row, Np, true, LOWER_A);
-                finite &= all_finite(steps * Np, k.row);
-                for (int t = 0; t < steps; t++)
-                    memcpy((T*)s.dC + k.row_of_C(t0 + t, r) * N, k.row + t * Np, sizeof(T) * N);
-                if (right == k.Bt && r + 1 < R) transpose(steps, N, k.B(t0), H * N, k.Bt, STEPS);
-            }
-            double sum = 0;
-            for (int t = steps - 1; t >= 0; t--) {
-                s.dlog_decay[(k.b * k.L + t0 + t) * H + k.h] = sum += dF[t];
-                memcpy((T*)s.dx + ((k.b * k.L + t0 + t) * H + k.h) * P, dx + t * Pp, sizeof(T) * P);
-                memcpy((T*)s.dB + ((k.b * k.L + t0 + t) * H + k.h) * N, dB + t * Np, sizeof(T) * N);
-            }
-            finite &= std::isfinite(sum) && all_finite(steps * Pp, dx) && all_finite(steps * Np, dB);
-            if (finite && all_finite(N * Pp, k.next)) std::swap(k.S, k.next);
-            else backward_by_steps(k, t0, steps);
+    const Scan& s = k.scan;
+    int64_t N = k.N, P = k.P, Pp = k.Pp, Np = k.Np, H = k.H, R = k.R;
+    k.load_state(k.S);
+    for (int64_t t0 = (k.L - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
+        int steps = k.enter(t0);
+        const T* S = k.chunk_state(t0 / STEPS);
+        double dF[STEPS] = {};
+        transpose(N, P, S, Pp, k.ST, Np);
+        transpose<T>(N, P, k.S, Pp, k.DT, Np);
+        transpose<T>(steps, P, k.x, Pp, k.xT, STEPS);
+        // from the state that leaves: dB = decay_out x D^T, dx = decay_out B D
+        k.scale(steps, k.x, k.decay_out, k.xs);
+        T *dB = k.tile_n, *dx = k.tile_p;
+        multiply<T>(steps, Np, P, k.xs, Pp, 1, k.DT, Np, dB, Np, false);
+        multiply<T>(steps, Pp, N, k.B(t0), k.row_B, 1, k.S, Pp, dx, Pp, false);
+        k.scale(steps, dx, k.decay_out, dx);
+        for (int t = 0; t < steps; t++) {
+            double dx_x = dot(P, k.x + t * Pp, dx + t * Pp);
+            dF[t] -= dx_x, dF[steps - 1] += dx_x;
         }
-        k.store_state(k.S);
+        if (k.chunk_decay != 0) dF[steps - 1] += k.chunk_decay * dot<T>(N * Pp, k.S, S);
+        for (int64_t i = 0; i < N * Pp; i += W) store(k.next + i, load<T>(k.S + i) * k.chunk_decay);
+        bool finite = true;
+        for (int64_t r = 0; r < R; r++) {
+            for (int t = 0; t < steps; t++) memcpy(k.dy + t * Pp, k.y(t0 + t, r), sizeof(T) * P);
+            k.score(steps, t0, r);
+            // the rows of B and C are not padded and far apart, so the matrices that products walk down are copies
+            T* right = k.Bt;  // no longer used; [STEPS][Np] fits where N is a whole number of vectors, else `side`
+            std::vector<Vec<T>> side;
+            if (Np != N) side.assign(STEPS * Np / W, Vec<T>{}), right = (T*)side.data();
+            for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.C(t0 + t, r), sizeof(T) * N);
+            // from the state that enters: dC = decay_in dy S^T, D += C^T decay_in dy
+            k.scale(steps, k.dy, k.decay_in, k.xs);
+            multiply<T>(steps, Np, P, k.xs, Pp, 1, k.ST, Np, k.row, Np, false);
+            for (int t = 0; t < steps; t++) dF[t] += dot(N, k.C(t0 + t, r), k.row + t * Np);
+            multiply<T>(N, Pp, steps, right, 1, Np, k.xs, Pp, k.next, Pp, true);
+            // inside the chunk: products = dy x^T
+            multiply<T>(steps, STEPS, P, k.dy, Pp, 1, k.xT, STEPS, k.products, STEPS, false, LOWER_OUT);
+            Wide<T> lost[STEPS / W] = {};  // what each s takes from dF, over t; these sums cancel
+            for (int t = 0; t < steps; t++) {
+                Wide<T> gained{};
+                for (int i = 0; i < STEPS; i += W) {  // the decays are 0 above the diagonal
+                    T *c = k.scores + t * STEPS + i, *p = k.products + t * STEPS + i;
+                    Vec<T> m = load<T>(k.decay + t * STEPS + i), dscore = i > t ? m : load<T>(p) * m;
+                    Vec<T> e = i > t ? m : dscore * load<T>(c);
+                    store(p, dscore);
+                    store(c, i > t ? m : load<T>(c) * m);
+                    if (i <= t && t < i + W) e[t - i] = 0;  // F_t - F_t has no gradient
+                    gained += widened<T>(e), lost[i / W] += widened<T>(e);
+                }
+                dF[t] += sum_of_lanes<T>(gained);
+            }
+            for (int t = 0; t < steps; t++) dF[t] -= lost[t / W][t % W];
+            multiply<T>(steps, Pp, steps, k.scores, 1, STEPS, k.dy, Pp, dx, Pp, true, UPPER_A);
+            multiply<T>(steps, Np, steps, k.products, 1, STEPS, right, Np, dB, Np, true, UPPER_A);
+            for (int t = 0; t < steps; t++) memcpy(right + t * Np, k.B(t0 + t), sizeof(T) * N);
+            multiply<T>(steps, Np, steps, k.products, STEPS, 1, right, Np, k.row, Np, true, LOWER_A);
+            finite &= all_finite(steps * Np, k.row);
+            if (!k.shares_C()) k.store_rows(steps, k.row, k.dC(t0, r), k.row_C, false);
+            if (right == k.Bt && r + 1 < R) transpose(steps, N, k.B(t0), k.row_B, k.Bt, STEPS);
+        }
+        double sum = 0;
+        for (int t = steps - 1; t >= 0; t--) {
+            s.dlog_decay[(k.b * k.L + t0 + t) * H + k.h] = sum += dF[t];
+            memcpy((T*)s.dx + ((k.b * k.L + t0 + t) * H + k.h) * P, dx + t * Pp, sizeof(T) * P);
+        }
+        finite &= std::isfinite(sum) && all_finite(steps * Pp, dx) && all_finite(steps * Np, dB);
+        if (!finite || !all_finite(N * Pp, k.next)) {
+            backward_by_steps(k, t0, steps);
+            continue;
+        }
+        k.store_rows(steps, dB, k.dB(t0), k.row_B, k.adds);
+        if (k.shares_C()) k.store_rows(steps, k.row, k.dC(t0, 0), k.row_C, k.adds);  // of the one query
+        std::swap(k.S, k.next);
+    }
+    k.store_state(k.S);
+}
+
+// Backward, `y` holds the gradient of y, and `state` that of the last state.
+template <typename T> static void backward(const Scan& s) {
+    int64_t heads = s.heads / s.groups;  // of a group
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int64_t task = 0; task < s.batch * s.groups * s.slices; task++) {
+        int64_t slice = task % s.slices, pair = task / s.slices;  // a pair is a batch entry and a group
+        int64_t first = heads * slice / s.slices, end = heads * (slice + 1) / s.slices;
+        for (int64_t h = first; h < end; h++) {
+            Head<T> k(s, pair / s.groups, pair % s.groups * heads + h, true);
+            k.slice = slice, k.adds = h > first;
+            backward(k);
+        }
     }
 }
 

@@ -12,7 +12,19 @@ from kernels.allocator import allocate
 from kernels.cpp_build import lanes, load_library, needs_gradients, register_operators, require_library, why_no_library
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-SIZES = ("batch", "length", "heads", "queries", "states", "channels", "threads")
+MIN_TASKS = 64  # tasks of a backward pass, where there are heads enough (ours)
+SIZES = (
+    "batch",
+    "length",
+    "heads",
+    "groups",
+    "groups_of_C",
+    "queries",
+    "states",
+    "channels",
+    "slices",
+    "threads",
+)
 POINTERS = (
     "x",
     "B",
@@ -49,10 +61,10 @@ def why_unavailable(device: str, dtype: torch.dtype) -> str | None:
     return why_no_library(device, dtype, compiled_library)
 
 
-def _call(name: str, x: Tensor, C: Tensor, tensors: dict[str, Tensor | None]) -> None:
-    batch, length, heads, channels = x.shape
-    sizes = batch, length, heads, C.shape[3], C.shape[4], channels, torch.get_num_threads()
-    scan = _Scan(*sizes, **{name: None if t is None else t.data_ptr() for name, t in tensors.items()})
+def _call(name: str, tensors: dict[str, Tensor | None], x: Tensor, B: Tensor, C: Tensor, slices: int = 1) -> None:
+    sizes = *x.shape[:3], B.shape[2], *C.shape[2:], x.shape[3], slices, torch.get_num_threads()
+    pointers = dict(x=x, B=B, C=C) | tensors
+    scan = _Scan(*sizes, **{name: None if t is None else t.data_ptr() for name, t in pointers.items()})
     suffix = "double" if x.dtype == torch.float64 else "float"
     getattr(require_library(compiled_library()), f"{name}_{suffix}")(ctypes.byref(scan))
 
@@ -61,6 +73,10 @@ def _chunk_states_shape(x: Tensor, N: int) -> tuple[int, ...]:
     library = require_library(compiled_library())
     width = lanes(library, x)
     return x.shape[0], x.shape[2], -(-x.shape[1] // library.chunk_steps()), N, -(-x.shape[3] // width) * width
+
+
+def _output_shape(x: Tensor, C: Tensor) -> tuple[int, ...]:
+    return *x.shape[:3], C.shape[3], x.shape[3]
 
 
 def scan_forward(
@@ -73,11 +89,11 @@ def scan_forward(
     """
     x, B, C, decay = x.contiguous(), B.contiguous(), C.contiguous(), log_decay.double().contiguous()
     last = S.clone(memory_format=torch.contiguous_format)
-    y = allocate((*C.shape[:4], x.shape[3]), x)
+    y = allocate(_output_shape(x, C), x)
     chunk_states = allocate(_chunk_states_shape(x, B.shape[3]) if keep else (0,), x)
     ids = None if document_ids is None else document_ids.long().contiguous()
-    inputs = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids)
-    _call("forward", x, C, inputs | dict(state=last, chunk_states=chunk_states if keep else None, y=y))
+    tensors = dict(log_decay=decay, document_ids=ids, state=last, chunk_states=chunk_states if keep else None, y=y)
+    _call("forward", tensors, x, B, C)
     return y, last, chunk_states
 
 
@@ -85,7 +101,7 @@ def _fake_forward(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, S: Tensor, document_ids: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(*C.shape[:4], x.shape[3]),
+        x.new_empty(_output_shape(x, C)),
         torch.empty_like(S, memory_format=torch.contiguous_format),
         x.new_empty(_chunk_states_shape(x, B.shape[3]) if keep else 0),
     )
@@ -105,10 +121,15 @@ def scan_backward(
     x, B, C, dy = x.contiguous(), B.contiguous(), C.contiguous(), dy.contiguous()
     decay = log_decay.double().contiguous()
     dS = dS.clone(memory_format=torch.contiguous_format)
-    dx, dB, dC, ddecay = (allocate(t.shape, t) for t in (x, B, C, decay))
+    heads, groups = x.shape[2], B.shape[2]
+    slices = max(1, min(heads // groups, MIN_TASKS // (x.shape[0] * groups)))
+    slices_of_C = slices if C.shape[2] < heads else 1
+    dx, ddecay = (allocate(t.shape, t) for t in (x, decay))
+    dB, dC = allocate((slices, *B.shape), B), allocate((slices_of_C, *C.shape), C)
     ids = None if document_ids is None else document_ids.long().contiguous()
-    inputs = dict(x=x, B=B, C=C, log_decay=decay, document_ids=ids, chunk_states=chunk_states, y=dy)
-    _call("backward", x, C, inputs | dict(state=dS, dx=dx, dB=dB, dC=dC, dlog_decay=ddecay))
+    tensors = dict(log_decay=decay, document_ids=ids, chunk_states=chunk_states, state=dS, y=dy)
+    _call("backward", tensors | dict(dx=dx, dB=dB, dC=dC, dlog_decay=ddecay), x, B, C, slices)
+    dB, dC = (t.sum(0) if len(t) > 1 else t[0] for t in (dB, dC))
     return dx, ddecay.to(x.dtype), dB, dC, dS
 
 

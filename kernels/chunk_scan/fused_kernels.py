@@ -1,8 +1,10 @@
 """The Triton kernels of the chunk scan; fused.py launches them, README.md derives them and counts bytes and operations.
 
 There are four: `carry_kernel` walks over the chunks and leaves the state at each (backward: its gradient, in reverse);
-the others take all chunks at once. Partial sums over blocks go to slices of their own and are added up afterwards: no
-atomics, and one order.
+the others take all chunks at once. Partial sums over blocks, and over some of the heads of a group, go to slices of
+their own and are added up afterwards: no atomics, and one order.
+
+B has a group g for per_B heads, C one for per_C heads (1 where there are R > 1 queries).
 
 Q steps of a chunk · N state · P channel · r query · F log of the decay since the chunk's start, as a sum of two float32
 decay_in: from the state that enters to t · decay_out: from t to the chunk's end · chunk_decay: from end to end; all
@@ -85,29 +87,31 @@ def _scores(a, a_stride, b, b_stride, q, rows, size, Q: tl.constexpr, BLOCK: tl.
 @autotuned((8, 2), (8, 3), key=["N", "P", "R", "REVERSE", "DOCUMENTS", "length_bucket"])
 @triton.jit
 def carry_kernel(
-    left, right, scale, chunk_decay, first, states, last, L, H, N, P, chunks, length_bucket,
+    left, right, scale, chunk_decay, first, states, last, L, H, per_left, N, P, chunks, length_bucket,
     R: tl.constexpr, REVERSE: tl.constexpr, DOCUMENTS: tl.constexpr,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Run state <- chunk_decay state + sum_r left_r^T (scale right_r) over the chunks, and store the state before each.
 
-    left [batch, L, H, R, N]; right [batch, L, H, R, P]; scale [batch, H, chunks Q]; chunk_decay [batch, H, chunks];
-    first, last [batch, H, N, P]; states [batch, H, chunks, N, P], in the dtype of left.
+    left [batch, L, H // per_left, R, N]; right [batch, L, H, R, P]; scale [batch, H, chunks Q];
+    chunk_decay [batch, H, chunks]; first, last [batch, H, N, P]; states [batch, H, chunks, N, P], in the dtype of left.
     """
     head, n0, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N, tl.program_id(2) * BLOCK_P
     b, h = head // H, head % H
     q, n, p = tl.arange(0, Q), n0 + tl.arange(0, BLOCK_N), p0 + tl.arange(0, BLOCK_P)
     state = _load(first + head * N * P, n, p, P, N, P)
+    groups = H // per_left
     for i in range(chunks):
         c = chunks - 1 - i if REVERSE else i
         _store(states + (head * chunks + c) * N * P, n, p, P, N, P, state)
-        row_count, row = L - c * Q, (b * L + c * Q) * H + h
+        row_count, step = L - c * Q, b * L + c * Q
+        row_left, row = step * groups + h // per_left, step * H + h
         scale_Q, row_mask = tl.load(scale + (head * chunks + c) * Q + q), q < row_count
         if DOCUMENTS:
             row_mask = row_mask & (scale_Q >= 0)
         state = _decayed(tl.load(chunk_decay + head * chunks + c), state, DOCUMENTS)
         for r in tl.range(0, R, num_stages=1):
-            left_QN = _load_rows(left + (row * R + r) * N, q, n, H * R * N, row_mask, N)
+            left_QN = _load_rows(left + (row_left * R + r) * N, q, n, groups * R * N, row_mask, N)
             right_QP = _load_rows(right + (row * R + r) * P, q, p, H * R * P, row_mask, P)
             state += dot(tl.trans(left_QN), (right_QP * scale_Q[:, None]).to(left_QN.dtype))
     _store(last + head * N * P, n, p, P, N, P, state)
@@ -116,17 +120,19 @@ def carry_kernel(
 @autotuned((8, 2), key=["N", "P", "R", "DOCUMENTS", "length_bucket"])
 @triton.jit
 def outputs_kernel(
-    x, B, C, high, low, ids, decay_in, states, y, L, H, N, P, chunks, length_bucket,
+    x, B, C, high, low, ids, decay_in, states, y, L, H, per_B, per_C, N, P, chunks, length_bucket,
     R: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Compute y [batch, L, H, R, P] from x, B, C and the states before each chunk.
 
-    x [batch, L, H, P]; B [batch, L, H, N]; C [batch, L, H, R, N].
+    x [batch, L, H, P]; B [batch, L, H // per_B, N]; C [batch, L, H // per_C, R, N].
     """
     head, c, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BLOCK_P
     b, h = head // H, head % H
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
     row_count, row, step = L - c * Q, (b * L + c * Q) * H + h, (head * chunks + c) * Q
+    row_B, stride_B = row // per_B, H // per_B * N
+    row_C, stride_C = row // per_C * R, H // per_C * R * N
     decay_QQ, mask_QQ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     decay_QQ = tl.where(mask_QQ, decay_QQ, -1.0)
     x_QP = _load(x + row * P, q, p, H * P, row_count, P)
@@ -137,8 +143,8 @@ def outputs_kernel(
         y_QP, scores_QQ = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, Q), tl.float32)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
-            C_QN = _load(C + (row * R + r) * N, q, n, H * R * N, row_count, N)
-            scores_QQ += dot(C_QN, tl.trans(_load(B + row * N, q, n, H * N, row_count, N)))
+            C_QN = _load(C + (row_C + r) * N, q, n, stride_C, row_count, N)
+            scores_QQ += dot(C_QN, tl.trans(_load(B + row_B * N, q, n, stride_B, row_count, N)))
             y_QP += dot(C_QN, _load(states + (head * chunks + c) * N * P, n, p, P, N, P))
         y_QP = _decayed(decay_in_Q[:, None], y_QP, DOCUMENTS)
         y_QP = y_QP + dot(_decayed(decay_QQ, scores_QQ, True).to(x_QP.dtype), x_QP)
@@ -153,7 +159,8 @@ def outputs_kernel(
 @autotuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "length_bucket"])
 @triton.jit
 def values_gradient_kernel(
-    x, B, C, dy, high, low, ids, decay_out, chunk_decay, states, dstates, dx, dlog, L, H, N, P, chunks, length_bucket,
+    x, B, C, dy, high, low, ids, decay_out, chunk_decay, states, dstates, dx, dlog,
+    L, H, per_B, per_C, N, P, chunks, length_bucket,
     R: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Compute dx, and this block's share of dlog [blocks of P, batch, H, chunks Q], the gradient of log_decay.
@@ -166,6 +173,8 @@ def values_gradient_kernel(
     b, h = head // H, head % H
     q, p = tl.arange(0, Q), p0 + tl.arange(0, BLOCK_P)
     row_count, row = L - c * Q, (b * L + c * Q) * H + h
+    row_B, stride_B = row // per_B, H // per_B * N
+    row_C, stride_C = row // per_C * R, H // per_C * R * N
     step, state = (head * chunks + c) * Q, (head * chunks + c) * N * P
     slice_P = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks
     x_QP = _load(x + row * P, q, p, H * P, row_count, P)
@@ -173,7 +182,7 @@ def values_gradient_kernel(
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         dS_NP = _load(dstates + state, n, p, P, N, P)
-        dx_QP += dot(_load(B + row * N, q, n, H * N, row_count, N), dS_NP)
+        dx_QP += dot(_load(B + row_B * N, q, n, stride_B, row_count, N), dS_NP)
         dchunk_decay_P += tl.sum(dS_NP.to(tl.float32) * _load(states + state, n, p, P, N, P).to(tl.float32), 0)
     dx_QP *= tl.maximum(tl.load(decay_out + step + q), 0.0)[:, None]
     dlog_out_Q = tl.sum(x_QP.to(tl.float32) * dx_QP, 1)
@@ -181,7 +190,7 @@ def values_gradient_kernel(
     E_QQ = tl.zeros((Q, Q), tl.float32)
     decay_QQ, _ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
     for r in tl.range(0, R, num_stages=1):
-        G_QQ = _scores(C + (row * R + r) * N, H * R * N, B + row * N, H * N, q, row_count, N, Q, BLOCK_N) * decay_QQ
+        G_QQ = _scores(C + (row_C + r) * N, stride_C, B + row_B * N, stride_B, q, row_count, N, Q, BLOCK_N) * decay_QQ
         dy_QP = _load(dy + (row * R + r) * P, q, p, H * R * P, row_count, P)
         dx_QP += dot(tl.trans(G_QQ).to(dy_QP.dtype), dy_QP)
         E_QQ += G_QQ * dot(dy_QP, tl.trans(x_QP))
@@ -193,45 +202,65 @@ def values_gradient_kernel(
     )
 
 
-@autotuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "length_bucket"])
+@autotuned((8, 1), key=["N", "P", "R", "DOCUMENTS", "SHARED", "length_bucket"])
 @triton.jit
 def keys_gradient_kernel(
-    x, B, C, dy, high, low, ids, decay_in, decay_out, states, dstates, dB, dC, dlog, L, H, N, P, chunks, length_bucket,
-    R: tl.constexpr, DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, B, C, dy, high, low, ids, decay_in, decay_out, states, dstates, dB, dC, dlog,
+    L, H, per_B, per_C, heads, N, P, chunks, length_bucket,
+    R: tl.constexpr, DOCUMENTS: tl.constexpr, SHARED: tl.constexpr,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Compute dB, dC, and this block's share of dlog [blocks of N, batch, H, chunks Q], the gradient of log_decay."""
-    head, c, n0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BLOCK_N
-    b, h = head // H, head % H
-    q, n = tl.arange(0, Q), n0 + tl.arange(0, BLOCK_N)
-    row_count, row = L - c * Q, (b * L + c * Q) * H + h
-    step, state = (head * chunks + c) * Q, (head * chunks + c) * N * P
-    decay_in_Q, decay_out_Q = (
-        tl.maximum(tl.load(decay_in + step + q), 0.0),
-        tl.maximum(tl.load(decay_out + step + q), 0.0),
-    )
-    B_QN = _load(B + row * N, q, n, H * N, row_count, N)
-    dB_QN = tl.zeros((Q, BLOCK_N), tl.float32)
-    for p0 in range(0, P, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        x_QP = _load(x + row * P, q, p, H * P, row_count, P)
-        dB_QN += dot(x_QP, tl.trans(_load(dstates + state, n, p, P, N, P)))
-    dB_QN *= decay_out_Q[:, None]
-    decay_QQ, _ = _decays(high + step, low + step, ids + (b * chunks + c) * Q, q, DOCUMENTS)
-    dlog_in_Q = tl.zeros((Q,), tl.float32)
-    for r in tl.range(0, R, num_stages=1):
-        dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
+    """Compute dB, dC, and this block's share of dlog [blocks of N, batch, H, chunks Q], the gradient of log_decay.
+
+    A program adds up the gradients of a slice of `heads` heads of a group of B: dB [slices, *B]. SHARED: these heads
+    also share C, and dC is [slices, *C]; else each has its own, and dC is as C.
+    """
+    slices, G = tl.cdiv(per_B, heads), H // per_B
+    pair, part, c = (tl.program_id(0) // slices).to(tl.int64), tl.program_id(0) % slices, tl.program_id(1)
+    b, g, first = pair // G, pair % G, part * heads
+    q, n = tl.arange(0, Q), tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_count, row_B, stride_B = L - c * Q, (b * L + c * Q) * G + g, G * N
+    slice_B = part * (tl.num_programs(0) // slices).to(tl.int64) * L * N
+    slice_N = tl.program_id(2) * (tl.num_programs(0) // (slices * G)).to(tl.int64) * H * chunks
+    B_QN = _load(B + row_B * N, q, n, stride_B, row_count, N)
+    dB_QN, dC_sum_QN = tl.zeros((Q, BLOCK_N), tl.float32), tl.zeros((Q, BLOCK_N), tl.float32)
+    # without moving what is the same for all heads out of the loop, where it would take registers
+    for i in tl.range(first, tl.minimum(first + heads, per_B), num_stages=1, disable_licm=True):
+        h = g * per_B + i
+        row, chunk = (b * L + c * Q) * H + h, (b * H + h) * chunks + c
+        state = chunk * N * P
+        decay_in_Q, decay_out_Q = (
+            tl.maximum(tl.load(decay_in + chunk * Q + q), 0.0),
+            tl.maximum(tl.load(decay_out + chunk * Q + q), 0.0),
+        )
+        dB_head_QN = tl.zeros((Q, BLOCK_N), tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            dy_QP = _load(dy + (row * R + r) * P, q, p, H * R * P, row_count, P)
-            dC_QN += dot(dy_QP, tl.trans(_load(states + state, n, p, P, N, P)))
-        dC_QN *= decay_in_Q[:, None]
-        C_QN = _load(C + (row * R + r) * N, q, n, H * R * N, row_count, N)
-        dlog_in_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
-        H_QQ = _scores(dy + (row * R + r) * P, H * R * P, x + row * P, H * P, q, row_count, P, Q, BLOCK_P) * decay_QQ
-        H_QQ = H_QQ.to(B_QN.dtype)
-        dC_QN += dot(H_QQ, B_QN)
-        dB_QN += dot(tl.trans(H_QQ), C_QN)
-        _store(dC + (row * R + r) * N, q, n, H * R * N, row_count, N, dC_QN)
-    _store(dB + row * N, q, n, H * N, row_count, N, dB_QN)
-    slice_N = tl.program_id(2) * tl.num_programs(0).to(tl.int64) * chunks
-    tl.store(dlog + slice_N * Q + step + q, tl.cumsum(dlog_in_Q, 0, reverse=True))
+            x_QP = _load(x + row * P, q, p, H * P, row_count, P)
+            dB_head_QN += dot(x_QP, tl.trans(_load(dstates + state, n, p, P, N, P)))
+        dB_QN += dB_head_QN * decay_out_Q[:, None]
+        decay_QQ, _ = _decays(high + chunk * Q, low + chunk * Q, ids + (b * chunks + c) * Q, q, DOCUMENTS)
+        dlog_in_Q = tl.zeros((Q,), tl.float32)
+        for r in tl.range(0, R, num_stages=1):
+            dC_QN = tl.zeros((Q, BLOCK_N), tl.float32)
+            for p0 in range(0, P, BLOCK_P):
+                p = p0 + tl.arange(0, BLOCK_P)
+                dy_QP = _load(dy + (row * R + r) * P, q, p, H * R * P, row_count, P)
+                dC_QN += dot(dy_QP, tl.trans(_load(states + state, n, p, P, N, P)))
+            dC_QN *= decay_in_Q[:, None]
+            C_r, stride_C = (row // per_C * R + r) * N, H // per_C * R * N
+            C_QN = _load(C + C_r, q, n, stride_C, row_count, N)
+            dlog_in_Q += tl.sum(C_QN.to(tl.float32) * dC_QN, 1)
+            dy_r, stride_dy = dy + (row * R + r) * P, H * R * P
+            H_QQ = _scores(dy_r, stride_dy, x + row * P, H * P, q, row_count, P, Q, BLOCK_P) * decay_QQ
+            H_QQ = H_QQ.to(B_QN.dtype)
+            dC_QN += dot(H_QQ, B_QN)
+            dB_QN += dot(tl.trans(H_QQ), C_QN)
+            if SHARED:
+                dC_sum_QN += dC_QN
+            else:
+                _store(dC + C_r, q, n, stride_C, row_count, N, dC_QN)
+        tl.store(dlog + (slice_N + chunk) * Q + q, tl.cumsum(dlog_in_Q, 0, reverse=True))
+    _store(dB + slice_B + row_B * N, q, n, stride_B, row_count, N, dB_QN)
+    if SHARED:
+        _store(dC + slice_B + row_B * N, q, n, stride_B, row_count, N, dC_sum_QN)

@@ -14,14 +14,16 @@ def chunk_scan_reference(
     Args:
         x: [batch, L, H, P].
         log_decay: [batch, L, H].
-        B: [batch, L, H, N].
-        C: [batch, L, H, R, N], R queries per state.
+        B: [batch, L, G, N]; a group is of H // G heads that follow each other.
+        C: [batch, L, G, 1, N], or [batch, L, H, R, N] for R queries per state.
         S: the first states, [batch, H, N, P].
         document_ids: [batch, L]; a document starts where the id changes.
 
     Returns:
         y [batch, L, H, R, P], and the last S.
     """
+    heads = x.shape[2]
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
     y = []
     for t in range(x.shape[1]):
         log = log_decay[:, t, :, None, None]

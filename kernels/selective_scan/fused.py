@@ -9,7 +9,7 @@ try:
 except ImportError:  # in a try block, so that transformers loads an exported copy on a machine without Triton
     raise
 
-from kernels.autotune import length_bucket, on_device_of
+from kernels.autotune import PROGRAMS, length_bucket, on_device_of
 from kernels.selective_scan.fused_kernels import (
     FEW_STATES,
     backward_few_states,
@@ -18,8 +18,6 @@ from kernels.selective_scan.fused_kernels import (
     forward_many_states,
     update_kernel,
 )
-
-PROGRAMS = 1024  # of the backward pass, enough for all multiprocessors of a large GPU (ours)
 
 
 def _block_sizes(N: int, L: int, is_plain: bool) -> tuple[int, int]:

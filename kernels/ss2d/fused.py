@@ -9,8 +9,8 @@ try:
 except ImportError:  # in a try block, so that transformers loads an exported copy on a machine without Triton
     raise
 
-from kernels.autotune import length_bucket, on_device_of
-from kernels.selective_scan.fused import PROGRAMS, block_channels
+from kernels.autotune import PROGRAMS, length_bucket, on_device_of
+from kernels.selective_scan.fused import block_channels
 from kernels.selective_scan.fused_kernels import FEW_STATES
 from kernels.ss2d.fused_kernels import (
     backward_few_states,

@@ -61,7 +61,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 def test_these_kernels_pass(tmp_path):
-    names = "selective_scan N=16 training=False", "selective_state_update N=16", "chunk_scan N=128 bf16"
+    names = "selective_scan N=16 training=False", "selective_state_update N=16", "chunk_scan N=128 G=1 bf16"
     done = run("-m", "kernels.audit", *names, "--targets", "sm_90,gfx942", "--json", str(tmp_path / "audit.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "audit.json").read_text())

@@ -65,6 +65,13 @@ def test_bfloat16(name):
     compare(name, 63, dtype=torch.bfloat16, tolerance=BFLOAT16)
 
 
+@pytest.mark.parametrize("case", ["plain", "groups", "queries"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+def test_a_program_adds_up_all_heads_of_a_group(monkeypatch, case, dtype, tolerance):
+    monkeypatch.setattr("kernels.chunk_scan.fused.PROGRAMS", 1)
+    compare("chunk_scan", 127, dtype, tolerance, **chunk_cases.CASES[case])
+
+
 @pytest.mark.parametrize("name", SCANS)
 def test_twice_the_same_bits(name):
     scan, make = SCANS[name]

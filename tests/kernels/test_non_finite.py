@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import products
 from kernels.chunk_scan import cases as chunk_cases
 from kernels.chunk_scan import chunk_scan, chunked
+from kernels.chunk_scan import cpu as chunk_cpu
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan
 from tests.kernels.conftest import CPU
@@ -81,6 +82,14 @@ def test_each_argument_as_in_the_reference(name, impl, seed):
             torch.testing.assert_close(
                 f[finite], w[finite], rtol=1e-3, atol=1e-3 * float(w[finite].abs().max()) if finite.any() else 0
             )
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("impl", [CPU])
+def test_one_head_of_a_task_as_in_the_reference(monkeypatch, impl, seed):
+    """Its gradients, computed step by step, are added to those of the other heads of the group."""
+    monkeypatch.setattr(chunk_cpu, "MIN_TASKS", 1)
+    test_each_argument_as_in_the_reference("chunk_scan", impl, seed)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels.chunk_scan import cases as chunk_cases
-from kernels.chunk_scan import chunk_scan
+from kernels.chunk_scan import chunk_scan, fused
 from kernels.selective_scan import cases as selective_cases
 from kernels.selective_scan import selective_scan, selective_state_update
 from tests.conftest import assert_close
@@ -55,6 +55,24 @@ LEAST = {
 def test_states_in_several_blocks(name, length, N):
     """70 states are two blocks of 64, the second hardly used; the last chunk is not full."""
     compare(name, length, N=N, normalize=True, documents=True, state=True, **LEAST[name])
+
+
+@pytest.mark.parametrize("case", ["groups", "queries"])
+def test_a_program_adds_up_all_heads_of_a_group(monkeypatch, case):
+    monkeypatch.setattr(fused, "PROGRAMS", 1)
+    compare("chunk_scan", 40, **chunk_cases.CASES[case])
+
+
+def test_a_program_adds_up_two_heads_of_three(monkeypatch):
+    """Two batch entries of two chunks are four programs; a fifth makes two slices of each, of two heads and of one."""
+    monkeypatch.setattr(fused, "PROGRAMS", 5)
+    single, double = (
+        a | dict(x=a["x"][:, :, :3], dt=a["dt"][:, :, :3], A=a["A"][:3])
+        for a in (chunk_cases.make(40, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    )
+    found, expected = run(chunk_scan, single, "triton"), run(chunk_scan, double, "reference")
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, FLOAT32)
 
 
 @pytest.mark.parametrize("length", [127, 1000])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels.chunk_scan.chunked as chunked
+import kernels.chunk_scan.cpu as cpu
 from kernels.chunk_scan import chunk_scan
 from kernels.chunk_scan.cases import CASES, CHANNELS, HEADS, make
 from kernels.selective_scan import selective_scan
@@ -36,6 +37,32 @@ def test_compiled_scan_of_many_vectors(N, dtype, tolerance):
     )
     assert_close(outputs, expected[0], tolerance)
     assert_close(gradients, expected[1], tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tasks", [1, 6])
+@pytest.mark.parametrize("case", ["plain", "groups", "queries", "everything"])
+def test_a_task_of_several_heads(monkeypatch, case, tasks):
+    """It adds up their gradients of B and C; 6 tasks are 3 for each batch entry, of one, one and two heads of 4."""
+    monkeypatch.setattr(cpu, "MIN_TASKS", tasks)
+    found, expected = (run(chunk_scan, make(70, **CASES[case]), impl) for impl in ("cpu", "reference"))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, FLOAT64)
+
+
+@needs_compiler
+def test_threads_change_nothing(monkeypatch):
+    """Sums over the heads of a group have one order, else a resumed run would not be bit-identical."""
+    monkeypatch.setattr(cpu, "MIN_TASKS", 4)
+    a = make(130, N=16, dtype=torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(run(chunk_scan, a, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])
@@ -161,11 +188,11 @@ def test_autocast_changes_nothing(impl):
         assert all(torch.equal(x, y) for x, y in zip(o, i, strict=True))
 
 
-def saved_numbers(L: int, impl: str) -> int:
+def saved_numbers(L: int, impl: str, **options: int) -> int:
     """Count the numbers in the storages that autograd keeps for the backward pass; a view keeps all of its storage."""
     a = {
         k: v.requires_grad_() if isinstance(v, torch.Tensor) else v
-        for k, v in make(L, N=4, R=2, normalize=True, dtype=torch.float32).items()
+        for k, v in make(L, **options, dtype=torch.float32).items()
     }
     storages = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -177,10 +204,18 @@ def saved_numbers(L: int, impl: str) -> int:
 
 
 def test_backward_keeps_nothing_quadratic_in_length(monkeypatch):
-    at_256, at_512 = saved_numbers(256, "chunked"), saved_numbers(512, "chunked")
+    options = dict(N=4, R=2, normalize=True)
+    at_256, at_512 = (saved_numbers(L, "chunked", **options) for L in (256, 512))
     assert at_512 < 2.05 * at_256
     monkeypatch.setattr(chunked, "CHUNK", 512)  # one chunk is the quadratic form: the measure sees it
-    assert saved_numbers(512, "chunked") > 2 * HEADS * 512 * 512 > at_512
+    assert saved_numbers(512, "chunked", **options) > 2 * HEADS * 512 * 512 > at_512
+
+
+@pytest.mark.parametrize("impl", [CPU, "chunked"])
+def test_groups_are_not_repeated(impl):
+    """What is kept of a B and a C for each head, beyond one for all of them, are those of the other heads."""
+    shared, own = (saved_numbers(128, impl, N=32, G=G) for G in (1, HEADS))
+    assert own - shared >= 2 * 2 * 128 * (HEADS - 1) * 32
 
 
 WRONG = {
