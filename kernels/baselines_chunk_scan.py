@@ -19,9 +19,9 @@ from kernels.chunk_scan import chunk_scan
 
 
 def chunk_scan_case(size: Size) -> BenchmarkCase:
-    """Mamba-2's scan, where each head has its own B and C."""
-    size = {"batch": 1, "H": 16, "P": 64, "N": 128, "L": 4096} | size
-    batch, H, P, N, L = size.values()
+    """Mamba-2's scan, where each head has its own B and C; in Mamba-2 itself all heads share them (G=1)."""
+    size = {"batch": 1, "H": 16, "P": 64, "N": 128, "G": size.get("H", 16), "L": 4096} | size
+    batch, H, P, N, G, L = size.values()
 
     def make_arguments() -> Tensors:
         normal = normal_generator()
@@ -29,8 +29,8 @@ def chunk_scan_case(size: Size) -> BenchmarkCase:
             x=normal(batch, L, H, P),
             dt=normal(batch, L, H).abs(),
             A=-normal(H).abs() * 0.1,
-            B=normal(batch, L, H, N),
-            C=normal(batch, L, H, N),
+            B=normal(batch, L, G, N),
+            C=normal(batch, L, G, N),
         )
 
     implementations: dict[str, Run] = {
@@ -48,8 +48,8 @@ def chunk_scan_case(size: Size) -> BenchmarkCase:
         check_size=size | {"L": min(L, 4096)},
         scaling=("L", (512, 1024, 2048, 4096, 8192)),
         cost={
-            "forward": Cost(4 * (2 * P + 2 * N + 1) * steps, forward, steps),
-            "backward": Cost(4 * (3 * P + 4 * N + 2) * steps, int(2.5 * forward), steps),
+            "forward": Cost(4 * ((2 * P + 1) * steps + 2 * N * steps * G // H), forward, steps),
+            "backward": Cost(4 * ((3 * P + 2) * steps + 4 * N * steps * G // H), int(2.5 * forward), steps),
         },
         make_arguments=make_arguments,
         implementations=measured(implementations),
@@ -62,5 +62,6 @@ MAMBA2_SCAN = "mamba_ssm.ops.triton.ssd_combined"
 
 def _flash_linear_attention(a: Tensors) -> Tensor:
     """Gated linear attention with one decay per head: C are the queries, B the keys, and dt x the values."""
-    attention = imported("fla.ops.simple_gla", "chunk_simple_gla")
-    return attention(a["C"], a["B"], a["x"] * a["dt"][..., None], g=a["dt"] * a["A"], scale=1.0)[0]
+    attention, H = imported("fla.ops.simple_gla", "chunk_simple_gla"), a["x"].shape[2]
+    C, B = (t if t.shape[2] == H else t.repeat_interleave(H // t.shape[2], 2) for t in (a["C"], a["B"]))
+    return attention(C, B, a["x"] * a["dt"][..., None], g=a["dt"] * a["A"], scale=1.0)[0]

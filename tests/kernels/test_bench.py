@@ -16,7 +16,7 @@ from kernels.selective_scan import selective_scan
 TINY = {
     "selective_scan": dict(batch=1, D=8, N=4, L=32),
     "hedgemamba": dict(batch=1, heads=2, P=4, N=8, L=200),
-    "chunk_scan": dict(batch=1, H=2, P=8, N=16, L=100),
+    "chunk_scan": dict(batch=1, H=2, P=8, N=16, G=1, L=100),
     "kda": dict(batch=1, H=2, K=8, V=4, T=100),
     "gated_delta_rule": dict(batch=1, H=2, K=8, V=4, T=100),
     "selective_state_update": dict(batch=1, D=8, N=4),
