@@ -61,13 +61,14 @@ def test_a_run_becomes_a_file_that_runs_alone(run, capsys):
 @installed
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter
 @pytest.mark.parametrize("rank_ratio", [None, 0.5])
-def test_scans_over_images_are_exported(rank_ratio, tmp_path):
+def test_scans_over_images_are_exported(rank_ratio, tmp_path, caplog):
     torch.manual_seed(0)
     sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "rank_ratio": rank_ratio}
     config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, **sizes)
     set_preprocessing(config, Preprocessing(24, 24, (0.5,), (0.5,)))
     model = VMambaForImageClassification(config).eval()
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-5
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     pixels = [np.random.default_rng(i).random((1, 1, 24, 24), np.float32) for i in range(4)]
     quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx", pixels)
     assert not list(tmp_path.glob("*.prepared"))
