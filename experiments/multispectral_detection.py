@@ -23,6 +23,7 @@ import torch
 from rich import box
 from rich.table import Table
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core import json_lines
@@ -192,7 +193,8 @@ def main() -> None:
         train_all(task, [each for each in wanted if each not in done], file, said_of, args.jobs)
     torch.set_num_threads(1)  # times are those of one thread
     classes = len(pairs.class_names)
-    costs = {row.name: on_the_edge(load(out, Training(row.name, 0), classes), pairs, held_out) for row in ROWS}
+    bar = tqdm(ROWS, desc="as ONNX files", unit="detector", dynamic_ncols=True)
+    costs = {row.name: on_the_edge(load(out, Training(row.name, 0), classes), pairs, held_out) for row in bar}
     rows = rows_of(results_of(file), costs)
     write_text(out / TABLE, show(rows))
     found = found_by(load(out, Training(DISTILLED, 0), classes), held_out)
