@@ -24,7 +24,7 @@ from convert.cli import fail_in_words, number_of_tokens, whole_number
 from convert.core import json_lines
 from convert.core.console import console, size
 from convert.core.files import write_text
-from convert.data.recorded import Recorded, Recording
+from convert.data.recorded import Recorded, RecordedBatches, Recording
 from convert.domains.language import Language
 from convert.evaluation.perplexity import compare
 from convert.models.absent import out_of_memory
@@ -92,7 +92,7 @@ class Bench:
             found["bytes"] = sum(file.stat().st_size for file in (folder / "parts").iterdir())
             with out_of_memory(self.teacher.model, lambda: load_teacher(self.name).model):
                 started = time.process_time()
-                distill(student, None, Recorded(folder).batches(batches), self.settings, recorded=True)
+                distill(student, None, RecordedBatches(batches, Recorded(folder)), self.settings, recorded=True)
         found["seconds"] = time.process_time() - started
         return dataclasses.asdict(compare(student, self.teacher.model, self.held_out)) | found
 

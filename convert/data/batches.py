@@ -142,15 +142,17 @@ class Batches:
         return len(self.tokens) // self.seq_len - 1
 
 
+@dataclass(frozen=True)
 class StreamBatches(Batches):
-    """Batches of a stream, whose next chunk is begun when half of one is read."""
+    """Batches of a stream for so many steps. When half of a chunk is read, the next one that they need is begun."""
 
     tokens: Stream
+    num_steps: Annotated[int, Range(1, 2**53)] = 2**53
 
     def __call__(self, step: int) -> Batch:
         batch = super().__call__(step)
         epoch, place = divmod((step + 1) * self.num_sequences, self.per_epoch)
-        if place > self.per_epoch // 2:
+        if place > self.per_epoch // 2 and (epoch + 1) * self.per_epoch < self.num_steps * self.num_sequences:
             self.tokens.begin(epoch + 1)
         return batch
 

@@ -55,14 +55,26 @@ class Corpus:
         """(key, text) pairs. The key decides the split, so it depends on no absolute path. Of what is streamed, whose
         rows have no numbers that count, it is the text."""
         if self.hub:
-            documents = _hub_documents(*self.hub)
-            yield from ((text, text) for _, text in documents) if self.is_streamed else documents
+            yield from self._streamed() if self.is_streamed else _hub_documents(*self.hub)
         for file in self.files:
             key = file.relative_to(self.root).as_posix()
             if file.suffix == ".jsonl":
                 yield from ((f"{key}:{number}", _json_text(row, where)) for number, where, row in _json_rows(file))
             elif (text := _read_text(file)).strip():
                 yield key, text
+
+    def _streamed(self) -> Iterator[tuple[str, str]]:
+        """Each text as its own key. Raises UserError at the end of data of which nothing is held out."""
+        assert self.hub is not None
+        read = held_out = 0
+        for text in (text for _, text in _hub_documents(*self.hub) if text):
+            read, held_out = read + 1, held_out + is_held_out(text)
+            yield text, text
+        if read and not held_out:
+            raise UserError(
+                f"A stream holds out a sixteenth of its documents, by a hash of each; of the {read} documents of"
+                f" {self.hub[0]} that is none. Give hub:{self.hub[0]}, which holds out a part of the text."
+            )
 
     def rows(self) -> Iterator[tuple[str, str, Any]]:
         """(key, where it stands, value) of every line of the .jsonl files, or row of the hub data set."""
@@ -100,8 +112,8 @@ class Corpus:
 def check_exists(spec: str | Path) -> None:
     """Raises UserError where `spec` names no text, by one look at the disk."""
     spec = str(spec)
-    kind, _, name = spec.partition(":")
-    if kind in HUB and name != spec:
+    kind, colon, name = spec.partition(":")
+    if colon and kind in HUB:
         if not name.partition(":")[0]:
             raise UserError(f"A hub data set is written {kind}:NAME or {kind}:NAME:CONFIG; got {spec!r}.")
     elif spec.startswith(SAMPLED):

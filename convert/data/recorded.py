@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,6 @@ class Recorded:
                 " another folder."
             )
 
-    def batches(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        """The batches with what the teacher said of them."""
-
-        def with_teacher(step: int) -> Batch:
-            batch = batches(step)
-            return replace(batch, recorded=self(step, batch.labels != -100))
-
-        return with_teacher
-
     def __call__(self, step: int, has_target: Tensor) -> tuple[Tensor, ...]:
         """What was recorded of the tokens of a step, [B, T, ...], zeros where they have no target [B, T]: the fields of
         a RecordedTeacher."""
@@ -188,6 +179,18 @@ class Recorded:
             raise UserError(f"{file} is not what was written: its hash is another one. {AGAIN}")
         counts: list[int] = _read(file.with_suffix(".json"))["counts"]
         return np.load(file, mmap_mode="r"), counts
+
+
+@dataclass(frozen=True)
+class RecordedBatches:
+    """`batches(step)`: the batch of one step, with what the teacher said of it."""
+
+    batches: Callable[[int], Batch]
+    recorded: Recorded
+
+    def __call__(self, step: int) -> Batch:
+        batch = self.batches(step)
+        return replace(batch, recorded=self.recorded(step, batch.labels != -100))
 
 
 def _part(folder: Path, number: int) -> Path:

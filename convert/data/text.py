@@ -71,7 +71,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def tokenize(
     source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, Range(1, 1e14)] | None = None
 ) -> TokenData:
-    """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens.
+    """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens
+    for training, as soon as a document is held out.
 
     A damaged cache is set aside and rebuilt."""
     limit = limit if source.hub else None
@@ -113,7 +114,8 @@ def cached(
     doing: str = "tokenise",
 ) -> TokenData:
     """The documents as arrays on disk, which are written once for this key and then read. `limit`: tokens for training
-    after which no more groups of documents are taken; `name` is what the data are called, `doing` the progress bar.
+    after which no more groups of documents are taken, if a document is held out; `name` is what the data are called,
+    `doing` the progress bar.
 
     A damaged cache is set aside and written anew."""
     key = hashlib.sha256(key.encode()).hexdigest()[:20]
@@ -203,6 +205,6 @@ def _write_raw(
                 starts[part].append(starts[part][-1] + len(ids))
                 text_bytes += size
                 bar.update(len(ids))
-            if limit and starts["train"][-1] >= limit:
+            if limit and starts["train"][-1] >= limit and starts["held_out"][-1]:
                 break
     return starts, text_bytes

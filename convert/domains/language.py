@@ -148,7 +148,7 @@ class Language(Domain[Source, Teacher, Corpus, TokenData]):
         s = settings
         chat.check_masking(data.train.completions is not None, s.masking, "the data")
         if isinstance(data.train, Stream):
-            return StreamBatches(data.train, s.seq_len, s.num_sequences, s.seed)
+            return StreamBatches(data.train, s.seq_len, s.num_sequences, s.seed, s.num_steps)
         if data.train.completions is None:
             return Batches(data.train, s.seq_len, s.num_sequences, s.seed)
         return PackedBatches(data.train, s.seq_len, s.num_sequences, s.seed, s.masking)

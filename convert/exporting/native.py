@@ -36,7 +36,7 @@ def to_native(student: ConvertedForCausalLM) -> PreTrainedModel:
     config, architecture = native_config(student), _known(student)
     layers = [f"{LAYERS}{i}." for i in range(len(student.blocks))]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=student.dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(student.device)  # its table is in no state
     model.generation_config = student.generation_config
     if not is_shared_out(student):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from convert.core.errors import UserError
 from convert.core.fields import Checked, Name, Text
 from convert.core.processes import launched
-from convert.data.recorded import Recorded
+from convert.data.recorded import Recorded, RecordedBatches
 from convert.models.access import layers_of, slots_of
 from convert.objectives import AttentionTerm, BlockTerm
 from convert.steps import recorded
@@ -205,7 +205,7 @@ class Train(Step, Checked):
         started, s = time.monotonic(), self.settings
         batches = session.domain.batches(session.data if self.data is None else session.prepare(self), s)
         if self.recorded is not None:
-            batches = Recorded(self.recorded).batches(batches)
+            batches = RecordedBatches(batches, Recorded(self.recorded))
             with session.without_teacher(s):
                 student = self._trained(student, None, batches, session, recorded=True)
         else:

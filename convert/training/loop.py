@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from convert.core.errors import Interrupted, UserError
-from convert.core.processes import on_first, rank, summed
+from convert.core.processes import rank, summed
 from convert.data.batches import StreamBatches
+from convert.data.recorded import RecordedBatches
 from convert.mixers.mamba_block import project_gradients
 from convert.models.access import replaced_attention
 from convert.models.sharding import reshard
@@ -182,8 +183,8 @@ def _restored(state: dict | None, changed: Changed, batches: BatchOfStep) -> Pro
     if state is None:
         return Progress()
     changed.put_back(state)
-    if isinstance(batches, StreamBatches) and "stream" in state:
-        on_first(batches.go_to, state["stream"])
+    if (stream := _stream(batches)) is not None and "stream" in state:
+        stream.go_to(state["stream"])
     try:
         return Progress(**{field: state[field] for field in Progress.__dataclass_fields__})
     except LookupError as error:
@@ -192,7 +193,13 @@ def _restored(state: dict | None, changed: Changed, batches: BatchOfStep) -> Pro
 
 def _position(batches: BatchOfStep, step: int) -> dict[str, Any]:
     """The place of a step's data in their files, if they are streamed."""
-    return {"stream": on_first(batches.position, step)} if isinstance(batches, StreamBatches) else {}
+    stream = _stream(batches)
+    return {} if stream is None else {"stream": stream.position(step)}
+
+
+def _stream(batches: BatchOfStep) -> StreamBatches | None:
+    inner = batches.batches if isinstance(batches, RecordedBatches) else batches
+    return inner if isinstance(inner, StreamBatches) else None
 
 
 def _agreed(is_stopped: bool, is_late: bool) -> tuple[bool, bool]:

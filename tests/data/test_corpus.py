@@ -145,7 +145,7 @@ def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(rea
             raise ConnectionError("OfflineModeIsEnabled")
         return [{"text": "one"}]
 
-    settings, exceptions = SimpleNamespace(HF_HUB_OFFLINE=False), SimpleNamespace(DatasetNotFoundError=KeyError)
+    settings, exceptions = SimpleNamespace(HF_HUB_OFFLINE=False), SimpleNamespace(DatasetsError=KeyError)
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=load_dataset)
     )
@@ -163,7 +163,7 @@ def test_hub_data_without_the_hub_comes_from_the_cache_or_is_refused_at_once(rea
 def test_rows_of_the_hub_without_text_are_left_out_and_counted(monkeypatch, capsys):
     """A stream is long: what was read before such a row is not lost."""
     rows = [{"text": "one"}, {"text": None}, {"text": ""}, {"text": None}, {"text": "two"}]
-    exceptions, settings = SimpleNamespace(DatasetNotFoundError=KeyError), SimpleNamespace(HF_HUB_OFFLINE=True)
+    exceptions, settings = SimpleNamespace(DatasetsError=KeyError), SimpleNamespace(HF_HUB_OFFLINE=True)
     sets = {"some/set": rows, "other/set": [{"text": "one"}, {"text": [1]}]}
     fake = SimpleNamespace(config=settings, exceptions=exceptions, load_dataset=lambda name, *_, **__: sets[name])
     monkeypatch.setitem(sys.modules, "datasets", fake)

@@ -9,7 +9,7 @@ import torch
 from convert.core.errors import UserError
 from convert.data import recorded
 from convert.data.batches import Batch
-from convert.data.recorded import Recorded, Recording, record_type
+from convert.data.recorded import Recorded, RecordedBatches, Recording, record_type
 
 KEPT = {"vocab_size": 99, "top_k": 3, "sample": 2}
 BATCHES = {"seed": 0, "seq_len": 4, "batch_tokens": 8, "noise": 0.0, "steps": 5}
@@ -59,7 +59,7 @@ def files(folder) -> dict[str, bytes]:
 
 def test_what_is_read_is_what_was_written_in_any_order(tmp_path):
     written(tmp_path / "a")
-    with_teacher = Recorded(tmp_path / "a").batches(batches)
+    with_teacher = RecordedBatches(batches, Recorded(tmp_path / "a"))
     for step in (0, 1, 4, 2, 3, 0):
         batch = with_teacher(step)
         has_target, expected = labels(step) != -100, records(step)

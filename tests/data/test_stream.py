@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from convert.core.errors import UserError
 from convert.data import hub
@@ -53,6 +56,7 @@ def test_a_chunk_is_the_same_in_any_order_after_any_loss(tokenizer, tmp_path):
     wanted = chunks(straight, range(9))  # of which the data are read more than once
     assert len(set(wanted)) == 9
     kept = {file.name[:6] for file in straight.folder.glob("*.npz")}
+    assert len(list(straight.folder.glob("*.json"))) == 4 * 9
     assert kept == {"000006", "000007", "000008"}
 
     assert chunks(Stream(data, tokenizer, 1200), [7, 3]) == [wanted[7], wanted[3]]
@@ -65,18 +69,86 @@ def test_a_chunk_is_the_same_in_any_order_after_any_loss(tokenizer, tmp_path):
 
 def test_a_position_leads_there_without_what_came_before(tokenizer, tmp_path, monkeypatch):
     data = source(tmp_path / "data", 4)
-    batches = StreamBatches(Stream(data, tokenizer, 1200), 16, 8, 3)
+    batches = StreamBatches(Stream(data, tokenizer, 1200), 16, 8, 3, 51)
     wanted, position = batches(50).input_ids, json.loads(json.dumps(batches.position(50)))
     assert position["chunk"] > 3
     shutil.rmtree(batches.tokens.folder)
-    again = StreamBatches(Stream(data, tokenizer, 1200), 16, 8, 3)
+    again = StreamBatches(Stream(data, tokenizer, 1200), 16, 8, 3, 51)
     again.go_to(position)
     made, seen = Stream._made, []
     monkeypatch.setattr(Stream, "_made", lambda self, part, number: seen.append(number) or made(self, part, number))
+    monkeypatch.setattr(Stream, "_note", lambda *_: None)
     assert (again(50).input_ids == wanted).all()
     assert min(seen) == position["chunk"]
     with pytest.raises(UserError, match=r"A run goes on with the data that it began with.* --fresh"):
         StreamBatches(Stream(data, tokenizer, 1600), 16, 8, 3).go_to(position)
+
+
+def test_one_that_is_behind_makes_what_another_removed_and_no_more(tokenizer, tmp_path, monkeypatch):
+    data = source(tmp_path / "data", 2)
+    behind, ahead = Stream(data, tokenizer, 400), Stream(data, tokenizer, 400)
+    wanted = chunks(behind, [0]) + chunks(ahead, range(9))[1:]
+    made, seen = streams._taken, []
+    monkeypatch.setattr(streams, "_taken", lambda *args: seen.append(args) or made(*args))
+    assert chunks(behind, [1, 2]) == wanted[1:3]
+    assert len(seen) == 4  # two parts of two chunks
+
+
+def test_a_place_that_was_lost_long_ago_is_found_again(tokenizer, tmp_path):
+    """Without a call for each chunk, of which there may be many thousands."""
+    data = source(tmp_path / "data", 1)
+    straight = Stream(data, tokenizer, 40)
+    wanted = chunks(straight, [1500])
+    for file in straight.folder.glob("*.json"):
+        file.unlink()
+    (straight.folder / "001500-0.npz").unlink()
+    assert chunks(Stream(data, tokenizer, 40), [1500]) == wanted
+    assert [file.name for file in straight.folder.glob("*.npz")] == ["001500-0.npz"]
+
+
+def test_data_that_changed_are_other_data(tokenizer, tmp_path):
+    before = StreamBatches(Stream(source(tmp_path / "data", 2), tokenizer, 400), 16, 2, 0)
+    before(0)
+    position = before.position(0)
+    after = Stream(source(tmp_path / "data", 2, [{"text": f"other {text}"} for text in TEXTS]), tokenizer, 400)
+    assert after.folder != before.tokens.folder
+    with pytest.raises(UserError, match="A run goes on with the data that it began with"):
+        after.go_to(position)
+
+
+def test_no_chunk_is_begun_that_no_step_needs(tokenizer, tmp_path):
+    made = Stream(source(tmp_path / "data", 2), tokenizer, 1200)
+    batches = StreamBatches(made, 16, 10, 0, num_steps=10)  # 74 windows in a chunk
+    begun = [sorted(made._coming) for step in range(10) if batches(step)]
+    assert begun == [[0]] * 3 + [[0, 1]] * 4 + [[1]] * 3
+
+
+def test_a_process_that_ends_does_not_wait_for_a_chunk(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import threading, time\nfrom convert.data.stream import Stream\n"
+        "made = Stream.__new__(Stream)\nmade._coming, made._one_at_a_time = {}, threading.Lock()\n"
+        "made._chunk = lambda number: time.sleep(60)\nmade.begin(0)\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=50)
+
+
+def test_data_without_a_held_out_document_are_refused(tokenizer, tmp_path):
+    rows = [{"text": text} for text in TEXTS if not is_held_out(text)][:70]
+    with pytest.raises(UserError, match=r"of the 70 documents of .* that is none\. Give hub:"):
+        stream(source(tmp_path / "data", 2, rows), tokenizer, 100)
+
+
+def test_what_the_hub_says_in_the_middle_is_a_sentence(tokenizer, tmp_path, monkeypatch):
+    made = Stream(source(tmp_path / "data", 1), tokenizer, 400)
+
+    def broken(*_):
+        raise HTTPError("the connection broke")
+        yield
+
+    monkeypatch.setattr(streams, "_groups", broken)
+    with pytest.raises(UserError, match=r"could not be read \(.*\)\. Without network .* the same command goes on"):
+        made.of_epoch(0)
 
 
 def test_processes_make_a_chunk_together(tokenizer, tmp_path, monkeypatch):
@@ -156,4 +228,6 @@ def test_a_disk_that_cannot_take_a_chunk_is_a_sentence(tokenizer, tmp_path, monk
 def test_a_stream_has_a_name():
     with pytest.raises(UserError, match="written stream:NAME or stream:NAME:CONFIG; got 'stream:'"):
         corpus("stream:")
+    with pytest.raises(UserError, match="There is no data at 'stream'"):
+        corpus("stream")  # which may be a folder
     assert corpus("stream:some/set:config").hub == ("some/set", "config") and corpus("stream:some/set").is_streamed
