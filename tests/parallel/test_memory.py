@@ -96,7 +96,7 @@ def used(small: Path, folder: Path, out: Path, is_shared: bool) -> dict[str, int
 def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
     """The same path with one process does, so that the measurement would see it."""
     config = LlamaConfig(
-        vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+        vocab_size=128, hidden_size=384, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8,
         max_position_embeddings=128, eos_token_id=2, pad_token_id=0, bos_token_id=1,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
@@ -108,5 +108,5 @@ def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
     whole = together(tmp_path / "one", 1, used, teacher, tmp_path / "model", tmp_path / "out-one", False)[0]
     assert whole["copy"] > 0.9 * size and whole["all of it"] > size
     for found in together(tmp_path / "many", PROCESSES, used, teacher, tmp_path / "model", tmp_path / "out", True):
-        # gathered layers and the system's buffers come and go: 0.4 to 0.7 was seen of a part, 0.9 of the whole
+        # gathered layers and the system's buffers come and go: 0.4 was seen of a part, 0.7 of the whole
         assert all(peak < size for peak in found.values()), found
