@@ -71,13 +71,26 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def tokenize(
     source: Corpus, tokenizer: PreTrainedTokenizerBase, limit: Annotated[int, Range(1, 1e14)] | None = None
 ) -> TokenData:
-    """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub stream after so many tokens
-    for training, as soon as a document is held out.
+    """Tokenise once into a memory-mapped cache; later calls read it. `limit` stops a hub data set after so many tokens
+    for training; one that is streamed goes on until a document is held out.
 
     A damaged cache is set aside and rebuilt."""
     limit = limit if source.hub else None
     key = f"{source.fingerprint()} {tokenizer_fingerprint(tokenizer)} {limit} 2"
+    if limit and source.is_streamed:
+        return cached(key, source.spec, tokenizer, lambda: _beginning(_documents(source, tokenizer), limit))
     return cached(key, source.spec, tokenizer, lambda: _documents(source, tokenizer), limit)
+
+
+def _beginning(groups: Iterator[list[Document]], limit: int) -> Iterator[list[Document]]:
+    """Groups of documents up to so many tokens for training, and until one document is held out."""
+    found = {True: 0, False: 0}
+    for group in groups:
+        yield group
+        for document in group:
+            found[is_held_out(document.key)] += len(document.ids)
+        if found[False] >= limit and found[True]:
+            return
 
 
 def _documents(source: Corpus, tokenizer: Any) -> Iterator[list[Document]]:
@@ -114,8 +127,7 @@ def cached(
     doing: str = "tokenise",
 ) -> TokenData:
     """The documents as arrays on disk, which are written once for this key and then read. `limit`: tokens for training
-    after which no more groups of documents are taken, if a document is held out; `name` is what the data are called,
-    `doing` the progress bar.
+    after which no more groups of documents are taken; `name` is what the data are called, `doing` the progress bar.
 
     A damaged cache is set aside and written anew."""
     key = hashlib.sha256(key.encode()).hexdigest()[:20]
@@ -205,6 +217,6 @@ def _write_raw(
                 starts[part].append(starts[part][-1] + len(ids))
                 text_bytes += size
                 bar.update(len(ids))
-            if limit and starts["train"][-1] >= limit and starts["held_out"][-1]:
+            if limit and starts["train"][-1] >= limit:
                 break
     return starts, text_bytes

@@ -31,7 +31,9 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
             first[id(tensor)], tensors[name] = name, tensor
     write_file(folder / FILE, tensors, {name: t.dtype for name, t in tensors.items()}, metadata)
     if rank() == 0:
-        student.config.save_pretrained(folder)
+        config = copy.deepcopy(student.config)
+        config.dtype = None  # a student that was read back has one, and the weights have theirs
+        config.save_pretrained(folder)
 
 
 def load_student(

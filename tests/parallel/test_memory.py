@@ -1,8 +1,11 @@
 """No process holds a whole model: while one is loaded, copied, swapped, measured, saved, exported and read back, a
 process never has as much memory as its parameters take."""
 
-import ctypes
+import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from tests.training.stages import tokens
 
 STATUS = Path("/proc/self/status")
 PROCESSES = 6
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's count of a process's memory")
 
@@ -53,13 +56,6 @@ class Peak:
         self.thread.join()
 
 
-def return_memory() -> None:
-    """Give back to the system what was freed, from now on at once, as with MALLOC_MMAP_THRESHOLD_=262144."""
-    glibc = ctypes.CDLL(None)
-    assert glibc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
-    glibc.malloc_trim(0)
-
-
 def used(small: Path, folder: Path, out: Path, is_shared: bool) -> dict[str, int]:
     """Peaks of what a run does with the model of a folder, by name; a small one is loaded first, for its imports."""
     found = {}
@@ -72,7 +68,6 @@ def used(small: Path, folder: Path, out: Path, is_shared: bool) -> dict[str, int
         return result
 
     load_teacher(small, shared=is_shared)
-    return_memory()
     with Peak() as overall:
         loaded = peak("load", lambda: load_teacher(folder, shared=is_shared))
         model = loaded.model
@@ -93,20 +88,31 @@ def used(small: Path, folder: Path, out: Path, is_shared: bool) -> dict[str, int
     return found | {"all of it": overall.most}
 
 
-def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
-    """The same path with one process does, so that the measurement would see it."""
+def measured(small: Path, place: Path) -> None:
+    """Print the bytes of a model, and the peaks of one process that has it whole and of several that share it out."""
     config = LlamaConfig(
-        vocab_size=128, hidden_size=384, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8,
+        vocab_size=128, hidden_size=320, intermediate_size=1280, num_hidden_layers=28, num_attention_heads=8,
         max_position_embeddings=128, eos_token_id=2, pad_token_id=0, bos_token_id=1,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     size = 4 * model.num_parameters()
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(place / "model")
     del model
-    for file in teacher.glob("tokenizer*"):
-        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    whole = together(tmp_path / "one", 1, used, teacher, tmp_path / "model", tmp_path / "out-one", False)[0]
+    for file in small.glob("tokenizer*"):
+        (place / "model" / file.name).write_bytes(file.read_bytes())
+    whole = together(place / "one", 1, used, small, place / "model", place / "out-one", False)
+    many = together(place / "many", PROCESSES, used, small, place / "model", place / "out", True)
+    print(json.dumps([size, whole[0], many]))
+
+
+def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
+    """The same path with one process does, so that the measurement would see it. All start from a process without a
+    past, and what is freed goes back to the system at once: memory that other tests left would count again here."""
+    script = f"from tests.parallel.test_memory import *\nmeasured(Path({str(teacher)!r}), Path({str(tmp_path)!r}))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    size, whole, many = json.loads(ran.stdout.splitlines()[-1])
     assert whole["copy"] > 0.9 * size and whole["all of it"] > size
-    for found in together(tmp_path / "many", PROCESSES, used, teacher, tmp_path / "model", tmp_path / "out", True):
-        # gathered layers and the system's buffers come and go: 0.4 was seen of a part, 0.7 of the whole
+    for found in many:  # gathered layers come and go: 0.4 was seen of a part, 0.7 of the whole
         assert all(peak < size for peak in found.values()), found

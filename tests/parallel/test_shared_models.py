@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file, save_model
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, WeightConverter
 
 from convert.core.errors import UserError
@@ -20,7 +21,7 @@ from convert.exporting.hub import write_weights
 from convert.mixers import GDN, MLA
 from convert.models import weight_files
 from convert.models.loading import load_teacher
-from convert.models.saving import fingerprint, load_in_parts, save_student
+from convert.models.saving import fingerprint, load_in_parts, load_student, save_student
 from convert.models.sharding import copied, is_shared_out
 from convert.models.swap import swap
 from convert.steps.set_decay import SetDecay
@@ -77,6 +78,11 @@ def found(folder: Path, out: Path, is_shared: bool) -> dict[str, Any]:
         if is_shared:
             again = load_in_parts(out / family / "step", model)
             given[f"{family} again"] = logits(again), fingerprint(again)
+        else:
+            again = load_student(out / family / "step", model, AutoModelForCausalLM.from_config)
+        if rank() == 0:
+            (out / family / "twice").mkdir()
+        save_student(again, out / family / "twice")  # of a run that went on from there
     return given
 
 
@@ -95,6 +101,9 @@ def test_shared_models_are_the_whole_ones_bit_for_bit(size, folders, monkeypatch
             expected, its_fact = whole[name] if name in whole else (whole[f"{name.split()[0]} student"][0], None)
             assert torch.equal(value, expected), name
             assert fact == (its_fact or whole[f"{name.split()[0]} fingerprint"]), name
+    for of_family in (folder / family for folder in (folders / "of-one", folders / "of-many") for family in SWAPS):
+        once, twice = ({f.name: f.read_bytes() for f in (of_family / n).iterdir()} for n in ("step", "twice"))
+        assert once == twice and "config.json" in once
     of_many, of_one = files(folders / "of-many"), files(folders / "of-one")
     assert of_many == of_one and len(of_one) > 9
 
