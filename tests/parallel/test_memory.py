@@ -27,7 +27,7 @@ from tests.parallel.fork import together
 from tests.training.stages import tokens
 
 STATUS = Path("/proc/self/status")
-PROCESSES = 6
+PROCESSES = 5
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's count of a process's memory")
@@ -114,5 +114,5 @@ def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
     assert ran.returncode == 0, ran.stderr
     size, whole, many = json.loads(ran.stdout.splitlines()[-1])
     assert whole["copy"] > 0.9 * size and whole["all of it"] > size
-    for found in many:  # gathered layers come and go: 0.4 was seen of a part, 0.7 of the whole
+    for found in many:  # gathered layers come and go: 0.4 was seen of a part, 0.8 of the whole
         assert all(peak < size for peak in found.values()), found
