@@ -133,8 +133,9 @@ class Batches:
             offset, order = _epoch_order(self.per_epoch, self.seq_len, self.seed, epoch)
             rows = [offset + self.seq_len * int(order[i % self.per_epoch]) for i in places]
             found.append(_windows(self.tokens.of_epoch(epoch), rows, self.seq_len))
-        fields = zip(*((b.input_ids, b.labels, b.position_ids) for b in found), strict=True)
-        return found[0] if len(found) == 1 else Batch(*(torch.cat(parts) for parts in fields))
+        if len(found) == 1:
+            return found[0]
+        return Batch(*map(torch.cat, zip(*((b.input_ids, b.labels, b.position_ids) for b in found), strict=True)))
 
     @property
     def per_epoch(self) -> int:

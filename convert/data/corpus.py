@@ -154,8 +154,9 @@ def corpus(spec: str | Path) -> Corpus:
         skipped = {"test", "tests", "__pycache__"}
         return Corpus(spec, root, tuple(f for f in files if not skipped & set(f.relative_to(root).parts)))
     if spec.startswith(tuple(f"{kind}:" for kind in HUB)):
-        kind, name, *config = spec.split(":", 2)
-        return Corpus(spec, hub=(name, (config or [""])[0] or None), is_streamed=kind == "stream")
+        kind, _, rest = spec.partition(":")
+        name, _, config = rest.partition(":")
+        return Corpus(spec, hub=(name, config or None), is_streamed=kind == "stream")
     path = path_of(spec, "--data")
     root = path if path.is_dir() else path.parent
     files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]

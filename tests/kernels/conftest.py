@@ -54,3 +54,16 @@ def assert_compiles(scan: Callable, arguments: dict, impl: str = "auto") -> None
     compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
     for found, wanted in zip(run(compiled, arguments, impl), plain, strict=True):
         assert_close(found, wanted, 1e-6)
+
+
+def assert_threads_change_nothing(work: Callable[[], list[Tensor]]) -> None:
+    """Check that 1, 2 and 3 threads give the same bits, else a resumed run would not be bit-identical."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([t.detach() for t in work()])
+    finally:
+        torch.set_num_threads(threads)
+    first, *others = found
+    assert first and all(len(other) == len(first) and all(map(torch.equal, first, other)) for other in others)

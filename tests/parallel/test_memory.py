@@ -114,5 +114,7 @@ def test_no_process_ever_holds_a_whole_model(teacher, tmp_path):  # noqa: F811
     assert ran.returncode == 0, ran.stderr
     size, whole, many = json.loads(ran.stdout.splitlines()[-1])
     assert whole["copy"] > 0.9 * size and whole["all of it"] > size
-    for found in many:  # gathered layers come and go: 0.4 was seen of a part, 0.8 of the whole
-        assert all(peak < size for peak in found.values()), found
+    for found in many:
+        print({name: f"{peak / size:.2f}" for name, peak in found.items()})
+        assert all(peak < 0.5 * size for name, peak in found.items() if name != "all of it"), found
+        assert found["all of it"] < size

@@ -9,7 +9,15 @@ from kernels.chunk_scan import chunk_scan
 from kernels.chunk_scan.cases import CASES, CHANNELS, HEADS, make
 from kernels.selective_scan import selective_scan
 from tests.conftest import assert_close
-from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
+from tests.kernels.conftest import (
+    CPU,
+    FLOAT32,
+    FLOAT64,
+    assert_compiles,
+    assert_threads_change_nothing,
+    needs_compiler,
+    run,
+)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
@@ -55,14 +63,7 @@ def test_threads_change_nothing(monkeypatch):
     """Sums over the heads of a group have one order, else a resumed run would not be bit-identical."""
     monkeypatch.setattr(cpu, "MIN_TASKS", 4)
     a = make(130, N=16, dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            found.append(run(chunk_scan, a, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
+    assert_threads_change_nothing(lambda: [t for results in run(chunk_scan, a, "cpu") for t in results])
 
 
 @pytest.mark.parametrize("impl", [CPU, "chunked", "reference"])

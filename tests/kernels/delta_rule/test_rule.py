@@ -16,7 +16,16 @@ from kernels.delta_rule.cases import CASES, HEADS, make
 from kernels.delta_rule.cpu import compiled_library
 from kernels.products import solve_unit_lower
 from tests.conftest import assert_close
-from tests.kernels.conftest import BFLOAT16, CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
+from tests.kernels.conftest import (
+    BFLOAT16,
+    CPU,
+    FLOAT32,
+    FLOAT64,
+    assert_compiles,
+    assert_threads_change_nothing,
+    needs_compiler,
+    run,
+)
 
 RULES = {"kda": (kda, True), "gated_delta_rule": (gated_delta_rule, False)}
 every_rule = pytest.mark.parametrize("rule, per_channel", RULES.values(), ids=RULES)
@@ -255,14 +264,8 @@ def test_subnormal_numbers_are_zero_in_the_compiled_rule_only(length):
 
 @needs_compiler
 def test_the_number_of_threads_changes_no_bit():
-    a, threads, found = make(200, q=2, documents=True, dtype=torch.float32), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append([*(t.detach() for results in run(kda, a, "cpu") for t in results)])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+    a = make(200, q=2, documents=True, dtype=torch.float32)
+    assert_threads_change_nothing(lambda: [t for results in run(kda, a, "cpu") for t in results])
 
 
 # --- other people's code

@@ -9,7 +9,15 @@ import kernels.selective_scan.chunked as chunked
 from kernels.selective_scan import selective_scan
 from kernels.selective_scan.cases import CASES, make
 from tests.conftest import assert_close
-from tests.kernels.conftest import CPU, FLOAT32, FLOAT64, assert_compiles, needs_compiler, run
+from tests.kernels.conftest import (
+    CPU,
+    FLOAT32,
+    FLOAT64,
+    assert_compiles,
+    assert_threads_change_nothing,
+    needs_compiler,
+    run,
+)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127])
@@ -46,14 +54,7 @@ def test_compiled_scan_of_many_blocks(layout, dtype, tolerance):
 def test_threads_change_nothing():
     """Sums over channels have one order, else a resumed run would not be bit-identical."""
     a = make(130, N=16, channels=300, dtype=torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 3):
-            torch.set_num_threads(n)
-            found.append(run(selective_scan, a, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
+    assert_threads_change_nothing(lambda: [t for results in run(selective_scan, a, "cpu") for t in results])
 
 
 @pytest.mark.parametrize("elements, steps", [(1, 1), (120, 4), (1 << 24, 31)])
