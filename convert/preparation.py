@@ -154,8 +154,6 @@ def _shown(
     teachers = named_teachers(domain, recipe, trust_remote_code)
     plan = planning.make_plan(domain, source.name, config, recipe, data, device, teachers, share_teacher)
     planning.show(plan, console)
-    if plan.refusals:
-        raise UserError(plan.refusals[0])
     if reason := planning.check_space(plan, out):
         raise UserError(reason)
     peak, there = max((step.peak_bytes for step in plan.steps), default=0), planning.physical_memory()

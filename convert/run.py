@@ -10,7 +10,6 @@ import dataclasses
 
 from convert.cli import Parser, heavy_imports, main_of, real_number
 from convert.core.console import console
-from convert.core.errors import UserError
 from convert.core.processes import joined
 from convert.recipe_options import Asked, add_recipe_options, asked
 
@@ -69,7 +68,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace, found: Asked) -> None:
-    """Print the plan; raises UserError with its first refusal, if there is one."""
+    """Print the plan. Raises UserError where it cannot work."""
     with heavy_imports():
         from convert.models.devices import pick_device
         from convert.planning import plan as planning
@@ -83,8 +82,6 @@ def _plan(args: argparse.Namespace, found: Asked) -> None:
         domain, found.source.name, found.config, recipe, found.data, device, teachers, args.share_teacher
     )
     planning.show(plan, console)
-    if plan.refusals:
-        raise UserError(plan.refusals[0])
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ B batch · T time · D width · R rotary dimensions
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from convert.core.fields import Checked, Range
 
+Found = TypeVar("Found")
 State = tuple[Tensor, ...]  # each mixer has a NamedTuple of its own; every tensor has the batch first
 
 
@@ -55,12 +57,21 @@ class Context:
 
     cos, sin [B, T, R]: the rotary table at their positions. `padding_mask` bool [B, T]: True at real tokens, False at
     padding; None where there is no padding. `document_ids` [B, T]: states start anew where the id changes; the first
-    token continues the state it is given."""
+    token continues the state it is given. `found`: what layers that saw the same tokens have found out already."""
 
     cos: Tensor
     sin: Tensor
     padding_mask: Tensor | None = None
     document_ids: Tensor | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """What `find` returns, which only the first layer of a call runs: for what follows from padding and documents
+        alone and makes the host wait for the device."""
+        key = key, self.cos.device
+        if key not in self.found:
+            self.found[key] = find()
+        return self.found[key]
 
 
 class Mixer(nn.Module, ABC):

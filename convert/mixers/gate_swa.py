@@ -7,6 +7,7 @@ output projection.
 B batch · T tokens of this call · S slots of the window · H query heads · G key/value heads · K head size
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
@@ -80,35 +81,51 @@ class GateSWA(Mixer):
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         q, k, v = self.qkv(x_BTD, context.cos, context.sin)
         q, k = q.to(v.dtype), k.to(v.dtype)  # their norms leave them in float32
+        starts = state is None
         if state is None:
             empty = k[:, :0]
             state = self.State(empty, empty, wide(k.new_full(empty.shape[:2], EMPTY)))
         keys = torch.cat([state.keys.to(k.dtype), k], 1)
         values = torch.cat([state.values.to(v.dtype), v], 1)
         places, documents = _locate(state.places, x_BTD, context)
-        y = self._attend(q, keys, values, places, documents).flatten(2)
+        seen = functools.partial(self._seen, places, q.shape[1])
+        # at the start of a sequence places follow from the context alone
+        blocks = context.once((self.options.window, self.options.sinks), seen) if starts else seen()
+        y = self._attend(q, keys, values, places, documents, blocks).flatten(2)
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(x_BTD))
             y = (y.unflatten(2, (gate.shape[2], -1)) * gate[..., None]).flatten(2)
         return self.out(y), self._keep(keys, values, places, documents)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor) -> Tensor:
-        """[B, T, H, K]: blocks of queries as long as the window, each to the keys that any of them may see: nothing is
-        T x T."""
-        length, slots = q.shape[1], keys.shape[1] - q.shape[1]
-        block, before = max(self.options.window, 64), torch.arange(slots + length, device=q.device)
-        if length <= 2 * block:
-            return self._attend_to(q, keys, values, places, documents, before, slots)
-        first = (before < slots) | ((places >= 0) & (places < self.options.sinks)).any(0)
-        back = self.options.window - 1 + _holes(places[:, slots:])
-        done = []
-        for start in range(0, length, block):
-            nearest = (before >= slots + start - back) & (before < slots + start + block)
-            seen = (nearest | (first & (before < slots + start))).nonzero()[:, 0]
-            done.append(
-                self._attend_to(q[:, start : start + block], keys, values, places, documents, seen, slots + start)
-            )
-        return torch.cat(done, 1)
+    def _seen(self, places: Tensor, length: int) -> list[Tensor]:
+        """For each block of queries the keys, in order, that any of them may see."""
+        slots, device = places.shape[1] - length, places.device
+        block, before = self._block(length), torch.arange(slots + length, device=device)
+        if block == length:
+            return [before]
+        kept = ((before < slots) | ((places >= 0) & (places < self.options.sinks)).any(0)).nonzero()[:, 0]
+        starts = torch.arange(slots, slots + length, block, device=device)
+        nearest = (starts - (self.options.window - 1) - _holes(places[:, slots:])).clamp(min=0)
+        bounds = torch.stack([nearest, torch.searchsorted(kept, nearest)], 1).tolist()
+        return [
+            torch.cat([kept[:earlier], before[first : slots + start + block]])
+            for start, (first, earlier) in zip(range(0, length, block), bounds, strict=True)
+        ]
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor, blocks: list[Tensor]
+    ) -> Tensor:
+        """[B, T, H, K]: each block of queries to the keys of its block: nothing is T x T."""
+        slots, done, start = keys.shape[1] - q.shape[1], [], 0
+        for part, seen in zip(q.split(self._block(q.shape[1]), 1), blocks, strict=True):
+            done.append(self._attend_to(part, keys, values, places, documents, seen, slots + start))
+            start += part.shape[1]
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+    def _block(self, length: int) -> int:
+        """How many of so many queries attend together."""
+        block = max(self.options.window, 64)
+        return block if length > 2 * block else length
 
     def _attend_to(
         self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, documents: Tensor, seen: Tensor, start: int
@@ -151,7 +168,7 @@ def _locate(old: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     return torch.cat([old, places], 1), torch.cat([torch.zeros_like(old), documents], 1)
 
 
-def _holes(places: Tensor) -> int:
+def _holes(places: Tensor) -> Tensor:
     """How many padded tokens a row has after its first real one, at most: they come between a token and its window."""
     real = places >= 0
-    return int((~real & (real.cumsum(1) > 0)).sum(1).max())
+    return (~real & (real.cumsum(1) > 0)).sum(1).max()

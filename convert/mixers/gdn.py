@@ -76,7 +76,7 @@ class GDN(Mixer):
 
     def forward(self, x_BTD: Tensor, context: Context, state: State | None = None) -> tuple[Tensor, State]:
         before = None if state is None else state.conv
-        mixed, conv = self.conv(self.qkv(x_BTD), context.padding_mask, context.document_ids, before)
+        mixed, conv = self.conv(self.qkv(x_BTD), context, before)
         q, k, v = F.silu(mixed).unflatten(-1, (3, self.shape.num_heads, -1)).unbind(2)
         g, beta = self._log_decay(x_BTD), torch.sigmoid(wide(self.beta(x_BTD)))
         if context.padding_mask is not None:  # padding neither writes to the memory nor lets it decay

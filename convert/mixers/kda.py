@@ -81,7 +81,7 @@ class KDA(Mixer):
         H, G, K = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
         before = None if state is None else state.conv
         projected = torch.cat([p(x_BTD) for p in (self.qkv.q, self.qkv.k, self.qkv.v)], -1)
-        mixed, conv = self.conv(projected, context.padding_mask, context.document_ids, before)
+        mixed, conv = self.conv(projected, context, before)
         q, k, v = mixed.unflatten(-1, (-1, K)).split([H, G, G], 2)
         g, beta = self._log_decay(x_BTD), torch.sigmoid(wide(self.beta(x_BTD)))
         if context.padding_mask is not None:  # padding neither writes to the memory nor lets it decay

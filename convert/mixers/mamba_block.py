@@ -66,7 +66,7 @@ class MambaBlock(nn.Module):
         """C = phi(q), B = phi(k), v, Delta [B, T, num_steps], D [H K], the next state of the convolution. D comes along
         because a parameter is read by its own module's forward: what offloads weights puts them there for as long as
         that runs."""
-        x, conv_state = self.conv(x_BTD, context.padding_mask, context.document_ids, conv_state)
+        x, conv_state = self.conv(x_BTD, context, conv_state)
         q, k, v = self.heads(x, context.cos, context.sin)
         dt = self.time_step(x)
         if context.padding_mask is not None:
@@ -75,5 +75,5 @@ class MambaBlock(nn.Module):
 
     def mean_time_step(self, x_BTD: Tensor, context: Context) -> Tensor:
         """The mean of Delta over all tokens, [num_steps]."""
-        x, _ = self.conv(x_BTD, context.padding_mask, context.document_ids, None)
+        x, _ = self.conv(x_BTD, context, None)
         return self.time_step(x).mean((0, 1))

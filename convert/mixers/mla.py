@@ -224,13 +224,13 @@ def _visible(padding_mask: Tensor, context: Context) -> Tensor:
 
 
 def _last_document(tokens: MLA.State, context: Context) -> MLA.State:
-    """What later tokens may still see."""
+    """The same tokens, but for those that later ones cannot see."""
     if context.document_ids is None:
         return tokens
     ids = context.document_ids
     earlier = tokens.padding_mask.shape[1] - ids.shape[1]
     last = F.pad(ids == ids[:, -1:], (earlier, 0), value=False)
     last[:, :earlier] = (ids == ids[:, -1:]).all(1, keepdim=True)
-    first = int(last.any(0).nonzero()[0, 0])
-    kept = [torch.where(last.view(*last.shape, *[1] * (t.ndim - 2)), t, torch.zeros_like(t))[:, first:] for t in tokens]
-    return MLA.State(*(t.clone() for t in kept))
+    return MLA.State(
+        *(torch.where(last.view(*last.shape, *[1] * (t.ndim - 2)), t, torch.zeros_like(t)) for t in tokens)
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.mixers.base import AttentionShape
+from convert.mixers.base import AttentionShape, Context
 
 SILU_OF_ONE = 1.278464542761  # SiLU of it is 1: a gate that starts open (MOHAWK's official code)
 
@@ -64,11 +64,10 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[:, -1] = 1
 
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None, document_ids: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if padding_mask is not None:
-            x = x * padding_mask[..., None]
+    def forward(self, x: Tensor, context: Context, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        document_ids = context.document_ids
+        if context.padding_mask is not None:
+            x = x * context.padding_mask[..., None]
         T, size = x.shape[1], self.weight.shape[1]
         if state is None:
             state = x.new_zeros(x.shape[0], size - 1, x.shape[2])
@@ -80,7 +79,8 @@ class ShortConv(nn.Module):
         if document_ids is not None:
             documents = torch.cat([document_ids[:, :1].expand(-1, size - 1), document_ids], 1)
             same = documents.unfold(1, size, 1) == document_ids[..., None]  # [B, T, size]
-            at = (~same.all(-1)).nonzero(as_tuple=True)  # the few tokens whose window reaches into another document
+            # the few tokens whose window reaches into another document
+            at = context.once(("other documents", size), lambda: (~same.all(-1)).nonzero(as_tuple=True))
             fresh = (seen.unfold(1, size, 1)[at] * same[at][:, None] * weight).sum(-1)
             fresh = fresh if self.bias is None else fresh + self.bias
             y = y.index_put(at, fresh.to(y.dtype))

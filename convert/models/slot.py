@@ -3,7 +3,8 @@
 B batch · T tokens of this call
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from convert.models.cache import StudentCache
 class Call:
     """What one call of the model tells each of its mixers; through the host, whose own arguments change their names.
 
-    `padding_mask` bool [B, T], `document_ids` [B, T]: as in Context."""
+    `padding_mask` bool [B, T], `document_ids` [B, T], `found`: as in Context."""
 
     padding_mask: Tensor | None = None
     document_ids: Tensor | None = None
     cache: StudentCache | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
 
 class Slot(nn.Module):
@@ -65,7 +67,7 @@ class Slot(nn.Module):
             )
         x, layer = hidden_states, None if given is None else given.layers[self.layer]
         mask, document_ids = (None if t is None else t.to(x.device) for t in (call.padding_mask, call.document_ids))
-        context = Context(*position_embeddings, mask, document_ids)
+        context = Context(*position_embeddings, mask, document_ids, call.found)
         y, state = self.mixer(x, context, None if layer is None else layer.state)
         if layer is not None:
             layer.state = state

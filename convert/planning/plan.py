@@ -200,12 +200,14 @@ def check_space(plan: Plan, folder: Path) -> str | None:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the table a person reads before starting."""
+    """Print the table a person reads before starting. Raises UserError for a plan that is refused, with the last of its
+    reasons; those before it are printed."""
     console.print(f"{plan.teacher} -> {plan.target}   data {plan.data}, device {plan.device}", style="bold")
-    for reason in plan.refusals:
-        console.print(f"refused: {reason}", style="red")
     if plan.refusals:
-        return
+        *others, last = plan.refusals
+        for reason in others:
+            console.print(f"refused: {reason}", style="red")
+        raise UserError(last)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("step", "what", plan.unit, "trained", "frozen", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("step", "what") else "right")

@@ -61,7 +61,7 @@ def test_the_start_takes_projections_biases_and_norms(shape):
         q, k = q * p.q_norm, k * p.k_norm
     repeats = shape.num_heads // shape.num_kv_heads
     k, v = (t.repeat_interleave(repeats, 2) for t in (k, v))
-    found = mixer.conv(mixer.qkv(x), None, None, None)[0]
+    found = mixer.conv(mixer.qkv(x), context(shape, torch.arange(LENGTH)), None)[0]
     assert_close(found, torch.cat([t.flatten(2) for t in (q, k, v)], -1), 1e-2 if shape.qkv_bias else 1e-5)
     assert torch.equal(mixer.out.weight, p.o.flatten(1))
     assert not mixer.beta(x).any()

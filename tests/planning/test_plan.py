@@ -12,6 +12,7 @@ from rich.console import Console
 
 from convert import recipes
 from convert.core.console import size
+from convert.core.errors import UserError
 from convert.domains.language import Language
 from convert.mixers import MIXERS
 from convert.models.catalog import TEACHERS, resolve
@@ -88,6 +89,15 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
         "cpu",
     )
     assert plan.refusals and "'gpt2'" in plan.refusals[0]
+
+
+def test_each_reason_of_a_refused_plan_is_said_once():
+    plan = planning.Plan("x", "mamba", "stdlib", "cpu", "tokens", refusals=("It is too large.", "It is too slow."))
+    console = Console(width=160, record=True, file=io.StringIO())
+    with pytest.raises(UserError, match="^It is too slow.$"):
+        planning.show(plan, console)
+    said = console.export_text()
+    assert said.count("refused") == 1 and "refused: It is too large." in said
 
 
 @pytest.mark.parametrize(
