@@ -32,7 +32,7 @@ from convert.reports import scores
 from convert.reports.page import write_page
 from convert.runs import records
 from convert.runs.checkpoint import LOGS, StepFolder, StopRequest
-from convert.runs.ledger import locked, open_run
+from convert.runs.ledger import check_shared, locked, open_run
 from convert.runs.schemas import Export, Handover, Layers, Report, Seconds, Settings, StepResult, TokenCount
 from convert.runs.tracking import Track, Unwritten
 from convert.steps.base import Session, Step
@@ -79,6 +79,7 @@ def run_recipe(
         run = prepared(in_turn(plan))
         out, domain = run.out, run.domain
         on_first(_taken, run, fresh, held)
+        check_shared(out)
         report = _locked_run(run, wandb, rules, started)
         reports.show(report, console, domain.sections)
         scores.show(report.evaluation, console)

@@ -82,8 +82,10 @@ def teach(args: argparse.Namespace) -> None:
     with ExitStack() as held:
 
         def take() -> None:
-            recording.begin()
+            recording.check()
+            out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out))
+            recording.begin()
 
         on_first(take)
         recorded.record(recording, teacher.model, batches, settings)

@@ -24,7 +24,7 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
     """Return `impl`, or for "auto" the first implementation that runs on this device in this dtype, where the one that
     `kernels.bench` measured to be the fastest on this GPU comes first.
 
-    The automatic choice is printed to stderr once per process.
+    The automatic choice for a device is printed to stderr once per process.
 
     Raises:
         ValueError: if `impl` is not a known name, or cannot run here; the message has the reason.
@@ -45,7 +45,8 @@ def choose(operator: str, impl: str, device: str, dtype: torch.dtype, implementa
         if name in FOR_GPUS and device == "cpu":
             continue
         if (reason := why_unavailable(device, dtype)) is None:
-            _print_once(f"{operator} runs on this {device} by its implementation {name!r}{rejected}.")
+            if device != "meta":  # where nothing is computed
+                _print_once(f"{operator} runs on this {device} by its implementation {name!r}{rejected}.")
             return name
         rejected += f", not {name!r} ({reason})"
     raise ValueError(f"impl={impl!r} of {operator} cannot run here: {reason}.")

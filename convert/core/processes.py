@@ -161,6 +161,22 @@ def on_first(work: Callable[..., Result], *args: Any) -> Result:
     return result
 
 
+def first_says(value: Item) -> Item:
+    """The first process's value, plain data: a decision that follows from numbers which each rounds by itself."""
+    if world() == 1:
+        return value
+    told: list[Any] = [value]
+    _broadcast(told)
+    found: Item = told[0]
+    return found
+
+
+def is_restart() -> bool:
+    """Whether torchrun or Slurm started the same command again by itself."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(int(count) > 0 for count in counts if count.isdecimal())
+
+
 def raise_first(errors: Sequence[Exception]) -> None:
     """Raise the first error, if there is one: by `on_first`, so that no process goes on without the others."""
     if errors:

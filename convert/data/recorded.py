@@ -61,18 +61,23 @@ class Recording:
 
     def begin(self) -> None:
         """Make the folder, or go on with what is there. Raises UserError for a folder of something else."""
-        description = self.folder / "recording.json"
-        if not description.exists():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"A recording needs a folder of its own; {self.folder} is none. Give another --out.")
-            (self.folder / "parts").mkdir(parents=True)
+        self.check()
+        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        if not (description := self.folder / "recording.json").exists():
             write_json(description, sealed(self.about))
+
+    def check(self) -> None:
+        """Raise UserError for a folder of something else."""
+        description, own = self.folder / "recording.json", {"lock", "parts", "recording.json.writing"}
+        if not description.exists():
+            is_folder = not self.folder.exists() or self.folder.is_dir()
+            if not is_folder or any(file.name not in own for file in self.folder.glob("*")):
+                raise UserError(f"A recording needs a folder of its own; {self.folder} is none. Give another --out.")
         elif differing := _differing(_read(description), self.about):
             raise UserError(
                 f"{self.folder} is a recording of something else ({differing}). Give another --out, or remove that"
                 " folder."
             )
-        (self.folder / "parts").mkdir(exist_ok=True)
 
     def is_whole(self, number: int) -> bool:
         """Whether a part is there, and what was written."""

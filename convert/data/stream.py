@@ -74,8 +74,10 @@ class Stream:
         return self.begin(epoch).result()
 
     def begin(self, chunk: int) -> "Future[Tokens]":
-        """Begin to read or make a chunk, unless that was begun. A process that ends does not wait for it."""
-        if chunk not in self._coming:
+        """Begin to read or make a chunk, unless that was begun. A process that ends does not wait for it. What failed
+        is tried again."""
+        known = self._coming.get(chunk)
+        if known is None or (known.done() and known.exception() is not None):
             coming = self._coming[chunk] = Future[Tokens]()
 
             def work() -> None:

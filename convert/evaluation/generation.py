@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from convert.core.processes import first_says
 from convert.data.prompts import encode, left_padded
 from convert.models.cache import CACHE_NAME
 
@@ -116,7 +117,7 @@ def generate(
         if stop is not None:
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             is_done |= torch.tensor([stop(text) for text in texts], device=ids.device)
-        if written.shape[1] == max_new_tokens or bool(is_done.all()):
+        if written.shape[1] == max_new_tokens or first_says(bool(is_done.all())):
             break
     if streamer is not None:
         streamer.end()

@@ -98,7 +98,7 @@ class GateSWA(Mixer):
         return self.out(y), self._keep(keys, values, places, documents)
 
     def _seen(self, places: Tensor, length: int) -> list[Tensor]:
-        """For each block of queries the keys, in order, that any of them may see."""
+        """The keys, in order, that any query of a block may see, for each block."""
         slots, device = places.shape[1] - length, places.device
         block, before = self._block(length), torch.arange(slots + length, device=device)
         if block == length:

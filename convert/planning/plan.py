@@ -87,6 +87,7 @@ def make_plan(
         rate=speed.per_second * MATMUL_SHARE,
         scan_rate=lambda: scan_rate(device).per_second,
         rule_rate=lambda: delta_rule_rate(device).per_second,
+        steps_per_state=8 if device.startswith("cuda") else 64,  # kernels.selective_scan, of many states
     )
     rows: list[StepPlan] = []
     for step in recipe.steps:
@@ -200,14 +201,14 @@ def check_space(plan: Plan, folder: Path) -> str | None:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print the table a person reads before starting. Raises UserError for a plan that is refused, with the last of its
-    reasons; those before it are printed."""
+    """Print the table a person reads before starting. Raises UserError for a plan that is refused, with the first
+    of its reasons; the others are printed."""
     console.print(f"{plan.teacher} -> {plan.target}   data {plan.data}, device {plan.device}", style="bold")
     if plan.refusals:
-        *others, last = plan.refusals
+        first, *others = plan.refusals
         for reason in others:
             console.print(f"refused: {reason}", style="red")
-        raise UserError(last)
+        raise UserError(first)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("step", "what", plan.unit, "trained", "frozen", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("step", "what") else "right")

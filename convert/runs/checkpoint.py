@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ from convert.core.processes import on_first, rank
 from convert.runs.parts import files_named, load_parts, save_parts
 
 KEPT_CHECKPOINTS = 2
+TOGETHER = 1.0  # seconds (ours)
 DIGESTS = "sha256.json"
 LOGS = ("metrics.jsonl", "generations.jsonl")  # of the steps
 UNREADABLE = (
@@ -40,10 +42,12 @@ Model = TypeVar("Model")
 
 class StopRequest:
     """A request to stop at the next step, which Ctrl-C and SIGTERM make while it is open; a second one stops at
-    once."""
+    once. Signals that come together are one request: who stops torchrun's group of processes reaches each process, and
+    torchrun tells it to them again."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.since: float | None = None  # the first signal
 
     def __enter__(self) -> "StopRequest":
         self.before = {}
@@ -56,9 +60,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
+        now, self.requested = time.monotonic(), True
+        if self.since is None:
+            self.since = now
+        elif now > self.since + TOGETHER:
+            signal.default_int_handler(number, frame)
 
 
 class StepFolder:

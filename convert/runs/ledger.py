@@ -3,7 +3,9 @@
 The file knows its own hash (`sealed`). What is kept of each step is in checkpoint.py.
 """
 
+import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 
 from convert.core.errors import UserError
 from convert.core.files import parse_json, sealed, unsealed, write_json
+from convert.core.processes import gathered, is_restart, on_first, world
 
+SEEN_WITHIN = 60.0  # seconds in which a shared disk shows on one machine what another wrote (ours)
 LAYOUT = 2  # of a run's folder; another layout is not read
 
 
@@ -40,9 +44,33 @@ def check_out(folder: Path, fresh: bool) -> None:
         raise UserError(f"--out must be a run folder or a new one; {folder} holds other files. Give another --out.")
 
 
+def check_shared(folder: Path) -> None:
+    """Raise UserError, in all processes of a run, unless each sees the folder that the first one opened."""
+    wanted = on_first((folder / "ledger.json").read_bytes)
+    if not all(gathered(_comes_to_hold(folder / "ledger.json", wanted))):
+        raise UserError(
+            f"The run's folder must be one that all processes share, and {folder} is not on every machine what it is on"
+            " the first. Give an --out on a shared disk."
+        )
+
+
+def _comes_to_hold(file: Path, wanted: bytes) -> bool:
+    """Whether a file has this content: at once, or when a disk of the network has told this machine of it."""
+    until = time.monotonic() + (SEEN_WITHIN if world() > 1 else 0)
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_bytes() == wanted:
+                return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.5)
+
+
 def open_run(folder: Path, settings: dict[str, Any], fresh: bool) -> None:
-    """Make the run folder, or check that it belongs to these settings. `fresh` sets an old run aside."""
+    """Make the run folder, or check that it belongs to these settings. `fresh` sets an old run aside, once: a command
+    that is started again by itself goes on."""
     check_out(folder, fresh)
+    fresh = fresh and not is_restart()
     settings = {"layout": LAYOUT} | settings
     ledger = folder / "ledger.json"
     if fresh and folder.exists():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from convert.core.console import console
 from convert.core.errors import UserError
+from convert.core.processes import first_says
 from convert.models.access import hidden_states
 from convert.models.sharding import copied, is_shared_out
 from convert.steps.base import Session
@@ -49,7 +50,7 @@ def checked(
         f" {domain.headline} by {change:.1e}",
         style="dim",
     )
-    fine = worst <= found["allowed"]
+    fine = first_says(worst <= found["allowed"])
     if not fine and student.device.type != "mps":  # which has no float64
         found["max_abs_logit_float64"] = _change_in_float64(swapped, session.start(), batch)
         fine = found["max_abs_logit_float64"] <= found["allowed"]

@@ -162,7 +162,9 @@ class Train(Step, Checked):
         # floats a layer keeps for its backward pass, per token (ours)
         inner = width * 18 + config.intermediate_size * 3
         kept_layers = 1 if layerwise or s.checkpointing else layers
-        activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width)
+        scans = [slot.mixer.scan_updates() for slot in slots.values()] or [0]
+        states = (max(scans) if kept_layers == 1 else sum(scans)) // context.steps_per_state
+        activations = 4 * s.micro_tokens * (kept_layers * inner + layers * width + states)
         logits = 4 * 3 * min(s.loss_chunk, s.micro_tokens) * config.vocab_size
         per_token = 2 * num_teacher + (
             6 * sum(map(count, compared)) if layerwise else (8 if s.checkpointing else 6) * total

@@ -151,6 +151,14 @@ def test_what_the_hub_says_in_the_middle_is_a_sentence(tokenizer, tmp_path, monk
         made.of_epoch(0)
 
 
+def test_a_chunk_that_failed_ahead_of_time_is_tried_again(tokenizer, tmp_path, monkeypatch):
+    made = Stream(source(tmp_path / "data", 1), tokenizer, 400)
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "_chunk", lambda *_: 1 / 0)
+        assert isinstance(made.begin(1).exception(), ZeroDivisionError)
+    assert len(made.of_epoch(1).ids) == len(made)
+
+
 def test_processes_make_a_chunk_together(tokenizer, tmp_path, monkeypatch):
     """Each begins with other parts, and what one made the other reads."""
     data = source(tmp_path / "data", 8)

@@ -75,10 +75,10 @@ def test_a_program_adds_up_two_heads_of_three(monkeypatch):
         assert_close(actual, wanted, FLOAT32)
 
 
-@pytest.mark.parametrize("length", [127, 1000])
+@pytest.mark.parametrize("length", [127, 500])
 @pytest.mark.parametrize("name", SCANS)
 def test_many_chunks(name, length):
-    compare(name, length, N=3, normalize=True, documents=name == "chunk_scan" or length < 1000, **LEAST[name])
+    compare(name, length, N=3, normalize=True, documents=name == "chunk_scan" or length < 500, **LEAST[name])
 
 
 def test_channels_in_several_blocks():

@@ -92,7 +92,7 @@ def test_an_unsupported_family_is_refused_in_a_sentence():
 
 
 def test_each_reason_of_a_refused_plan_is_said_once():
-    plan = planning.Plan("x", "mamba", "stdlib", "cpu", "tokens", refusals=("It is too large.", "It is too slow."))
+    plan = planning.Plan("x", "mamba", "stdlib", "cpu", "tokens", refusals=("It is too slow.", "It is too large."))
     console = Console(width=160, record=True, file=io.StringIO())
     with pytest.raises(UserError, match="^It is too slow.$"):
         planning.show(plan, console)

@@ -1,6 +1,7 @@
 """The folder of a step: what is read back is checked."""
 
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_a_checkpoint_without_room_for_its_digest_leaves_nothing_behind(tmp_path
     with pytest.raises(UserError, match="Free some space; the same command goes on from the last one."):
         folder.save(1, {"step": 1, "of": torch.ones(1)})
     assert list(folder.folder.iterdir()) == []
+
+
+def test_signals_that_come_together_are_one_request_to_stop(monkeypatch):
+    """As Ctrl-C in a terminal comes to each process of torchrun's group, and then from torchrun."""
+    with checkpoint.StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.requested
+        monkeypatch.setattr(checkpoint, "TOGETHER", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
