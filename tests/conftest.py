@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import os
 
@@ -25,6 +26,12 @@ SOFTMAX = ("gate-swa", "mla")
 # tests have caches of their own, but compile nothing twice
 os.environ.setdefault("CONVERT_KERNELS", str(trust.cache_folder()))
 torch.set_num_threads(1)  # on tensors this small a second thread only waits
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay until the end: the garbage collector need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -49,7 +49,7 @@ class Case:
 CASES = {
     "distill gpt_neox linear": Case(distill, "gpt_neox", "linear", ALL_TERMS, noise=0.1),
     "distill tied llama mamba": Case(distill, "llama", "mamba", "forward_kl", is_tied=True, checkpointing=True),
-    "distill qwen3 mla": Case(distill, "qwen3", "mla", "taid + 0.5*hidden_projection"),
+    "distill tied qwen3 mla": Case(distill, "qwen3", "mla", "taid + 0.5*hidden_projection", is_tied=True),
     "distill tied gpt_neox mamba2": Case(distill, "gpt_neox", "mamba2", ALL_TERMS, is_tied=True),
     "distill llama kda hybrid": Case(distill, "llama", "kda", ALL_TERMS, layers=(0, 2)),
     "distill plain llama": Case(distill, "llama", None, "cross_entropy"),
@@ -166,7 +166,7 @@ def all_faults() -> dict[str, Found | str]:
         "the sum of what terms own": [(parallel, "sum_replicas", lambda _: None)],
     }
     for name, changes in left_out.items():
-        case = "distill qwen3 mla" if "own" in name else FAULTY
+        case = "distill tied qwen3 mla" if "own" in name else FAULTY
         with pytest.MonkeyPatch.context() as patched:
             for change in changes:
                 patched.setattr(*change)

@@ -72,7 +72,7 @@ def test_a_fault_in_how_processes_share_shows(one, tmp_path):
     assert len(given) == 4
     for fault, found in given.items():
         with pytest.raises(AssertionError):
-            check(found, one["distill qwen3 mla" if "own" in fault else stages.FAULTY])
+            check(found, one["distill tied qwen3 mla" if "own" in fault else stages.FAULTY])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
