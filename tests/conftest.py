@@ -34,6 +34,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Some libraries complain where their objects outlive the interpreter."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poison():
     """What torch.empty gives is filled with NaN, so that a read of memory nobody wrote shows."""

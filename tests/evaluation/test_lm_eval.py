@@ -1,5 +1,6 @@
 """lm-evaluation-harness's own evaluator on our models, from a folder of local tasks."""
 
+import functools
 import logging
 
 import pytest
@@ -17,6 +18,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # its, and those of its data 
 @pytest.fixture(autouse=True)
 def nothing_known(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def its_own_tasks_are_found_once():
+    """It takes seconds to look through them."""
+    from lm_eval import tasks
+
+    look, found = tasks.TaskManager, functools.cache(tasks.TaskManager)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tasks, "TaskManager", lambda **given: (look if given.get("include_path") else found)(**given))
+        yield
 
 
 def test_it_gives_the_scores_of_our_scoring_methods(tmp_path):

@@ -15,6 +15,8 @@ from convert.evaluation.rules import Rule
 from convert.models.catalog import NANO
 from convert.models.loading import load_teacher
 from convert.runs.tracking import Track
+from tests.e2e.conftest import quiet, text  # noqa: F401  # fixtures
+from tests.e2e.conftest import teacher as tiny  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +50,26 @@ def test_a_rule_that_holds_is_named(teacher, batches):
     assert monitor.stopped_by.text == "generation > .01"
 
 
-@pytest.mark.parametrize("text", ["loss<1", "generation=1", "generation<", "generation<a", ""])
-def test_other_rules_are_refused(text):
+@pytest.mark.parametrize("rule", ["loss<1", "generation=1", "generation<", "generation<a", ""])
+def test_other_rules_are_refused(rule):
     with pytest.raises(UserError, match="--stop-when takes perplexity, generation or generation_gap"):
-        Rule.of(text, METRICS)
+        Rule.of(rule, METRICS)
 
 
-def test_a_run_stops_by_its_rule_and_goes_on(tmp_path, capsys):
+def test_a_run_stops_by_its_rule_and_goes_on(tiny, text, quiet, tmp_path, capsys):  # noqa: F811
     budget = recipes.Budget(1024, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=1)
     recipe = recipes.with_setting(recipes.to_linear(budget), "distill.evaluate_every=512")
     recipe = dataclasses.replace(recipe, tasks="names")
-    arguments = {"recipe": recipe, "out": tmp_path / "run", "wandb": "disabled"}
+    arguments = {"recipe": recipe, "out": tmp_path / "run", "data": text, "wandb": "disabled"}
     with pytest.raises(Interrupted, match="it is saved"):
-        run_recipe("neox-nano", **arguments, stop_when=["generation<1.1"])
+        run_recipe(tiny, **arguments, stop_when=["generation<1.1"])
     assert "by --stop-when generation<1.1" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "held_out/generation" in rows[-1] and all("held_out/generation" not in row for row in rows[:-1])
     texts = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
-    assert {text["step"] for text in texts} == {rows[-1]["step"]} and {
-        "prompt",
-        "teacher",
-        "student",
-        "reference",
-    } <= set(texts[0])
-    assert run_recipe("neox-nano", **arguments).tokens.total >= 1024
+    assert {text["step"] for text in texts} == {rows[-1]["step"]}
+    assert {"prompt", "teacher", "student", "reference"} <= set(texts[0])
+    assert run_recipe(tiny, **arguments).tokens.total >= 1024
 
 
 def test_generations_after_a_crash_are_dropped(tmp_path):

@@ -63,8 +63,10 @@ def test_a_run_becomes_a_file_that_runs_alone(run, capsys):
 @pytest.mark.parametrize("rank_ratio", [None, 0.5])
 def test_scans_over_images_are_exported(rank_ratio, tmp_path, caplog):
     torch.manual_seed(0)
-    sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "rank_ratio": rank_ratio}
-    config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, **sizes)
+    sizes = (
+        {"hidden_sizes": [16, 32], "depths": [1, 1]} if rank_ratio is None else {"hidden_sizes": [16], "depths": [1]}
+    )
+    config = VMambaConfig(image_size=24, num_channels=1, num_labels=3, rank_ratio=rank_ratio, **sizes)
     set_preprocessing(config, Preprocessing(24, 24, (0.5,), (0.5,)))
     model = VMambaForImageClassification(config).eval()
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-5

@@ -50,7 +50,7 @@ LEAST = {
 }
 
 
-@pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 127)])
+@pytest.mark.parametrize("name, length", [("selective_scan", 9), ("chunk_scan", 70)])
 @pytest.mark.parametrize("N", [16, 70])
 def test_states_in_several_blocks(name, length, N):
     """70 states are two blocks of 64, the second hardly used; the last chunk is not full."""
