@@ -161,14 +161,16 @@ def on_first(work: Callable[..., Result], *args: Any) -> Result:
     return result
 
 
-def first_says(value: Item) -> Item:
-    """The first process's value, plain data: a decision that follows from numbers which each rounds by itself."""
+def first_says(value: bool) -> bool:
+    """The first process's value: a decision that follows from numbers which each rounds by itself."""
     if world() == 1:
         return value
-    told: list[Any] = [value]
-    _broadcast(told)
-    found: Item = told[0]
-    return found
+    import torch
+    import torch.distributed as dist
+
+    told = torch.tensor([value], device="cpu")
+    dist.broadcast(told, src=0, group=waiting_group())
+    return bool(told)
 
 
 def is_restart() -> bool:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from convert.core.processes import rank
 from convert.evaluation.generation import generate
 from convert.runs import ledger
@@ -29,15 +31,15 @@ def _checked(place: Path, is_apart: bool) -> None:
 
 def test_all_processes_write_until_the_first_one_ends(tmp_path):
     """Rounding may differ between them, and with it the token that ends a text."""
-    assert together(tmp_path / "write", 2, _written) == [3, 3]
+    assert together(tmp_path / "write", 2, _written, tiny_teacher("llama"), chatty_tokenizer()) == [3, 3]
 
 
-def _written() -> int:
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     calls: list[int] = []
 
     def is_complete(_: str) -> bool:
         calls.append(rank())
         return len(calls) >= (3 if rank() == 0 else 1)
 
-    generate(tiny_teacher("llama"), chatty_tokenizer(), [[5, 6, 7]], 8, stop=is_complete)
+    generate(model, tokenizer, [[5, 6, 7]], 8, stop=is_complete)
     return len(calls)
