@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from convert.core.processes import first_says
 from convert.data.prompts import encode, left_padded
 from convert.models.cache import CACHE_NAME
+from convert.models.sharding import is_shared_out
 
 PREFILL_CHUNK = 2048  # tokens of a prompt in one forward pass
 
@@ -108,6 +109,7 @@ def generate(
         streamer.put(ids.cpu())
     written = ids.new_zeros(len(prompts), 0)
     is_done = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
+    agrees = is_shared_out(model)  # else each process writes on its own, or alone
     for token, _ in steps(model, *prefill(model, ids, mask), mask, choose):
         token = token.masked_fill(is_done[:, None], pad)  # a row that ended says nothing while others go on
         written = torch.cat([written, token], 1)
@@ -117,7 +119,8 @@ def generate(
         if stop is not None:
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             is_done |= torch.tensor([stop(text) for text in texts], device=ids.device)
-        if written.shape[1] == max_new_tokens or first_says(bool(is_done.all())):
+        done = bool(is_done.all())
+        if written.shape[1] == max_new_tokens or (first_says(done) if agrees else done):
             break
     if streamer is not None:
         streamer.end()

@@ -46,6 +46,8 @@ def check_out(folder: Path, fresh: bool) -> None:
 
 def check_shared(folder: Path) -> None:
     """Raise UserError, in all processes of a run, unless each sees the folder that the first one opened."""
+    if world() == 1:
+        return
     wanted = on_first((folder / "ledger.json").read_bytes)
     if not all(gathered(_comes_to_hold(folder / "ledger.json", wanted))):
         raise UserError(
@@ -56,7 +58,7 @@ def check_shared(folder: Path) -> None:
 
 def _comes_to_hold(file: Path, wanted: bytes) -> bool:
     """Whether a file has this content: at once, or when a disk of the network has told this machine of it."""
-    until = time.monotonic() + (SEEN_WITHIN if world() > 1 else 0)
+    until = time.monotonic() + SEEN_WITHIN
     while True:
         with contextlib.suppress(OSError):
             if file.read_bytes() == wanted:
@@ -70,7 +72,9 @@ def open_run(folder: Path, settings: dict[str, Any], fresh: bool) -> None:
     """Make the run folder, or check that it belongs to these settings. `fresh` sets an old run aside, once: a command
     that is started again by itself goes on."""
     check_out(folder, fresh)
-    fresh = fresh and not is_restart()
+    if fresh and is_restart():
+        print(f"This command was started again by itself, so the run in {folder} goes on: --fresh counted before.")
+        fresh = False
     settings = {"layout": LAYOUT} | settings
     ledger = folder / "ledger.json"
     if fresh and folder.exists():

@@ -129,7 +129,7 @@ class PlanContext:
     rate: float
     scan_rate: Callable[[], float]
     rule_rate: Callable[[], float]
-    steps_per_state: int = 64  # of an elementwise scan, whose backward pass keeps a state of so many steps
+    steps_per_state: int  # of an elementwise scan, whose backward pass keeps a state of so many steps
 
 
 @dataclass(frozen=True)

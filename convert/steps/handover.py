@@ -55,7 +55,7 @@ def checked(
         found["max_abs_logit_float64"] = _change_in_float64(swapped, session.start(), batch)
         fine = found["max_abs_logit_float64"] <= found["allowed"]
         console.print(f"in float64, without float32's rounding, by {found['max_abs_logit_float64']:.2g}", style="dim")
-    if not (fine and change < 1e-4):
+    if not first_says(fine and change < 1e-4):
         raise UserError(
             f"The hand-over to {mixer} must not change the function, and it did: {found}. If you set {step}.exact, or"
             " options that leave something out, take that back; otherwise this is a defect of ours."

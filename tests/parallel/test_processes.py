@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.core.processes import rank
 from convert.evaluation.generation import generate
+from convert.models.sharding import copied
 from convert.runs import ledger
 from convert.runs.ledger import check_shared, open_run
 from tests.conftest import tiny_teacher
@@ -29,17 +30,21 @@ def _checked(place: Path, is_apart: bool) -> None:
     check_shared(place / str(rank() * is_apart))
 
 
-def test_all_processes_write_until_the_first_one_ends(tmp_path):
-    """Rounding may differ between them, and with it the token that ends a text."""
-    assert together(tmp_path / "write", 2, _written, tiny_teacher("llama"), chatty_tokenizer()) == [3, 3]
+def test_processes_that_share_a_model_write_until_the_first_one_ends(tmp_path):
+    """Rounding may differ between them, and with it the token that ends a text. A model that each has whole writes
+    wherever it is called, and in one process alone, too."""
+    model, tokenizer = tiny_teacher("llama"), chatty_tokenizer()
+    assert together(tmp_path / "shared", 2, _written, model, tokenizer, True) == [3, 3]
+    assert together(tmp_path / "whole", 2, _written, model, tokenizer, False) == [3, 0]
 
 
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_shared: bool) -> int:
     calls: list[int] = []
 
     def is_complete(_: str) -> bool:
         calls.append(rank())
         return len(calls) >= (3 if rank() == 0 else 1)
 
-    generate(model, tokenizer, [[5, 6, 7]], 8, stop=is_complete)
+    if is_shared or rank() == 0:
+        generate(copied(model) if is_shared else model, tokenizer, [[5, 6, 7]], 8, stop=is_complete)
     return len(calls)
