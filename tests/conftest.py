@@ -25,13 +25,21 @@ SOFTMAX = ("gate-swa", "mla")
 
 # tests have caches of their own, but compile nothing twice
 os.environ.setdefault("CONVERT_KERNELS", str(trust.cache_folder()))
-torch.set_num_threads(1)  # on tensors this small a second thread only waits
+# on tensors this small a second thread only waits, also in processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """Libraries and tests stay until the end: the garbage collector need not look through them again and again."""
-    gc.collect()
-    gc.freeze()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -127,12 +135,24 @@ def perturb(mixer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs prefill no long context, and check what they export in this process: a clean one takes seconds."""
-    from convert.evaluation import final_metrics
+    """Runs time the machine and the model for a moment alone, draw no charts, and check what they export in this
+    process: a clean one takes seconds."""
+    from convert.evaluation import final_metrics, inference
     from convert.exporting import verify
+    from convert.planning import machine_speed
 
+    monkeypatch.setattr(machine_speed, "SECONDS", 0.02)
     monkeypatch.setattr(final_metrics, "PREFILL_SECONDS", 0.2)
+    monkeypatch.setattr(inference, "DECODED", 2)
     monkeypatch.setattr(verify, "check_in_clean_process", logits_here)
+    draw_nothing(monkeypatch)
+
+
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have empty charts: a real one takes a tenth of a second."""
+    from convert.reports import charts
+
+    monkeypatch.setattr(charts, "_svg", lambda figure, name: charts.Markup("<svg></svg>"))
 
 
 @torch.no_grad()
@@ -152,8 +172,9 @@ def finished_run(tmp_path_factory):
     budget = recipes.Budget(2048, 64, 256, 1e-2, 1e-3, recipes.Objective.of("forward_kl"), 256, examples=2)
     with FileLock(f"{out.parent}.lock"):
         if not (out.parent / "done").exists():
+            recipe = recipes.with_setting(recipes.to_linear(budget), "distill.evaluate_every=1024")
             with pytest.MonkeyPatch.context() as patched:
                 measure_briefly(patched)
-                run_recipe("neox-nano", recipes.to_linear(budget), out, wandb="disabled")
+                run_recipe("neox-nano", recipe, out, wandb="disabled")
             (out.parent / "done").touch()
     return out

@@ -34,7 +34,7 @@ def test_the_table_says_in_how_many_pairs_one_for_all_is_not_surely_worse(best, 
     assert len(lines) == 4 + 9 + 3 and by_seed(found, MODELS[0], MODELS[1], "OFA", 1.0).shape == (2, 400)
 
 
-def test_ctrl_c_ends_it_and_what_was_trained_is_not_trained_again(tmp_path):
+def test_ctrl_c_ends_it_and_what_was_trained_is_not_trained_again(tmp_path, monkeypatch):
     options = "--images 128 --labels 1 --seeds 1 --jobs 1 --methods scratch --out".split()
     command = [sys.executable, "-m", "experiments.one_for_all", *options, str(tmp_path)]
     file, started = tmp_path / "results.jsonl", time.monotonic()
@@ -47,7 +47,8 @@ def test_ctrl_c_ends_it_and_what_was_trained_is_not_trained_again(tmp_path):
     assert running.returncode == 130 and b"Traceback" not in said and len(lines) < 3
     with file.open("a", encoding="utf-8") as results:
         results.write('{"teacher": "", "stu')  # as a kill in the middle of a line leaves it
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr("sys.argv", command[2:])
+    one_for_all.main()
     after = file.read_text(encoding="utf-8").splitlines()
     assert after[: len(lines)] == lines and len(results_of(file)) == len(after) == 3
     assert all(len(json.loads(line)["right"]) == 500 for line in after) and (tmp_path / "table.md").exists()

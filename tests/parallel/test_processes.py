@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convert.core.processes import rank
+from convert.core.processes import gathered, rank
 from convert.evaluation.generation import generate
 from convert.models.sharding import copied
 from convert.runs import ledger
@@ -47,4 +47,5 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_shar
 
     if is_shared or rank() == 0:
         generate(copied(model) if is_shared else model, tokenizer, [[5, 6, 7]], 8, stop=is_complete)
+    gathered(None)  # one that ends sooner would leave the others while they are still meeting
     return len(calls)
