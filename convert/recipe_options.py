@@ -54,6 +54,13 @@ def add_recipe_options(parser: Parser, default_target: str | None = None) -> Non
     parser.add_argument("--seq-len", type=whole_number(2, 2**24), help="text: tokens in a training sequence")
     parser.add_argument("--batch-tokens", type=whole_number(2, 2**27), help="text: tokens in a training step")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default the best one here")
+    parser.add_argument(
+        "--share-teacher",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="under torchrun: share the teacher out among the processes, or let each hold it whole; auto: where it does"
+        " not fit each",
+    )
     parser.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0)
     parser.add_argument(
         "--plan",

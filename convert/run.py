@@ -25,13 +25,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--labels", type=real_number(1e-6, 1), help="images: share whose label may be used, of each class; default 1"
     )
-    parser.add_argument(
-        "--share-teacher",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="under torchrun: share the teacher out among the processes, or let each hold it whole; auto: where it does"
-        " not fit each",
-    )
     parser.add_argument("--tasks", help="with commas: only these at the end, of those that convert.evaluate takes")
     parser.add_argument("--fresh", action="store_true", help="move an old run aside and start anew")
     parser.add_argument(

@@ -15,7 +15,7 @@ from convert.cli import Parser, heavy_imports, main_of, whole_number
 from convert.core.console import console, count, size
 from convert.core.errors import UserError
 from convert.core.places import path_of
-from convert.core.processes import joined, on_first
+from convert.core.processes import gathered, joined, on_first
 from convert.recipe_options import Asked, add_recipe_options, asked
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def teach(args: argparse.Namespace) -> None:
     with heavy_imports():
         from convert.data.recorded import Recording
         from convert.models.devices import pick_device
+        from convert.planning.plan import shares_to_ask
         from convert.planning.validate import named_corpora
         from convert.runs.ledger import locked
         from convert.steps import recorded
@@ -71,9 +72,13 @@ def teach(args: argparse.Namespace) -> None:
     name = f"runs/{found.source.name}-teacher" + ("-tiny" if args.tiny else "")
     out = path_of(name if args.out is None else args.out, "--out")
     _tell_size(Recording(out, recorded.about({}, settings, kept)))
+    shares = shares_to_ask(domain, found.config, device, args.share_teacher)
+    if shares:
+        console.print("The processes share the teacher out.")
     if args.plan:
         return
-    teacher = domain.load_teacher(found.source, device, args.trust_remote_code)
+    shares = any(gathered(shares))  # machines may differ
+    teacher = domain.load_teacher(found.source, device, args.trust_remote_code, shares)
     own, units = (found.data, recipe.units) if step.own_data is None else (step.own_data, settings.units)
     like = recipe.measured_by if step.own_data is None else settings
     data = domain.prepare(corpora[own], teacher, units, like)

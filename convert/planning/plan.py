@@ -120,6 +120,24 @@ def _floats_of_teacher(shares: bool, teacher: PreTrainedModel) -> float:
     return floats_held(teacher) if shares else base.count(teacher)
 
 
+def shares_to_ask(domain: Domain, config: PreTrainedConfig, device: str, share_teacher: ShareTeacher) -> bool:
+    """Whether processes that ask a teacher, and train nothing, share it out among them: with "auto", where its float32
+    parameters take more than 0.8 (ours) of what a process may have. Raises UserError where their parts do, too."""
+    if launched() == 1 or not domain.shares_models or share_teacher == "never":
+        return False
+    with torch.device("meta"):
+        teacher = domain.empty_model(config)
+    room = 0.8 * memory_of_process(torch.device(device))
+    if share_teacher == "auto" and 4 * base.count(teacher) <= room:
+        return False
+    if (part := 4 * floats_held(teacher)) > room:
+        raise UserError(
+            f"The parts of a teacher that processes share out take at most 0.8 of their memory; each of {launched()}"
+            f" would hold {size(int(part))}, and has {size(int(room / 0.8))}. Start more processes."
+        )
+    return True
+
+
 def _too_large(peak: int, room: int, shares: bool) -> str | None:
     """Why this many processes cannot hold a run, and the way out; None where they can."""
     if peak <= room:

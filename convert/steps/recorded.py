@@ -12,8 +12,9 @@ from convert.core.places import path_of
 from convert.core.processes import gathered, on_first, rank, world
 from convert.data.batches import Batch
 from convert.data.recorded import Recording
+from convert.models.sharding import is_shared_out
 from convert.steps.base import Step
-from convert.training.recording import records_of
+from convert.training.recording import passes_of_others, records_of, take_part
 from convert.training.settings import Settings
 
 PREFIX = "cache:"  # of a step's teacher, before the folder of a recording
@@ -46,10 +47,13 @@ def step_to_record(steps: Sequence[Step], name: str) -> tuple[Step, Settings]:
 
 
 def record(recording: Recording, teacher: PreTrainedModel, batches: Callable[[int], Batch], settings: Settings) -> None:
-    """Write what is missing of a recording that is open, each process its part, and then DONE."""
+    """Write what is missing of a recording that is open, each process its parts, and then DONE. Processes that share
+    the teacher out go from batch to batch together."""
     about, steps = recording.about, recording.parts()
     own = [i for i in range(rank(), len(steps), world()) if not recording.is_whole(i)]
-    total = sum(len(steps[i]) for i in own) * settings.batch_tokens
+    num_batches = sum(len(steps[i]) for i in own)
+    idle = max(gathered(num_batches)) - num_batches if is_shared_out(teacher) else 0
+    total = num_batches * settings.batch_tokens
     with tqdm(total=total, unit="tok", unit_scale=True, desc="record", dynamic_ncols=True, disable=rank() > 0) as bar:
         for number in own:
             found = []
@@ -58,6 +62,8 @@ def record(recording: Recording, teacher: PreTrainedModel, batches: Callable[[in
                 found.append(records_of(teacher, batch, step, settings, about["kept"]))
                 bar.update(settings.batch_tokens)
             recording.write(number, found)
+    for _ in range(idle):
+        take_part(teacher, passes_of_others(teacher, 0))
     gathered(None)  # all have written
     on_first(recording.finish)
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convert.core.processes import gathered
 from convert.data.batches import Batch
 from convert.data.recorded import LOWEST, record_type
 from convert.models.access import hidden_states
+from convert.models.sharding import is_shared_out
 from convert.objectives.recorded import RecordedTeacher
 from convert.training.precision import autocast
 from convert.training.settings import Settings
@@ -27,14 +29,16 @@ def records_of(
     `kept` says how much (see `record_type`). Draws depend on the seed and the step alone."""
     digest = hashlib.sha256(f"{settings.seed} {step}".encode()).digest()
     generator = torch.Generator(teacher.device).manual_seed(int.from_bytes(digest[:7]))
-    found = []
-    for part in batch.parts(settings.micro_units):
+    found, parts = [], list(batch.parts(settings.micro_units))
+    idle = passes_of_others(teacher, len(parts))
+    for part in parts:
         part = part.to(teacher.device)
         with autocast(teacher.device, settings.precision):
             hidden_ND = hidden_states(teacher, part).flatten(0, 1)[part.target_places]
             for chunk in hidden_ND.split(settings.loss_chunk):
                 logits = teacher.get_output_embeddings()(chunk).float()
                 found.append(recorded(logits, kept["top_k"], kept["sample"], generator))
+    take_part(teacher, idle)
     records = np.zeros(sum(len(each.ids) for each in found), record_type(**kept))
     at = 0
     for each in found:
@@ -43,6 +47,19 @@ def records_of(
                 records[name][at : at + len(values)] = values.cpu().numpy()
         at += len(each.ids)
     return records
+
+
+def passes_of_others(teacher: PreTrainedModel, own: int) -> int:
+    """How many more passes another process makes through its batch than the `own` of this one, where they share the
+    teacher out: its layers are gathered from all of them. Every process must ask."""
+    return max(gathered(own)) - own if is_shared_out(teacher) else 0
+
+
+@torch.no_grad()
+def take_part(teacher: PreTrainedModel, passes: int) -> None:
+    """Give this process's rows of a shared teacher to passes of others."""
+    for _ in range(passes):
+        teacher(input_ids=torch.zeros(1, 2, dtype=torch.long, device=teacher.device), use_cache=False)
 
 
 def recorded(logits_NV: Tensor, top_k: int, sample: int, generator: torch.Generator) -> RecordedTeacher:

@@ -65,3 +65,24 @@ def test_several_processes_refuse_a_gguf_file(monkeypatch, tmp_path):
         UserError, match="Several processes read rows of safetensors files, and .*gguf would be unpacked"
     ):
         LANGUAGE.read_config(resolve(str(file)))
+
+
+@pytest.mark.parametrize(
+    "share, room, found",
+    [("auto", 10**10, False), ("auto", 4_500_000_000, True), ("always", 10**10, True), ("never", 1, False)],
+)
+def test_a_teacher_that_is_only_asked_is_shared_out_where_it_does_not_fit(share, room, found, monkeypatch):
+    """1.01 billion float32 parameters; with a part of them, embeddings, head and two layers a process has 3.3 GB."""
+    config = read_config(resolve("pythia-1b"))
+    monkeypatch.setattr(planning, "memory_of_process", lambda _: room)
+    assert not planning.shares_to_ask(LANGUAGE, config, "cpu", share)
+    monkeypatch.setattr(processes, "_joined", processes._Joined(0, 2, None))
+    assert planning.shares_to_ask(LANGUAGE, config, "cpu", share) is found
+
+
+def test_a_teacher_whose_parts_do_not_fit_is_not_asked(monkeypatch):
+    config = read_config(resolve("pythia-1b"))
+    monkeypatch.setattr(processes, "_joined", processes._Joined(0, 2, None))
+    monkeypatch.setattr(planning, "memory_of_process", lambda _: 10**9)
+    with pytest.raises(UserError, match="each of 2 would hold 3.25 GB, and has 1 GB. Start more processes"):
+        planning.shares_to_ask(LANGUAGE, config, "cpu", "auto")
