@@ -72,12 +72,12 @@ def teach(args: argparse.Namespace) -> None:
     name = f"runs/{found.source.name}-teacher" + ("-tiny" if args.tiny else "")
     out = path_of(name if args.out is None else args.out, "--out")
     _tell_size(Recording(out, recorded.about({}, settings, kept)))
-    shares = shares_to_ask(domain, found.config, device, args.share_teacher)
+    # machines may differ
+    shares = any(gathered(shares_to_ask(domain, found.config, device, args.share_teacher)))
     if shares:
         console.print("The processes share the teacher out.")
     if args.plan:
         return
-    shares = any(gathered(shares))  # machines may differ
     teacher = domain.load_teacher(found.source, device, args.trust_remote_code, shares)
     own, units = (found.data, recipe.units) if step.own_data is None else (step.own_data, settings.units)
     like = recipe.measured_by if step.own_data is None else settings

@@ -140,18 +140,13 @@ def measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     from convert.evaluation import final_metrics, inference
     from convert.exporting import verify
     from convert.planning import machine_speed
+    from convert.reports import charts
 
     monkeypatch.setattr(machine_speed, "SECONDS", 0.02)
+    monkeypatch.setattr(machine_speed, "NAME", "machine-speed-of-tests.json")
     monkeypatch.setattr(final_metrics, "PREFILL_SECONDS", 0.2)
     monkeypatch.setattr(inference, "DECODED", 2)
     monkeypatch.setattr(verify, "check_in_clean_process", logits_here)
-    draw_nothing(monkeypatch)
-
-
-def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages have empty charts: a real one takes a tenth of a second."""
-    from convert.reports import charts
-
     monkeypatch.setattr(charts, "_svg", lambda figure, name: charts.Markup("<svg></svg>"))
 
 

@@ -88,12 +88,14 @@ def completions(source: Corpus, teacher: Teacher, limit: int, seq_len: int, how:
     work = functools.partial(
         cached, f"completions {name}", source.spec, teacher.tokenizer, documents, limit, doing="sample"
     )
-    return _led(work, teacher, prompts, how) if is_shared_out(teacher.model) else in_turn(work)
+    return _led(work, file, teacher, prompts, how) if is_shared_out(teacher.model) else in_turn(work)
 
 
-def _led(work: Callable[[], TokenData], teacher: Teacher, prompts: Sequence[Prompt], how: Sampling) -> TokenData:
+def _led(
+    work: Callable[[], TokenData], file: Path, teacher: Teacher, prompts: Sequence[Prompt], how: Sampling
+) -> TokenData:
     """Let the first process do the work; whenever it samples, all processes, which share the teacher out, do. Each
-    returns what is in the cache then."""
+    returns what is in the cache then. Raises UserError where that is not one cache: none can sample alone."""
     failed: list[Exception] = []
     if rank() == 0:
         try:
@@ -106,6 +108,11 @@ def _led(work: Callable[[], TokenData], teacher: Teacher, prompts: Sequence[Prom
         while (told := gathered(None)[0]) is not None:
             _written(teacher, prompts, *told, how)
     on_first(raise_first, failed)
+    if len(set(gathered(file.exists()))) > 1:
+        raise UserError(
+            "Processes that share a teacher out read its completions from one cache; some do not see what the first"
+            f" one wrote, {file}. Set CONVERT_CACHE to a folder of a shared disk."
+        )
     return work()
 
 

@@ -100,7 +100,7 @@ def make_plan(
         peak, room = max(row.peak_bytes for row in rows), memory_of_process(torch.device(device))
         if peak > room and not shares and share_teacher == "auto":
             return make_plan(domain, teacher, config, recipe, data, device, teachers, "always")
-        if reason := _too_large(peak, room, shares):
+        if reason := _too_large(peak, room, shares, device):
             return refused(refusals=(reason,))
     num_student, biggest = base.count(student), max(row.trainable for row in rows)
     end = functools.reduce(lambda at, step: step.after(at), recipe.steps, outline(domain, config, recipe, teachers))
@@ -122,30 +122,36 @@ def _floats_of_teacher(shares: bool, teacher: PreTrainedModel) -> float:
 
 def shares_to_ask(domain: Domain, config: PreTrainedConfig, device: str, share_teacher: ShareTeacher) -> bool:
     """Whether processes that ask a teacher, and train nothing, share it out among them: with "auto", where its float32
-    parameters take more than 0.8 (ours) of what a process may have. Raises UserError where their parts do, too."""
-    if launched() == 1 or not domain.shares_models or share_teacher == "never":
+    parameters take more than 0.8 (ours) of what a process may have. Raises UserError where a process cannot hold what
+    it would."""
+    if launched() == 1 or not domain.shares_models:
         return False
     with torch.device("meta"):
         teacher = domain.empty_model(config)
-    room = 0.8 * memory_of_process(torch.device(device))
-    if share_teacher == "auto" and 4 * base.count(teacher) <= room:
-        return False
-    if (part := 4 * floats_held(teacher)) > room:
+    room, whole = memory_of_process(torch.device(device)), 4 * base.count(teacher)
+    shares = share_teacher == "always" or (share_teacher == "auto" and whole > 0.8 * room)
+    if (held := 4 * int(floats_held(teacher)) if shares else whole) > room:
         raise UserError(
-            f"The parts of a teacher that processes share out take at most 0.8 of their memory; each of {launched()}"
-            f" would hold {size(int(part))}, and has {size(int(room / 0.8))}. Start more processes."
+            f"Each of {launched()} processes would hold {size(held)} of the teacher, and has {size(room)}."
+            f" {_way_out(shares, device)}."
         )
-    return True
+    return shares
 
 
-def _too_large(peak: int, room: int, shares: bool) -> str | None:
+def _way_out(shares: bool, device: str) -> str:
+    """What several processes do that have too little memory; those of one computer's share it among them."""
+    if not shares:
+        return "Let them share the teacher out (--share-teacher always)"
+    return "Start more processes" if device.startswith("cuda") else "Start fewer processes, or take more computers"
+
+
+def _too_large(peak: int, room: int, shares: bool, device: str) -> str | None:
     """Why this many processes cannot hold a run, and the way out; None where they can."""
     if peak <= room:
         return None
-    wayout = "Start more processes" if shares else "Let them share the teacher out (--share-teacher always)"
     return (
-        f"Each of {launched()} processes needs about {size(peak)} at the peak, and has {size(room)}. {wayout}, or set"
-        " smaller micro-batches (STEP.micro_tokens) or STEP.checkpointing=true."
+        f"Each of {launched()} processes needs about {size(peak)} at the peak, and has {size(room)}."
+        f" {_way_out(shares, device)}, or set smaller micro-batches (STEP.micro_tokens) or STEP.checkpointing=true."
     )
 
 

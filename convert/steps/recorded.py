@@ -53,7 +53,7 @@ def record(recording: Recording, teacher: PreTrainedModel, batches: Callable[[in
     own = [i for i in range(rank(), len(steps), world()) if not recording.is_whole(i)]
     num_batches = sum(len(steps[i]) for i in own)
     idle = max(gathered(num_batches)) - num_batches if is_shared_out(teacher) else 0
-    total = num_batches * settings.batch_tokens
+    total = (num_batches + idle) * settings.batch_tokens
     with tqdm(total=total, unit="tok", unit_scale=True, desc="record", dynamic_ncols=True, disable=rank() > 0) as bar:
         for number in own:
             found = []
@@ -62,8 +62,9 @@ def record(recording: Recording, teacher: PreTrainedModel, batches: Callable[[in
                 found.append(records_of(teacher, batch, step, settings, about["kept"]))
                 bar.update(settings.batch_tokens)
             recording.write(number, found)
-    for _ in range(idle):
-        take_part(teacher, passes_of_others(teacher, 0))
+        for _ in range(idle):
+            take_part(teacher, passes_of_others(teacher, 0))
+            bar.update(settings.batch_tokens)
     gathered(None)  # all have written
     on_first(recording.finish)
 

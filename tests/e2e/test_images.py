@@ -18,7 +18,6 @@ from convert.models.vision.loading import load_teacher
 from convert.pipeline import finished
 from convert.run import main
 from convert.runs import records
-from tests.conftest import draw_nothing
 from tests.e2e.test_resume import killed_at
 from tests.evaluation.classifiers import classifier
 from tests.models.vision.small_models import small_model, timm_folder
@@ -34,8 +33,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """The export is read back here, and no chart is drawn: both take long, and have tests of their own."""
-    draw_nothing(monkeypatch)
+    """The export is read back here: a clean process takes seconds, and tests of the export have one."""
     monkeypatch.setattr(exporting, "verify", lambda *_: {"max_abs_logit": 0.0, "allowed": 1e-4})
     monkeypatch.setattr(efficiency, "_pass_seconds", lambda *_: 1e-3)
 

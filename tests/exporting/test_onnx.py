@@ -66,12 +66,12 @@ def test_scans_over_images_are_exported(rank_ratio, tmp_path, caplog):
     sizes = (
         {"hidden_sizes": [16, 32], "depths": [1, 1]} if rank_ratio is None else {"hidden_sizes": [16], "depths": [1]}
     )
-    config = VMambaConfig(image_size=16, num_channels=1, num_labels=3, rank_ratio=rank_ratio, **sizes)
-    set_preprocessing(config, Preprocessing(16, 16, (0.5,), (0.5,)))
+    config = VMambaConfig(image_size=20, num_channels=1, num_labels=3, rank_ratio=rank_ratio, **sizes)
+    set_preprocessing(config, Preprocessing(20, 20, (0.5,), (0.5,)))
     model = VMambaForImageClassification(config).eval()
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-5
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    pixels = [np.random.default_rng(i).random((1, 1, 16, 16), np.float32) for i in range(4)]
+    pixels = [np.random.default_rng(i).random((1, 1, 20, 20), np.float32) for i in range(4)]
     quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx", pixels)
     assert not list(tmp_path.glob("*.prepared"))
     sizes = [(tmp_path / name).stat().st_size for name in ("model.onnx", "int8.onnx")]

@@ -1,18 +1,26 @@
 """A recording by several processes is the recording of one."""
 
+import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from convert import steps, teach
 from convert.core import processes
+from convert.core.processes import rank
 from convert.data import recorded
-from convert.models.sharding import is_shared_out
+from convert.data.batches import Batches
+from convert.models.sharding import copied, is_shared_out
 from convert.run import main
+from convert.training.recording import records_of
+from tests.conftest import VOCAB, tiny_teacher
 from tests.e2e.conftest import command, quiet, teacher, text  # noqa: F401  # fixtures
 from tests.e2e.test_teach import EXACT, files, from_, logged, recording, small_parts  # noqa: F401
-from tests.parallel.fork import commands
+from tests.parallel.fork import commands, together
+from tests.training.stages import SETTINGS, tokens
 
 
 def dies_before_its_part() -> None:
@@ -26,36 +34,51 @@ def dies_before_its_part() -> None:
     recorded.Recording.write = die
 
 
-def asks_a_shared_teacher() -> None:
-    records_of = steps.recorded.records_of
+def asks_a_shared_teacher(is_shared: bool = True) -> None:
+    of_whole = steps.recorded.records_of
 
     def watched(model, *others):
-        assert is_shared_out(model)
-        return records_of(model, *others)
+        assert is_shared_out(model) == is_shared
+        return of_whole(model, *others)
 
     steps.recorded.records_of = watched
 
 
-def test_two_processes_record_what_one_does_and_go_on_where_one_was_killed(teacher, text, tmp_path):  # noqa: F811
+def asks_a_whole_teacher() -> None:
+    asks_a_shared_teacher(False)
+
+
+@pytest.mark.parametrize("share", ["never", "always"])
+def test_two_processes_record_what_one_does_and_go_on_where_one_was_killed(share, teacher, text, tmp_path):  # noqa: F811
+    """Three parts are two for the first process and one for the second, which takes part in all passes of the first
+    where they share the teacher out."""
     one, two = tmp_path / "said-1", tmp_path / "said-2"
     assert teach.main(recording(teacher, text, one, "--sample", "4")) == 0
-    arguments = recording(teacher, text, two, "--sample", "4")
+    arguments = recording(teacher, text, two, "--sample", "4", "--share-teacher", share)
     codes = commands(tmp_path / "killed", 2, arguments, dies_before_its_part, main=teach.main)
     assert codes == [2, -signal.SIGKILL] and not (two / "DONE").exists()
     assert "another one ended" in (tmp_path / "killed" / "said-0").read_text()
-    assert commands(tmp_path / "again", 2, arguments, main=teach.main) == [0, 0]
+    asks = asks_a_shared_teacher if share == "always" else asks_a_whole_teacher
+    assert commands(tmp_path / "again", 2, arguments, asks, main=teach.main) == [0, 0]
     assert files(one) == files(two)
 
 
-def test_processes_that_share_the_teacher_out_record_the_same(teacher, text, tmp_path):  # noqa: F811
-    """Three parts of one batch each are two for the first process and one for the second, which then takes part in the
-    passes of the first."""
-    one, two = tmp_path / "said-1", tmp_path / "said-2"
-    how = ("--sample", "4", "--set", "distill.micro_tokens=64")
-    assert teach.main(recording(teacher, text, one, *how)) == 0
-    arguments = recording(teacher, text, two, *how, "--share-teacher", "always")
-    assert commands(tmp_path / "shared", 2, arguments, asks_a_shared_teacher, main=teach.main) == [0, 0]
-    assert files(one) == files(two)
+def test_batches_of_one_and_three_passes_are_recorded_together(tmp_path):
+    """Rows of conversations differ in length, and with it the passes of a batch."""
+    wanted = [_recorded(tiny_teacher("llama"), rows) for rows in (3, 1)]
+    found = together(tmp_path / "two", 2, _recorded_by_two)
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _recorded(model: PreTrainedModel, rows: int) -> np.ndarray:
+    settings = dataclasses.replace(SETTINGS, micro_tokens=32, seq_len=32)
+    batch = Batches(tokens(), 32, rows, 3)(0)
+    assert len(list(batch.parts(settings.micro_units))) == rows
+    return records_of(model, batch, 0, settings, {"vocab_size": VOCAB, "top_k": 5, "sample": 0})
+
+
+def _recorded_by_two() -> np.ndarray:
+    return _recorded(copied(tiny_teacher("llama")), 3 if rank() == 0 else 1)
 
 
 def test_two_processes_learn_from_a_recording_as_one_does(teacher, text, tmp_path):  # noqa: F811
