@@ -16,6 +16,7 @@ from convert.models.catalog import resolve
 from convert.models.vision.features import logits
 from convert.models.vision.loading import load_teacher
 from convert.pipeline import finished
+from convert.reports import charts
 from convert.run import main
 from convert.runs import records
 from tests.e2e.test_resume import killed_at
@@ -32,8 +33,11 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """The export is read back here: a clean process takes seconds, and tests of the export have one."""
+def in_this_process(monkeypatch, request):
+    """The export is read back here: a clean process takes seconds, and tests of the export have one. One test draws the
+    charts of its pages, which take long."""
+    if request.function is not test_any_architecture_teaches_any:
+        monkeypatch.setattr(charts, "_svg", lambda *_: charts.Markup("<svg></svg>"))
     monkeypatch.setattr(exporting, "verify", lambda *_: {"max_abs_logit": 0.0, "allowed": 1e-4})
     monkeypatch.setattr(efficiency, "_pass_seconds", lambda *_: 1e-3)
 

@@ -198,7 +198,7 @@ def test_plan_trains_and_writes_nothing(teacher, text, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "distill" in printed and "assumes" in printed
     assert not (tmp_path / "run").exists()
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["machine-speed.json"]
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [machine_speed.NAME]
     assert main(command(teacher, "/no/such/place", tmp_path / "run", "--plan")) == 2
     assert "There is no data at '/no/such/place'" in capsys.readouterr().err
     own = ["--set", "distill.data=/no/other/place"]
