@@ -1,6 +1,7 @@
 """A recording by several processes is the recording of one."""
 
 import dataclasses
+import functools
 import os
 import signal
 
@@ -34,7 +35,8 @@ def dies_before_its_part() -> None:
     recorded.Recording.write = die
 
 
-def asks_a_shared_teacher(is_shared: bool = True) -> None:
+def asks(is_shared: bool) -> None:
+    """Let a process fail whose teacher is not shared out as it should be."""
     of_whole = steps.recorded.records_of
 
     def watched(model, *others):
@@ -42,10 +44,6 @@ def asks_a_shared_teacher(is_shared: bool = True) -> None:
         return of_whole(model, *others)
 
     steps.recorded.records_of = watched
-
-
-def asks_a_whole_teacher() -> None:
-    asks_a_shared_teacher(False)
 
 
 @pytest.mark.parametrize("share", ["never", "always"])
@@ -58,8 +56,8 @@ def test_two_processes_record_what_one_does_and_go_on_where_one_was_killed(share
     codes = commands(tmp_path / "killed", 2, arguments, dies_before_its_part, main=teach.main)
     assert codes == [2, -signal.SIGKILL] and not (two / "DONE").exists()
     assert "another one ended" in (tmp_path / "killed" / "said-0").read_text()
-    asks = asks_a_shared_teacher if share == "always" else asks_a_whole_teacher
-    assert commands(tmp_path / "again", 2, arguments, asks, main=teach.main) == [0, 0]
+    before = functools.partial(asks, share == "always")
+    assert commands(tmp_path / "again", 2, arguments, before, main=teach.main) == [0, 0]
     assert files(one) == files(two)
 
 

@@ -44,10 +44,8 @@ def test_several_processes_share_a_teacher_out_where_it_does_not_fit_each(of_two
 def test_a_plan_that_does_not_fit_its_processes_is_refused(of_two_processes):
     peak = max(step.peak_bytes for step in of_two_processes(10**15, "always").steps)
     (reason,) = of_two_processes(peak - 1).refusals
-    assert (
-        reason.startswith("Each of 2 processes needs about")
-        and "Start fewer processes, or take more computers" in reason
-    )
+    assert reason.startswith("Each of 2 processes needs about")
+    assert "Start fewer processes, or take more computers" in reason
     (reason,) = of_two_processes(peak, "never").refusals
     assert "Let them share the teacher out (--share-teacher always)" in reason
     assert not of_two_processes(peak).refusals
